@@ -1,0 +1,189 @@
+"""The run directory: tables, models and manifests on a local, s3:// or gs:// path.
+
+A file is either whole or absent: local files are written beside their name and renamed, object stores publish on close.
+A stage is done when its `manifest.json` is there, and that is written last. Models are safetensors plus a JSON that alone
+rebuilds them; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+MANIFEST = "manifest.json"
+
+
+class ArtifactError(ValueError):
+    """Something in a run directory is missing or was made differently; the message names the command that mends it."""
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """File system and path of a local path or a URI.
+
+    Raises:
+        ArtifactError: the URI's scheme is unknown or its file system is not available.
+    """
+    if "://" not in uri:
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise ArtifactError(f"cannot open {uri}: {error}; use a local path, s3:// or gs://") from None
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside are relative: `run.read("ingest/items")`. Cheap to send to workers."""
+
+    uri: str
+
+    @cached_property
+    def _location(self) -> tuple[fs.FileSystem, str]:
+        return resolve(self.uri)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        object.__setattr__(self, "uri", state["uri"])
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return self._location[0]
+
+    def path(self, name: str = "") -> str:
+        """Full path of a relative one, as `filesystem` takes it."""
+        return f"{self._location[1].rstrip('/')}/{name}".rstrip("/")
+
+    # files
+
+    def exists(self, name: str) -> bool:
+        return self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound
+
+    def list(self, folder: str, suffix: str = "") -> list[str]:
+        """Sorted names of the whole files in a folder; empty where there is no folder."""
+        selector = fs.FileSelector(self.path(folder), allow_not_found=True)
+        names = (info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
+        return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        self._publish(name, lambda path: self._write(path, content))
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            return stream.read()
+
+    def write_json(self, name: str, content: Any) -> None:
+        self.write_bytes(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read_bytes(name))
+
+    def delete(self, name: str) -> None:
+        """Remove a file or folder; nothing happens where there is none."""
+        kind = self.filesystem.get_file_info(self.path(name)).type
+        if kind == fs.FileType.Directory:
+            self.filesystem.delete_dir(self.path(name))
+        elif kind == fs.FileType.File:
+            self.filesystem.delete_file(self.path(name))
+
+    # tables
+
+    def parts(self, table: str, domain: str | None = None) -> list[str]:
+        """Names of a table's parts in order, of one domain or all."""
+        return [name for name in self.list(table, ".parquet") if domain is None or name.rsplit("-", 1)[0] == domain]
+
+    def write_part(self, table: str, name: str, rows: pa.Table) -> None:
+        self._publish(f"{table}/{name}", lambda path: pq.write_table(rows, path, filesystem=self.filesystem))
+
+    def read_part(self, table: str, name: str, columns: list[str] | None = None) -> pa.Table:
+        return pq.ParquetFile(self.path(f"{table}/{name}"), filesystem=self.filesystem).read(columns=columns)
+
+    def read(self, table: str, domain: str | None = None, columns: list[str] | None = None) -> pa.Table:
+        """All rows of a table, or those of one domain, in the order of its parts.
+
+        Raises:
+            ArtifactError: there is no such table in the run directory.
+        """
+        names = self.parts(table, domain)
+        if not names:
+            raise ArtifactError(f"no table {table} for {domain or 'any domain'} in {self.uri}; run the stage that makes it: qbert-ray run")
+        return pa.concat_tables([self.read_part(table, name, columns) for name in names], promote_options="default")
+
+    # models
+
+    def save_model(self, folder: str, tensors: dict[str, Any], description: dict[str, Any]) -> None:
+        """Weights and the JSON that rebuilds the model they belong to; the JSON is written last."""
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self.write_bytes(f"{folder}/model.safetensors", save_tensors(contiguous))
+        self.write_json(f"{folder}/model.json", description)
+
+    def load_model(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Tensors and description as `save_model` was given them.
+
+        Raises:
+            ArtifactError: there is no model in that folder.
+        """
+        if not self.exists(f"{folder}/model.json"):
+            raise ArtifactError(f"no model in {self.uri}/{folder}; run the stage that trains it: qbert-ray run")
+        return load_tensors(self.read_bytes(f"{folder}/model.safetensors")), self.read_json(f"{folder}/model.json")
+
+    def _write(self, path: str, content: bytes) -> None:
+        with self.filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+
+    def _publish(self, name: str, write: Any) -> None:
+        final = self.path(name)
+        if not isinstance(self.filesystem, fs.LocalFileSystem):
+            write(final)
+            return
+        folder, _, base = final.rpartition("/")
+        self.filesystem.create_dir(folder, recursive=True)
+        partial = f"{folder}/.{base}.{uuid.uuid4().hex}"
+        try:
+            write(partial)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        self.filesystem.move(partial, final)
+
+
+@dataclass
+class Manifest:
+    """What a stage did: the done marker beside its outputs."""
+
+    stage: str
+    config: dict[str, Any]  # dotted path -> value, of all the config the outputs depend on
+    inputs: dict[str, str]  # upstream stage -> its fingerprint
+    version: str  # of the code
+    seconds: float = 0.0
+    counts: dict[str, Any] = field(default_factory=dict)  # rows in, rows out, rejected by reason, ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal outputs: hashes config and inputs, not times."""
+        content = json.dumps([self.stage, self.config, self.inputs], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def save(self, run: RunDir, folder: str) -> None:
+        run.write_json(f"{folder}/{MANIFEST}", {**self.__dict__, "fingerprint": self.fingerprint})
+
+    @staticmethod
+    def load(run: RunDir, folder: str) -> Manifest | None:
+        """The manifest of a finished stage; None where the stage is not done."""
+        if not run.exists(f"{folder}/{MANIFEST}"):
+            return None
+        content = run.read_json(f"{folder}/{MANIFEST}")
+        content.pop("fingerprint")
+        return Manifest(**content)

@@ -1,0 +1,128 @@
+"""Column names and Arrow schemas of every table that crosses a stage.
+
+A table is a folder of Parquet parts named `<domain>-<number>.parquet`. Parts of the catalog (items, features, embeddings,
+semantic IDs) line up: part 3 of each holds the same items, in the order of `item_index`. So do parts over users.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+DOMAIN = "domain"
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+ITEM_INDEX = "item_index"
+TIMESTAMP = "timestamp"
+RATING = "rating"
+SPLITS = ("train", "valid", "test")
+
+# ingest/items: item_index is dense within a domain and permuted by a hash, so that it tells nothing about time.
+# Text fields are strings under `text.<field>`, attributes under `attribute.<field>`.
+ITEMS = pa.schema([
+    (DOMAIN, pa.string()),
+    (ITEM_ID, pa.string()),
+    (ITEM_INDEX, pa.int32()),
+    ("image_path", pa.string()),  # absolute path or URI; null: none, or image_bytes holds it
+    ("image_bytes", pa.binary()),
+])
+TEXT_PREFIX = "text."
+ATTRIBUTE_PREFIX = "attribute."
+
+INTERACTIONS = pa.schema([
+    (DOMAIN, pa.string()),
+    (USER_ID, pa.string()),
+    (ITEM_ID, pa.string()),
+    (TIMESTAMP, pa.int64()),
+    (RATING, pa.float32()),
+    ("split", pa.string()),  # one of SPLITS
+])
+
+# ingest/sequences: one user a row, in time order. Leave-one-out: test is the last item, valid the last but one;
+# both null for a user with fewer than three interactions. History of the test = train + valid.
+SEQUENCES = pa.schema([
+    (DOMAIN, pa.string()),
+    (USER_ID, pa.string()),
+    ("train", pa.list_(pa.int32())),
+    ("valid", pa.int32()),
+    ("test", pa.int32()),
+])
+
+REJECTED = pa.schema([
+    (DOMAIN, pa.string()),
+    ("table", pa.string()),  # items, interactions, images, ...
+    ("reason", pa.string()),
+    ("row", pa.string()),  # the row as JSON
+])
+
+SEMANTIC_IDS = pa.schema([
+    (DOMAIN, pa.string()),
+    (ITEM_ID, pa.string()),
+    (ITEM_INDEX, pa.int32()),
+    ("codes", pa.list_(pa.int32())),
+    ("semantic_id", pa.string()),  # "<a_2><b_3><c_1><d_6>"
+    ("moved", pa.bool_()),  # not its nearest codes: reallocated because of a collision
+])
+
+# One row per user and model; ranks are 1-based, each protocol its own column.
+RANKS = pa.schema([
+    (DOMAIN, pa.string()),
+    (USER_ID, pa.string()),
+    ("model", pa.string()),
+    ("target", pa.string()),
+    ("rank_all", pa.int32()),
+    ("rank_unseen", pa.int32()),
+])
+
+RECOMMENDATIONS = pa.schema([
+    (DOMAIN, pa.string()),
+    (USER_ID, pa.string()),
+    ("rank", pa.int32()),
+    (ITEM_ID, pa.string()),
+    ("score", pa.float32()),
+])
+
+
+def features_schema(num_vectors: int, width: int) -> pa.Schema:
+    """Schema of features/<modality>: J vectors per item and which of them are there."""
+    return pa.schema([
+        (DOMAIN, pa.string()),
+        (ITEM_ID, pa.string()),
+        (ITEM_INDEX, pa.int32()),
+        ("vectors", pa.list_(pa.list_(pa.float32(), width), num_vectors)),
+        ("present", pa.list_(pa.bool_(), num_vectors)),
+    ])
+
+
+def embeddings_schema(width: int) -> pa.Schema:
+    """Schema of fusion/embeddings."""
+    return pa.schema([
+        (DOMAIN, pa.string()),
+        (ITEM_ID, pa.string()),
+        (ITEM_INDEX, pa.int32()),
+        ("embedding", pa.list_(pa.float32(), width)),
+        ("depth", pa.int32()),
+    ])
+
+
+def to_fixed_lists(array: np.ndarray) -> pa.Array:
+    """An Arrow column of fixed-size lists, without a Python loop.
+
+    Args:
+        array: [N, ...] of numbers or booleans, one to two trailing axes.
+    """
+    column = pa.array(np.ascontiguousarray(array).reshape(-1))
+    for size in reversed(array.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, size)
+    return column
+
+
+def to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """The inverse of `to_fixed_lists`: [N, ...], shapes from the column's type."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    shape = [len(column)]
+    while pa.types.is_fixed_size_list(column.type):
+        shape.append(column.type.list_size)
+        column = column.flatten()
+    return column.to_numpy(zero_copy_only=False).reshape(shape)

@@ -1,0 +1,360 @@
+"""Every knob of a run: name, unit, the paper's value and section.
+
+One frozen `Config` describes a whole run. YAML overlays merge left to right, then `section.field=value` strings:
+
+    config = load_config(["configs/movielens.yaml"], ["data.root=/data/movielens", "finetune.epochs=5"])
+
+A fact is said once: what follows from other fields (number of levels of given IDs, widths of features) is derived where
+it is used. `compute` never enters a stage's fingerprint: more machines change the time, never the answer.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Modality = Literal["text", "image", "structure"]
+MaskStrategy = Literal["span", "tail", "multi_region", "random"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the dotted path, what was given and what is valid."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Run(Section):
+    dir: str = Field("runs/run", description="run directory: a local path or an s3:// or gs:// URI")
+    seed: int = Field(0, description="seeds initialisation, batch order, masks and dropout")
+
+
+class Domain(Section):
+    items: str = Field("items.parquet", description="catalog: file, folder or glob (Parquet, CSV, JSONL), under data.root")
+    interactions: str = Field("interactions.parquet", description="histories: file, folder or glob, under data.root")
+    role: Literal["target", "source"] = Field("target", description="source: only pre-trained on; target: also fine-tuned (§4.1)")
+    format: Literal["auto", "amazon_2018", "amazon_2023"] = Field("auto", description="raw Amazon review and metadata files, or the input contract")
+    text_fields: list[str] = Field(["title"], description="text columns; each gives one of the J text vectors of an item (Eq. 3)")
+    attributes: list[str] = Field([], description="columns kept for reports; each is also one more text vector")
+    image_column: str | None = Field(None, description="path relative to the items file, URI, or bytes")
+    text_features: str | None = Field(None, description="your own vectors (item_id, vector | vectors) instead of encoding text")
+    image_features: str | None = Field(None, description="your own vectors instead of encoding images")
+    structure_features: str | None = Field(None, description="your own vectors instead of collaborative ones")
+
+
+class Data(Section):
+    root: str = Field(".", description="folder or URI that the domains' paths are relative to")
+    domains: dict[str, Domain] = Field({"items": Domain()}, description="name -> one catalog with its interactions")
+    semantic_ids: str | None = Field(None, description="semantic IDs made elsewhere (item_id, codes[, domain]): stages 1 and 2 are skipped")
+    min_interactions: NonNegativeInt = Field(5, description="k of the iterative k-core over users and items (§4.1: 5-core sets)")
+    min_item_interactions: NonNegativeInt | None = Field(None, description="another k for items; 0 keeps every item of the catalog")
+    min_rating: float | None = Field(None, description="drop interactions rated below")
+    rows_per_part: PositiveInt | None = Field(None, description="rows per Parquet part, the unit of work; None: from the row count")
+
+    @model_validator(mode="after")
+    def _some_domain(self) -> Data:
+        if not self.domains:
+            raise ValueError("data.domains is empty: name at least one domain")
+        if not any(domain.role == "target" for domain in self.domains.values()):
+            raise ValueError("no domain has role: target, so there is nothing to fine-tune or evaluate")
+        return self
+
+    @property
+    def targets(self) -> list[str]:
+        return [name for name, domain in self.domains.items() if domain.role == "target"]
+
+    @property
+    def sources(self) -> list[str]:
+        return [name for name, domain in self.domains.items() if domain.role == "source"]
+
+
+class TextEncoder(Section):
+    model: str = Field("minilm", description="'minilm' or 'smollm2' (offline packages), or anything AutoModel.from_pretrained takes; paper: LLaMA")
+    gguf_file: str | None = Field(None, description="GGUF file inside the model folder or repository")
+    pooling: Literal["mean", "last"] = Field("mean", description="mean over tokens, or the last token (decoder-only models)")
+    layer: int = Field(-1, description="hidden layer that is pooled; -1 is the output of the last")
+    prompt: str = Field("{text}", description="what is encoded; {text} is the field's text")
+    max_tokens: PositiveInt = Field(128, description="longer texts are cut")
+    batch_size: PositiveInt = Field(64, description="texts per forward pass")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _prompt_holds_text(self) -> TextEncoder:
+        if "{text}" not in self.prompt:
+            raise ValueError(f"features.text.prompt is {self.prompt!r}: it must contain {{text}}")
+        return self
+
+
+class ImageEncoder(Section):
+    model: str = Field("efficientnet-lite0", description="'efficientnet-lite0' (offline package) or any open_clip model; paper: CLIP ViT")
+    pretrained: str | None = Field(None, description="open_clip's tag or a path to weights")
+    image_size: PositiveInt | None = Field(None, description="pixels per side; None: what the model was trained with")
+    grid: PositiveInt = Field(2, description="the patch grid is pooled to grid x grid vectors, the J image vectors (Eq. 3)")
+    batch_size: PositiveInt = Field(32, description="images per forward pass")
+    max_bytes: PositiveInt = Field(20_000_000, description="larger files are rejected")
+    max_pixels: PositiveInt = Field(50_000_000, description="larger pictures are rejected (decompression bombs)")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class Structure(Section):
+    kind: Literal["collaborative", "neighbourhood"] = Field(
+        "collaborative", description="factorised co-occurrence, or text features averaged over co-occurrence neighbours (comparable between domains)"
+    )
+    dim: PositiveInt = Field(64, description="width of the collaborative vectors")
+    window: PositiveInt = Field(50, description="training items of a user that count as occurring together")
+
+
+class Features(Section):
+    modalities: list[Modality] = Field(["text", "image", "structure"], description="§3.1; those a domain has no input for are left out there")
+    text: TextEncoder = TextEncoder()
+    image: ImageEncoder = ImageEncoder()
+    structure: Structure = Structure()
+
+    @model_validator(mode="after")
+    def _some_modality(self) -> Features:
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ValueError(f"features.modalities is {self.modalities}: name each of text, image, structure at most once, at least one")
+        return self
+
+
+class Training(Section):
+    """What the three trainings share."""
+
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = Field(512, description="global: over all workers")
+    microbatches: PositiveInt = Field(
+        2, description="pieces a batch is cut into, each with its own random state; workers share them out, so any number of workers that divides it gives the same model"
+    )
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_steps: NonNegativeInt = Field(100, description="linear warm-up of the learning rate, in steps")
+    patience: PositiveInt | None = Field(None, description="epochs without a better validation metric before stopping; None: run all epochs")
+    averaging: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the exponential average of weights; 0: off")
+    gradient_clip: PositiveFloat = Field(1.0, description="largest gradient norm")
+
+
+class Fusion(Training):
+    """Stage 1, §3.3."""
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 512
+    width: PositiveInt = Field(256, description="D")
+    num_layers: PositiveInt = Field(5, description="largest depth of the dynamic transformer (§4.1: 5)")
+    num_heads: PositiveInt = Field(4, description="H")
+    ffn_width: PositiveInt = 512
+    dropout: Share = 0.1
+    dynamic: bool = Field(True, description="false: every item runs through all layers (Table 5, traditional fusion)")
+    halt_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="accumulated halting probability at which an item's depth ends")
+    ponder_weight: NonNegativeFloat = Field(0.01, description="price of a layer, per item")
+    temperature: PositiveFloat = Field(0.1, description="tau of the alignment, Eq. 3")
+    contrast_temperature: PositiveFloat = Field(0.07, description="temperature of InfoNCE, Eq. 5")
+    consistency_weight: NonNegativeFloat = Field(0.01, description="lambda of Eq. 5")
+    id_dropout: Share = Field(0.2, description="share of items that train with the shared unknown query, the query of a cold item")
+
+
+class Rqvae(Training):
+    """Stage 2, §3.4 and §4.1."""
+
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = Field(1024, description="§4.1: 1024")
+    learning_rate: PositiveFloat = Field(1e-3, description="§4.1: 0.001")
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    num_levels: PositiveInt = Field(4, description="K (§4.1: 4)")
+    codebook_size: Annotated[int, Field(ge=2)] = Field(256, description="M (§4.1: 256)")
+    codebook_dim: PositiveInt = Field(32, description="E (§4.1: 32)")
+    hidden: list[PositiveInt] = Field([512, 256, 128], description="widths of the encoder's hidden layers; the decoder mirrors them")
+    commitment_weight: NonNegativeFloat = Field(0.25, description="beta of Eq. 8")
+    warmup_epochs: NonNegativeInt = Field(10, description="epochs of the plain autoencoder before k-means++ starts the codebooks")
+
+
+class Sequencer(Section):
+    """Stage 3, §3.5-3.6 and §4.1."""
+
+    width: PositiveInt = Field(256, description="D (from Table 6)")
+    num_layers: PositiveInt = Field(4, description="§4.1: 4")
+    num_heads: PositiveInt = Field(4, description="H (§4.1: 4)")
+    ffn_width: PositiveInt = Field(512, description="from Table 6")
+    dropout: Share = Field(0.2, description="§4.1: 0.2")
+    max_items: Annotated[int, Field(ge=2)] = Field(50, description="T: latest items of a history that are read, the masked one included (from Table 6)")
+    tokens: Literal["item", "flat"] = Field("item", description="one position per item, or K positions per item")
+    loss: Literal["catalog", "tokens"] = Field("catalog", description="softmax over the domain's items, or per-level cross-entropy (Eq. 11)")
+    logits: Literal["dot", "cosine"] = Field("dot", description="dot product, or cosine over temperature")
+    temperature: PositiveFloat = Field(0.07, description="of cosine logits")
+    item_embedding: bool = Field(False, description="add an embedding per item to the composed one; zero for cold items")
+
+
+class SequenceTraining(Training):
+    masks: dict[MaskStrategy, PositiveFloat] = Field({"random": 1.0}, description="strategy -> weight with which a sequence draws it")
+    mask_ratio: dict[MaskStrategy, Share] = Field(
+        {"span": 0.3, "tail": 0.1, "multi_region": 0.15, "random": 0.3}, description="share of a sequence's items that a strategy masks (§4.1)"
+    )
+    last_item_share: Share = Field(0.2, description="share of sequences that mask only their last item, as the test does")
+
+    @model_validator(mode="after")
+    def _ratios(self) -> SequenceTraining:
+        missing = [name for name in self.masks if name not in self.mask_ratio]
+        if not self.masks or missing:
+            raise ValueError(f"masks must name at least one strategy and mask_ratio one for each; missing: {missing}")
+        return self
+
+
+class Pretrain(SequenceTraining):
+    enabled: bool = True
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = Field(512, description="§4.1: 512 sequences")
+    learning_rate: PositiveFloat = Field(5e-4, description="§4.1: 0.0005")
+    masks: dict[MaskStrategy, PositiveFloat] = Field({"span": 1.0, "tail": 1.0, "multi_region": 1.0}, description="§3.5")
+    domains: list[str] | None = Field(None, description="None: the source domains, or the targets where there is no source")
+
+
+class Finetune(SequenceTraining):
+    epochs: PositiveInt = 50
+    batch_size: PositiveInt = Field(256, description="§4.1: 256 sequences")
+    learning_rate: PositiveFloat = Field(1e-4, description="§4.1: 0.0001")
+    patience: PositiveInt | None = 5
+    validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation item is ranked after each epoch")
+
+
+class Evaluation(Section):
+    cutoffs: list[PositiveInt] = Field([1, 5, 10], description="k of hr@k and ndcg@k (§4.1)")
+    co_occurrence_history: PositiveInt = Field(20, description="latest items of a history that the co-occurrence floor sums over")
+
+
+class Score(Section):
+    top_k: PositiveInt = 10
+    remove_seen: bool = True
+
+
+class Actors(Section):
+    """Names as in Ray: ActorPoolStrategy and ray.remote."""
+
+    min_size: PositiveInt = 1
+    max_size: PositiveInt | None = Field(None, description="None: one per GPU, or as many as the CPUs carry")
+    num_cpus: PositiveFloat = 1
+    num_gpus: NonNegativeFloat | None = Field(None, description="None: 1 where the cluster has GPUs, else 0")
+
+
+class Workers(Section):
+    """Names as in Ray: ScalingConfig."""
+
+    num_workers: PositiveInt = 1
+    cpus_per_worker: PositiveFloat = 1
+    use_gpu: bool | None = Field(None, description="None: where the cluster has one per worker")
+    max_failures: int = Field(3, description="worker failures survived per training; -1: any number")
+
+
+class Compute(Section):
+    address: str | None = Field(None, description="Ray cluster; None: RAY_ADDRESS, or a local one that ends with the run")
+    features: Actors = Actors()
+    fusion: Workers = Workers()
+    rqvae: Workers = Workers()
+    pretrain: Workers = Workers()
+    finetune: Workers = Workers()
+    assign: Actors = Actors()
+    evaluate: Actors = Actors()
+    score: Actors = Actors()
+
+
+class Config(Section):
+    run: Run = Run()
+    data: Data = Data()
+    features: Features = Features()
+    fusion: Fusion = Fusion()
+    rqvae: Rqvae = Rqvae()
+    sequencer: Sequencer = Sequencer()
+    pretrain: Pretrain = Pretrain()
+    finetune: Finetune = Finetune()
+    evaluation: Evaluation = Evaluation()
+    score: Score = Score()
+    compute: Compute = Compute()
+
+
+def load_config(files: list[str | Path] = [], overrides: list[str] = []) -> Config:  # noqa: B006 - never mutated
+    """The `Config` from YAML files merged left to right, then `section.field=value` strings.
+
+    Raises:
+        ConfigError: a file or an override cannot be read, or a key or value is not valid.
+    """
+    tree: dict[str, Any] = {}
+    for file in files:
+        try:
+            layer = yaml.safe_load(Path(file).read_text()) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"no config file at {file}; the ones that come with the project are in configs/") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file} is not valid YAML: {error}") from None
+        if not isinstance(layer, dict):
+            raise ConfigError(f"{file} must hold a mapping of sections, got {type(layer).__name__}")
+        tree = merge(tree, layer)
+    for override in overrides:
+        tree = merge(tree, _parse_override(override))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `overlay` on top: mappings merge key by key, anything else is replaced.
+
+    `masks` is replaced whole: its keys are the choice itself, so merging would only ever add strategies.
+    """
+    merged = dict(base)
+    for key, value in overlay.items():
+        deep = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "masks"
+        merged[key] = merge(merged[key], value) if deep else value
+    return merged
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> leaf of a nested mapping, as errors and manifests name it."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip("."):
+        raise ConfigError(f"{text!r} is not an override; write section.field=value, such as finetune.epochs=5")
+    try:
+        tree: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        tree = value
+    for key in reversed(path.split(".")):
+        tree = {key: tree}
+    return tree
+
+
+def _explain(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    if problem["type"] != "extra_forbidden":
+        return f"{path or 'config'}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"
+    known = _known_keys(problem["loc"][:-1])
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+    hint = f"did you mean {'.'.join([*map(str, problem['loc'][:-1]), near[0]])}?" if near else f"known there: {', '.join(known)}"
+    return f"{path}: no such key; {hint}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if model is Data and part == "domains":
+            model = Domain
+        elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[part].annotation
+    return sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

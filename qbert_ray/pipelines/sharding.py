@@ -1,0 +1,91 @@
+"""One Ray Data pass over the parts of a table, restartable part by part.
+
+Every embarrassingly parallel stage is this chain: names of missing parts -> actor pool -> one count per part. An actor reads
+its part, computes, and publishes an output part of the same name, so a killed stage repeats only what is missing, blocks and
+actors cannot change the output, and rows never pass through the driver.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+
+from qbert_ray.artifacts import RunDir
+from qbert_ray.config import Actors
+from qbert_ray.pipelines.session import Progress, available
+
+PART = "part"
+
+
+def map_parts(
+    run: RunDir,
+    worker: type,
+    arguments: dict[str, Any],
+    parts: list[str],
+    output: str,
+    actors: Actors,
+    progress: Progress,
+) -> Counter[str]:
+    """Call `worker(**arguments)(name)` once for each part that `output` lacks; sums of the counts of all parts.
+
+    Args:
+        worker: class whose instances take a part's name, write its outputs and return counts (name -> number). The part of
+            that name in `output` must be written last. Counts are kept beside the parts, so that those of earlier tries are summed too.
+        parts: names of the input parts.
+        output: table that holds a part of the same name once it is done.
+        actors: size of the actor pool.
+    """
+    done = set(run.list(f"{output}/.counts"))
+    missing = [name for name in parts if f"{name}.json" not in done]
+    progress.start(len(parts), len(parts) - len(missing))
+    if missing:
+        pool = pool_size(actors, len(missing))
+        dataset = ray.data.from_items([{PART: name} for name in missing], override_num_blocks=len(missing))
+        results = dataset.map_batches(
+            _Publisher,
+            fn_constructor_args=(worker, arguments, run, output),
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=pool["size"]),
+            num_cpus=pool["num_cpus"],
+            num_gpus=pool["num_gpus"],
+        )
+        for _ in results.iter_batches(batch_size=None, prefetch_batches=0):
+            progress.advance()
+    total: Counter[str] = Counter()
+    for name in parts:
+        total.update(run.read_json(f"{output}/.counts/{name}.json"))
+    return total
+
+
+def pool_size(actors: Actors, tasks: int) -> dict[str, Any]:
+    """Actors that the cluster carries now: one per GPU, or as many as the CPUs hold, at most one per task."""
+    resources = available()
+    gpus = actors.num_gpus if actors.num_gpus is not None else (1 if resources["GPU"] >= 1 else 0)
+    carried = min(resources["CPU"] / actors.num_cpus, resources["GPU"] / gpus if gpus else np.inf)
+    if carried < actors.min_size:
+        raise ValueError(
+            f"compute asks for {actors.min_size} actors of {actors.num_cpus:g} CPU and {gpus:g} GPU; "
+            f"the cluster has {resources['CPU']:g} CPU and {resources['GPU']:g} GPU"
+        )
+    size = max(actors.min_size, min(int(carried), actors.max_size or int(carried), tasks))
+    return {"size": size, "num_cpus": actors.num_cpus, "num_gpus": gpus}
+
+
+class _Publisher:
+    """Runs the worker on a part, then records its counts: the part's done marker."""
+
+    def __init__(self, worker: Callable[..., Any], arguments: dict[str, Any], run: RunDir, output: str) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        self.worker, self.run, self.output = worker(**arguments), run, output
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for name in batch[PART]:
+            counts = self.worker(str(name))
+            self.run.write_json(f"{self.output}/.counts/{name}.json", counts)
+        return {PART: batch[PART]}
