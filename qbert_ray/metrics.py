@@ -1,0 +1,58 @@
+"""Hit rate and NDCG from ranks, and how good semantic IDs are from codes.
+
+Leave-one-out has one relevant item per user, so a user's hit is 0 or 1 and the ideal DCG is 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+
+
+def hit_rate(rank: np.ndarray, k: int) -> np.ndarray:
+    """Per user: 1 where the 1-based rank of the target is at most k."""
+    return (rank <= k).astype(np.float64)
+
+
+def ndcg(rank: np.ndarray, k: int) -> np.ndarray:
+    """Per user: 1 / log2(rank + 1) where the target is among the first k, else 0."""
+    return np.where(rank <= k, 1.0 / np.log2(rank + 1.0), 0.0)
+
+
+def summarise(rank: np.ndarray, cutoffs: list[int]) -> dict[str, dict[str, float]]:
+    """{"hr@10": {"value", "low", "high"}, ...}: means over users with their 95 % intervals (normal approximation)."""
+    table = {}
+    for name, metric in (("hr", hit_rate), ("ndcg", ndcg)):
+        for k in cutoffs:
+            table[f"{name}@{k}"] = interval(metric(rank, k))
+    return table
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    """Mean and 95 % interval of per-user values in [0, 1]; zeros where there is no user."""
+    if not len(values):
+        return {"value": 0.0, "low": 0.0, "high": 0.0}
+    mean = float(values.mean())
+    half = NORMAL_95 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return {"value": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half)}
+
+
+def collision_rate(codes: np.ndarray) -> float:
+    """1 - distinct IDs / items, of codes [N, K]."""
+    return 1.0 - len(np.unique(codes, axis=0)) / len(codes) if len(codes) else 0.0
+
+
+def codebook_usage(codes: np.ndarray, codebook_size: int) -> list[float]:
+    """Share of the codewords that some item uses, per level."""
+    return [len(np.unique(level)) / codebook_size for level in codes.T]
+
+
+def perplexity(codes: np.ndarray, codebook_size: int) -> list[float]:
+    """exp(entropy) of the codes per level: codebook_size where all are used equally, 1 where one is."""
+    result = []
+    for level in codes.T:
+        share = np.bincount(level, minlength=codebook_size) / max(len(level), 1)
+        used = share[share > 0]
+        result.append(float(np.exp(-(used * np.log(used)).sum())))
+    return result

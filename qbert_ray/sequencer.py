@@ -1,0 +1,221 @@
+"""Stage 3, §3.5-3.6: a masked encoder over sequences of semantic IDs.
+
+An item enters as the sum of its K code embeddings (`tokens: item`) or as K positions (`tokens: flat`). The head is tied to
+the same embeddings and linear in them, so the score of an item is one dot product with its composed vector, and one matrix
+product ranks the whole catalog: no beam search.
+
+Notable choices: sequences of a batch are packed without padding, those of equal length side by side, so attention is a
+plain batched product over each group; positions count from the end, so that "the last item" is one embedding.
+
+Shapes: S items of all packed sequences, T items of a sequence, N catalog, K levels, M codewords per level, D width,
+P masked positions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Packed(NamedTuple):
+    """Sequences laid end to end, shortest first."""
+
+    items: Tensor  # [S] item_index
+    masked: Tensor  # [S]
+    position: Tensor  # [S] 0 for the last item of a sequence
+    groups: list[tuple[int, int, int]]  # (first item, sequences, length) of each run of equally long sequences
+
+
+class Sequencer(nn.Module):
+    """Masked encoder over semantic IDs with a tied, catalog-wide head.
+
+    Args:
+        num_levels: K.
+        codebook_size: M.
+        max_items: longest sequence that can be read.
+        tokens: "item" or "flat".
+        loss: "catalog" or "tokens" (Eq. 11).
+        logits: "dot" or "cosine".
+        warm_items: domain -> number of items that have an embedding of their own beside their codes; none by default.
+    """
+
+    def __init__(
+        self,
+        num_levels: int,
+        codebook_size: int,
+        width: int = 256,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        ffn_width: int = 512,
+        dropout: float = 0.2,
+        max_items: int = 50,
+        tokens: str = "item",
+        loss: str = "catalog",
+        logits: str = "dot",
+        temperature: float = 0.07,
+        warm_items: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_levels, self.codebook_size, self.max_items = num_levels, codebook_size, max_items
+        self.tokens, self.loss_kind, self.logits_kind, self.temperature = tokens, loss, logits, temperature
+        self.code_embedding = nn.Embedding(num_levels * codebook_size, width)
+        self.code_bias = nn.Parameter(torch.zeros(num_levels * codebook_size))
+        self.item_embedding = nn.ModuleDict({name: nn.Embedding(size, width) for name, size in (warm_items or {}).items()})
+        self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
+        self.position_embedding = nn.Embedding(max_items * (num_levels if tokens == "flat" else 1), width)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(EncoderLayer(width, num_heads, ffn_width, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        for embedding in [self.code_embedding, self.position_embedding, *self.item_embedding.values()]:
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, batch: Packed, catalog: Tensor, domain: str) -> Tensor:
+        """Queries of the masked positions, in packed order: [P, D], or [P, K * D] with flat tokens.
+
+        Args:
+            catalog: [N, K] codes of the domain's items.
+        """
+        if self.tokens == "flat":
+            states, groups = self._embed_flat(batch, catalog, domain)
+        else:
+            states = torch.where(batch.masked[:, None], self.mask_embedding, self.compose(catalog[batch.items], domain, batch.items))
+            states = states + self.position_embedding(batch.position)
+            groups = batch.groups
+        states = self.dropout(states)
+        for layer in self.layers:
+            states = layer(states, groups)
+        if self.tokens == "flat":
+            states = states.view(len(batch.items), -1)  # K states of an item beside each other
+            return self.norm(states[batch.masked].view(-1, self.norm.normalized_shape[0])).view(-1, states.shape[1])
+        return self.norm(states[batch.masked])
+
+    def compose(self, codes: Tensor, domain: str, items: Tensor | None = None) -> Tensor:
+        """[B, D] vectors of items by their codes [B, K], with what warm items add (row `items` of the domain's embedding)."""
+        vectors = F.embedding_bag(self._slots(codes), self.code_embedding.weight, mode="sum")
+        if domain in self.item_embedding:
+            own = self.item_embedding[domain].weight
+            vectors = vectors + (own if items is None else own[items])
+        return vectors
+
+    def catalog_vectors(self, catalog: Tensor, domain: str) -> tuple[Tensor, Tensor]:
+        """Vectors [N, D or K * D] and biases [N] whose product with a query is an item's score."""
+        slots = self._slots(catalog)
+        bias = self.code_bias[slots].sum(1)
+        vectors = self.code_embedding(slots).flatten(1) if self.tokens == "flat" else self.compose(catalog, domain)
+        return (F.normalize(vectors, dim=-1) if self.logits_kind == "cosine" else vectors), bias
+
+    def scores(self, query: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
+        """[P, N] score of every item of the catalog for each query."""
+        if self.logits_kind == "cosine":
+            query = F.normalize(query, dim=-1) / self.temperature
+        return torch.addmm(bias, query, vectors.T)
+
+    def loss(self, query: Tensor, target: Tensor, catalog: Tensor, domain: str) -> Tensor:
+        """Cross-entropy of the masked items, summed over the P positions; target is [P] item_index."""
+        if self.loss_kind == "catalog":
+            return F.cross_entropy(self.scores(query, *self.catalog_vectors(catalog, domain)), target, reduction="sum")
+        # Eq. 11 level by level. A flat query has a state of its own for each level.
+        size, codes = self.codebook_size, catalog[target]  # [P, K]
+        queries = query.view(len(query), self.num_levels, -1) if self.tokens == "flat" else query[:, None].expand(-1, self.num_levels, -1)
+        books = self.code_embedding.weight.view(self.num_levels, size, -1)
+        if self.logits_kind == "cosine":
+            queries, books = F.normalize(queries, dim=-1) / self.temperature, F.normalize(books, dim=-1)
+        logits = torch.einsum("pkd,kmd->pkm", queries, books) + self.code_bias.view(self.num_levels, size)
+        return F.cross_entropy(logits.reshape(-1, size), codes.reshape(-1), reduction="sum") / self.num_levels
+
+    def _slots(self, codes: Tensor) -> Tensor:
+        return codes + torch.arange(self.num_levels, device=codes.device) * self.codebook_size
+
+    def _embed_flat(self, batch: Packed, catalog: Tensor, domain: str) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        levels = self.num_levels
+        states = self.code_embedding(self._slots(catalog[batch.items]))  # [S, K, D]
+        states = torch.where(batch.masked[:, None, None], self.mask_embedding, states)
+        position = batch.position[:, None] * levels + torch.arange(levels, device=states.device)
+        states = states + self.position_embedding(position)
+        groups = [(start * levels, count, length * levels) for start, count, length in batch.groups]
+        return states.flatten(0, 1), groups
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm bidirectional transformer layer over packed sequences."""
+
+    def __init__(self, width: int, num_heads: int, ffn_width: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.rate = num_heads, dropout
+        self.norm_attention, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Dropout(dropout), nn.Linear(ffn_width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
+        states = states + self.dropout(self.out(self._attend(self.query_key_value(self.norm_attention(states)), groups)))
+        return states + self.dropout(self.ffn(self.norm_ffn(states)))
+
+    def _attend(self, projected: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
+        """[S, D] from [S, 3 * D]: each sequence attends to itself; equally long ones in one call."""
+        width = projected.shape[1] // 3
+        rate = self.rate if self.training else 0.0
+        parts = []
+        for start, count, length in groups:
+            block = projected[start : start + count * length].view(count, length, 3, self.num_heads, -1)
+            query, key, value = block.permute(2, 0, 3, 1, 4)  # each [count, H, length, D/H]
+            parts.append(F.scaled_dot_product_attention(query, key, value, dropout_p=rate).transpose(1, 2).reshape(-1, width))
+        return torch.cat(parts)
+
+
+def pack(items: np.ndarray, lengths: np.ndarray, masks: np.ndarray) -> tuple[Packed, np.ndarray]:
+    """Sequences as the model reads them, and the order [B] in which they lie.
+
+    Args:
+        items: [S] sequences end to end.
+        lengths: [B] items of each.
+        masks: [B, T] left-aligned, as `masking.draw_masks` gives them.
+    """
+    order = np.argsort(lengths, kind="stable")
+    begin = np.cumsum(lengths) - lengths
+    sizes = lengths[order]
+    first = np.cumsum(sizes) - sizes
+    offset = np.arange(int(sizes.sum())) - np.repeat(first, sizes)  # place of each item in its sequence
+    row = np.repeat(order, sizes)
+    values, counts = np.unique(sizes, return_counts=True)
+    starts = np.cumsum(values * counts) - values * counts
+    groups = [(int(start), int(count), int(length)) for start, count, length in zip(starts, counts, values, strict=True)]
+    packed = Packed(
+        torch.from_numpy(items[begin[row] + offset].astype(np.int64)),
+        torch.from_numpy(masks[row, offset]),
+        torch.from_numpy(lengths[row] - 1 - offset),
+        groups,
+    )
+    return packed, order
+
+
+def complexity(num_items: int, width: int, num_layers: int, ffn_width: int, max_items: int, num_levels: int, codebook_size: int) -> dict:
+    """Parameters and multiply-adds by module, twice: as Table 6 of the paper evidently counts, and as they are.
+
+    The paper's count: an item-sized tied head, and each weight once per position. The real one: K codebooks in place of the
+    item embeddings, attention included, the head on one masked position.
+    """
+    attention, ffn = 4 * (width * width + width), 2 * width * ffn_width + ffn_width + width
+    norms, positions = 4 * width, max_items * width
+    encoder = num_layers * (attention + ffn + norms)
+    paper = {"encoder": encoder, "position embedding": positions, "item embedding, tied": num_items * width}
+    paper_macs = {name: max_items * count for name, count in paper.items() if name != "position embedding"}
+    real = {
+        "encoder": encoder + 2 * width,
+        "position embedding": positions,
+        "code embedding, tied": num_levels * codebook_size * (width + 1),
+        "mask embedding": width,
+    }
+    real_macs = {
+        "encoder": num_layers * max_items * (4 * width * width + 2 * width * ffn_width),
+        "attention scores": num_layers * 2 * max_items * max_items * width,
+        "head, one position": num_items * width,
+    }
+    return {
+        "paper": {"parameters": paper, "multiply_adds": paper_macs},
+        "real": {"parameters": real, "multiply_adds": real_macs},
+    }
