@@ -6,6 +6,8 @@ semantic IDs) line up: part 3 of each holds the same items, in the order of `ite
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pyarrow as pa
 
@@ -126,3 +128,34 @@ def to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
         shape.append(column.type.list_size)
         column = column.flatten()
     return column.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+class Sequences(NamedTuple):
+    """Users of one domain as arrays; `items[indptr[u]:indptr[u + 1]]` are the training items of user u."""
+
+    user_ids: list[str]
+    indptr: np.ndarray  # [U + 1]
+    items: np.ndarray  # item_index
+    valid: np.ndarray  # [U], -1: none
+    test: np.ndarray  # [U], -1: none
+
+    def history(self, user: int, upto: str) -> np.ndarray:
+        """What comes before the `valid` or `test` item of a user, or everything there is ("end")."""
+        held_out = {"valid": [], "test": [self.valid[user]], "end": [self.valid[user], self.test[user]]}[upto]
+        train = self.items[self.indptr[user] : self.indptr[user + 1]]
+        return np.concatenate([train, [item for item in held_out if item >= 0]]).astype(np.int64)
+
+
+def to_sequences(table: pa.Table) -> Sequences:
+    """Arrays of an ingest/sequences table of one domain."""
+    train = table["train"].combine_chunks()
+    if isinstance(train, pa.ChunkedArray):  # no rows: nothing to combine
+        train = pa.array([], SEQUENCES.field("train").type)
+    indptr = train.offsets.to_numpy().astype(np.int64)
+    return Sequences(
+        table[USER_ID].to_pylist(),
+        indptr - indptr[0],
+        train.flatten().to_numpy(zero_copy_only=False).astype(np.int64),
+        table["valid"].fill_null(-1).to_numpy().astype(np.int64),
+        table["test"].fill_null(-1).to_numpy().astype(np.int64),
+    )

@@ -249,7 +249,7 @@ class Workers(Section):
     """Names as in Ray: ScalingConfig."""
 
     num_workers: PositiveInt = 1
-    cpus_per_worker: PositiveFloat = 1
+    cpus_per_worker: PositiveFloat | None = Field(None, description="None: what the cluster has, shared out, at most 16; also the threads")
     use_gpu: bool | None = Field(None, description="None: where the cluster has one per worker")
     max_failures: int = Field(3, description="worker failures survived per training; -1: any number")
 

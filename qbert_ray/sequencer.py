@@ -65,6 +65,8 @@ class Sequencer(nn.Module):
         self.code_embedding = nn.Embedding(num_levels * codebook_size, width)
         self.code_bias = nn.Parameter(torch.zeros(num_levels * codebook_size))
         self.item_embedding = nn.ModuleDict({name: nn.Embedding(size, width) for name, size in (warm_items or {}).items()})
+        for name, size in (warm_items or {}).items():
+            self.register_buffer(f"warm_{name}", torch.ones(size, 1))  # 0: no training interaction, so codes alone
         self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
         self.position_embedding = nn.Embedding(max_items * (num_levels if tokens == "flat" else 1), width)
         self.dropout = nn.Dropout(dropout)
@@ -97,7 +99,7 @@ class Sequencer(nn.Module):
         """[B, D] vectors of items by their codes [B, K], with what warm items add (row `items` of the domain's embedding)."""
         vectors = F.embedding_bag(self._slots(codes), self.code_embedding.weight, mode="sum")
         if domain in self.item_embedding:
-            own = self.item_embedding[domain].weight
+            own = self.item_embedding[domain].weight * getattr(self, f"warm_{domain}")
             vectors = vectors + (own if items is None else own[items])
         return vectors
 
@@ -191,6 +193,25 @@ def pack(items: np.ndarray, lengths: np.ndarray, masks: np.ndarray) -> tuple[Pac
         groups,
     )
     return packed, order
+
+
+@torch.inference_mode()
+def next_item_queries(model: Sequencer, histories: list[np.ndarray], catalog: Tensor, domain: str) -> Tensor:
+    """[B, D or K * D] query for the item after each history: one masked item appended to its latest items."""
+    device = catalog.device
+    cut = [history[-(model.max_items - 1) :] for history in histories]
+    lengths = np.array([len(history) + 1 for history in cut])
+    ends = np.cumsum(lengths)
+    items = np.zeros(int(ends[-1]), dtype=np.int64)
+    items[np.delete(np.arange(len(items)), ends - 1)] = np.concatenate(cut)
+    masks = np.arange(lengths.max()) == lengths[:, None] - 1
+    packed, order = pack(items, lengths, masks)
+    queries = model(to_device(packed, device), catalog, domain)
+    return queries[torch.from_numpy(np.argsort(order)).to(device)]
+
+
+def to_device(packed: Packed, device: torch.device | str) -> Packed:
+    return Packed(*(tensor.to(device, non_blocking=True) for tensor in packed[:3]), packed.groups)
 
 
 def complexity(num_items: int, width: int, num_layers: int, ffn_width: int, max_items: int, num_levels: int, codebook_size: int) -> dict:

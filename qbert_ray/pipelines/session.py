@@ -71,6 +71,7 @@ def session(address: str | None = None) -> Iterator[None]:
 
 
 def available() -> dict[str, float]:
-    """CPUs and GPUs of the whole cluster."""
+    """CPUs and GPUs of the whole cluster, and the CPUs of its largest node."""
     resources = ray.cluster_resources()
-    return {"CPU": resources.get("CPU", 0.0), "GPU": resources.get("GPU", 0.0)}
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    return {"CPU": resources.get("CPU", 0.0), "GPU": resources.get("GPU", 0.0), "node_CPU": largest}

@@ -1,0 +1,179 @@
+"""`qbert-ray`: one command for the whole run, and one per stage."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from qbert_ray.artifacts import RunDir
+from qbert_ray.config import Config, ConfigError, load_config
+from qbert_ray.console import StageBar, metrics_table, stage_line
+
+app = typer.Typer(
+    name="qbert-ray",
+    help="Semantic IDs and recommendations from a multimodal catalog, on Ray.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Files = Annotated[list[str], typer.Option("--config", "-c", help="YAML overlays, merged left to right.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Single values on top of the files.")]
+
+
+@app.command(rich_help_panel="Whole run")
+def run(
+    config: Files,
+    overrides: Overrides = None,
+    redo: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Redo this stage and all after it.")] = None,
+) -> None:
+    """Do every stage that is not done yet, and show the metrics.
+
+    Example: qbert-ray run -c configs/movielens.yaml data.root=/data/movielens run.dir=runs/movielens
+    """
+    settings = load_config(list(config), list(overrides or []))
+    _run_stages(settings, None, redo)
+    directory = RunDir(settings.run.dir)
+    console.print()
+    console.print(metrics_table(directory.read_json("evaluation/metrics.json")))
+    console.print(f"\nsemantic IDs     {escape(directory.path('semantic_ids'))}")
+    console.print(f"recommendations  {escape(directory.path('recommendations'))}")
+    console.print(f"metrics          {escape(directory.path('evaluation/metrics.json'))}", soft_wrap=True)
+
+
+def _stage_command(name: str, help_text: str) -> Callable[..., None]:
+    def command(
+        config: Files,
+        overrides: Overrides = None,
+        redo: Annotated[bool, typer.Option("--redo", help="Forget this stage and all after it first.")] = False,
+    ) -> None:
+        settings = load_config(list(config), list(overrides or []))
+        _run_stages(settings, name, name if redo else None)
+        if name == "evaluate":
+            console.print(metrics_table(RunDir(settings.run.dir).read_json("evaluation/metrics.json")))
+
+    command.__doc__ = f"{help_text}\n\nExample: qbert-ray {name} -c configs/movielens.yaml run.dir=runs/movielens"
+    return command
+
+
+for _name, _help in {
+    "ingest": "Read the catalog and the interactions: k-core, leave-one-out, sequences.",
+    "features": "Encode texts and pictures; collaborative vectors from training interactions.",
+    "train-fusion": "Stage 1: train the dynamic cross-modal fusion, embed the catalog.",
+    "train-rqvae": "Stage 2: train the residual quantizer.",
+    "assign-ids": "Give every item its semantic ID, without collisions.",
+    "pretrain": "Stage 3: multi-mask pre-training over the source domains.",
+    "finetune": "Stage 3: fine-tune on each target domain.",
+    "evaluate": "Rank every item for every user: hit rate and NDCG beside the floors.",
+    "score": "The k best items for every user.",
+}.items():
+    app.command(_name, rich_help_panel="Stages")(_stage_command(_name, _help))
+
+
+@app.command(rich_help_panel="Looking")
+def validate(config: Files, overrides: Overrides = None) -> None:
+    """Say in one page what is wrong with the input files; nothing is written."""
+    from qbert_ray.pipelines.session import session
+    from qbert_ray.pipelines.validation import format_validation
+    from qbert_ray.pipelines.validation import validate as check
+
+    settings = load_config(list(config), list(overrides or []))
+    with session(settings.compute.address):
+        console.print(format_validation(check(settings)), markup=False)
+
+
+@app.command(rich_help_panel="Looking")
+def describe(
+    config: Files,
+    overrides: Overrides = None,
+    items: Annotated[int, typer.Option(help="Items of the catalog.")] = 6250,
+) -> None:
+    """Parameters and multiply-adds of the sequencer by module, as the paper counts and as they are.
+
+    Example: qbert-ray describe -c configs/paper.yaml --items 6250
+    """
+    from qbert_ray.describe import complexity_table
+
+    settings = load_config(list(config), list(overrides or []))
+    console.print(complexity_table(settings, items))
+
+
+@app.command("demo-data", rich_help_panel="Looking")
+def demo_data(
+    folder: Annotated[Path, typer.Argument(help="Where the shop's files go.")],
+    seed: Annotated[int, typer.Option(help="Another seed, another shop.")] = 0,
+) -> None:
+    """Generate the demo shop: a made-up catalog with pictures, and made-up shoppers."""
+    from qbert_ray.demo import generate
+
+    if (folder / "interactions.parquet").exists():  # written last
+        console.print(f"the demo shop is already in {folder}")
+        return
+    counts = generate(folder, seed)
+    console.print(f"generated a demo shop in {folder}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
+
+
+def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
+    console.print(f"[dim]run directory {escape(config.run.dir)}; starting Ray[/dim]")
+    from qbert_ray.pipelines.session import session
+    from qbert_ray.pipelines.stages import BY_NAME, STAGES, redo_from, run_stage, status
+
+    if redo is not None and redo not in BY_NAME:
+        raise ConfigError(f"--from {redo}: no such stage; the stages are {', '.join(BY_NAME)}")
+    directory = RunDir(config.run.dir)
+    if redo is not None:
+        redo_from(redo, directory, config)
+    stages = [BY_NAME[only]] if only else STAGES
+    for stage in stages:  # refuse a changed config before any work
+        if not stage.skipped(config):
+            status(stage, config, directory)
+    with session(config.compute.address):
+        for stage in stages:
+            known = None if stage.skipped(config) else status(stage, config, directory)
+            started = time.monotonic()
+            with StageBar(console, stage.name) as bar:
+                manifest = run_stage(stage, config, directory, bar)
+            seconds = None if known else time.monotonic() - started
+            console.print(stage_line(stage.name, manifest, seconds, stage.skipped(config)), soft_wrap=True)
+            for warning in manifest.counts.get("warnings", []) if manifest else []:
+                console.print(f"[yellow]! {escape(warning)}[/yellow]", soft_wrap=True)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error that a worker raised, from under Ray's wrappers."""
+    while True:
+        failures = getattr(error, "worker_failures", None)
+        inner = getattr(error, "cause", None) or (next(iter(failures.values())) if failures else None)
+        inner = inner or getattr(error, "_base_exc", None)
+        if not isinstance(inner, BaseException) or inner is error:
+            return error
+        error = inner
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; errors of the user end with one message and exit status 2, others with their traceback."""
+    try:
+        app(args=arguments)
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on from here")
+        sys.exit(130)
+    except Exception as error:
+        cause = _root_cause(error)
+        if not isinstance(cause, (ValueError, FloatingPointError, OSError)):
+            raise
+        errors.print(f"[red]error:[/red] {escape(str(cause))}", soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What a run says to a person: a bar while a stage works, one line when it is done, a table at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qbert_ray.artifacts import Manifest
+
+NAME_WIDTH = 14
+
+
+class StageBar:
+    """The progress of one stage; on something other than a terminal only its last line is printed."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console = console
+        # A terminal redraws the bar; elsewhere (a job's log) bars are noise, so nothing but the final line.
+        self.bars = Progress(
+            SpinnerColumn(),
+            TextColumn(f"{name:<{NAME_WIDTH}}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bars.add_task(name, total=None, note="")
+
+    def __enter__(self) -> StageBar:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def start(self, total: int, done: int = 0) -> None:
+        self.bars.reset(self.task, total=total, completed=done)
+
+    def advance(self, steps: int = 1) -> None:
+        self.bars.advance(self.task, steps)
+
+    def note(self, text: str) -> None:
+        self.bars.update(self.task, note=text)
+
+
+def stage_line(name: str, manifest: Manifest | None, seconds: float | None, why: str | None = None) -> str:
+    """One line on a finished (seconds given), an earlier finished, or a left-out stage (why given)."""
+    if manifest is None:
+        return f"[dim]– {name:<{NAME_WIDTH}} left out: {why}[/dim]"
+    when = f"{seconds:7.1f} s" if seconds is not None else "   done before"
+    return f"[green]✓[/green] {name:<{NAME_WIDTH}}{when}  {_summary(manifest)}"
+
+
+def metrics_table(report: dict[str, Any]) -> Table:
+    """The table of evaluation/metrics.json: models by metrics, both protocols, 95 % intervals of the model's rows."""
+    names = list(next(iter(next(iter(next(iter(report.values()))["protocols"].values())).values())))
+    table = Table(title="every item of the domain ranked; ± is half of the 95 % interval over users", title_justify="left")
+    for header in ("domain", "ranked items", "ranking", *names):
+        table.add_column(header, justify="left" if header in ("domain", "ranked items", "ranking") else "right", no_wrap=True)
+    for domain, content in report.items():
+        for protocol, models in content["protocols"].items():
+            for model, values in models.items():
+                cells = [f"{v['value']:.4f} ±{(v['high'] - v['low']) / 2:.4f}" for v in values.values()]
+                label = {"all": "all", "unseen": "seen removed"}[protocol]
+                table.add_row(domain, label, model.replace("_", "-"), *cells, style="bold" if model == "model" else None)
+            table.add_section()
+    return table
+
+
+def _summary(manifest: Manifest) -> str:
+    counts = manifest.counts
+    match manifest.stage:
+        case "ingest":
+            return "; ".join(_ingested(domain, figures) for domain, figures in counts.items() if isinstance(figures, dict))
+        case "train-fusion":
+            depths = {name[6:]: count for name, count in sorted(counts.items()) if name.startswith("depth_")}
+            return f"{counts['items']:,} items; depth {_spread(depths)}; view distance {counts['metrics']['view_distance']:.2f}"
+        case "train-rqvae":
+            figures = counts["metrics"]
+            usage = " ".join(f"{share:.0%}" for share in figures["codebook_usage"])
+            return f"codebook usage {usage}; error {figures['reconstruction_error']:.2f}; raw collisions {figures['collision_rate']:.1%}"
+        case "assign-ids":
+            return f"{counts['items']:,} semantic IDs, all distinct; {counts['moved']:,} moved"
+        case "pretrain":
+            return f"on {', '.join(counts['domains'])}; validation hr@10 {counts['metrics']['hr@10']:.4f} after {counts['metrics']['epoch'] + 1} epochs"
+        case "finetune":
+            return "; ".join(f"{name}: {figures['epoch'] + 1} epochs" for name, figures in counts["metrics"].items())
+        case "evaluate" | "score":
+            return "; ".join(f"{name}: {figures['users']:,} users" for name, figures in counts.items())
+    return ", ".join(f"{value:,} {name}" for name, value in counts.items() if isinstance(value, int))
+
+
+def _ingested(domain: str, figures: dict[str, Any]) -> str:
+    rejected = sum(figures["items_rejected"].values()) + sum(figures["interactions_rejected"].values())
+    return f"{domain}: {figures['items']:,} items, {figures['users']:,} users, {figures['interactions']:,} interactions, {rejected:,} rows rejected"
+
+
+def _spread(counts: dict[str, int]) -> str:
+    total = sum(counts.values())
+    return " ".join(f"{name}:{count / total:.0%}" for name, count in counts.items())

@@ -1,0 +1,25 @@
+"""How large the sequencer is and what a prediction costs, module by module."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from qbert_ray.config import Config
+from qbert_ray.sequencer import complexity
+
+
+def complexity_table(config: Config, num_items: int) -> Table:
+    """Parameters and multiply-adds (millions) for a catalog of `num_items`, as Table 6 counts and as they are."""
+    s, q = config.sequencer, config.rqvae
+    counts = complexity(num_items, s.width, s.num_layers, s.ffn_width, s.max_items, q.num_levels, q.codebook_size)
+    table = Table(title=f"sequencer with {num_items:,} items, {s.max_items} positions; millions", title_justify="left")
+    table.add_column("module")
+    for header in ("paper: parameters", "paper: multiply-adds", "real: parameters", "real: multiply-adds"):
+        table.add_column(header, justify="right")
+    columns = [counts[way][what] for way in ("paper", "real") for what in ("parameters", "multiply_adds")]
+    for module in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(module, *(f"{column[module] / 1e6:.2f}" if module in column else "" for column in columns))
+    table.add_section()
+    table.add_row("total", *(f"{sum(column.values()) / 1e6:.2f}" for column in columns), style="bold")
+    table.caption = "paper's way: an item-sized tied head, each weight once per position; real: codebooks, attention, head on one position"
+    return table

@@ -1,0 +1,233 @@
+"""The stages in order, what each depends on, and the rules of a rerun.
+
+A finished stage is skipped. A stage whose config changed since is refused, with the key that changed. `redo_from` forgets a
+stage and all after it. What a stage depends on is a list of config sections: `compute` is in none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import yaml
+from pyarrow import fs
+
+from qbert_ray.artifacts import ArtifactError, Manifest, RunDir, resolve
+from qbert_ray.config import Config, flatten
+from qbert_ray.pipelines import tokenization
+from qbert_ray.pipelines.evaluation import evaluate
+from qbert_ray.pipelines.features import extract_features
+from qbert_ray.pipelines.ingest import ingest
+from qbert_ray.pipelines.scoring import score
+from qbert_ray.pipelines.session import Progress
+from qbert_ray.pipelines.tasks import FusionTask, RqvaeTask, SequencerTask
+from qbert_ray.pipelines.training import fit
+
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    Args:
+        folder: where its outputs are, in the run directory.
+        config: sections, or dotted paths, that its outputs depend on.
+        inputs: stages whose outputs it reads.
+        keeps: restarts part by part or from a checkpoint, so what is there stays; others start over.
+        skipped: why there is nothing to do under a config; None where there is.
+    """
+
+    name: str
+    folder: str
+    work: Callable[[Config, RunDir, Progress], dict[str, Any]]
+    config: tuple[str, ...]
+    inputs: tuple[str, ...]
+    keeps: bool = True
+    skipped: Callable[[Config], str | None] = lambda config: None
+
+
+def _given_ids(config: Config) -> str | None:
+    return "semantic IDs are given" if config.data.semantic_ids else None
+
+
+def train_fusion(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+    """Stage 1: the model, then the embeddings of the catalog."""
+    metrics = fit(FusionTask, {"config": config, "run": run}, config.compute.fusion, config.fusion.microbatches, run, "fusion", progress)
+    counts = tokenization.embed_catalog(config, run, progress)
+    depths = {name: count for name, count in counts.items() if name.startswith("depth_")}
+    warnings = []
+    if config.fusion.dynamic and max(depths.values()) > 0.98 * counts["items"] and counts["items"] > 20:
+        warnings.append(f"the fusion depth collapsed: {max(depths, key=depths.get)} takes {max(depths.values())} of {counts['items']} items; try another fusion.ponder_weight")
+    if metrics.get("view_distance", 0.0) > 1.6:  # 2 is what unrelated unit vectors have
+        warnings.append(f"modalities hardly align: mean squared distance {metrics['view_distance']:.2f} of at most 4; train fusion for more epochs")
+    return counts | {"metrics": metrics, "warnings": warnings}
+
+
+def train_rqvae(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+    """Stage 2: the quantizer."""
+    metrics = fit(RqvaeTask, {"config": config, "run": run}, config.compute.rqvae, config.rqvae.microbatches, run, "rqvae", progress)
+    return {"metrics": metrics}
+
+
+def pretrain(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+    """Stage 3, first half: multi-mask pre-training over the source domains."""
+    domains = config.pretrain.domains or config.data.sources or config.data.targets
+    unknown = set(domains) - set(config.data.domains)
+    if unknown:
+        raise ValueError(f"pretrain.domains names {sorted(unknown)}; data.domains has {list(config.data.domains)}")
+    arguments = {"config": config, "run": run, "domains": domains, "settings": config.pretrain}
+    return {"domains": domains, "metrics": fit(SequencerTask, arguments, config.compute.pretrain, config.pretrain.microbatches, run, "pretrain", progress)}
+
+
+def finetune(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+    """Stage 3, second half: each target domain from the pre-trained weights."""
+    start = "pretrain/model" if config.pretrain.enabled else None
+    counts = {}
+    for domain in config.data.targets:
+        folder = f"finetune/{domain}"
+        progress.note(domain)
+        arguments = {"config": config, "run": run, "domains": [domain], "settings": config.finetune, "start": start}
+        counts[domain] = fit(SequencerTask, arguments, config.compute.finetune, config.finetune.microbatches, run, folder, progress)
+    return {"metrics": counts}
+
+
+_INGEST = ("data.root", "data.domains", "data.min_interactions", "data.min_item_interactions", "data.min_rating", "data.rows_per_part")
+_SEQUENCER = ("run.seed", "sequencer", "pretrain")
+STAGES = (
+    Stage("ingest", "ingest", ingest, _INGEST, (), keeps=False),
+    Stage("features", "features", extract_features, ("features",), ("ingest",), skipped=_given_ids),
+    Stage("train-fusion", "fusion", train_fusion, ("run.seed", "fusion"), ("features",), skipped=_given_ids),
+    Stage("train-rqvae", "rqvae", train_rqvae, ("run.seed", "rqvae"), ("train-fusion",), skipped=_given_ids),
+    Stage("assign-ids", "semantic_ids", tokenization.assign_ids, ("data.semantic_ids",), ("ingest", "train-rqvae")),
+    Stage(
+        "pretrain",
+        "pretrain",
+        pretrain,
+        _SEQUENCER,
+        ("assign-ids",),
+        skipped=lambda config: None if config.pretrain.enabled else "pretrain.enabled is false",
+    ),
+    Stage("finetune", "finetune", finetune, ("run.seed", "sequencer", "finetune", "pretrain.enabled"), ("assign-ids", "pretrain")),
+    Stage("evaluate", "evaluation", evaluate, ("evaluation",), ("finetune",)),
+    Stage("score", "recommendations", score, ("score",), ("finetune",)),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def depends_on(stage: Stage, config: Config) -> dict[str, Any]:
+    """Dotted path -> value of the config that a stage's outputs depend on."""
+    leaves = flatten(config.model_dump(mode="json"))
+    return {path: value for path, value in leaves.items() if any(path == key or path.startswith(f"{key}.") for key in stage.config)}
+
+
+def status(stage: Stage, config: Config, run: RunDir) -> Manifest | None:
+    """The manifest of a finished stage; None where it is still to do.
+
+    Raises:
+        ArtifactError: it was done with another config, or from other inputs.
+    """
+    done = Manifest.load(run, stage.folder)
+    if done is None:
+        return None
+    wanted = depends_on(stage, config)
+    changed = [path for path in sorted(set(wanted) | set(done.config)) if wanted.get(path) != done.config.get(path)]
+    if changed:
+        lines = "\n".join(f"  {path}: made with {done.config.get(path)!r}, now {wanted.get(path)!r}" for path in changed[:5])
+        raise ArtifactError(
+            f"{run.uri}/{stage.folder} was made with another config:\n{lines}\nredo it with --from {stage.name}, or choose another run.dir"
+        )
+    stale = [name for name, fingerprint in _input_fingerprints(stage, config, run).items() if done.inputs.get(name) != fingerprint]
+    if stale:
+        raise ArtifactError(f"{run.uri}/{stage.folder} was made from other outputs of {', '.join(stale)}; redo it with --from {stage.name}")
+    return done
+
+
+def run_stage(stage: Stage, config: Config, run: RunDir, progress: Progress) -> Manifest | None:
+    """Do a stage unless it is done; its manifest, or None where the config leaves it out.
+
+    Raises:
+        ArtifactError: an input stage is not done, or the outputs there were made differently.
+    """
+    if stage.skipped(config):
+        return None
+    done = status(stage, config, run)
+    if done is not None:
+        return done
+    for name in stage.inputs:
+        source = BY_NAME[name]
+        if not source.skipped(config) and Manifest.load(run, source.folder) is None:
+            raise ArtifactError(f"{stage.name} needs {name}, which is not done in {run.uri}; run it first: qbert-ray {name}")
+    manifest = Manifest(stage.name, depends_on(stage, config), _input_fingerprints(stage, config, run), _version())
+    _forget_unfinished(stage, manifest, run)
+    if not run.exists("config.yaml"):
+        run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    started = time.monotonic()
+    manifest.counts = stage.work(config, run, progress)
+    manifest.seconds = round(time.monotonic() - started, 2)
+    manifest.save(run, stage.folder)
+    run.delete(f"{stage.folder}/{_STARTED}")
+    return manifest
+
+
+def redo_from(name: str, run: RunDir, config: Config) -> list[str]:
+    """Forget a stage and all after it; the names of those that were there."""
+    later = STAGES[STAGES.index(BY_NAME[name]) :]
+    there = [stage.name for stage in later if run.list(stage.folder) or run.exists(stage.folder)]
+    for stage in reversed(later):  # the last first, so that a cut leaves a run that is consistent
+        run.delete(f"{stage.folder}/manifest.json")
+        run.delete(stage.folder)
+    run.delete("config.yaml")
+    return there
+
+
+_STARTED = "started.json"
+
+
+def _forget_unfinished(stage: Stage, manifest: Manifest, run: RunDir) -> None:
+    """Leave what an earlier try of exactly this stage can go on from; remove anything else."""
+    marker = f"{stage.folder}/{_STARTED}"
+    same = run.exists(marker) and run.read_json(marker) == {"fingerprint": manifest.fingerprint}
+    if not (same and stage.keeps):
+        run.delete(stage.folder)
+    run.write_json(marker, {"fingerprint": manifest.fingerprint})
+
+
+def _input_fingerprints(stage: Stage, config: Config, run: RunDir) -> dict[str, str]:
+    inputs = {}
+    for name in stage.inputs:
+        source = BY_NAME[name]
+        manifest = None if source.skipped(config) else Manifest.load(run, source.folder)
+        if manifest is not None:
+            inputs[name] = manifest.fingerprint
+    if stage.name == "ingest":
+        inputs |= _file_fingerprints(config)
+    return inputs
+
+
+def _file_fingerprints(config: Config) -> dict[str, str]:
+    """Size and time of the input files, so that changed data is noticed."""
+    found = {}
+    for name, domain in config.data.domains.items():
+        for field in ("items", "interactions"):
+            uri = getattr(domain, field)
+            uri = uri if "://" in uri or os.path.isabs(uri) else f"{config.data.root.rstrip('/')}/{uri}"
+            if "*" in uri:
+                continue
+            filesystem, path = resolve(uri)
+            info = filesystem.get_file_info(path)
+            if info.type == fs.FileType.File:
+                found[f"data.domains.{name}.{field}"] = f"{info.size} bytes, {info.mtime_ns}"
+    return found
+
+
+def _version() -> str:
+    try:
+        return version("qbert-ray")
+    except PackageNotFoundError:
+        return "unknown"
+
+

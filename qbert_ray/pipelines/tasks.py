@@ -1,0 +1,263 @@
+"""What differs between the three trainings; `training.Loop` does the rest.
+
+Each task is built in the worker from the run directory and a `Config`, holds its inputs in memory, and makes its batches
+from (seed, epoch) alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qbert_ray import columns, metrics
+from qbert_ray.artifacts import RunDir
+from qbert_ray.config import Config, SequenceTraining
+from qbert_ray.fusion import DynamicFusion, alignment_loss, view_distance
+from qbert_ray.masking import draw_masks, uniform
+from qbert_ray.ranking import ranks
+from qbert_ray.rqvae import RQVAE, normalised_error
+from qbert_ray.sequencer import Sequencer, next_item_queries, pack, to_device
+
+SAMPLE = 4096  # items that the metrics of stage 1 are taken over
+ID_DROPOUT_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 1, 2, 3  # keep draws for different purposes apart
+
+
+class Features:
+    """features/<modality>: the vectors of some items."""
+
+    def __init__(self, run: RunDir, part: str | None = None) -> None:
+        self.vectors: dict[str, np.ndarray] = {}  # modality -> [N, J, F]
+        self.present: dict[str, np.ndarray] = {}  # modality -> [N, J]
+        for modality in ("text", "image", "structure"):
+            if not run.parts(f"features/{modality}"):
+                continue
+            table = run.read_part(f"features/{modality}", part) if part else self._all(run, modality)
+            self.vectors[modality] = columns.to_numpy(table["vectors"])
+            self.present[modality] = columns.to_numpy(table["present"])
+            self.table = table.select([columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX])
+
+    @staticmethod
+    def _all(run: RunDir, modality: str) -> Any:
+        return run.read(f"features/{modality}", columns=[columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX, "vectors", "present"])
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {name: vectors.shape[-1] for name, vectors in self.vectors.items()}
+
+    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return tuple({name: torch.from_numpy(array[rows]).to(device) for name, array in source.items()} for source in (self.vectors, self.present))
+
+
+class FusionTask:
+    """Stage 1, Eq. 5."""
+
+    criterion = None
+
+    def __init__(self, config: Config, run: RunDir) -> None:
+        self.settings, self.seed = config.fusion, config.run.seed
+        self.features = Features(run)
+        self.num_items = self.features.table.num_rows
+
+    def description(self) -> dict[str, Any]:
+        s = self.settings
+        names = ("width", "num_layers", "num_heads", "ffn_width", "dropout", "dynamic", "halt_threshold", "temperature")
+        return {"num_items": self.num_items, "feature_widths": self.features.widths} | {name: getattr(s, name) for name in names}
+
+    def build(self) -> nn.Module:
+        return DynamicFusion(**self.description())
+
+    def begin_epoch(self, model: nn.Module, epoch: int) -> None:
+        pass
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        return shuffled_batches(self.num_items, self.settings.batch_size, self.seed, epoch)
+
+    def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+        hidden = uniform(self.seed + ID_DROPOUT_STREAM, epoch, samples, 1)[:, 0] < self.settings.id_dropout
+        item = torch.from_numpy(np.where(hidden, model.unknown, samples)).to(device)
+        fused = model(item, *self.features.batch(samples, device))
+        s = self.settings
+        losses = alignment_loss(fused, s.contrast_temperature, s.consistency_weight, s.ponder_weight)
+        return losses["loss"] * len(samples), float(len(samples))
+
+    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+        rows = np.arange(min(self.num_items, SAMPLE))
+        fused = model(torch.from_numpy(rows).to(device), *self.features.batch(rows, device))
+        histogram = torch.bincount(fused.depth, minlength=self.settings.num_layers + 1)[1:].tolist()
+        return {
+            "view_distance": float(view_distance(fused)),
+            "mean_depth": float(fused.depth.float().mean()),
+            "mean_gate": float(fused.gate.mean()),
+            "depth_histogram": histogram,
+        }
+
+
+class RqvaeTask:
+    """Stage 2, Eq. 6-9."""
+
+    criterion = None
+
+    def __init__(self, config: Config, run: RunDir) -> None:
+        self.settings, self.seed = config.rqvae, config.run.seed
+        table = run.read("fusion/embeddings", columns=["embedding"])
+        self.embeddings = torch.from_numpy(columns.to_numpy(table["embedding"]).copy())
+
+    def description(self) -> dict[str, Any]:
+        names = ("hidden", "num_levels", "codebook_size", "codebook_dim", "commitment_weight")
+        return {"width": self.embeddings.shape[1]} | {name: getattr(self.settings, name) for name in names}
+
+    def build(self) -> nn.Module:
+        model = RQVAE(**self.description())
+        model.standardise(self.embeddings)
+        return model
+
+    def begin_epoch(self, model: Any, epoch: int) -> None:
+        if epoch < self.settings.warmup_epochs:
+            return
+        latent = torch.cat([model.encode(piece.to(model.mean.device)) for piece in self.embeddings.split(SAMPLE)])
+        if epoch == self.settings.warmup_epochs:
+            model.quantizer.start(latent, self.seed)
+        elif epoch < self.settings.epochs - 1:  # the last epoch settles what was moved
+            model.quantizer.reseed(latent, self.seed + epoch)
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        return shuffled_batches(len(self.embeddings), self.settings.batch_size, self.seed, epoch)
+
+    def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+        batch = self.embeddings[torch.from_numpy(samples)].to(device)
+        return model(batch, quantize=epoch >= self.settings.warmup_epochs)["loss"] * len(samples), float(len(samples))
+
+    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+        pieces = [piece.to(device) for piece in self.embeddings.split(SAMPLE)]
+        codes = torch.cat([model.quantizer(model.encode(piece)).codes for piece in pieces]).cpu().numpy()
+        return {
+            "reconstruction_error": float(normalised_error(model, pieces[0])),
+            "collision_rate": metrics.collision_rate(codes),
+            "codebook_usage": metrics.codebook_usage(codes, self.settings.codebook_size),
+            "perplexity": metrics.perplexity(codes, self.settings.codebook_size),
+        }
+
+
+class SequencerTask:
+    """Stage 3, Eq. 11: pre-training over several domains, or fine-tuning on one."""
+
+    criterion = ("ndcg@10", 1.0)
+
+    def __init__(self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None) -> None:
+        self.config, self.settings, self.seed, self.run, self.start = config, settings, config.run.seed, run, start
+        self.domains = domains
+        self.catalogs = {name: catalog_codes(run, name) for name in domains}
+        self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
+        self.codebook_size = run.read_json("semantic_ids/manifest.json")["counts"]["codebook_size"]
+
+    def description(self) -> dict[str, Any]:
+        s = self.config.sequencer
+        names = ("width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature")
+        return {
+            "num_levels": int(self.catalogs[self.domains[0]].shape[1]),
+            "codebook_size": self.codebook_size,
+            "warm_items": {name: len(self.catalogs[name]) for name in self.domains} if s.item_embedding else {},
+        } | {name: getattr(s, name) for name in names}
+
+    def build(self) -> nn.Module:
+        model = Sequencer(**self.description())
+        for name in self.domains if self.config.sequencer.item_embedding else []:
+            counts = np.bincount(self.sequences[name].items, minlength=len(self.catalogs[name]))
+            getattr(model, f"warm_{name}").copy_(torch.from_numpy(counts > 0)[:, None])
+        if self.start:
+            tensors, _ = self.run.load_model(self.start)
+            known = model.state_dict()
+            model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in known}, strict=False)
+        return model
+
+    def begin_epoch(self, model: nn.Module, epoch: int) -> None:
+        pass
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Rows of (domain, user, begin, end, sample): each batch of one domain, the domains' batches shuffled together."""
+        batches: list[np.ndarray] = []
+        for number, name in enumerate(self.domains):
+            windows = self._windows(number, name, epoch)
+            batches += [windows[rows] for rows in shuffled_batches(len(windows), self.settings.batch_size, self.seed + number, epoch)]
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(batches))
+        return [batches[place] for place in order]
+
+    def _windows(self, number: int, name: str, epoch: int) -> np.ndarray:
+        """Windows of at most `max_items` training items: the latest of each user, and earlier ones at places that vary by epoch."""
+        indptr, size = self.sequences[name].indptr, self.config.sequencer.max_items
+        lengths = np.diff(indptr)
+        users = np.repeat(np.arange(len(lengths)), np.where(lengths > 1, -(-lengths // size), 0))
+        place = np.arange(len(users)) - np.searchsorted(users, users)
+        sample = users * 1024 + np.minimum(place, 1023) + number * 2**40
+        shift = np.floor(uniform(self.seed + WINDOW_STREAM, epoch, sample, 1)[:, 0] * size).astype(np.int64)
+        end = np.where(place == 0, lengths[users], np.maximum(lengths[users] - place * size + shift, np.minimum(lengths[users], size)))
+        begin = np.maximum(end - size, 0)
+        return np.stack([np.full(len(users), number), users, indptr[users] + begin, indptr[users] + end, sample], axis=1)
+
+    def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+        name = self.domains[samples[0, 0]]
+        begin, end = samples[:, 2], samples[:, 3]
+        lengths = end - begin
+        first = np.cumsum(lengths) - lengths
+        items = self.sequences[name].items[np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))]
+        s = self.settings
+        masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, dict(s.masks), dict(s.mask_ratio), s.last_item_share)
+        batch, _ = pack(items, lengths, masks)
+        batch, catalog = to_device(batch, device), self._catalog(name, device)
+        query = model(batch, catalog, name)
+        return model.loss(query, batch.items[batch.masked], catalog, name), float(len(query))
+
+    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+        """Ranks of the validation items among the whole catalog, averaged over domains."""
+        values = []
+        for name in self.domains:
+            sequences = self.sequences[name]
+            users = np.flatnonzero(sequences.valid >= 0)
+            most = getattr(self.settings, "validation_users", SAMPLE)
+            users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
+            if len(users):
+                rank = rank_targets(model, self._catalog(name, device), name, [sequences.history(u, "valid") for u in users], sequences.valid[users])
+                values.append([metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()])
+        hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
+        return {"hr@10": float(hit_rate), "ndcg@10": float(ndcg)}
+
+    def _catalog(self, name: str, device: torch.device) -> Tensor:
+        return torch.from_numpy(self.catalogs[name]).to(device)
+
+
+def rank_targets(model: Sequencer, catalog: Tensor, domain: str, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 512) -> np.ndarray:
+    """[B] rank of each target among the whole catalog after its history."""
+    vectors, bias = model.catalog_vectors(catalog, domain)
+    result = []
+    for begin in range(0, len(histories), batch_size):
+        queries = next_item_queries(model, histories[begin : begin + batch_size], catalog, domain)
+        target = torch.from_numpy(targets[begin : begin + batch_size]).to(catalog.device)
+        result.append(ranks(model.scores(queries, vectors, bias), target).cpu().numpy())
+    return np.concatenate(result)
+
+
+def catalog_codes(run: RunDir, domain: str) -> np.ndarray:
+    """[N, K] codes of a domain's items in the order of item_index."""
+    table = run.read("semantic_ids", domain, [columns.ITEM_INDEX, "codes"])
+    codes = table["codes"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1).astype(np.int64)
+    order = np.argsort(table[columns.ITEM_INDEX].to_numpy())
+    return codes[order]
+
+
+def shuffled_batches(size: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Batches of about equal size, at most batch_size, in an order that follows from seed and epoch."""
+    order = np.random.default_rng([seed, epoch]).permutation(size)
+    return np.array_split(order, max(1, -(-size // batch_size)))
+
+
+def load_sequencer(run: RunDir, domain: str) -> Sequencer:
+    """The fine-tuned sequencer of a domain, ready to rank."""
+    tensors, description = run.load_model(f"finetune/{domain}/model")
+    model = Sequencer(**description)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+

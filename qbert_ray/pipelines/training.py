@@ -1,0 +1,356 @@
+"""One training loop for the three trainings, run by Ray Train.
+
+A task says what differs: the model, the batches of an epoch, the loss, the metrics. The loop cuts every global batch into
+microbatches, each with a random state of its own, and workers share them out; gradients and weights are summed before the
+division. So any number of workers gives the same model, up to the order of floating-point additions.
+
+Rank 0 writes the model into the run directory; checkpoints (safetensors and JSON) live beside it while a training runs, and
+a run that was killed goes on from the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qbert_ray.artifacts import RunDir
+from qbert_ray.config import Training, Workers
+from qbert_ray.pipelines.session import Progress, available
+
+CHECKPOINTS_PER_TRAINING = 10
+MOST_THREADS = 16  # more do not speed up models of this size
+
+
+class Task(Protocol):
+    """What differs between trainings."""
+
+    settings: Training
+    seed: int
+    criterion: tuple[str, float] | None  # metric that picks the best epoch, and +1 where more is better; None: the last epoch
+
+    def build(self) -> nn.Module:
+        """The model with its starting weights; seeded by the loop."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """JSON that rebuilds the model."""
+        ...
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Samples of each global batch; the same on every worker."""
+        ...
+
+    def loss(self, model: nn.Module, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+        """Summed loss of some samples, and what to divide the sum over the batch by."""
+        ...
+
+    def begin_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Changes of the weights outside of gradients, made on rank 0."""
+        ...
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+        """Metrics after an epoch, computed on rank 0."""
+        ...
+
+
+def fit(
+    make_task: Callable[..., Task], arguments: dict[str, Any], workers: Workers, microbatches: int, run: RunDir, folder: str, progress: Progress
+) -> dict[str, Any]:
+    """Train on Ray and leave `<folder>/model` and `<folder>/metrics.jsonl` in the run directory; the last epoch's metrics.
+
+    Raises:
+        ValueError: more workers than microbatches, or than the cluster carries.
+    """
+    if run.exists(f"{folder}/model/model.json"):  # an earlier try was cut after the training
+        return _last_metrics(run, folder)
+    scaling = scaling_config(workers, microbatches, folder)
+    board = Board.remote()
+    config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board, "threads": scaling.resources_per_worker["CPU"]}
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config=config,
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=run.path(folder),
+            storage_filesystem=run.filesystem,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    run.filesystem.create_dir(run.path(folder), recursive=True)
+    with _watch(board, progress):
+        trainer.fit()
+    run.delete(f"{folder}/checkpoints")
+    return _last_metrics(run, folder)
+
+
+def _last_metrics(run: RunDir, folder: str) -> dict[str, Any]:
+    return json.loads(run.read_bytes(f"{folder}/metrics.jsonl").splitlines()[-1])
+
+
+def scaling_config(workers: Workers, microbatches: int, folder: str) -> ScalingConfig:
+    """Ray's ScalingConfig, checked against the cluster so that a run fails at once rather than waits for ever."""
+    if workers.num_workers > microbatches:
+        raise ValueError(f"{folder}: {workers.num_workers} workers share {microbatches} microbatches of a batch; raise microbatches to at least that")
+    resources = available()
+    use_gpu = workers.use_gpu if workers.use_gpu is not None else resources["GPU"] >= workers.num_workers
+    cpus = workers.cpus_per_worker or max(1, min(MOST_THREADS, resources["node_CPU"], resources["CPU"] // workers.num_workers))
+    needed = {"CPU": workers.num_workers * cpus, "GPU": workers.num_workers * use_gpu}
+    lacking = [f"{amount:g} {name} (the cluster has {resources[name]:g})" for name, amount in needed.items() if amount > resources[name]]
+    if lacking:
+        raise ValueError(f"{folder}: compute asks for {workers.num_workers} workers, in all {' and '.join(lacking)}")
+    return ScalingConfig(num_workers=workers.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}))
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where rank 0 writes how far it is, and the driver reads it."""
+
+    def __init__(self) -> None:
+        self.state = (0, 0, "")
+
+    def write(self, total: int, done: int, note: str) -> None:
+        self.state = (total, done, note)
+
+    def read(self) -> tuple[int, int, str]:
+        return self.state
+
+
+class _watch:  # noqa: N801 - a context manager
+    """Carries the board's state to the progress while a training runs."""
+
+    def __init__(self, board: Any, progress: Progress) -> None:
+        self.board, self.progress, self.stop = board, progress, threading.Event()
+        self.thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        ray.kill(self.board)
+
+    def _poll(self) -> None:
+        seen, started = 0, False
+        while not self.stop.wait(0.5):
+            try:
+                total, done, note = ray.get(self.board.read.remote())
+            except ray.exceptions.RayError:
+                continue
+            if total and not started:
+                self.progress.start(total, done)
+                started, seen = True, done
+            if done > seen:
+                self.progress.advance(done - seen)
+                seen = done
+            if note:
+                self.progress.note(note)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, int(config["threads"])))
+    loop = Loop(config["make_task"](**config["arguments"]), get_device(), context.get_world_rank(), context.get_world_size())
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint:
+        with checkpoint.as_directory() as directory:
+            loop.restore(Path(directory))
+    run, folder, board = config["run"], config["folder"], config["board"]
+    epochs = loop.task.settings.epochs
+    every = max(1, epochs // CHECKPOINTS_PER_TRAINING)
+    while not loop.finished:
+        loop.run_epoch()
+        if loop.rank == 0:
+            ray.get(board.write.remote(epochs, epochs if loop.finished else loop.epoch, _line(loop.log[-1])))
+        if loop.finished and loop.rank == 0:
+            publish(loop, run, folder)
+        if loop.finished or loop.epoch % every == 0:
+            with tempfile.TemporaryDirectory() as directory:
+                if loop.rank == 0:
+                    loop.save(Path(directory))
+                ray.train.report({"epoch": loop.epoch}, ray.train.Checkpoint.from_directory(directory) if loop.rank == 0 else None)
+    if checkpoint and loop.rank == 0:  # killed between the last checkpoint and the model
+        publish(loop, run, folder)
+
+
+def publish(loop: Loop, run: RunDir, folder: str) -> None:
+    """Leave the trained model and the log of its epochs in the run directory."""
+    run.write_bytes(f"{folder}/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in loop.log).encode())
+    run.save_model(f"{folder}/model", loop.best or loop.weights(), loop.task.description())
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float) and name != "seconds")
+
+
+class Loop:
+    """Epochs of one task on one worker; no Ray inside."""
+
+    def __init__(self, task: Task, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
+        self.task, self.device, self.rank, self.world_size = task, device, rank, world_size
+        settings = task.settings
+        torch.manual_seed(task.seed)
+        self.model = task.build().to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.average: dict[str, Tensor] | None = None
+        if settings.averaging:
+            self.average = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.best: dict[str, Tensor] = {}
+        self.best_value: float | None = None
+        self.epoch = self.step = self.waited = 0
+        self.log: list[dict[str, Any]] = []
+
+    @property
+    def finished(self) -> bool:
+        patience = self.task.settings.patience
+        return self.epoch >= self.task.settings.epochs or (patience is not None and self.waited >= patience)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is evaluated and kept: the averaged weights where they are on."""
+        return {name: tensor.detach() for name, tensor in (self.average or self.model.state_dict()).items()}
+
+    def run_epoch(self) -> None:
+        if self.rank == 0:
+            with torch.no_grad():
+                self.task.begin_epoch(self.model, self.epoch)
+        self._broadcast_weights()
+        self.model.train()
+        total, weight = 0.0, 0.0
+        for samples in self.task.batches(self.epoch):
+            loss, size = self._step(samples)
+            total, weight = total + loss, weight + size
+        metrics = {"epoch": self.epoch, "train_loss": total / max(weight, 1e-12)}
+        self.epoch += 1
+        if self.rank == 0:
+            metrics |= self._evaluate()
+            self._keep_best(metrics)
+        self.log.append(metrics)
+        self._agree()
+
+    def _step(self, samples: np.ndarray) -> tuple[float, float]:
+        """One update from a global batch; its summed loss and weight over all workers."""
+        settings = self.task.settings
+        self.optimizer.zero_grad(set_to_none=False)
+        total, weight = torch.zeros((), device=self.device), 0.0
+        for number, piece in enumerate(np.array_split(samples, settings.microbatches)):
+            if number % self.world_size != self.rank or not len(piece):
+                continue
+            torch.manual_seed(hash((self.task.seed, self.step, number)) % 2**63)
+            loss, size = self.task.loss(self.model, piece, self.epoch, self.device)
+            if size:
+                loss.backward()
+                total, weight = total + loss.detach(), weight + size
+        loss_sum, weight = self._sum_gradients(float(total), weight)
+        warm = min(1.0, (self.step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * warm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient is not finite at step {self.step}: lower learning_rate, or look for NaN in the input vectors")
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None:
+            decay = min(settings.averaging, self.step / (self.step + 10))  # short memory while there is little to remember
+            for name, tensor in self.model.state_dict().items():
+                if tensor.is_floating_point():
+                    self.average[name].lerp_(tensor, 1 - decay)
+        return loss_sum, weight
+
+    def _sum_gradients(self, loss: float, weight: float) -> tuple[float, float]:
+        """Divide the gradients, summed over all workers, by the summed weight."""
+        for parameter in self.model.parameters():
+            if parameter.grad is None:  # unused by this worker's pieces, perhaps not by others'
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        if self.world_size > 1:
+            sums = torch.tensor([loss, weight], dtype=torch.float64)
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            sums = sums.to(self.device if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(sums)
+            loss, weight = sums.tolist()
+            offset = 0
+            for gradient in gradients:
+                gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+                offset += gradient.numel()
+        for gradient in gradients:
+            gradient.div_(max(weight, 1e-12))
+        return loss, weight
+
+    def _evaluate(self) -> dict[str, Any]:
+        kept = None
+        if self.average is not None:
+            kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self.model.load_state_dict(self.average)
+        self.model.eval()
+        with torch.inference_mode():
+            metrics = self.task.evaluate(self.model, self.device)
+        if kept is not None:
+            self.model.load_state_dict(kept)
+        return metrics
+
+    def _keep_best(self, metrics: dict[str, Any]) -> None:
+        if self.task.criterion is None or self.task.criterion[0] not in metrics:
+            return
+        name, sign = self.task.criterion
+        if self.best_value is None or sign * metrics[name] > sign * self.best_value:
+            self.best_value, self.waited = metrics[name], 0
+            self.best = {key: tensor.clone() for key, tensor in self.weights().items()}
+        else:
+            self.waited += 1
+
+    def _agree(self) -> None:
+        """Every worker stops at the same epoch: rank 0 says how long it has waited."""
+        if self.world_size > 1:
+            waited = torch.tensor([self.waited], device=self.device if dist.get_backend() == "nccl" else "cpu")
+            dist.broadcast(waited, 0)
+            self.waited = int(waited)
+
+    def _broadcast_weights(self) -> None:
+        if self.world_size > 1:
+            for tensor in self.model.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def save(self, directory: Path) -> None:
+        """A checkpoint from which `restore` goes on exactly."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in (self.average or {}).items()}
+        for number, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(tensor) for name, tensor in values.items()}
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, directory / "state.safetensors")
+        state = {"epoch": self.epoch, "step": self.step, "waited": self.waited, "best_value": self.best_value, "log": self.log}
+        (directory / "state.json").write_text(json.dumps(state))
+
+    def restore(self, directory: Path) -> None:
+        state = json.loads((directory / "state.json").read_text())
+        self.epoch, self.step, self.waited = state["epoch"], state["step"], state["waited"]
+        self.best_value, self.log = state["best_value"], state["log"]
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "average": {}, "optimizer": {}}
+        for name, tensor in load_file(directory / "state.safetensors", device=str(self.device)).items():
+            group, _, rest = name.partition(".")
+            groups[group][rest] = tensor
+        self.model.load_state_dict(groups["model"])
+        self.best = groups["best"]
+        self.average = groups["average"] or None
+        optimizer = self.optimizer.state_dict()
+        for name, tensor in groups["optimizer"].items():
+            number, _, key = name.partition(".")
+            optimizer["state"].setdefault(int(number), {})[key] = tensor.cpu() if key == "step" else tensor
+        self.optimizer.load_state_dict(optimizer)
