@@ -1,0 +1,273 @@
+"""The user's files become the tables of a run: catalog, sequences, interactions, and every rejected row with its reason.
+
+Files are read fragment by fragment with Ray Data; interactions go through `partitions`; the tables are written part by part
+in tasks. Only the catalog's IDs and one number per item ever reach the driver. Each order below is that of a hash, so blocks
+and workers cannot change the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import ray
+from pyarrow import fs
+from ray.exceptions import RayTaskError
+
+from qbert_ray.artifacts import RunDir, resolve
+from qbert_ray.columns import DOMAIN, INTERACTIONS, ITEM_ID, ITEM_INDEX, ITEMS, RATING, REJECTED, SEQUENCES, TIMESTAMP, USER_ID
+from qbert_ray.config import Config
+from qbert_ray.pipelines.partitions import CODE, ITEM_SALT, USER, Core, Partition, core, partition, survivors
+from qbert_ray.pipelines.session import Progress
+from qbert_ray.readers import REASON, ROW, Fragment
+from qbert_ray.rows import UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
+from qbert_ray.sources import POSITION, Source, SourceError, open_source
+
+ROWS_PER_PARTITION, MAX_TASKS = 500_000, 64
+BYTES_PER_TASK = 128 << 20  # of the catalog
+GROUP = "_group"
+
+
+def ingest(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+    """Write ingest/items, sequences, interactions and rejected; returns the counts of each domain.
+
+    Raises:
+        SourceError: a domain's files cannot be used, or nothing is left of them.
+    """
+    progress.start(4 * len(config.data.domains))
+    return {name: ingest_domain(config, name, run, progress) for name in config.data.domains}
+
+
+def ingest_domain(
+    config: Config, name: str, run: RunDir, progress: Progress, rows_per_partition: int = ROWS_PER_PARTITION
+) -> dict[str, Any]:
+    """One domain of `ingest`; other partitions change where parts of the users' tables end, never rows or their order."""
+    data, domain = config.data, config.data.domains[name]
+    items = open_source(data.root, name, "items", domain)
+    interactions = open_source(data.root, name, "interactions", domain, needs_rating=data.min_rating is not None)
+    item_rows = _read(items, read_items, domain=domain, root=_local(data.root))
+    catalog = _catalog(items, item_rows.to_arrow_refs())
+    progress.advance()
+
+    rows = _read(interactions, read_interactions, min_rating=data.min_rating)
+    num_rows, num_tasks = rows.count(), _clamp(rows.count() / rows_per_partition, 1, MAX_TASKS)
+    partitions = partition(rows.to_arrow_refs(), ray.put(catalog), num_tasks)
+    del rows
+    progress.advance()
+
+    min_item = data.min_interactions if data.min_item_interactions is None else data.min_item_interactions
+    left = core(partitions, len(catalog), data.min_interactions, min_item)
+    if not sum(left.users):
+        raise SourceError(f"domain {name}: nothing is left of {num_rows:,} interactions; {_most_rejected(partitions)}")
+    progress.advance()
+
+    counts = Writer(run, name, catalog, left, data.rows_per_part, data.min_interactions).write(item_rows, partitions)
+    progress.advance()
+    counts = {"items_read": item_rows.count(), "interactions_read": num_rows, **counts, "core_rounds": left.rounds}
+    for table in ("items", "interactions"):
+        assert counts[f"{table}_read"] == counts[table] + sum(counts[f"{table}_rejected"].values()), f"{table} lost rows: {counts}"
+    return counts
+
+
+def read_items(batch: dict[str, np.ndarray], source: Source, fragments: list[tuple[int, Fragment]], **arguments: Any) -> Iterator[pa.Table]:
+    """Ray Data UDF: numbers of fragments -> their normalised rows."""
+    for number in batch["fragment"]:
+        file, fragment = fragments[number]
+        for raw in source.read(file, fragment):
+            yield normalise_items(raw, source, file, **arguments).to_arrow()
+
+
+def read_interactions(
+    batch: dict[str, np.ndarray], source: Source, fragments: list[tuple[int, Fragment]], **arguments: Any
+) -> Iterator[pa.Table]:
+    """Ray Data UDF: numbers of fragments -> their normalised rows."""
+    for number in batch["fragment"]:
+        for raw in source.read(*fragments[number]):
+            yield normalise_interactions(raw, source, **arguments).to_arrow()
+
+
+def _read(source: Source, reader: Callable[..., Iterator[pa.Table]], **arguments: Any) -> ray.data.MaterializedDataset:
+    fragments = source.fragments()
+    numbers = ray.data.from_items([{"fragment": number} for number in range(len(fragments))], override_num_blocks=max(1, len(fragments)))
+    arguments |= {"source": source, "fragments": fragments}
+    try:
+        rows = numbers.map_batches(reader, batch_size=None, fn_kwargs=arguments).materialize() if fragments else None
+    except RayTaskError as error:
+        if isinstance(error.cause, SourceError):  # Ray adds lines about retries to the message
+            raise SourceError(str(error.cause).splitlines()[0]) from None
+        raise
+    if rows is None or not rows.count():
+        raise SourceError(f"{source.label}: {source.uri} has no rows")
+    return rows
+
+
+def _catalog(source: Source, blocks: list[ray.ObjectRef]) -> pa.Table:
+    """item_id and position of each item's first row, in order of a hash of item_id: an item's row is its code."""
+    rows = pl.concat([pl.DataFrame(table) for table in ray.get([_ids.remote(block) for block in blocks])])
+    if rows.is_empty():
+        raise SourceError(f"{source.label}: no row of {source.uri} has an item_id")
+    first = rows.group_by(ITEM_ID).agg(pl.col(POSITION).min())
+    hashed = first.with_columns(pl.Series("hash", stable_hash(first[ITEM_ID], ITEM_SALT)))
+    return hashed.sort("hash", ITEM_ID).drop("hash").to_arrow()
+
+
+@ray.remote
+def _ids(block: pa.Table) -> pa.Table:
+    return pl.DataFrame(block).filter(pl.col(REASON).is_null()).select(ITEM_ID, POSITION).to_arrow()
+
+
+def _most_rejected(partitions: list[Partition]) -> str:
+    reasons: Counter[str] = Counter()
+    for table in ray.get([part.rejected for part in partitions]):
+        reasons.update(dict(pl.DataFrame(table)[REASON].value_counts().iter_rows()))
+    found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3)) or "none was unusable in itself"
+    return f"rejected: {found}; the rest falls to data.min_interactions and data.min_item_interactions, so lower these"
+
+
+def _local(root: str) -> str:
+    """Path of a local root; empty for a remote one."""
+    filesystem, path = resolve(root)
+    return path if isinstance(filesystem, fs.LocalFileSystem) else ""
+
+
+def _clamp(value: float, low: int, high: int) -> int:
+    return max(low, min(math.ceil(value), high))
+
+
+# writing
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes one domain's tables from what the core left."""
+
+    run: RunDir
+    domain: str
+    catalog: pa.Table
+    left: Core
+    rows_per_part: int | None
+    min_user: int
+
+    def write(self, items: ray.data.MaterializedDataset, partitions: list[Partition]) -> dict[str, Any]:
+        """Write everything; returns what was kept and what was rejected for which reason."""
+        size = self.rows_per_part or _clamp(self.left.items.sum() / 16, 64, 8192)
+        parts_per_task = _clamp(self.left.items.sum() / size / _clamp(items.size_bytes() / BYTES_PER_TASK, 1, MAX_TASKS), 1, 1 << 30)
+        catalog = ray.put(self._final_catalog(size * parts_per_task))
+        groups = pl.DataFrame(ray.get(catalog))[GROUP].max() + 1  # type: ignore[operator]
+        split = [_split_items.options(num_returns=groups).remote(block, catalog, groups) for block in items.to_arrow_refs()]
+        pieces = zip(*split, strict=True) if groups > 1 else [split]
+        tasks = [_write_items.remote(self.run, self.domain, n, n * parts_per_task, size, *rows) for n, rows in enumerate(pieces)]
+        tasks += self._user_tasks(catalog, partitions, groups)
+        total: Counter[tuple[str, str]] = Counter()
+        for counts in map(ray.get, tasks):
+            total.update(counts)
+        return {key: count for (key, reason), count in sorted(total.items()) if not reason} | {
+            f"{table}_rejected": {reason: count for (key, reason), count in sorted(total.items()) if reason and key == table}
+            for table in ("items", "interactions", "images")
+        }
+
+    def _user_tasks(self, catalog: ray.ObjectRef, partitions: list[Partition], first_rejected: int) -> list[ray.ObjectRef]:
+        size = self.rows_per_part or _clamp(sum(self.left.users) / 16, 64, 8192)
+        first_parts = np.cumsum([0, *(math.ceil(users / size) for users in self.left.users)]).tolist()
+        return [
+            _write_users.remote(
+                self.run, self.domain, first_rejected + n, first_parts[n], size, self.min_user, catalog, part.kept, part.rejected
+            )
+            for n, part in enumerate(partitions)
+        ]  # fmt: skip
+
+    def _final_catalog(self, rows_per_group: int) -> pa.Table:
+        """The catalog with item_index (null: not kept) and the group that writes the row."""
+        index = np.cumsum(self.left.items) - 1
+        frame = pl.DataFrame(self.catalog).with_columns(
+            pl.Series(GROUP, np.maximum(index, 0) // rows_per_group), pl.Series(ITEM_INDEX, index.astype(np.int32))
+        )
+        return frame.with_columns(pl.when(pl.Series(self.left.items)).then(ITEM_INDEX).alias(ITEM_INDEX)).to_arrow()
+
+
+@ray.remote
+def _split_items(block: pa.Table, catalog: pa.Table, groups: int) -> list[pa.Table] | pa.Table:
+    first = pl.DataFrame(catalog).rename({POSITION: "first"})
+    rows = pl.DataFrame(block).join(first, on=ITEM_ID, how="left")
+    repeated = pl.when(pl.col(POSITION) != pl.col("first")).then(pl.lit(f"duplicate {ITEM_ID}"))
+    rare = pl.when(pl.col(ITEM_INDEX).is_null()).then(pl.lit("below min_item_interactions"))
+    rows = rows.with_columns(pl.coalesce(REASON, repeated, rare).alias(REASON), pl.col(GROUP).fill_null(0)).drop("first")
+    tables = [rows.filter(pl.col(GROUP) == group).to_arrow() for group in range(groups)]
+    return tables if groups > 1 else tables[0]
+
+
+@ray.remote
+def _write_items(run: RunDir, domain: str, number: int, first_part: int, size: int, *pieces: pa.Table) -> Counter[tuple[str, str]]:
+    rows = pl.concat([pl.DataFrame(piece) for piece in pieces])
+    kept = rows.filter(pl.col(REASON).is_null()).sort(ITEM_INDEX).with_columns(pl.lit(domain).alias(DOMAIN))
+    texts = [name for name in rows.columns if "." in name]
+    schema = pa.schema([*ITEMS, *((name, pa.string()) for name in texts)])
+    for offset in range(0, len(kept), size):
+        run.write_part(
+            "ingest/items", f"{domain}-{first_part + offset // size:05d}.parquet", _to_arrow(kept[offset : offset + size], schema)
+        )
+    lost = rows.filter(pl.col(REASON).is_not_null())
+    lost = lost.with_columns(pl.coalesce(ROW, as_json(lost.select(ITEM_ID, *texts))).alias(ROW), pl.lit("items").alias("table"))
+    unsafe = kept.filter(pl.col(UNSAFE).is_not_null())
+    unsafe = unsafe.with_columns(
+        as_json(unsafe.select(ITEM_ID, pl.col(UNSAFE).alias("image"))).alias(ROW),
+        *(pl.lit("images").alias("table"), pl.lit("unsafe path").alias(REASON)),
+    )
+    names = ["table", POSITION, REASON, ROW]
+    return Counter({("items", ""): len(kept)}) + _write_rejected(run, domain, number, pl.concat([lost.select(names), unsafe.select(names)]))
+
+
+@ray.remote
+def _write_users(
+    run: RunDir, domain: str, number: int, first_part: int, size: int, min_user: int, catalog: pa.Table, kept: pa.Table, rejected: pa.Table
+) -> Counter[tuple[str, str]]:
+    items, rows = pl.DataFrame(catalog), pl.DataFrame(kept)
+    rows = rows.with_columns(items[ITEM_ID][rows[CODE]], items[ITEM_INDEX][rows[CODE]], pl.lit(domain).alias(DOMAIN))
+    left = survivors(rows, items[ITEM_INDEX].is_not_null().to_numpy(), min_user)
+    sequences, left = _sequences(left)
+    ends = [0, *sequences["length"].cum_sum().to_list()]
+    for offset in range(0, len(sequences), size):
+        name, end = f"{domain}-{first_part + offset // size:05d}.parquet", min(offset + size, len(sequences))
+        run.write_part("ingest/interactions", name, _to_arrow(left[ends[offset] : ends[end]], INTERACTIONS))
+        run.write_part("ingest/sequences", name, _to_arrow(sequences[offset:end], SEQUENCES))
+    lost = rows.join(left, on=POSITION, how="anti")
+    reason = (
+        pl.when(pl.col(ITEM_INDEX).is_null())
+        .then(pl.lit("item below min_item_interactions"))
+        .otherwise(pl.lit("user below min_interactions"))
+    )
+    lost = lost.select(POSITION, reason.alias(REASON), as_json(lost.select(USER_ID, ITEM_ID, TIMESTAMP, RATING)).alias(ROW))
+    everything = pl.concat([pl.DataFrame(rejected), lost]).with_columns(pl.lit("interactions").alias("table"))
+    counts = Counter({("interactions", ""): len(left), ("users", ""): len(sequences)})
+    return counts + _write_rejected(run, domain, number, everything)
+
+
+def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """One row per user with train, valid and test; and the rows with their split."""
+    length, place = pl.len().over(USER), pl.int_range(pl.len()).over(USER)
+    held_out = pl.when((length >= 3) & (length - place <= 2)).then(length - place)
+    split = pl.when(held_out == 1).then(pl.lit("test")).when(held_out == 2).then(pl.lit("valid")).otherwise(pl.lit("train"))
+    grouped = rows.group_by(USER, maintain_order=True).agg(pl.first(DOMAIN, USER_ID), pl.len().alias("length"), ITEM_INDEX)
+    items, enough = pl.col(ITEM_INDEX), pl.col("length") >= 3
+    sequences = grouped.with_columns(
+        pl.when(enough).then(items.list.head(pl.col("length").cast(pl.Int64) - 2)).otherwise(items).alias("train"),
+        pl.when(enough).then(items.list.get(-2, null_on_oob=True)).alias("valid"),
+        pl.when(enough).then(items.list.get(-1, null_on_oob=True)).alias("test"),
+    )
+    return sequences, rows.with_columns(split.alias("split"))
+
+
+def _write_rejected(run: RunDir, domain: str, number: int, rows: pl.DataFrame) -> Counter[tuple[str, str]]:
+    rows = rows.sort("table", POSITION).rename({REASON: "reason", ROW: "row"}).with_columns(pl.lit(domain).alias(DOMAIN))
+    run.write_part("ingest/rejected", f"{domain}-{number:05d}.parquet", _to_arrow(rows, REJECTED))
+    return Counter({(table, reason): count for table, reason, count in rows.group_by("table", "reason").len().iter_rows()})
+
+
+def _to_arrow(rows: pl.DataFrame, schema: pa.Schema) -> pa.Table:
+    return rows.select(schema.names).to_arrow().cast(schema)

@@ -1,0 +1,116 @@
+"""Interactions spread over partitions by a hash of the user, and the k-core over all of them.
+
+Everything about a user is in one partition, so only item counts have to be added up: in each round the partitions count the
+items of their remaining users, and the driver says which items are left. Partitions are never rewritten; what is left of one
+follows from the items that are left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import ray
+
+from qbert_ray.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
+from qbert_ray.readers import REASON, ROW
+from qbert_ray.rows import as_json, mix, stable_hash
+from qbert_ray.sources import POSITION
+
+CODE, USER, HASH = "_code", "_user", "_hash"
+# Salts are constants and not the seed: another seed must not mean another test set.
+USER_SALT, ITEM_SALT, TIE_SALT = 1, 2, 3
+GIVEN = [USER_ID, ITEM_ID, TIMESTAMP, RATING]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Users whose hashes lie in one range. `kept`: their rows in order of user and time; `rejected`: position, reason, row."""
+
+    kept: ray.ObjectRef
+    rejected: ray.ObjectRef
+
+
+@dataclass(frozen=True)
+class Core:
+    """What the k-core left."""
+
+    items: np.ndarray  # [catalog] of bool
+    users: list[int]  # of each partition
+    rounds: int
+
+
+def partition(blocks: list[ray.ObjectRef], catalog: ray.ObjectRef, count: int) -> list[Partition]:
+    """Partitions in order of the user's hash; the same rows in the same order for any division into blocks.
+
+    Args:
+        blocks: tables as `normalise_interactions` gives them.
+        catalog: table of item_id; an item's code is its row.
+    """
+    split = [[block] if count == 1 else _split.options(num_returns=count).remote(block, count) for block in blocks]
+    merged = [_merge.options(num_returns=2).remote(catalog, *pieces) for pieces in zip(*split, strict=True)]
+    return [Partition(*refs) for refs in merged]
+
+
+def core(partitions: list[Partition], num_items: int, min_user: int, min_item: int) -> Core:
+    """The largest set in which each user has `min_user` and each item `min_item` interactions."""
+    items, rounds = np.ones(num_items, bool), 0
+    while True:
+        rounds += 1
+        reference = ray.put(items)
+        pending = [_count.remote(part.kept, reference, min_user) for part in partitions]
+        total, users = np.zeros(num_items, np.int64), []
+        for ref in pending:
+            counts, num_users = ray.get(ref)
+            total += counts
+            users.append(num_users)
+        left = items & (total >= min_item)
+        if (left == items).all():
+            return Core(items, users, rounds)
+        items = left
+
+
+def survivors(kept: pl.DataFrame, items: np.ndarray, min_user: int) -> pl.DataFrame:
+    """Rows of the remaining items whose users still have `min_user` of them."""
+    rows = kept.filter(items[kept[CODE].to_numpy()])
+    users = rows[USER].to_numpy()
+    return rows.filter(np.bincount(users)[users] >= min_user) if len(rows) else rows
+
+
+@ray.remote
+def _split(block: pa.Table, count: int) -> list[pa.Table]:
+    rows = pl.DataFrame(block)
+    # Contiguous ranges of the hash, so that partitions one after the other are in order of the hash.
+    number = ((stable_hash(rows[USER_ID], USER_SALT) >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
+    return [rows.filter(number == target).to_arrow() for target in range(count)]
+
+
+@ray.remote
+def _merge(catalog: pa.Table, *blocks: pa.Table) -> tuple[pa.Table, pa.Table]:
+    codes = pl.DataFrame(catalog).select(ITEM_ID).with_row_index(CODE)
+    rows = pl.concat([pl.DataFrame(block) for block in blocks]).join(codes, on=ITEM_ID, how="left")
+    unknown = pl.when(pl.col(CODE).is_null()).then(pl.lit("item not in items table"))
+    rows = rows.with_columns(pl.coalesce(REASON, unknown).alias(REASON))
+    kept = _in_order(rows.filter(pl.col(REASON).is_null()))
+    same = pl.all_horizontal(pl.col(name) == pl.col(name).shift() for name in (USER, CODE, TIMESTAMP)).fill_null(False)
+    repeated = kept.filter(same).with_columns(pl.lit("duplicate interaction").alias(REASON))
+    rejected = pl.concat([rows.filter(pl.col(REASON).is_not_null()).drop(CODE), repeated.select(*GIVEN, POSITION, REASON, ROW)])
+    rejected = rejected.with_columns(pl.coalesce(ROW, as_json(rejected.select(GIVEN))).alias(ROW)).select(POSITION, REASON, ROW)
+    return kept.filter(~same).drop(ITEM_ID, REASON, ROW).to_arrow(), rejected.to_arrow()
+
+
+def _in_order(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows by user and time. Ties in time are broken by a hash: file order would leak how the file was made."""
+    users = stable_hash(rows[USER_ID], USER_SALT)
+    ties = mix(users ^ mix(stable_hash(rows[ITEM_ID], ITEM_SALT)), TIE_SALT)
+    rows = rows.with_columns(pl.Series(HASH, users), pl.Series("_tie", ties))
+    rows = rows.sort(HASH, USER_ID, TIMESTAMP, "_tie", CODE, POSITION).drop(HASH, "_tie")
+    return rows.with_columns(pl.col(USER_ID).rle_id().alias(USER))
+
+
+@ray.remote
+def _count(kept: pa.Table, items: np.ndarray, min_user: int) -> tuple[np.ndarray, int]:
+    rows = survivors(pl.DataFrame(kept), items, min_user)
+    return np.bincount(rows[CODE].to_numpy(), minlength=len(items)), rows[USER].n_unique()
