@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +32,7 @@ from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Training, Workers
 from qbert_ray.pipelines.session import Progress, available
 
-CHECKPOINTS_PER_TRAINING = 10
+CHECKPOINT_SECONDS = 20.0  # at most this much of a training is lost with a worker
 MOST_THREADS = 16  # more do not speed up models of this size
 
 
@@ -80,6 +81,7 @@ def fit(
     scaling = scaling_config(workers, microbatches, folder)
     board = Board.remote()
     config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board, "threads": scaling.resources_per_worker["CPU"]}
+    config["checkpoint_seconds"] = CHECKPOINT_SECONDS
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config=config,
@@ -147,7 +149,7 @@ class _watch:  # noqa: N801 - a context manager
         ray.kill(self.board)
 
     def _poll(self) -> None:
-        seen, started = 0, False
+        seen, started, said = 0, False, ""
         while not self.stop.wait(0.5):
             try:
                 total, done, note = ray.get(self.board.read.remote())
@@ -159,8 +161,9 @@ class _watch:  # noqa: N801 - a context manager
             if done > seen:
                 self.progress.advance(done - seen)
                 seen = done
-            if note:
+            if note != said:
                 self.progress.note(note)
+                said = note
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -173,19 +176,18 @@ def _train_worker(config: dict[str, Any]) -> None:
             loop.restore(Path(directory))
     run, folder, board = config["run"], config["folder"], config["board"]
     epochs = loop.task.settings.epochs
-    every = max(1, epochs // CHECKPOINTS_PER_TRAINING)
+    saved = time.monotonic()
     while not loop.finished:
         loop.run_epoch()
         if loop.rank == 0:
-            ray.get(board.write.remote(epochs, epochs if loop.finished else loop.epoch, _line(loop.log[-1])))
-        if loop.finished and loop.rank == 0:
-            publish(loop, run, folder)
-        if loop.finished or loop.epoch % every == 0:
+            board.write.remote(epochs, epochs if loop.finished else loop.epoch, _line(loop.log[-1]))
+        if not loop.finished and loop.agree(int(time.monotonic() - saved > config["checkpoint_seconds"])):
             with tempfile.TemporaryDirectory() as directory:
                 if loop.rank == 0:
                     loop.save(Path(directory))
                 ray.train.report({"epoch": loop.epoch}, ray.train.Checkpoint.from_directory(directory) if loop.rank == 0 else None)
-    if checkpoint and loop.rank == 0:  # killed between the last checkpoint and the model
+            saved = time.monotonic()
+    if loop.rank == 0:
         publish(loop, run, folder)
 
 
@@ -241,7 +243,7 @@ class Loop:
             metrics |= self._evaluate()
             self._keep_best(metrics)
         self.log.append(metrics)
-        self._agree()
+        self.waited = self.agree(self.waited)  # every worker stops at the same epoch
 
     def _step(self, samples: np.ndarray) -> tuple[float, float]:
         """One update from a global batch; its summed loss and weight over all workers."""
@@ -315,12 +317,13 @@ class Loop:
         else:
             self.waited += 1
 
-    def _agree(self) -> None:
-        """Every worker stops at the same epoch: rank 0 says how long it has waited."""
-        if self.world_size > 1:
-            waited = torch.tensor([self.waited], device=self.device if dist.get_backend() == "nccl" else "cpu")
-            dist.broadcast(waited, 0)
-            self.waited = int(waited)
+    def agree(self, number: int) -> int:
+        """What rank 0 says."""
+        if self.world_size == 1:
+            return number
+        said = torch.tensor([number], device=self.device if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(said, 0)
+        return int(said)
 
     def _broadcast_weights(self) -> None:
         if self.world_size > 1:
