@@ -9,15 +9,17 @@ from __future__ import annotations
 import ipaddress
 import posixpath
 import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 import polars as pl
 
+Kind = Any  # a polars data type; polars types its inner types more loosely than its own functions take them
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 PATH_FIELDS = ("path", "large", "hi_res")  # of structs, as Hugging Face and Amazon name them
 
 
-def image_path(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+def image_path(value: pl.Expr, kind: Kind) -> pl.Expr:
     """The path or URI in an image column: the text itself, the first of a list, or a struct's path."""
     if isinstance(kind, pl.Struct):
         fields = [image_path(value.struct.field(field.name), field.dtype) for field in kind.fields if field.name in PATH_FIELDS]
@@ -30,7 +32,7 @@ def image_path(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
     return pl.when(text != "").then(text)
 
 
-def image_bytes(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+def image_bytes(value: pl.Expr, kind: Kind) -> pl.Expr:
     """The encoded picture in an image column: the bytes themselves, the first of a list, or a struct's bytes."""
     if isinstance(kind, pl.Struct):
         fields = {field.name: field.dtype for field in kind.fields}

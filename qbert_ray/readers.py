@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -31,7 +31,7 @@ FRAGMENT_ROWS, FRAGMENT_BYTES = 1 << 18, 128 << 20  # Parquet row groups are rea
 BATCH_ROWS, BATCH_BYTES = 1 << 16, 64 << 20
 BROKEN = (pa.ArrowException, pl.exceptions.PolarsError, OSError, EOFError, zlib.error, UnicodeDecodeError)
 
-Converters = dict[str, Callable[[Any], str | None]]
+Converters = Mapping[str, Callable[[Any], str | None]]
 
 
 class FileError(ValueError):

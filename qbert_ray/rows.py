@@ -7,7 +7,7 @@ is dropped here. `stable_hash` is the house's hash: it orders users, items and t
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import polars as pl
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from qbert_ray.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID
 from qbert_ray.config import Domain
-from qbert_ray.images import image_bytes, image_path, safe_paths
+from qbert_ray.images import Kind, image_bytes, image_path, safe_paths
 from qbert_ray.readers import REASON, ROW, ROW_LENGTH
 from qbert_ray.sources import POSITION, Source
 
@@ -57,7 +57,7 @@ def mix(values: np.ndarray, salt: int = 0) -> np.ndarray:
 
 # rows of the two tables
 
-Converter = Callable[[pl.Expr, pl.DataType], pl.Expr]
+Converter = Callable[[pl.Expr, Kind], pl.Expr]
 
 
 def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float | None) -> pl.DataFrame:
@@ -116,7 +116,7 @@ def _pick(raw: pl.DataFrame, source: Source, name: str | None, convert: Converte
     return pl.coalesce(*filled, empty).alias(name or "")
 
 
-def _explain(rows: pl.DataFrame, reasons: list[pl.Expr], raw: pl.DataFrame) -> pl.DataFrame:
+def _explain(rows: pl.DataFrame, reasons: Sequence[pl.Expr], raw: pl.DataFrame) -> pl.DataFrame:
     """`rows` with the first reason that holds; rejected ones also hold the raw row as JSON, without bytes."""
     rows = rows.with_columns(pl.coalesce(REASON, *reasons).alias(REASON))
     rejected = (rows[REASON].is_not_null() & rows[ROW].is_null()).arg_true()
@@ -131,7 +131,7 @@ def as_json(rows: pl.DataFrame) -> pl.Series:
     return rows.select(pl.struct(pl.all()).struct.json_encode().str.slice(0, ROW_LENGTH)).to_series()
 
 
-def _holds_bytes(kind: pl.DataType) -> bool:
+def _holds_bytes(kind: Kind) -> bool:
     if isinstance(kind, pl.Struct):
         return any(_holds_bytes(field.dtype) for field in kind.fields)
     return _holds_bytes(kind.inner) if isinstance(kind, pl.List | pl.Array) else kind == pl.Binary
@@ -140,7 +140,7 @@ def _holds_bytes(kind: pl.DataType) -> bool:
 # values by the type of their column
 
 
-def as_text(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+def as_text(value: pl.Expr, kind: Kind) -> pl.Expr:
     """Stripped text, null where nothing is left: whole numbers without .0, lists joined with a comma, structs as JSON."""
     if isinstance(kind, pl.Array):
         value, kind = value.arr.to_list(), pl.List(kind.inner)
@@ -150,20 +150,20 @@ def as_text(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
         value = pl.when(value.is_not_null()).then(value.struct.json_encode())
     elif kind.is_float():
         whole = (value == value.round(0)) & (value.abs() < _WHOLE)
-        text = pl.when(value.is_not_nan()).then(value.cast(pl.String))
-        value = pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(text)
+        number = pl.when(value.is_not_nan()).then(value.cast(pl.String))
+        value = pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(number)
     else:
         value = value.cast(pl.String, strict=False)
     text = value.str.strip_chars()
     return pl.when(text != "").then(text)
 
 
-def _csv_id(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+def _csv_id(value: pl.Expr, kind: Kind) -> pl.Expr:
     """CSV has no types: 12.0 is how a whole number is written whose column had gaps."""
     return as_text(value, kind).str.replace(r"^(\d+)\.0$", "$1")
 
 
-def as_timestamp(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+def as_timestamp(value: pl.Expr, kind: Kind) -> pl.Expr:
     """Whole number, as given; dates and times as microseconds since 1970. Null where it is neither."""
     if kind.is_integer():
         return value.cast(pl.Int64, strict=False)
@@ -186,7 +186,7 @@ def _whole_number(value: pl.Expr) -> pl.Expr:
     return pl.when(value == value.round(0)).then(value.cast(pl.Int64, strict=False))
 
 
-def _as_rating(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+def _as_rating(value: pl.Expr, kind: Kind) -> pl.Expr:
     plain = kind.is_numeric() or kind == pl.String
     return value.cast(pl.Float32, strict=False).fill_nan(None) if plain else pl.lit(None, pl.Float32)
 

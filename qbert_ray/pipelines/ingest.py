@@ -92,7 +92,7 @@ def read_interactions(
             yield normalise_interactions(raw, source, **arguments).to_arrow()
 
 
-def _read(source: Source, reader: Callable[..., Iterator[pa.Table]], **arguments: Any) -> ray.data.MaterializedDataset:
+def _read(source: Source, reader: Callable[..., Iterator[pa.Table]], **arguments: Any) -> ray.data.Dataset:
     fragments = source.fragments()
     numbers = ray.data.from_items([{"fragment": number} for number in range(len(fragments))], override_num_blocks=max(1, len(fragments)))
     arguments |= {"source": source, "fragments": fragments}
@@ -154,12 +154,12 @@ class Writer:
     rows_per_part: int | None
     min_user: int
 
-    def write(self, items: ray.data.MaterializedDataset, partitions: list[Partition]) -> dict[str, Any]:
+    def write(self, items: ray.data.Dataset, partitions: list[Partition]) -> dict[str, Any]:
         """Write everything; returns what was kept and what was rejected for which reason."""
         size = self.rows_per_part or _clamp(self.left.items.sum() / 16, 64, 8192)
         parts_per_task = _clamp(self.left.items.sum() / size / _clamp(items.size_bytes() / BYTES_PER_TASK, 1, MAX_TASKS), 1, 1 << 30)
+        groups = math.ceil(self.left.items.sum() / (size * parts_per_task))
         catalog = ray.put(self._final_catalog(size * parts_per_task))
-        groups = pl.DataFrame(ray.get(catalog))[GROUP].max() + 1  # type: ignore[operator]
         split = [_split_items.options(num_returns=groups).remote(block, catalog, groups) for block in items.to_arrow_refs()]
         pieces = zip(*split, strict=True) if groups > 1 else [split]
         tasks = [_write_items.remote(self.run, self.domain, n, n * parts_per_task, size, *rows) for n, rows in enumerate(pieces)]

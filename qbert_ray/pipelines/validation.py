@@ -23,7 +23,7 @@ from qbert_ray.encoders import ImageRejected, decode_image
 from qbert_ray.pipelines.encoding import read_bytes
 from qbert_ray.pipelines.ingest import ingest_domain
 from qbert_ray.pipelines.session import Quiet
-from qbert_ray.sources import Source, open_source
+from qbert_ray.sources import Source, Table, open_source
 
 EXAMPLES, EXAMPLE_LENGTH = 3, 100
 IMAGES_LOOKED_FOR, IMAGES_DECODED = 200, 100
@@ -54,10 +54,11 @@ def validate(config: Config) -> dict[str, Any]:
 
 def _validate_domain(config: Config, name: str) -> dict[str, Any]:
     report: dict[str, Any] = {"errors": [], "files": {}}
-    for table in ("items", "interactions"):
+    tables: tuple[Table, ...] = ("items", "interactions")
+    for table in tables:
         try:
             needs_rating = config.data.min_rating is not None
-            report["files"][table] = _describe(open_source(config.data.root, name, table, config.data.domains[name], needs_rating))  # type: ignore[arg-type]
+            report["files"][table] = _describe(open_source(config.data.root, name, table, config.data.domains[name], needs_rating))
         except ValueError as error:
             report["errors"].append(str(error))
     if report["errors"]:
@@ -131,7 +132,7 @@ def _filled(run: RunDir) -> dict[str, float]:
 
 def _images(run: RunDir, settings: ImageEncoder) -> dict[str, Any]:
     """The first pictures of the catalog, which is in hash order: how many are there and can be decoded."""
-    result = {"looked_for": 0, "decoded": 0, "web": 0, "problems": Counter[str](), "examples": []}
+    result: dict[str, Any] = {"looked_for": 0, "decoded": 0, "web": 0, "problems": Counter[str](), "examples": []}
     for item_id, path, content in _first_images(run):
         if content is None and path.startswith(("http://", "https://")):
             result["web"] += 1  # not fetched: a page about files should not take minutes
