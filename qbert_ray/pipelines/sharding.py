@@ -19,6 +19,7 @@ from qbert_ray.config import Actors
 from qbert_ray.pipelines.session import Progress, available
 
 PART = "part"
+ERROR = "error"
 
 
 def map_parts(
@@ -53,7 +54,9 @@ def map_parts(
             num_cpus=pool["num_cpus"],
             num_gpus=pool["num_gpus"],
         )
-        for _ in results.iter_batches(batch_size=None, prefetch_batches=0):
+        for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
+            for error in filter(None, batch[ERROR]):
+                raise ValueError(error)
             progress.advance()
     total: Counter[str] = Counter()
     for name in parts:
@@ -82,10 +85,13 @@ class _Publisher:
         import torch
 
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-        self.worker, self.run, self.output = worker(**arguments), run, output
+        self.run, self.output, self.error = run, output, ""
+        try:
+            self.worker = worker(**arguments)
+        except ValueError as error:  # the user's to mend: travels as data, since Ray would bury it in a dead actor's traceback
+            self.error = str(error)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for name in batch[PART]:
-            counts = self.worker(str(name))
-            self.run.write_json(f"{self.output}/.counts/{name}.json", counts)
-        return {PART: batch[PART]}
+        for name in [] if self.error else batch[PART]:
+            self.run.write_json(f"{self.output}/.counts/{name}.json", self.worker(str(name)))
+        return {PART: batch[PART], ERROR: np.full(len(batch[PART]), self.error, dtype=object)}

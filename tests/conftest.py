@@ -1,0 +1,33 @@
+"""Ray for the tests that need it, and where real data are."""
+
+import os
+from pathlib import Path
+
+for name, value in {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(name, value)  # read when ray and transformers are imported
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """Four logical CPUs, so that actors and readers never wait for each other on a small machine."""
+    from qbert_ray.pipelines.session import ray  # sets Ray's environment before it imports it
+
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """Folder with the real data sets, one folder each in the input contract."""
+    folder = os.environ.get("QBERT_REAL_DATA")
+    if not folder:
+        pytest.skip("QBERT_REAL_DATA does not name a folder with real data sets")
+    return Path(folder)
