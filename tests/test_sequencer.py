@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+
+from qbert_ray.sequencer import Sequencer, complexity, next_item_queries, pack
+
+LENGTHS = np.array([3, 7, 3, 1, 5])
+ITEMS = np.arange(LENGTHS.sum()) % 20
+CATALOG = torch.from_numpy(np.random.default_rng(0).integers(0, 8, (20, 3)))
+LAYOUTS = pytest.mark.parametrize("tokens", ["item", "flat"])
+LOSSES = pytest.mark.parametrize("loss", ["catalog", "tokens"])
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return Sequencer(**({"num_levels": 3, "codebook_size": 8, "width": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 32, "dropout": 0.0, "max_items": 8} | changes))
+
+
+def last_masked(lengths):
+    return np.arange(lengths.max()) == lengths[:, None] - 1
+
+
+@LAYOUTS
+def test_batch_mates_never_matter(tokens):
+    model = build(tokens=tokens).eval()
+    packed, order = pack(ITEMS, LENGTHS, last_masked(LENGTHS))
+    together = model(packed, CATALOG, "d")
+    ends = np.cumsum(LENGTHS)
+    for place, row in enumerate(order):
+        alone, _ = pack(ITEMS[ends[row] - LENGTHS[row] : ends[row]], LENGTHS[[row]], last_masked(LENGTHS[[row]]))
+        assert torch.allclose(together[place], model(alone, CATALOG, "d")[0], atol=1e-6)
+
+
+@LAYOUTS
+def test_packing_equals_a_padded_batch_with_an_attention_mask(tokens):
+    """The packed model against the obvious one: pad, mask the padding, attend over everything."""
+    model = build(tokens=tokens).eval()
+    masks = last_masked(LENGTHS)
+    packed, order = pack(ITEMS, LENGTHS, masks)
+    got = model(packed, CATALOG, "d")
+    ends = np.cumsum(LENGTHS)
+    repeat = 3 if tokens == "flat" else 1
+    for place, row in enumerate(order):
+        length = LENGTHS[row]
+        codes = CATALOG[ITEMS[ends[row] - length : ends[row]]] + torch.arange(3) * 8
+        states = model.code_embedding(codes)
+        states = states.flatten(0, 1) if tokens == "flat" else states.sum(1)
+        hidden = torch.from_numpy(np.repeat(masks[row, :length], repeat))
+        states = torch.where(hidden[:, None], model.mask_embedding, states)
+        back = torch.arange(length - 1, -1, -1)
+        position = (back[:, None] * repeat + torch.arange(repeat)).flatten()
+        states = states + model.position_embedding(position)
+        padded = torch.nn.functional.pad(states, (0, 0, 0, 24 - len(states)))
+        valid = torch.arange(24) < len(states)
+        for layer in model.layers:
+            q, k, v = layer.query_key_value(layer.norm_attention(padded)).view(24, 3, 2, 8).permute(1, 2, 0, 3)
+            weights = ((q @ k.transpose(-1, -2)) / 8**0.5).masked_fill(~valid, -torch.inf).softmax(-1)
+            padded = padded + layer.out((weights @ v).transpose(0, 1).reshape(24, 16))
+            padded = padded + layer.ffn(layer.norm_ffn(padded))
+        expected = model.norm(padded[: len(states)][hidden]).flatten()
+        assert torch.allclose(got[place], expected, atol=1e-5)
+
+
+@LAYOUTS
+def test_scores_are_sums_of_level_logits(tokens):
+    model = build(tokens=tokens).eval()
+    packed, _ = pack(ITEMS, LENGTHS, last_masked(LENGTHS))
+    query = model(packed, CATALOG, "d")
+    scores = model.scores(query, *model.catalog_vectors(CATALOG, "d"))
+    books = model.code_embedding.weight.view(3, 8, 16)
+    bias = model.code_bias.view(3, 8)
+    for item in (0, 7, 19):
+        expected = 0
+        for level in range(3):
+            state = query.view(len(query), 3, 16)[:, level] if tokens == "flat" else query
+            expected = expected + state @ books[level, CATALOG[item, level]] + bias[level, CATALOG[item, level]]
+        assert torch.allclose(scores[:, item], expected, atol=1e-5)
+
+
+@LAYOUTS
+@LOSSES
+@pytest.mark.parametrize("logits", ["dot", "cosine"])
+def test_every_layout_and_loss_learns_a_fixed_next_item(tokens, loss, logits):
+    model = build(tokens=tokens, loss=loss, logits=logits)
+    items, lengths = np.tile(np.arange(6), 16), np.full(16, 6)
+    packed, _ = pack(items, lengths, last_masked(lengths))
+    target = packed.items[packed.masked]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        value = model.loss(model(packed, CATALOG, "d"), target, CATALOG, "d") / len(target)
+        value.backward()
+        optimizer.step()
+    queries = next_item_queries(model.eval(), [np.arange(5)], CATALOG, "d")
+    with torch.no_grad():
+        assert model.scores(queries, *model.catalog_vectors(CATALOG, "d")).argmax() == 5
+
+
+def test_only_the_latest_items_of_a_long_history_are_read():
+    model = build().eval()
+    long = np.random.default_rng(1).integers(0, 20, 30)
+    queries = next_item_queries(model, [long, long[-7:]], CATALOG, "d")
+    assert torch.allclose(queries[0], queries[1])
+
+
+def test_queries_come_in_the_order_of_the_histories():
+    model = build().eval()
+    histories = [np.array([1, 2, 3]), np.array([4]), np.array([5, 6])]
+    together = next_item_queries(model, histories, CATALOG, "d")
+    for row, history in enumerate(histories):
+        assert torch.allclose(together[row], next_item_queries(model, [history], CATALOG, "d")[0], atol=1e-6)
+
+
+def test_a_masked_item_is_not_seen():
+    model = build().eval()
+    masks = last_masked(LENGTHS)
+    other = ITEMS.copy()
+    other[np.cumsum(LENGTHS) - 1] = 0  # what is masked
+    a, _ = pack(ITEMS, LENGTHS, masks)
+    b, _ = pack(other, LENGTHS, masks)
+    assert torch.equal(model(a, CATALOG, "d"), model(b, CATALOG, "d"))
+
+
+def test_cold_items_are_composed_of_codes_alone():
+    model = build(warm_items={"d": 20})
+    model.warm_d[3] = 0
+    vectors = model.compose(CATALOG, "d")
+    plain = model.compose(CATALOG, "other")
+    assert torch.equal(vectors[3], plain[3])
+    assert not torch.equal(vectors[4], plain[4])
+
+
+@pytest.mark.parametrize(("items", "parameters", "multiply_adds"), [(6250, 3.71, 185.36), (9416, 4.51, 225.68), (13839, 5.64, 282.14)])
+def test_complexity_agrees_with_table_6_within_one_percent(items, parameters, multiply_adds):
+    paper = complexity(items, 256, 4, 512, 50, 4, 256)["paper"]
+    assert sum(paper["parameters"].values()) / 1e6 == pytest.approx(parameters, rel=0.01)
+    assert sum(paper["multiply_adds"].values()) / 1e6 == pytest.approx(multiply_adds, rel=0.01)
+
+
+def test_the_real_count_is_the_models_own():
+    model = Sequencer(num_levels=4, codebook_size=256)
+    real = complexity(6250, 256, 4, 512, 50, 4, 256)["real"]["parameters"]
+    assert sum(real.values()) == sum(parameter.numel() for parameter in model.parameters())
