@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import io
 from math import isqrt
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from qbert_ray.pretrained import load_image_tower, load_text_model
@@ -147,7 +147,7 @@ class ImageEncoder:
         self.grid, self.batch_size = grid, batch_size
         self.device, self.dtype = _device(device), getattr(torch, dtype)
         visual, self._transform = load_image_tower(model, pretrained, image_size)
-        self.visual = visual.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        self.visual = visual.eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
         self.num_vectors = grid * grid
         self.width = self([Image.new("RGB", (8, 8))]).shape[2]
 
@@ -219,7 +219,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _patch_vectors(visual: nn.Module, pixels: Tensor, grid: int) -> Tensor:
+def _patch_vectors(visual: Any, pixels: Tensor, grid: int) -> Tensor:
     """[B, 3, S, S] -> [B, grid * grid, D]: patches averaged cell by cell, then headed as the tower heads its pooled vector."""
     trunk = getattr(visual, "trunk", None)
     if trunk is None:
@@ -236,7 +236,7 @@ def _patch_vectors(visual: nn.Module, pixels: Tensor, grid: int) -> Tensor:
     return visual.head(trunk.forward_head(alone)).reshape(batch, count, -1)
 
 
-def _vit_tokens(visual: nn.Module, pixels: Tensor) -> Tensor:
+def _vit_tokens(visual: Any, pixels: Tensor) -> Tensor:
     """Patch tokens of open_clip's own ViT, [B, h * w, D], normalised and projected like its pooled output."""
     if not hasattr(visual, "output_tokens") or getattr(visual, "attn_pool", None) is not None:
         raise ValueError(f"the image tower {type(visual).__name__} gives no patch tokens; choose a ViT-* or a timm model of open_clip")

@@ -46,7 +46,7 @@ def vectors_shape(uri: str) -> tuple[int, int]:
     Raises:
         ValueError: there is no such table, it lacks a column, or holds no vector.
     """
-    most, widths = 1, Counter()
+    most, widths = 1, Counter[int]()
     for batch in _batches(uri):
         row, width, _ = _flat(batch.column(1))
         most = max(most, int(np.bincount(row).max(initial=1)))

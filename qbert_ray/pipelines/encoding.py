@@ -91,8 +91,8 @@ class ImagePart:
                 vectors[rows, : self.encoder.num_vectors] = self.encoder(batch)
         present = np.zeros((len(items), self.num_vectors), bool)
         present[[row for row in given if row not in rejected], : self.encoder.num_vectors] = True
-        rows = [(reason, {ITEM_ID: items[ITEM_ID][row].as_py(), "image_path": paths[row]}) for row, reason in rejected.items()]
-        write_rejected(self.run, part.removesuffix(".parquet"), "image", "images", rows)
+        lost = [(reason, {ITEM_ID: items[ITEM_ID][row].as_py(), "image_path": paths[row]}) for row, reason in rejected.items()]
+        write_rejected(self.run, part.removesuffix(".parquet"), "image", "images", lost)
         self.run.write_part("features/image", part, features_table(items, vectors, present))
         return {
             "items": len(items),

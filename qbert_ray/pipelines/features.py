@@ -69,7 +69,7 @@ def extract_features(config: Config, run: RunDir, progress: Progress) -> dict[st
 
 def _extract(config: Config, run: RunDir, modality: str, plan: Plan, progress: Progress) -> Counter[str]:
     tasks: dict[str, Callable[..., Placed]] = {
-        domain: partial(read_vectors, uri, num_vectors=plan.num_vectors, width=plan.width) for domain, uri in plan.own.items()
+        domain: partial(read_vectors, uri, num_vectors=plan.num_vectors, width=plan.width or 0) for domain, uri in plan.own.items()
     }
     rest = [domain for domain in config.data.domains if domain not in plan.own]
     if modality == "structure":
