@@ -1,0 +1,39 @@
+# Each target sets up .venv by itself. PYTHON chooses the interpreter: make demo PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test test-slow lint clean
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.installed ## every stage on a generated shop; outputs in runs/demo
+	$(BIN)/qbert-ray demo-data runs/demo/data
+	$(BIN)/qbert-ray run -c configs/demo.yaml
+
+test: .venv/.installed ## the tests; QBERT_REAL_DATA=<folder> adds those on real data
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed ## also the tests that take minutes
+	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
+
+lint: .venv/.linters ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy qbert_ray
+
+clean: ## forget the environment; runs stay
+	rm -rf .venv
+
+# The stamps are written last, so an interrupted installation is taken up again.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "qbert-ray needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt -e '.[test,jobs]'
+	@touch $@
+
+.venv/.linters: .venv/.installed
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
