@@ -18,8 +18,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 MANIFEST = "manifest.json"
 
@@ -71,7 +69,7 @@ class RunDir:
     def exists(self, name: str) -> bool:
         return self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound
 
-    def list(self, folder: str, suffix: str = "") -> list[str]:
+    def names(self, folder: str, suffix: str = "") -> list[str]:
         """Sorted names of the whole files in a folder; empty where there is no folder."""
         selector = fs.FileSelector(self.path(folder), allow_not_found=True)
         names = (info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
@@ -102,7 +100,7 @@ class RunDir:
 
     def parts(self, table: str, domain: str | None = None) -> list[str]:
         """Names of a table's parts in order, of one domain or all."""
-        return [name for name in self.list(table, ".parquet") if domain is None or name.rsplit("-", 1)[0] == domain]
+        return [name for name in self.names(table, ".parquet") if domain is None or name.rsplit("-", 1)[0] == domain]
 
     def write_part(self, table: str, name: str, rows: pa.Table) -> None:
         self._publish(f"{table}/{name}", lambda path: pq.write_table(rows, path, filesystem=self.filesystem))
@@ -125,8 +123,10 @@ class RunDir:
 
     def save_model(self, folder: str, tensors: dict[str, Any], description: dict[str, Any]) -> None:
         """Weights and the JSON that rebuilds the model they belong to; the JSON is written last."""
+        from safetensors.torch import save  # brings torch, which reading tables does without
+
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self.write_bytes(f"{folder}/model.safetensors", save_tensors(contiguous))
+        self.write_bytes(f"{folder}/model.safetensors", save(contiguous))
         self.write_json(f"{folder}/model.json", description)
 
     def load_model(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,9 +135,11 @@ class RunDir:
         Raises:
             ArtifactError: there is no model in that folder.
         """
+        from safetensors.torch import load
+
         if not self.exists(f"{folder}/model.json"):
             raise ArtifactError(f"no model in {self.uri}/{folder}; run the stage that trains it: qbert-ray run")
-        return load_tensors(self.read_bytes(f"{folder}/model.safetensors")), self.read_json(f"{folder}/model.json")
+        return load(self.read_bytes(f"{folder}/model.safetensors")), self.read_json(f"{folder}/model.json")
 
     def _write(self, path: str, content: bytes) -> None:
         with self.filesystem.open_output_stream(path) as stream:

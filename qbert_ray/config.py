@@ -11,6 +11,7 @@ it is used. `compute` never enters a stage's fingerprint: more machines change t
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,6 +68,9 @@ class Data(Section):
             raise ValueError("data.domains is empty: name at least one domain")
         if not any(domain.role == "target" for domain in self.domains.values()):
             raise ValueError("no domain has role: target, so there is nothing to fine-tune or evaluate")
+        wrong = [name for name in self.domains if not re.fullmatch(r"\w[\w-]*", name)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} cannot name a domain: letters, digits, '_' and '-' can, since files are named after it")
         return self
 
     @property
@@ -155,7 +159,8 @@ class Fusion(Training):
     dropout: Share = 0.1
     dynamic: bool = Field(True, description="false: every item runs through all layers (Table 5, traditional fusion)")
     halt_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="accumulated halting probability at which an item's depth ends")
-    ponder_weight: NonNegativeFloat = Field(0.01, description="price of a layer, per item")
+    ponder_weight: NonNegativeFloat = Field(1.0, description="price of a batch whose expected number of layers is off its target")
+    ponder_target: Annotated[float, Field(ge=1)] = Field(1.6, description="expected layers of an item, averaged over a batch")
     temperature: PositiveFloat = Field(0.1, description="tau of the alignment, Eq. 3")
     contrast_temperature: PositiveFloat = Field(0.07, description="temperature of InfoNCE, Eq. 5")
     consistency_weight: NonNegativeFloat = Field(0.01, description="lambda of Eq. 5")
@@ -191,6 +196,7 @@ class Sequencer(Section):
     loss: Literal["catalog", "tokens"] = Field("catalog", description="softmax over the domain's items, or per-level cross-entropy (Eq. 11)")
     logits: Literal["dot", "cosine"] = Field("dot", description="dot product, or cosine over temperature")
     temperature: PositiveFloat = Field(0.07, description="of cosine logits")
+    start: Literal["codebooks", "random"] = Field("codebooks", description="code embeddings start as the RQ-VAE's codewords, rotated, or at random")
     item_embedding: bool = Field(False, description="add an embedding per item to the composed one; zero for cold items")
 
 
@@ -288,21 +294,27 @@ def load_config(files: list[str | Path] = [], overrides: list[str] = []) -> Conf
     """
     tree: dict[str, Any] = {}
     for file in files:
-        try:
-            layer = yaml.safe_load(Path(file).read_text()) or {}
-        except FileNotFoundError:
-            raise ConfigError(f"no config file at {file}; the ones that come with the project are in configs/") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file} is not valid YAML: {error}") from None
-        if not isinstance(layer, dict):
-            raise ConfigError(f"{file} must hold a mapping of sections, got {type(layer).__name__}")
-        tree = merge(tree, layer)
+        tree = merge(tree, _read_layer(Path(file)))
     for override in overrides:
         tree = merge(tree, _parse_override(override))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _read_layer(file: Path) -> dict[str, Any]:
+    """One YAML file, on top of the file beside it that its `extends` names."""
+    try:
+        layer = yaml.safe_load(file.read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"no config file at {file}; the ones that come with the project are in configs/") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(layer, dict):
+        raise ConfigError(f"{file} must hold a mapping of sections, got {type(layer).__name__}")
+    base = layer.pop("extends", None)
+    return merge(_read_layer(file.parent / base), layer) if base else layer
 
 
 def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

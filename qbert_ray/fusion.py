@@ -130,7 +130,11 @@ class FusionLayer(nn.Module):
         self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Dropout(dropout), nn.Linear(ffn_width, width))
-        self.gate = nn.Sequential(nn.Linear(width, width // 4), nn.ReLU(), nn.Linear(width // 4, width))
+        # One output more than dimensions is added to all of them: a mean over many independent gates hardly differs
+        # between items, so without it every item would halt at the same depth.
+        self.gate = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width // 4), nn.ReLU(), nn.Linear(width // 4, width + 1))
+        with torch.no_grad():
+            self.gate[3].weight[-1].mul_(4)  # items differ from the start
 
     def forward(self, state: Tensor, values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """New state [B, D] and gate [B, D], from state [B, D], values [B, V, D], present [B, V]."""
@@ -142,14 +146,16 @@ class FusionLayer(nn.Module):
         attended = (weights @ value).transpose(1, 2).reshape(size, width)
         update = state + F.dropout(self.out(attended), self.dropout, self.training)
         update = update + F.dropout(self.ffn(self.norm_ffn(update)), self.dropout, self.training)
-        gate = torch.sigmoid(self.gate(update))
+        own, shared = self.gate(update).split([self.norm_query.normalized_shape[0], 1], dim=-1)
+        gate = torch.sigmoid(own + shared)
         return state + gate * (update - state), gate
 
 
-def alignment_loss(fused: Fused, temperature: float, consistency_weight: float, ponder_weight: float) -> dict[str, Tensor]:
+def alignment_loss(fused: Fused, temperature: float, consistency_weight: float, ponder_weight: float, ponder_target: float) -> dict[str, Tensor]:
     """Eq. 5 and the ponder cost, each a mean over the batch; their sum under "loss".
 
-    Every pair of views (fused and each modality) is contrasted over the items that have both.
+    Every pair of views (fused and each modality) is contrasted over the items that have both. The ponder cost holds the
+    batch's mean at a target and leaves items free to differ: a price per layer drives all of them to the same depth.
     """
     views = torch.cat([fused.embedding[:, None], fused.aligned], dim=1)  # [B, 1 + V, D]
     views = F.normalize(views, dim=-1)
@@ -160,7 +166,7 @@ def alignment_loss(fused: Fused, temperature: float, consistency_weight: float, 
         if len(both := (there[:, a] & there[:, b]).nonzero()[:, 0]) > 1
     ] or [views.new_zeros(())]).sum()  # fmt: skip
     consistency = (fused.embedding - fused.query.detach()).square().mean(-1).mean()
-    ponder = fused.ponder.mean()
+    ponder = (fused.ponder.mean() - ponder_target).square()
     loss = contrast + consistency_weight * consistency + ponder_weight * ponder
     return {"loss": loss, "contrast": contrast, "consistency": consistency, "ponder": ponder}
 

@@ -69,7 +69,7 @@ class Sequencer(nn.Module):
             self.register_buffer(f"warm_{name}", torch.ones(size, 1))  # 0: no training interaction, so codes alone
         self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
         self.position_embedding = nn.Embedding(max_items * (num_levels if tokens == "flat" else 1), width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layers = nn.ModuleList(EncoderLayer(width, num_heads, ffn_width, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         for embedding in [self.code_embedding, self.position_embedding, *self.item_embedding.values()]:
@@ -129,6 +129,20 @@ class Sequencer(nn.Module):
         logits = torch.einsum("pkd,kmd->pkm", queries, books) + self.code_bias.view(self.num_levels, size)
         return F.cross_entropy(logits.reshape(-1, size), codes.reshape(-1), reduction="sum") / self.num_levels
 
+    @torch.no_grad()
+    def start_from(self, codebooks: Tensor) -> None:
+        """Start the code embeddings as a random rotation of the codewords [K, M, E], at the size of a random start.
+
+        An item's vector is the sum of its codes' embeddings, so it starts as a rotation of its quantized latent: items
+        with near content are near from the first step on.
+        """
+        width = self.code_embedding.embedding_dim
+        rotation = torch.linalg.qr(torch.randn(max(width, codebooks.shape[-1]), width))[0][: codebooks.shape[-1]]  # [E, D]
+        centred = codebooks - codebooks.mean(1, keepdim=True)
+        embedding = (centred @ rotation).flatten(0, 1)
+        # A little noise keeps codes apart that the rotation, or a small codebook, puts on one spot.
+        self.code_embedding.weight.mul_(0.3).add_(0.02 * embedding / embedding.std().clamp_min(1e-12))
+
     def _slots(self, codes: Tensor) -> Tensor:
         return codes + torch.arange(self.num_levels, device=codes.device) * self.codebook_size
 
@@ -147,26 +161,43 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, width: int, num_heads: int, ffn_width: int, dropout: float) -> None:
         super().__init__()
-        self.num_heads, self.rate = num_heads, dropout
+        self.num_heads = num_heads
         self.norm_attention, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Dropout(dropout), nn.Linear(ffn_width, width))
-        self.dropout = nn.Dropout(dropout)
+        self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), Dropout(dropout), nn.Linear(ffn_width, width))
+        self.dropout = Dropout(dropout)
 
     def forward(self, states: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
         states = states + self.dropout(self.out(self._attend(self.query_key_value(self.norm_attention(states)), groups)))
         return states + self.dropout(self.ffn(self.norm_ffn(states)))
 
     def _attend(self, projected: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
-        """[S, D] from [S, 3 * D]: each sequence attends to itself; equally long ones in one call."""
+        """[S, D] from [S, 3 * D]: each sequence attends to itself; equally long ones in one call.
+
+        The attention weights are not dropped out: the fused kernels then serve on CPUs too.
+        """
         width = projected.shape[1] // 3
-        rate = self.rate if self.training else 0.0
         parts = []
-        for start, count, length in groups:
-            block = projected[start : start + count * length].view(count, length, 3, self.num_heads, -1)
-            query, key, value = block.permute(2, 0, 3, 1, 4)  # each [count, H, length, D/H]
-            parts.append(F.scaled_dot_product_attention(query, key, value, dropout_p=rate).transpose(1, 2).reshape(-1, width))
+        # split, not slices: the backward pass then joins the pieces once instead of adding each to a full-size zero
+        for block, (_, count, length) in zip(projected.split([count * length for _, count, length in groups]), groups, strict=True):
+            query, key, value = block.view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [count, H, length, D/H]
+            parts.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(-1, width))
         return torch.cat(parts)
+
+
+class Dropout(nn.Module):
+    """Dropout from random bytes: on a CPU several times as fast as one Bernoulli draw per number; rates are multiples of 1/256."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.threshold = round(rate * 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.threshold:
+            return x
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
+        return x * keep * (256 / (256 - self.threshold)) if self.threshold < 256 else x * 0
 
 
 def pack(items: np.ndarray, lengths: np.ndarray, masks: np.ndarray) -> tuple[Packed, np.ndarray]:

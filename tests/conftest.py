@@ -8,6 +8,7 @@ for name, value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # threads that wait for each other make small tensors ten times slower
 }.items():
     os.environ.setdefault(name, value)  # read when ray and transformers are imported
 

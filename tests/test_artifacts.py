@@ -27,7 +27,7 @@ def test_a_write_that_fails_leaves_nothing(run):
     with pytest.raises(RuntimeError):
         run._publish("folder/x", _fail_half_way)
     assert run.read_bytes("folder/x") == b"old"
-    assert run.list("folder") == ["x"]
+    assert run.names("folder") == ["x"]
 
 
 def _fail_half_way(path):

@@ -24,7 +24,7 @@ def test_overfits_one_batch():
     first = last = None
     for _ in range(150):
         optimizer.zero_grad()
-        losses = alignment_loss(model(*batch), 0.1, 0.01, 0.01)
+        losses = alignment_loss(model(*batch), 0.1, 0.01, 1.0, 1.6)
         losses["loss"].backward()
         optimizer.step()
         last = float(losses["contrast"].detach())
@@ -53,10 +53,10 @@ def slow(model, item, features, present):
 
 
 def test_halted_items_leave_the_batch_and_nothing_else_changes():
-    model, batch = build(halt_threshold=0.76).eval(), inputs()
+    model, batch = build(halt_threshold=0.75).eval(), inputs()
     with torch.no_grad():
         for layer in model.layers:  # spread the gates, so that depths differ
-            layer.gate[2].weight.mul_(100)
+            layer.gate[3].weight[-1].mul_(4)
         fused = model(*batch)
         assert len(fused.depth.unique()) > 1
         for item in range(24):
@@ -81,12 +81,12 @@ def test_an_item_with_nothing_is_finite_and_takes_no_part_in_the_contrast():
     for x in present.values():
         x[5] = False
     fused = model(item, features, present)
-    losses = alignment_loss(fused, 0.1, 0.01, 0.01)
+    losses = alignment_loss(fused, 0.1, 0.01, 1.0, 1.6)
     losses["loss"].backward()
     assert torch.isfinite(fused.embedding).all()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
     none = {name: torch.zeros_like(x) for name, x in present.items()}
-    assert alignment_loss(model(item, features, none), 0.1, 0.0, 0.0)["contrast"] == 0
+    assert alignment_loss(model(item, features, none), 0.1, 0.0, 0.0, 1.6)["contrast"] == 0
 
 
 def test_cold_items_share_the_unknown_query():
@@ -98,8 +98,8 @@ def test_cold_items_share_the_unknown_query():
 
 def test_gradients_reach_every_gate():
     model = build()
-    alignment_loss(model(*inputs()), 0.1, 0.01, 0.01)["loss"].backward()
-    assert all(layer.gate[2].weight.grad.abs().sum() > 0 for layer in model.layers[:2])
+    alignment_loss(model(*inputs()), 0.1, 0.01, 1.0, 1.6)["loss"].backward()
+    assert all(layer.gate[3].weight.grad.abs().sum() > 0 for layer in model.layers[:2])
 
 
 def test_info_nce_of_views_that_agree_is_near_zero():

@@ -153,7 +153,7 @@ def _get(tasks: list[Any]) -> list[Any]:
 def _map_domains(run: RunDir, modality: str, tasks: dict[str, Callable[..., Placed]], progress: Progress) -> Counter[str]:
     """Vectors of whole domains, side by side; domains that an earlier try finished are skipped."""
     marker = f"features/{modality}/.counts"
-    done = set(run.list(marker))
+    done = set(run.names(marker))
     running = [_write_domain.remote(run, modality, domain, make) for domain, make in tasks.items() if f"{domain}.json" not in done]
     progress.start(len(tasks), len(tasks) - len(running))
     while running:

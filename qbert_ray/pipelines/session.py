@@ -15,7 +15,7 @@ for _name, _value in {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }.items():
     os.environ.setdefault(_name, _value)
@@ -51,18 +51,18 @@ class Quiet:
 def session(address: str | None = None) -> Iterator[None]:
     """Ray, connected to a cluster or started on this machine; one that was already there stays."""
     owner = not ray.is_initialized()
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # what a user should know is in our own lines
     if owner:
         ray.init(
             address=address,
             include_dashboard=None if address or os.environ.get("RAY_ADDRESS") else False,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     try:
         yield
     finally:

@@ -40,7 +40,7 @@ def map_parts(
         output: table that holds a part of the same name once it is done.
         actors: size of the actor pool.
     """
-    done = set(run.list(f"{output}/.counts"))
+    done = set(run.names(f"{output}/.counts"))
     missing = [name for name in parts if f"{name}.json" not in done]
     progress.start(len(parts), len(parts) - len(missing))
     if missing:

@@ -6,7 +6,6 @@ stage and all after it. What a stage depends on is a list of config sections: `c
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from qbert_ray.pipelines.scoring import score
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.tasks import FusionTask, RqvaeTask, SequencerTask
 from qbert_ray.pipelines.training import fit
+from qbert_ray.sources import join
 
 
 
@@ -176,7 +176,7 @@ def run_stage(stage: Stage, config: Config, run: RunDir, progress: Progress) -> 
 def redo_from(name: str, run: RunDir, config: Config) -> list[str]:
     """Forget a stage and all after it; the names of those that were there."""
     later = STAGES[STAGES.index(BY_NAME[name]) :]
-    there = [stage.name for stage in later if run.list(stage.folder) or run.exists(stage.folder)]
+    there = [stage.name for stage in later if run.names(stage.folder) or run.exists(stage.folder)]
     for stage in reversed(later):  # the last first, so that a cut leaves a run that is consistent
         run.delete(f"{stage.folder}/manifest.json")
         run.delete(stage.folder)
@@ -203,24 +203,25 @@ def _input_fingerprints(stage: Stage, config: Config, run: RunDir) -> dict[str, 
         manifest = None if source.skipped(config) else Manifest.load(run, source.folder)
         if manifest is not None:
             inputs[name] = manifest.fingerprint
-    if stage.name == "ingest":
-        inputs |= _file_fingerprints(config)
-    return inputs
+    return inputs | _file_fingerprints(stage, config)
 
 
-def _file_fingerprints(config: Config) -> dict[str, str]:
+_FILES = {"ingest": ("items", "interactions"), "features": ("text_features", "image_features", "structure_features")}
+
+
+def _file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
     """Size and time of the input files, so that changed data is noticed."""
+    named = {f"data.domains.{name}.{field}": getattr(d, field) for name, d in config.data.domains.items() for field in _FILES.get(stage.name, ())}
+    if stage.name == "assign-ids":
+        named["data.semantic_ids"] = config.data.semantic_ids
     found = {}
-    for name, domain in config.data.domains.items():
-        for field in ("items", "interactions"):
-            uri = getattr(domain, field)
-            uri = uri if "://" in uri or os.path.isabs(uri) else f"{config.data.root.rstrip('/')}/{uri}"
-            if "*" in uri:
-                continue
-            filesystem, path = resolve(uri)
-            info = filesystem.get_file_info(path)
-            if info.type == fs.FileType.File:
-                found[f"data.domains.{name}.{field}"] = f"{info.size} bytes, {info.mtime_ns}"
+    for path, uri in named.items():
+        if uri is None or "*" in uri:
+            continue
+        filesystem, place = resolve(join(config.data.root, uri))
+        info = filesystem.get_file_info(place)
+        if info.type == fs.FileType.File:
+            found[path] = f"{info.size} bytes, {info.mtime_ns}"
     return found
 
 

@@ -80,7 +80,7 @@ class FusionTask:
         item = torch.from_numpy(np.where(hidden, model.unknown, samples)).to(device)
         fused = model(item, *self.features.batch(samples, device))
         s = self.settings
-        losses = alignment_loss(fused, s.contrast_temperature, s.consistency_weight, s.ponder_weight)
+        losses = alignment_loss(fused, s.contrast_temperature, s.consistency_weight, s.ponder_weight, s.ponder_target)
         return losses["loss"] * len(samples), float(len(samples))
 
     def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
@@ -167,6 +167,8 @@ class SequencerTask:
         for name in self.domains if self.config.sequencer.item_embedding else []:
             counts = np.bincount(self.sequences[name].items, minlength=len(self.catalogs[name]))
             getattr(model, f"warm_{name}").copy_(torch.from_numpy(counts > 0)[:, None])
+        if self.config.sequencer.start == "codebooks" and not self.start and not self.config.data.semantic_ids:
+            model.start_from(self.run.load_model("rqvae/model")[0]["quantizer.codebooks"])
         if self.start:
             tensors, _ = self.run.load_model(self.start)
             known = model.state_dict()

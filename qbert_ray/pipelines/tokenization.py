@@ -23,6 +23,7 @@ from qbert_ray.pipelines.sharding import map_parts
 from qbert_ray.pipelines.tasks import Features
 from qbert_ray.rqvae import RQVAE
 from qbert_ray.semantic_ids import Resolved, resolve_collisions, resolve_given, to_tokens
+from qbert_ray.sources import join
 
 BATCH = 1024
 ENCODED = "semantic_ids/.encoded"
@@ -130,8 +131,7 @@ def _write_domain(run: RunDir, domain: str, table: pa.Table, before: np.ndarray,
 
 def _adopt_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Semantic IDs made elsewhere: checked, made unique, and written in the catalog's order."""
-    uri = config.data.semantic_ids or ""
-    source = uri if "://" in uri or uri.startswith("/") else f"{config.data.root.rstrip('/')}/{uri}"
+    source = join(config.data.root, config.data.semantic_ids or "")
     filesystem, path = resolve(source)
     try:
         given = pq.read_table(path, filesystem=filesystem)
