@@ -44,8 +44,7 @@ def run(
     settings = load_config(list(config), list(overrides or []))
     _run_stages(settings, None, redo)
     directory = RunDir(settings.run.dir)
-    console.print()
-    console.print(metrics_table(directory.read_json("evaluation/metrics.json")))
+    _show_metrics(directory)
     console.print(f"\nsemantic IDs     {escape(directory.path('semantic_ids'))}")
     console.print(f"recommendations  {escape(directory.path('recommendations'))}")
     console.print(f"metrics          {escape(directory.path('evaluation/metrics.json'))}", soft_wrap=True)
@@ -60,9 +59,9 @@ def _stage_command(name: str, help_text: str) -> Callable[..., None]:
         settings = load_config(list(config), list(overrides or []))
         _run_stages(settings, name, name if redo else None)
         if name == "evaluate":
-            console.print(metrics_table(RunDir(settings.run.dir).read_json("evaluation/metrics.json")))
+            _show_metrics(RunDir(settings.run.dir))
 
-    command.__doc__ = f"{help_text}\n\nExample: qbert-ray {name} -c configs/movielens.yaml run.dir=runs/movielens"
+    command.__doc__ = f"{help_text}\n\nExample: qbert-ray {name} -c configs/movielens.yaml data.root=/data/movielens run.dir=runs/movielens"
     return command
 
 
@@ -89,7 +88,10 @@ def validate(config: Files, overrides: Overrides = None) -> None:
 
     settings = load_config(list(config), list(overrides or []))
     with session(settings.compute.address):
-        console.print(format_validation(check(settings)), markup=False)
+        report = check(settings)
+    console.print(format_validation(report), markup=False)
+    if any(domain["errors"] for domain in report.values()):
+        raise typer.Exit(2)
 
 
 @app.command(rich_help_panel="Looking")
@@ -117,10 +119,12 @@ def demo_data(
     from qbert_ray.demo import generate
 
     if (folder / "interactions.parquet").exists():  # written last
-        console.print(f"the demo shop is already in {folder}")
+        console.print(f"the demo shop is already in {folder}; delete the folder for another")
         return
     counts = generate(folder, seed)
-    console.print(f"generated a demo shop in {folder}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
+    console.print(
+        f"generated a demo shop in {folder}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    )
 
 
 def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
@@ -131,22 +135,33 @@ def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
     if redo is not None and redo not in BY_NAME:
         raise ConfigError(f"--from {redo}: no such stage; the stages are {', '.join(BY_NAME)}")
     directory = RunDir(config.run.dir)
-    if redo is not None:
-        redo_from(redo, directory, config)
-    stages = [BY_NAME[only]] if only else STAGES
-    for stage in stages:  # refuse a changed config before any work
+    first = STAGES.index(BY_NAME[redo]) if redo else len(STAGES)
+    last = STAGES.index(BY_NAME[only]) + 1 if only else len(STAGES)
+    for stage in STAGES[: min(first, last)]:  # refuse a changed config before anything is done or deleted
         if not stage.skipped(config):
             status(stage, config, directory)
+    if redo is not None:
+        redo_from(redo, directory)
     with session(config.compute.address):
-        for stage in stages:
-            known = None if stage.skipped(config) else status(stage, config, directory)
+        for stage in [BY_NAME[only]] if only else STAGES:
+            why = stage.skipped(config)
+            known = None if why else status(stage, config, directory)
             started = time.monotonic()
             with StageBar(console, stage.name) as bar:
-                manifest = run_stage(stage, config, directory, bar)
-            seconds = None if known else time.monotonic() - started
-            console.print(stage_line(stage.name, manifest, seconds, stage.skipped(config)), soft_wrap=True)
+                try:
+                    manifest = run_stage(stage, config, directory, bar)
+                except KeyboardInterrupt:
+                    errors.print("stopped; the same command goes on from here")
+                    raise typer.Exit(130) from None
+            console.print(stage_line(stage.name, manifest, None if known else time.monotonic() - started, why), soft_wrap=True)
             for warning in manifest.counts.get("warnings", []) if manifest else []:
                 console.print(f"[yellow]! {escape(warning)}[/yellow]", soft_wrap=True)
+
+
+def _show_metrics(directory: RunDir) -> None:
+    for domain, content in directory.read_json("evaluation/metrics.json").items():
+        console.print()
+        console.print(metrics_table(domain, content))
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -164,9 +179,6 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; errors of the user end with one message and exit status 2, others with their traceback."""
     try:
         app(args=arguments)
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on from here")
-        sys.exit(130)
     except Exception as error:
         cause = _root_cause(error)
         if not isinstance(cause, (ValueError, FloatingPointError, OSError)):

@@ -21,90 +21,108 @@ SPLITS = ("train", "valid", "test")
 
 # ingest/items: item_index is dense within a domain and permuted by a hash, so that it tells nothing about time.
 # Text fields are strings under `text.<field>`, attributes under `attribute.<field>`.
-ITEMS = pa.schema([
-    (DOMAIN, pa.string()),
-    (ITEM_ID, pa.string()),
-    (ITEM_INDEX, pa.int32()),
-    ("image_path", pa.string()),  # absolute path or URI; null: none, or image_bytes holds it
-    ("image_bytes", pa.binary()),
-])
+ITEMS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (ITEM_ID, pa.string()),
+        (ITEM_INDEX, pa.int32()),
+        ("image_path", pa.string()),  # absolute path or URI; null: none, or image_bytes holds it
+        ("image_bytes", pa.binary()),
+    ]
+)
 TEXT_PREFIX = "text."
 ATTRIBUTE_PREFIX = "attribute."
 
-INTERACTIONS = pa.schema([
-    (DOMAIN, pa.string()),
-    (USER_ID, pa.string()),
-    (ITEM_ID, pa.string()),
-    (TIMESTAMP, pa.int64()),
-    (RATING, pa.float32()),
-    ("split", pa.string()),  # one of SPLITS
-])
+INTERACTIONS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        (ITEM_ID, pa.string()),
+        (TIMESTAMP, pa.int64()),
+        (RATING, pa.float32()),
+        ("split", pa.string()),  # one of SPLITS
+    ]
+)
 
 # ingest/sequences: one user a row, in time order. Leave-one-out: test is the last item, valid the last but one;
 # both null for a user with fewer than three interactions. History of the test = train + valid.
-SEQUENCES = pa.schema([
-    (DOMAIN, pa.string()),
-    (USER_ID, pa.string()),
-    ("train", pa.list_(pa.int32())),
-    ("valid", pa.int32()),
-    ("test", pa.int32()),
-])
+SEQUENCES = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        ("train", pa.list_(pa.int32())),
+        ("valid", pa.int32()),
+        ("test", pa.int32()),
+    ]
+)
 
-REJECTED = pa.schema([
-    (DOMAIN, pa.string()),
-    ("table", pa.string()),  # items, interactions, images, ...
-    ("reason", pa.string()),
-    ("row", pa.string()),  # the row as JSON
-])
+REJECTED = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        ("table", pa.string()),  # items, interactions, images, ...
+        ("reason", pa.string()),
+        ("row", pa.string()),  # the row as JSON
+    ]
+)
 
-SEMANTIC_IDS = pa.schema([
-    (DOMAIN, pa.string()),
-    (ITEM_ID, pa.string()),
-    (ITEM_INDEX, pa.int32()),
-    ("codes", pa.list_(pa.int32())),
-    ("semantic_id", pa.string()),  # "<a_2><b_3><c_1><d_6>"
-    ("moved", pa.bool_()),  # not its nearest codes: reallocated because of a collision
-])
+SEMANTIC_IDS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (ITEM_ID, pa.string()),
+        (ITEM_INDEX, pa.int32()),
+        ("codes", pa.list_(pa.int32())),
+        ("semantic_id", pa.string()),  # "<a_2><b_3><c_1><d_6>"
+        ("moved", pa.bool_()),  # not its nearest codes: reallocated because of a collision
+    ]
+)
 
 # One row per user and model; ranks are 1-based, each protocol its own column.
-RANKS = pa.schema([
-    (DOMAIN, pa.string()),
-    (USER_ID, pa.string()),
-    ("model", pa.string()),
-    ("target", pa.string()),
-    ("rank_all", pa.int32()),
-    ("rank_unseen", pa.int32()),
-])
+RANKS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        ("model", pa.string()),
+        ("target", pa.string()),
+        ("rank_all", pa.int32()),
+        ("rank_unseen", pa.int32()),
+    ]
+)
 
-RECOMMENDATIONS = pa.schema([
-    (DOMAIN, pa.string()),
-    (USER_ID, pa.string()),
-    ("rank", pa.int32()),
-    (ITEM_ID, pa.string()),
-    ("score", pa.float32()),
-])
+RECOMMENDATIONS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        ("rank", pa.int32()),
+        (ITEM_ID, pa.string()),
+        ("score", pa.float32()),
+    ]
+)
 
 
 def features_schema(num_vectors: int, width: int) -> pa.Schema:
     """Schema of features/<modality>: J vectors per item and which of them are there."""
-    return pa.schema([
-        (DOMAIN, pa.string()),
-        (ITEM_ID, pa.string()),
-        (ITEM_INDEX, pa.int32()),
-        ("vectors", pa.list_(pa.list_(pa.float32(), width), num_vectors)),
-        ("present", pa.list_(pa.bool_(), num_vectors)),
-    ])
+    return pa.schema(
+        [
+            (DOMAIN, pa.string()),
+            (ITEM_ID, pa.string()),
+            (ITEM_INDEX, pa.int32()),
+            ("vectors", pa.list_(pa.list_(pa.float32(), width), num_vectors)),
+            ("present", pa.list_(pa.bool_(), num_vectors)),
+        ]
+    )
 
 
 def embeddings_schema(width: int) -> pa.Schema:
     """Schema of fusion/embeddings."""
-    return pa.schema([
-        (DOMAIN, pa.string()),
-        (ITEM_ID, pa.string()),
-        (ITEM_INDEX, pa.int32()),
-        ("embedding", pa.list_(pa.float32(), width)),
-        ("depth", pa.int32()),
-    ])
+    return pa.schema(
+        [
+            (DOMAIN, pa.string()),
+            (ITEM_ID, pa.string()),
+            (ITEM_INDEX, pa.int32()),
+            ("embedding", pa.list_(pa.float32(), width)),
+            ("depth", pa.int32()),
+        ]
+    )
 
 
 def to_fixed_lists(array: np.ndarray) -> pa.Array:

@@ -44,7 +44,9 @@ class Domain(Section):
     items: str = Field("items.parquet", description="catalog: file, folder or glob (Parquet, CSV, JSONL), under data.root")
     interactions: str = Field("interactions.parquet", description="histories: file, folder or glob, under data.root")
     role: Literal["target", "source"] = Field("target", description="source: only pre-trained on; target: also fine-tuned (§4.1)")
-    format: Literal["auto", "amazon_2018", "amazon_2023"] = Field("auto", description="raw Amazon review and metadata files, or the input contract")
+    format: Literal["auto", "amazon_2018", "amazon_2023"] = Field(
+        "auto", description="raw Amazon review and metadata files, or the input contract"
+    )
     text_fields: list[str] = Field(["title"], description="text columns; each gives one of the J text vectors of an item (Eq. 3)")
     attributes: list[str] = Field([], description="columns kept for reports; each is also one more text vector")
     image_column: str | None = Field(None, description="path relative to the items file, URI, or bytes")
@@ -83,7 +85,9 @@ class Data(Section):
 
 
 class TextEncoder(Section):
-    model: str = Field("minilm", description="'minilm' or 'smollm2' (offline packages), or anything AutoModel.from_pretrained takes; paper: LLaMA")
+    model: str = Field(
+        "minilm", description="'minilm' or 'smollm2' (offline packages), or anything AutoModel.from_pretrained takes; paper: LLaMA"
+    )
     gguf_file: str | None = Field(None, description="GGUF file inside the model folder or repository")
     pooling: Literal["mean", "last"] = Field("mean", description="mean over tokens, or the last token (decoder-only models)")
     layer: int = Field(-1, description="hidden layer that is pooled; -1 is the output of the last")
@@ -112,14 +116,17 @@ class ImageEncoder(Section):
 
 class Structure(Section):
     kind: Literal["collaborative", "neighbourhood"] = Field(
-        "collaborative", description="factorised co-occurrence, or text features averaged over co-occurrence neighbours (comparable between domains)"
+        "collaborative",
+        description="factorised co-occurrence, or text features averaged over co-occurrence neighbours (comparable between domains)",
     )
     dim: PositiveInt = Field(64, description="width of the collaborative vectors")
     window: PositiveInt = Field(50, description="training items of a user that count as occurring together")
 
 
 class Features(Section):
-    modalities: list[Modality] = Field(["text", "image", "structure"], description="§3.1; those a domain has no input for are left out there")
+    modalities: list[Modality] = Field(
+        ["text", "image", "structure"], description="§3.1; those a domain has no input for are left out there"
+    )
     text: TextEncoder = TextEncoder()
     image: ImageEncoder = ImageEncoder()
     structure: Structure = Structure()
@@ -137,12 +144,15 @@ class Training(Section):
     epochs: PositiveInt = 20
     batch_size: PositiveInt = Field(512, description="global: over all workers")
     microbatches: PositiveInt = Field(
-        2, description="pieces a batch is cut into, each with its own random state; workers share them out, so any number of workers that divides it gives the same model"
+        2,
+        description="pieces a batch is cut into, each with its own random state; workers share them out, so any number of workers that divides it gives the same model",
     )
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
     warmup_steps: NonNegativeInt = Field(100, description="linear warm-up of the learning rate, in steps")
-    patience: PositiveInt | None = Field(None, description="epochs without a better validation metric before stopping; None: run all epochs")
+    patience: PositiveInt | None = Field(
+        None, description="epochs without a better validation metric before stopping; None: run all epochs"
+    )
     averaging: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the exponential average of weights; 0: off")
     gradient_clip: PositiveFloat = Field(1.0, description="largest gradient norm")
 
@@ -158,7 +168,9 @@ class Fusion(Training):
     ffn_width: PositiveInt = 512
     dropout: Share = 0.1
     dynamic: bool = Field(True, description="false: every item runs through all layers (Table 5, traditional fusion)")
-    halt_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="accumulated halting probability at which an item's depth ends")
+    halt_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.75, description="accumulated halting probability at which an item's depth ends"
+    )
     ponder_weight: NonNegativeFloat = Field(1.0, description="price of a batch whose expected number of layers is off its target")
     ponder_target: Annotated[float, Field(ge=1)] = Field(1.6, description="expected layers of an item, averaged over a batch")
     temperature: PositiveFloat = Field(0.1, description="tau of the alignment, Eq. 3")
@@ -191,19 +203,26 @@ class Sequencer(Section):
     num_heads: PositiveInt = Field(4, description="H (§4.1: 4)")
     ffn_width: PositiveInt = Field(512, description="from Table 6")
     dropout: Share = Field(0.2, description="§4.1: 0.2")
-    max_items: Annotated[int, Field(ge=2)] = Field(50, description="T: latest items of a history that are read, the masked one included (from Table 6)")
+    max_items: Annotated[int, Field(ge=2)] = Field(
+        50, description="T: latest items of a history that are read, the masked one included (from Table 6)"
+    )
     tokens: Literal["item", "flat"] = Field("item", description="one position per item, or K positions per item")
-    loss: Literal["catalog", "tokens"] = Field("catalog", description="softmax over the domain's items, or per-level cross-entropy (Eq. 11)")
+    loss: Literal["catalog", "tokens"] = Field(
+        "catalog", description="softmax over the domain's items, or per-level cross-entropy (Eq. 11)"
+    )
     logits: Literal["dot", "cosine"] = Field("dot", description="dot product, or cosine over temperature")
     temperature: PositiveFloat = Field(0.07, description="of cosine logits")
-    start: Literal["codebooks", "random"] = Field("codebooks", description="code embeddings start as the RQ-VAE's codewords, rotated, or at random")
+    start: Literal["codebooks", "random"] = Field(
+        "codebooks", description="code embeddings start as the RQ-VAE's codewords, rotated, or at random"
+    )
     item_embedding: bool = Field(False, description="add an embedding per item to the composed one; zero for cold items")
 
 
 class SequenceTraining(Training):
     masks: dict[MaskStrategy, PositiveFloat] = Field({"random": 1.0}, description="strategy -> weight with which a sequence draws it")
     mask_ratio: dict[MaskStrategy, Share] = Field(
-        {"span": 0.3, "tail": 0.1, "multi_region": 0.15, "random": 0.3}, description="share of a sequence's items that a strategy masks (§4.1)"
+        {"span": 0.3, "tail": 0.1, "multi_region": 0.15, "random": 0.3},
+        description="share of a sequence's items that a strategy masks (§4.1)",
     )
     last_item_share: Share = Field(0.2, description="share of sequences that mask only their last item, as the test does")
 
@@ -262,6 +281,9 @@ class Workers(Section):
 
 class Compute(Section):
     address: str | None = Field(None, description="Ray cluster; None: RAY_ADDRESS, or a local one that ends with the run")
+    checkpoint_seconds: NonNegativeFloat = Field(
+        20.0, description="a training checkpoints at the end of an epoch when this long has passed since the last"
+    )
     features: Actors = Actors()
     fusion: Workers = Workers()
     rqvae: Workers = Workers()

@@ -58,19 +58,22 @@ def stage_line(name: str, manifest: Manifest | None, seconds: float | None, why:
     return f"[green]✓[/green] {name:<{NAME_WIDTH}}{when}  {_summary(manifest)}"
 
 
-def metrics_table(report: dict[str, Any]) -> Table:
-    """The table of evaluation/metrics.json: models by metrics, both protocols, 95 % intervals of the model's rows."""
-    names = list(next(iter(next(iter(next(iter(report.values()))["protocols"].values())).values())))
-    table = Table(title="every item of the domain ranked; ± is half of the 95 % interval over users", title_justify="left")
-    for header in ("domain", "ranked items", "ranking", *names):
-        table.add_column(header, justify="left" if header in ("domain", "ranked items", "ranking") else "right", no_wrap=True)
-    for domain, content in report.items():
-        for protocol, models in content["protocols"].items():
-            for model, values in models.items():
-                cells = [f"{v['value']:.4f} ±{(v['high'] - v['low']) / 2:.4f}" for v in values.values()]
-                label = {"all": "all", "unseen": "seen removed"}[protocol]
-                table.add_row(domain, label, model.replace("_", "-"), *cells, style="bold" if model == "model" else None)
-            table.add_section()
+def metrics_table(domain: str, content: dict[str, Any]) -> Table:
+    """The table of one domain of evaluation/metrics.json: rankings by metrics, for both protocols."""
+    models = next(iter(content["protocols"].values()))
+    names = list(next(iter(models.values())))
+    table = Table(title=f"{domain}: every item ranked for {content['users']:,} users", title_justify="left")
+    table.add_column("items", no_wrap=True)
+    table.add_column("ranking", no_wrap=True)
+    for name in [*names, f"± {names[-1]}"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for protocol, label in (("all", "all"), ("unseen", "unseen")):
+        for model, values in content["protocols"][protocol].items():
+            half = (values[names[-1]]["high"] - values[names[-1]]["low"]) / 2
+            cells = [f"{values[name]['value']:.4f}" for name in names]
+            table.add_row(label, model.replace("_", "-"), *cells, f"{half:.4f}", style="bold" if model == "model" else None)
+        table.add_section()
+    table.caption = "±: half of the 95 % interval over users"
     return table
 
 
@@ -79,6 +82,8 @@ def _summary(manifest: Manifest) -> str:
     match manifest.stage:
         case "ingest":
             return "; ".join(_ingested(domain, figures) for domain, figures in counts.items() if isinstance(figures, dict))
+        case "features":
+            return "; ".join(_encoded(modality, figures) for modality, figures in counts.items() if isinstance(figures, dict))
         case "train-fusion":
             depths = {name[6:]: count for name, count in sorted(counts.items()) if name.startswith("depth_")}
             return f"{counts['items']:,} items; depth {_spread(depths)}; view distance {counts['metrics']['view_distance']:.2f}"
@@ -100,6 +105,12 @@ def _summary(manifest: Manifest) -> str:
 def _ingested(domain: str, figures: dict[str, Any]) -> str:
     rejected = sum(figures["items_rejected"].values()) + sum(figures["interactions_rejected"].values())
     return f"{domain}: {figures['items']:,} items, {figures['users']:,} users, {figures['interactions']:,} interactions, {rejected:,} rows rejected"
+
+
+def _encoded(modality: str, figures: dict[str, Any]) -> str:
+    rejected = sum(count for name, count in figures.items() if "rejected" in name)
+    made = next((figures[name] for name in ("text_vectors", "images", "vectors", "present") if name in figures), figures.get("items", 0))
+    return f"{made:,} {modality} vectors" + (f", {rejected:,} rejected" if rejected else "")
 
 
 def _spread(counts: dict[str, int]) -> str:

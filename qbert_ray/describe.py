@@ -11,11 +11,14 @@ from qbert_ray.sequencer import complexity
 def complexity_table(config: Config, num_items: int) -> Table:
     """Parameters and multiply-adds (millions) for a catalog of `num_items`, as Table 6 counts and as they are."""
     s, q = config.sequencer, config.rqvae
-    counts = complexity(num_items, s.width, s.num_layers, s.ffn_width, s.max_items, q.num_levels, q.codebook_size)
-    table = Table(title=f"sequencer with {num_items:,} items, {s.max_items} positions; millions", title_justify="left")
-    table.add_column("module")
-    for header in ("paper: parameters", "paper: multiply-adds", "real: parameters", "real: multiply-adds"):
-        table.add_column(header, justify="right")
+    positions = s.max_items * (q.num_levels if s.tokens == "flat" else 1)
+    counts = complexity(num_items, s.width, s.num_layers, s.ffn_width, positions, q.num_levels, q.codebook_size)
+    if s.item_embedding:
+        counts["real"]["parameters"]["item embedding"] = num_items * s.width
+    table = Table(title=f"sequencer with {num_items:,} items, {positions} positions; millions", title_justify="left")
+    table.add_column("module", no_wrap=True)
+    for header in ("paper\nparameters", "paper\nmult-adds", "real\nparameters", "real\nmult-adds"):
+        table.add_column(header, justify="right", no_wrap=True)
     columns = [counts[way][what] for way in ("paper", "real") for what in ("parameters", "multiply_adds")]
     for module in dict.fromkeys(name for column in columns for name in column):
         table.add_row(module, *(f"{column[module] / 1e6:.2f}" if module in column else "" for column in columns))

@@ -140,7 +140,9 @@ class FusionLayer(nn.Module):
         """New state [B, D] and gate [B, D], from state [B, D], values [B, V, D], present [B, V]."""
         size, width = state.shape
         query = self.query(self.norm_query(state)).view(size, 1, self.num_heads, -1).transpose(1, 2)  # [B, H, 1, D/H]
-        key, value = (x.view(size, -1, self.num_heads, width // self.num_heads).transpose(1, 2) for x in self.key_value(values).chunk(2, -1))
+        key, value = (
+            x.view(size, -1, self.num_heads, width // self.num_heads).transpose(1, 2) for x in self.key_value(values).chunk(2, -1)
+        )
         scores = (query @ key.transpose(-1, -2)) / (width // self.num_heads) ** 0.5  # [B, H, 1, V]
         weights = scores.masked_fill(~present[:, None, None], -torch.inf).softmax(-1).nan_to_num()
         attended = (weights @ value).transpose(1, 2).reshape(size, width)
@@ -151,7 +153,9 @@ class FusionLayer(nn.Module):
         return state + gate * (update - state), gate
 
 
-def alignment_loss(fused: Fused, temperature: float, consistency_weight: float, ponder_weight: float, ponder_target: float) -> dict[str, Tensor]:
+def alignment_loss(
+    fused: Fused, temperature: float, consistency_weight: float, ponder_weight: float, ponder_target: float
+) -> dict[str, Tensor]:
     """Eq. 5 and the ponder cost, each a mean over the batch; their sum under "loss".
 
     Every pair of views (fused and each modality) is contrasted over the items that have both. The ponder cost holds the
@@ -182,8 +186,6 @@ def view_distance(fused: Fused) -> Tensor:
     """Mean squared distance of the unit vectors of fused, text, image, ... over the pairs an item has (Fig. 6); 0 to 4."""
     views = F.normalize(torch.cat([fused.embedding[:, None], fused.aligned], dim=1), dim=-1)
     there = torch.cat([torch.ones_like(fused.present[:, :1]), fused.present], dim=1)
-    distances = [
-        (views[:, a] - views[:, b]).square().sum(-1)[there[:, a] & there[:, b]] for a, b in combinations(range(views.shape[1]), 2)
-    ]
+    distances = [(views[:, a] - views[:, b]).square().sum(-1)[there[:, a] & there[:, b]] for a, b in combinations(range(views.shape[1]), 2)]
     joined = torch.cat(distances)
     return joined.mean() if len(joined) else views.new_zeros(())

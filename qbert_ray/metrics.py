@@ -21,12 +21,12 @@ def ndcg(rank: np.ndarray, k: int) -> np.ndarray:
 
 
 def summarise(rank: np.ndarray, cutoffs: list[int]) -> dict[str, dict[str, float]]:
-    """{"hr@10": {"value", "low", "high"}, ...}: means over users with their 95 % intervals (normal approximation)."""
-    table = {}
-    for name, metric in (("hr", hit_rate), ("ndcg", ndcg)):
-        for k in cutoffs:
-            table[f"{name}@{k}"] = interval(metric(rank, k))
-    return table
+    """{"hr@10": {"value", "low", "high"}, ...}: means over users with their 95 % intervals (normal approximation).
+
+    ndcg@1 is hr@1, so it is left out.
+    """
+    table = {f"hr@{k}": interval(hit_rate(rank, k)) for k in cutoffs}
+    return table | {f"ndcg@{k}": interval(ndcg(rank, k)) for k in cutoffs if k > 1}
 
 
 def interval(values: np.ndarray) -> dict[str, float]:

@@ -69,7 +69,7 @@ def test_epochs_and_seeds_draw_anew():
 
 def test_draws_are_uniform():
     draws = uniform(1, 2, np.arange(2000), 50)
-    assert 0.0 <= draws.min() and draws.max() < 1.0
+    assert draws.min() >= 0.0 and draws.max() < 1.0
     assert abs(draws.mean() - 0.5) < 0.005
     assert abs(np.corrcoef(draws[:, 0], draws[:, 1])[0, 1]) < 0.06
 

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 
 from qbert_ray.ranking import hide, ranks, top_k
 
-scores_with_ties = st.integers(2, 12).flatmap(lambda n: st.lists(st.lists(st.integers(0, 4), min_size=n, max_size=n), min_size=1, max_size=5))
+scores_with_ties = st.integers(2, 12).flatmap(
+    lambda n: st.lists(st.lists(st.integers(0, 4), min_size=n, max_size=n), min_size=1, max_size=5)
+)
 
 
 @settings(max_examples=80, deadline=None)

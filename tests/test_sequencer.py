@@ -13,7 +13,21 @@ LOSSES = pytest.mark.parametrize("loss", ["catalog", "tokens"])
 
 def build(**changes):
     torch.manual_seed(0)
-    return Sequencer(**({"num_levels": 3, "codebook_size": 8, "width": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 32, "dropout": 0.0, "max_items": 8} | changes))
+    return Sequencer(
+        **(
+            {
+                "num_levels": 3,
+                "codebook_size": 8,
+                "width": 16,
+                "num_layers": 2,
+                "num_heads": 2,
+                "ffn_width": 32,
+                "dropout": 0.0,
+                "max_items": 8,
+            }
+            | changes
+        )
+    )
 
 
 def last_masked(lengths):

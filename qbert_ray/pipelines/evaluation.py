@@ -85,7 +85,12 @@ class RankPart:
             for model, scores in self._scores(histories).items():
                 pair = [ranks(scores, target), ranks(scores, target, seen=histories)]
                 rows.setdefault(model, []).append(torch.stack(pair, dim=1).numpy())
-        self._write(name, [sequences.user_ids[user] for user in users], sequences.test[users], {model: np.concatenate(r) for model, r in rows.items()})
+        self._write(
+            name,
+            [sequences.user_ids[user] for user in users],
+            sequences.test[users],
+            {model: np.concatenate(r) for model, r in rows.items()},
+        )
         return {"users": len(sequences.user_ids), "ranked": len(users), "too_short": len(sequences.user_ids) - len(users)}
 
     def _scores(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:

@@ -28,7 +28,6 @@ from qbert_ray.pipelines.training import fit
 from qbert_ray.sources import join
 
 
-
 @dataclass(frozen=True)
 class Stage:
     """One step of a run.
@@ -54,23 +53,40 @@ def _given_ids(config: Config) -> str | None:
     return "semantic IDs are given" if config.data.semantic_ids else None
 
 
+def _fit(
+    task: Callable[..., Any], name: str, config: Config, run: RunDir, progress: Progress, folder: str = "", **arguments: Any
+) -> dict[str, Any]:
+    """Train one section of the config on its workers."""
+    workers, settings = getattr(config.compute, name), getattr(config, name)
+    arguments = {"config": config, "run": run} | arguments
+    return fit(task, arguments, workers, settings.microbatches, run, folder or name, progress, config.compute.checkpoint_seconds)
+
+
 def train_fusion(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Stage 1: the model, then the embeddings of the catalog."""
-    metrics = fit(FusionTask, {"config": config, "run": run}, config.compute.fusion, config.fusion.microbatches, run, "fusion", progress)
+    metrics = _fit(FusionTask, "fusion", config, run, progress)
     counts = tokenization.embed_catalog(config, run, progress)
-    depths = {name: count for name, count in counts.items() if name.startswith("depth_")}
+    return counts | {"metrics": metrics, "warnings": fusion_warnings(config, counts, metrics)}
+
+
+def fusion_warnings(config: Config, counts: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
+    """What stage 1 should not look like: one depth for all, or modalities that did not align."""
     warnings = []
-    if config.fusion.dynamic and max(depths.values()) > 0.98 * counts["items"] and counts["items"] > 20:
-        warnings.append(f"the fusion depth collapsed: {max(depths, key=depths.get)} takes {max(depths.values())} of {counts['items']} items; try another fusion.ponder_weight")
-    if metrics.get("view_distance", 0.0) > 1.6:  # 2 is what unrelated unit vectors have
-        warnings.append(f"modalities hardly align: mean squared distance {metrics['view_distance']:.2f} of at most 4; train fusion for more epochs")
-    return counts | {"metrics": metrics, "warnings": warnings}
+    depth, most = max(((name, count) for name, count in counts.items() if name.startswith("depth_")), key=lambda pair: pair[1])
+    if config.fusion.dynamic and counts["items"] > 20 and most > 0.98 * counts["items"]:
+        warnings.append(
+            f"the fusion depth collapsed: {most:,} of {counts['items']:,} items halt at {depth}; try another fusion.ponder_target"
+        )
+    if metrics["view_distance"] > 1.6:  # unrelated unit vectors have 2
+        warnings.append(
+            f"modalities hardly align: mean squared distance {metrics['view_distance']:.2f}, 2 if unrelated; try more fusion.epochs"
+        )
+    return warnings
 
 
 def train_rqvae(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Stage 2: the quantizer."""
-    metrics = fit(RqvaeTask, {"config": config, "run": run}, config.compute.rqvae, config.rqvae.microbatches, run, "rqvae", progress)
-    return {"metrics": metrics}
+    return {"metrics": _fit(RqvaeTask, "rqvae", config, run, progress)}
 
 
 def pretrain(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
@@ -79,8 +95,10 @@ def pretrain(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     unknown = set(domains) - set(config.data.domains)
     if unknown:
         raise ValueError(f"pretrain.domains names {sorted(unknown)}; data.domains has {list(config.data.domains)}")
-    arguments = {"config": config, "run": run, "domains": domains, "settings": config.pretrain}
-    return {"domains": domains, "metrics": fit(SequencerTask, arguments, config.compute.pretrain, config.pretrain.microbatches, run, "pretrain", progress)}
+    return {
+        "domains": domains,
+        "metrics": _fit(SequencerTask, "pretrain", config, run, progress, domains=domains, settings=config.pretrain),
+    }
 
 
 def finetune(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
@@ -88,10 +106,9 @@ def finetune(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     start = "pretrain/model" if config.pretrain.enabled else None
     counts = {}
     for domain in config.data.targets:
-        folder = f"finetune/{domain}"
         progress.note(domain)
-        arguments = {"config": config, "run": run, "domains": [domain], "settings": config.finetune, "start": start}
-        counts[domain] = fit(SequencerTask, arguments, config.compute.finetune, config.finetune.microbatches, run, folder, progress)
+        arguments = {"domains": [domain], "settings": config.finetune, "start": start}
+        counts[domain] = _fit(SequencerTask, "finetune", config, run, progress, f"finetune/{domain}", **arguments)
     return {"metrics": counts}
 
 
@@ -163,8 +180,7 @@ def run_stage(stage: Stage, config: Config, run: RunDir, progress: Progress) -> 
             raise ArtifactError(f"{stage.name} needs {name}, which is not done in {run.uri}; run it first: qbert-ray {name}")
     manifest = Manifest(stage.name, depends_on(stage, config), _input_fingerprints(stage, config, run), _version())
     _forget_unfinished(stage, manifest, run)
-    if not run.exists("config.yaml"):
-        run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
     started = time.monotonic()
     manifest.counts = stage.work(config, run, progress)
     manifest.seconds = round(time.monotonic() - started, 2)
@@ -173,15 +189,11 @@ def run_stage(stage: Stage, config: Config, run: RunDir, progress: Progress) -> 
     return manifest
 
 
-def redo_from(name: str, run: RunDir, config: Config) -> list[str]:
-    """Forget a stage and all after it; the names of those that were there."""
-    later = STAGES[STAGES.index(BY_NAME[name]) :]
-    there = [stage.name for stage in later if run.names(stage.folder) or run.exists(stage.folder)]
-    for stage in reversed(later):  # the last first, so that a cut leaves a run that is consistent
+def redo_from(name: str, run: RunDir) -> None:
+    """Forget a stage and all after it."""
+    for stage in reversed(STAGES[STAGES.index(BY_NAME[name]) :]):  # the last first, so that a cut leaves a run that is consistent
         run.delete(f"{stage.folder}/manifest.json")
         run.delete(stage.folder)
-    run.delete("config.yaml")
-    return there
 
 
 _STARTED = "started.json"
@@ -211,17 +223,24 @@ _FILES = {"ingest": ("items", "interactions"), "features": ("text_features", "im
 
 def _file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
     """Size and time of the input files, so that changed data is noticed."""
-    named = {f"data.domains.{name}.{field}": getattr(d, field) for name, d in config.data.domains.items() for field in _FILES.get(stage.name, ())}
+    named = {
+        f"data.domains.{name}.{field}": getattr(d, field) for name, d in config.data.domains.items() for field in _FILES.get(stage.name, ())
+    }
     if stage.name == "assign-ids":
         named["data.semantic_ids"] = config.data.semantic_ids
     found = {}
     for path, uri in named.items():
-        if uri is None or "*" in uri:
+        if uri is None:
             continue
-        filesystem, place = resolve(join(config.data.root, uri))
-        info = filesystem.get_file_info(place)
-        if info.type == fs.FileType.File:
-            found[path] = f"{info.size} bytes, {info.mtime_ns}"
+        filesystem, place = resolve(join(config.data.root, uri.partition("*")[0]))
+        if "*" in uri:
+            place = place.rpartition("/")[0]
+        infos = [filesystem.get_file_info(place)]
+        if infos[0].type == fs.FileType.Directory:
+            infos = filesystem.get_file_info(fs.FileSelector(place, recursive=True))
+        files = [info for info in infos if info.type == fs.FileType.File]
+        if files:
+            found[path] = f"{sum(info.size for info in files)} bytes, {max(info.mtime_ns for info in files)}"
     return found
 
 
@@ -230,5 +249,3 @@ def _version() -> str:
         return version("qbert-ray")
     except PackageNotFoundError:
         return "unknown"
-
-

@@ -48,7 +48,9 @@ class Features:
         return {name: vectors.shape[-1] for name, vectors in self.vectors.items()}
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return tuple({name: torch.from_numpy(array[rows]).to(device) for name, array in source.items()} for source in (self.vectors, self.present))
+        return tuple(
+            {name: torch.from_numpy(array[rows]).to(device) for name, array in source.items()} for source in (self.vectors, self.present)
+        )
 
 
 class FusionTask:
@@ -221,7 +223,9 @@ class SequencerTask:
             most = getattr(self.settings, "validation_users", SAMPLE)
             users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
             if len(users):
-                rank = rank_targets(model, self._catalog(name, device), name, [sequences.history(u, "valid") for u in users], sequences.valid[users])
+                rank = rank_targets(
+                    model, self._catalog(name, device), name, [sequences.history(u, "valid") for u in users], sequences.valid[users]
+                )
                 values.append([metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()])
         hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
         return {"hr@10": float(hit_rate), "ndcg@10": float(ndcg)}
@@ -230,7 +234,9 @@ class SequencerTask:
         return torch.from_numpy(self.catalogs[name]).to(device)
 
 
-def rank_targets(model: Sequencer, catalog: Tensor, domain: str, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 512) -> np.ndarray:
+def rank_targets(
+    model: Sequencer, catalog: Tensor, domain: str, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 512
+) -> np.ndarray:
     """[B] rank of each target among the whole catalog after its history."""
     vectors, bias = model.catalog_vectors(catalog, domain)
     result = []
@@ -261,5 +267,3 @@ def load_sequencer(run: RunDir, domain: str) -> Sequencer:
     model = Sequencer(**description)
     model.load_state_dict(tensors)
     return model.eval()
-
-

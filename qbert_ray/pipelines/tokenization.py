@@ -63,7 +63,13 @@ class EmbedPart:
             embeddings.append(fused.embedding.float().cpu().numpy())
             depths.append(fused.depth.cpu().numpy())
         embedding, depth = np.concatenate(embeddings), np.concatenate(depths)
-        arrays = [table[columns.DOMAIN], table[columns.ITEM_ID], table[columns.ITEM_INDEX], columns.to_fixed_lists(embedding), pa.array(depth)]
+        arrays = [
+            table[columns.DOMAIN],
+            table[columns.ITEM_ID],
+            table[columns.ITEM_INDEX],
+            columns.to_fixed_lists(embedding),
+            pa.array(depth),
+        ]
         self.run.write_part("fusion/embeddings", name, pa.table(arrays, schema=columns.embeddings_schema(embedding.shape[1])))
         return {"items": len(rows)} | {f"depth_{number}": int(count) for number, count in enumerate(np.bincount(depth)) if count}
 
@@ -126,7 +132,12 @@ def _write_domain(run: RunDir, domain: str, table: pa.Table, before: np.ndarray,
         ]
         run.write_part("semantic_ids", name, pa.table(arrays, schema=columns.SEMANTIC_IDS))
         begin += size
-    return {"domain": domain, "items": len(before), "raw_collision_rate": metrics.collision_rate(before), "moved": int(resolved.moved.sum())}
+    return {
+        "domain": domain,
+        "items": len(before),
+        "raw_collision_rate": metrics.collision_rate(before),
+        "moved": int(resolved.moved.sum()),
+    }
 
 
 def _adopt_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
@@ -146,7 +157,9 @@ def _adopt_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any
             raise ArtifactError(f"data.semantic_ids: {source} needs a {columns.DOMAIN} column, since the run has the domains {domains}")
         given = given.append_column(columns.DOMAIN, pa.array([domains[0]] * given.num_rows))
     table = {}
-    for domain, item, codes in zip(given[columns.DOMAIN].to_pylist(), given[columns.ITEM_ID].to_pylist(), given["codes"].to_pylist(), strict=True):
+    for domain, item, codes in zip(
+        given[columns.DOMAIN].to_pylist(), given[columns.ITEM_ID].to_pylist(), given["codes"].to_pylist(), strict=True
+    ):
         table[domain, str(item)] = codes
     size = 1 + max((max(codes) for codes in table.values() if codes), default=0)
     counts = []
@@ -162,11 +175,15 @@ def _given_codes(items: pa.Table, table: dict[tuple[str, str], list[int]], domai
     ids = items[columns.ITEM_ID].to_pylist()
     missing = [item for item in ids if not table.get((domain, item))]
     if missing:
-        raise ArtifactError(f"data.semantic_ids: {source} has no codes for {len(missing):,} of {len(ids):,} items of {domain}, such as {missing[:3]}")
+        raise ArtifactError(
+            f"data.semantic_ids: {source} has no codes for {len(missing):,} of {len(ids):,} items of {domain}, such as {missing[:3]}"
+        )
     rows = [table[domain, item] for item in ids]
     widths = {len(row) for row in rows}
     if len(widths) > 1 or any(code is None or code < 0 for row in rows for code in row):
-        raise ArtifactError(f"data.semantic_ids: every item needs the same number of codes, none negative; {source} has lengths {sorted(widths)}")
+        raise ArtifactError(
+            f"data.semantic_ids: every item needs the same number of codes, none negative; {source} has lengths {sorted(widths)}"
+        )
     return np.array(rows, dtype=np.int64)
 
 

@@ -32,7 +32,6 @@ from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Training, Workers
 from qbert_ray.pipelines.session import Progress, available
 
-CHECKPOINT_SECONDS = 20.0  # at most this much of a training is lost with a worker
 MOST_THREADS = 16  # more do not speed up models of this size
 
 
@@ -69,7 +68,14 @@ class Task(Protocol):
 
 
 def fit(
-    make_task: Callable[..., Task], arguments: dict[str, Any], workers: Workers, microbatches: int, run: RunDir, folder: str, progress: Progress
+    make_task: Callable[..., Task],
+    arguments: dict[str, Any],
+    workers: Workers,
+    microbatches: int,
+    run: RunDir,
+    folder: str,
+    progress: Progress,
+    checkpoint_seconds: float = 20.0,
 ) -> dict[str, Any]:
     """Train on Ray and leave `<folder>/model` and `<folder>/metrics.jsonl` in the run directory; the last epoch's metrics.
 
@@ -80,8 +86,8 @@ def fit(
         return _last_metrics(run, folder)
     scaling = scaling_config(workers, microbatches, folder)
     board = Board.remote()
-    config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board, "threads": scaling.resources_per_worker["CPU"]}
-    config["checkpoint_seconds"] = CHECKPOINT_SECONDS
+    config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
+    config |= {"threads": scaling.resources_per_worker["CPU"], "checkpoint_seconds": checkpoint_seconds}
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config=config,
@@ -108,7 +114,9 @@ def _last_metrics(run: RunDir, folder: str) -> dict[str, Any]:
 def scaling_config(workers: Workers, microbatches: int, folder: str) -> ScalingConfig:
     """Ray's ScalingConfig, checked against the cluster so that a run fails at once rather than waits for ever."""
     if workers.num_workers > microbatches:
-        raise ValueError(f"{folder}: {workers.num_workers} workers share {microbatches} microbatches of a batch; raise microbatches to at least that")
+        raise ValueError(
+            f"{folder}: {workers.num_workers} workers share {microbatches} microbatches of a batch; raise microbatches to at least that"
+        )
     resources = available()
     use_gpu = workers.use_gpu if workers.use_gpu is not None else resources["GPU"] >= workers.num_workers
     cpus = workers.cpus_per_worker or max(1, min(MOST_THREADS, resources["node_CPU"], resources["CPU"] // workers.num_workers))
@@ -116,7 +124,9 @@ def scaling_config(workers: Workers, microbatches: int, folder: str) -> ScalingC
     lacking = [f"{amount:g} {name} (the cluster has {resources[name]:g})" for name, amount in needed.items() if amount > resources[name]]
     if lacking:
         raise ValueError(f"{folder}: compute asks for {workers.num_workers} workers, in all {' and '.join(lacking)}")
-    return ScalingConfig(num_workers=workers.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}))
+    return ScalingConfig(
+        num_workers=workers.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+    )
 
 
 @ray.remote(num_cpus=0)
@@ -264,7 +274,9 @@ class Loop:
             group["lr"] = settings.learning_rate * warm
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite at step {self.step}: lower learning_rate, or look for NaN in the input vectors")
+            raise FloatingPointError(
+                f"the gradient is not finite at step {self.step}: lower learning_rate, or look for NaN in the input vectors"
+            )
         self.optimizer.step()
         self.step += 1
         if self.average is not None:

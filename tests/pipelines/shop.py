@@ -1,0 +1,27 @@
+"""A small demo shop and a config that trains on it in seconds."""
+
+from pathlib import Path
+
+from qbert_ray.config import Config, load_config
+from qbert_ray.demo import generate
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = [
+    "features.modalities=[text, structure]",
+    "features.structure.dim=16",
+    "fusion={epochs: 3, width: 32, ffn_width: 32, batch_size: 64, num_layers: 3}",
+    "rqvae={epochs: 6, warmup_epochs: 2, batch_size: 64, num_levels: 3, codebook_size: 16, codebook_dim: 8, hidden: [32]}",
+    "sequencer={width: 32, num_layers: 1, num_heads: 2, ffn_width: 32, max_items: 20}",
+    "pretrain={epochs: 2, batch_size: 32, microbatches: 2}",
+    "finetune={epochs: 3, batch_size: 32, microbatches: 2, averaging: 0.9}",
+    "data.rows_per_part=40",
+]
+
+
+def make_shop(folder: Path) -> Path:
+    generate(folder, seed=0, num_items=120, num_users=100)
+    return folder
+
+
+def small_config(shop: Path, run: Path, *overrides: str) -> Config:
+    return load_config([ROOT / "configs" / "demo.yaml"], [f"data.root={shop}", f"run.dir={run}", *SMALL, *overrides])

@@ -1,0 +1,203 @@
+"""The whole run on a small shop: what it leaves, what a rerun does, and what it refuses."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from qbert_ray import columns
+from qbert_ray.artifacts import ArtifactError, Manifest, RunDir
+from qbert_ray.pipelines.session import Quiet
+from qbert_ray.pipelines.stages import BY_NAME, STAGES, redo_from, run_stage, status
+from tests.pipelines.shop import make_shop, small_config
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return make_shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def finished(shop, tmp_path_factory, ray_session):
+    config = small_config(shop, tmp_path_factory.mktemp("run"))
+    run = RunDir(config.run.dir)
+    for stage in STAGES:
+        run_stage(stage, config, run, Quiet())
+    return config, run
+
+
+def test_every_stage_leaves_its_manifest_and_no_scraps(finished):
+    config, run = finished
+    for stage in STAGES:
+        assert Manifest.load(run, stage.folder) is not None
+        assert not run.exists(f"{stage.folder}/started.json")
+        assert not run.exists(f"{stage.folder}/checkpoints")
+    assert run.exists("config.yaml")
+    assert not run.exists("semantic_ids/.encoded")
+
+
+@pytest.mark.parametrize(
+    ("table", "schema"),
+    [
+        ("ingest/interactions", columns.INTERACTIONS),
+        ("ingest/sequences", columns.SEQUENCES),
+        ("semantic_ids", columns.SEMANTIC_IDS),
+        ("evaluation/ranks", columns.RANKS),
+        ("recommendations", columns.RECOMMENDATIONS),
+    ],
+)
+def test_tables_have_the_documented_columns(finished, table, schema):
+    assert finished[1].read(table).schema.equals(schema)
+
+
+def test_every_item_has_its_own_semantic_id(finished):
+    _, run = finished
+    table = run.read("semantic_ids")
+    items = run.read("ingest/items", columns=[columns.ITEM_ID])
+    assert table[columns.ITEM_ID].equals(items[columns.ITEM_ID])
+    assert len(set(table["semantic_id"].to_pylist())) == table.num_rows
+    first = table.slice(0, 1).to_pylist()[0]
+    assert first["semantic_id"] == "".join(f"<{letter}_{code}>" for letter, code in zip("abc", first["codes"], strict=True))
+
+
+def test_metrics_are_those_of_the_ranks(finished):
+    _, run = finished
+    report = run.read_json("evaluation/metrics.json")["demo"]
+    ranks = run.read("evaluation/ranks")
+    model = np.array(ranks["model"].to_pylist())
+    assert set(model) == {"model", "popularity", "co_occurrence"}
+    assert report["users"] == int((model == "model").sum()) == run.read("ingest/sequences").num_rows
+    for name in set(model):
+        rank = ranks["rank_unseen"].to_numpy()[model == name]
+        assert report["protocols"]["unseen"][name]["hr@5"]["value"] == pytest.approx((rank <= 5).mean())
+        assert (rank <= ranks["rank_all"].to_numpy()[model == name]).all()
+
+
+def test_popularity_ranks_equal_a_plain_count(finished):
+    _, run = finished
+    counts = {}
+    rows = run.read("ingest/interactions").to_pylist()
+    for row in rows:
+        if row["split"] == "train":
+            counts[row["item_id"]] = counts.get(row["item_id"], 0) + 1
+    index = {row["item_id"]: row["item_index"] for row in run.read("ingest/items", columns=["item_id", "item_index"]).to_pylist()}
+    order = sorted(index, key=lambda item: (-counts.get(item, 0), index[item]))
+    for row in run.read("evaluation/ranks").to_pylist():
+        if row["model"] == "popularity":
+            assert row["rank_all"] == order.index(row["target"]) + 1
+
+
+def test_recommendations_are_unseen_ranked_and_one_list_per_user(finished):
+    config, run = finished
+    seen = {}
+    for row in run.read("ingest/interactions").to_pylist():
+        seen.setdefault(row["user_id"], set()).add(row["item_id"])
+    lists = {}
+    for row in run.read("recommendations").to_pylist():
+        lists.setdefault(row["user_id"], []).append(row)
+    assert set(lists) == set(seen)
+    for user, rows in lists.items():
+        assert [row["rank"] for row in rows] == list(range(1, config.score.top_k + 1))
+        assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+        assert not seen[user] & {row["item_id"] for row in rows}
+        assert len({row["item_id"] for row in rows}) == len(rows)
+
+
+def test_nothing_of_validation_or_test_reaches_training(finished, shop, tmp_path):
+    """Other held-out items, same training items: every model is the same."""
+    config, run = finished
+    table = pq.read_table(shop / "interactions.parquet").to_pandas().sort_values(["user_id", "timestamp"], kind="stable")
+    last = table.groupby("user_id").cumcount(ascending=False)
+    held = table["item_id"].where(last >= 2)
+    other = tmp_path / "shop"
+    other.mkdir()
+    (other / "items.parquet").write_bytes((shop / "items.parquet").read_bytes())
+    test_items = table.loc[last == 0].set_index("user_id")["item_id"]
+    valid_items = table.loc[last == 1].set_index("user_id")["item_id"]
+    swapped = table.copy()
+    swapped.loc[last == 0, "item_id"] = table.loc[last == 0, "user_id"].map(valid_items).to_numpy()
+    swapped.loc[last == 1, "item_id"] = table.loc[last == 1, "user_id"].map(test_items).to_numpy()
+    assert held.equals(swapped["item_id"].where(last >= 2)) and not swapped["item_id"].equals(table["item_id"])
+    swapped.to_parquet(other / "interactions.parquet")
+    again = small_config(other, tmp_path / "run")
+    again_run = RunDir(again.run.dir)
+    for name in ("ingest", "features"):
+        run_stage(BY_NAME[name], again, again_run, Quiet())
+    ours, theirs = (r.read("ingest/sequences").to_pandas().set_index("user_id").sort_index() for r in (run, again_run))
+    same = [list(a) == list(b) for a, b in zip(ours["train"], theirs["train"], strict=True)]
+    ties = sum(not equal for equal in same)
+    assert ties < 0.1 * len(same)  # held-out items that share a second with a training item change places
+    if ties == 0:
+        assert again_run.read("features/structure").equals(run.read("features/structure"))
+
+
+def test_a_finished_stage_is_skipped(finished, monkeypatch):
+    config, run = finished
+    before = Manifest.load(run, "fusion")
+    assert run_stage(BY_NAME["train-fusion"], config, run, Quiet()) == before
+
+
+def test_a_changed_config_is_refused_with_the_key_that_changed(finished, shop):
+    config, run = finished
+    changed = small_config(shop, run.uri, "rqvae.commitment_weight=0.5")
+    with pytest.raises(ArtifactError, match="rqvae.commitment_weight: made with 0.25, now 0.5"):
+        status(BY_NAME["train-rqvae"], changed, run)
+    more_machines = small_config(shop, run.uri, "compute.features.max_size=1", "compute.rqvae.num_workers=2")
+    for stage in STAGES:
+        assert status(stage, more_machines, run) is not None
+
+
+def test_a_stage_without_its_input_names_the_command(shop, tmp_path):
+    config = small_config(shop, tmp_path)
+    with pytest.raises(ArtifactError, match="evaluate needs finetune, which is not done.*qbert-ray finetune"):
+        run_stage(BY_NAME["evaluate"], config, RunDir(config.run.dir), Quiet())
+
+
+def test_redo_forgets_a_stage_and_what_follows(finished, shop, tmp_path):
+    _, run = finished
+    copy = RunDir(str(tmp_path / "copy"))
+    for stage in STAGES:
+        copy.write_json(f"{stage.folder}/manifest.json", run.read_json(f"{stage.folder}/manifest.json"))
+    redo_from("finetune", copy)
+    left = [stage.name for stage in STAGES if Manifest.load(copy, stage.folder)]
+    assert left == ["ingest", "features", "train-fusion", "train-rqvae", "assign-ids", "pretrain"]
+
+
+def test_rows_in_are_rows_out_and_rejected(finished, shop):
+    _, run = finished
+    counts = Manifest.load(run, "ingest").counts["demo"]
+    for table in ("items", "interactions"):
+        assert counts[f"{table}_read"] == pq.read_metadata(shop / f"{table}.parquet").num_rows
+        assert counts[f"{table}_read"] == counts[table] + sum(counts[f"{table}_rejected"].values())
+    rejected = run.read("ingest/rejected")["table"].to_pylist() if run.parts("ingest/rejected") else []
+    assert rejected.count("interactions") == sum(counts["interactions_rejected"].values())
+
+
+def test_models_rebuild_from_their_json_alone(finished):
+    from qbert_ray.fusion import DynamicFusion
+    from qbert_ray.rqvae import RQVAE
+    from qbert_ray.sequencer import Sequencer
+
+    _, run = finished
+    for folder, model in (("fusion", DynamicFusion), ("rqvae", RQVAE), ("pretrain", Sequencer), ("finetune/demo", Sequencer)):
+        tensors, description = run.load_model(f"{folder}/model")
+        model(**description).load_state_dict(tensors)
+        lines = [json.loads(line) for line in run.read_bytes(f"{folder}/metrics.jsonl").splitlines()]
+        assert [line["epoch"] for line in lines] == list(range(len(lines)))
+
+
+def test_semantic_ids_made_elsewhere_replace_stages_one_and_two(finished, shop, tmp_path):
+    _, run = finished
+    given = run.read("semantic_ids").select(["item_id", "codes"])
+    pq.write_table(given.slice(0, given.num_rows), tmp_path / "ids.parquet")
+    config = small_config(shop, tmp_path / "run", f"data.semantic_ids={tmp_path / 'ids.parquet'}")
+    other = RunDir(config.run.dir)
+    done = [run_stage(stage, config, other, Quiet()) for stage in STAGES[:5]]
+    assert [manifest is None for manifest in done] == [False, True, True, True, False]
+    assert other.read("semantic_ids")["codes"].equals(run.read("semantic_ids")["codes"])
+    pq.write_table(given.slice(1), tmp_path / "ids.parquet")
+    config = small_config(shop, tmp_path / "short", f"data.semantic_ids={tmp_path / 'ids.parquet'}")
+    run_stage(STAGES[0], config, RunDir(config.run.dir), Quiet())
+    with pytest.raises(ArtifactError, match="no codes for 1 of"):
+        run_stage(BY_NAME["assign-ids"], config, RunDir(config.run.dir), Quiet())

@@ -1,0 +1,100 @@
+"""The training loop: workers, resuming, and what the cluster cannot carry."""
+
+import pytest
+import torch
+
+from qbert_ray.artifacts import RunDir
+from qbert_ray.config import Workers
+from qbert_ray.pipelines.session import Quiet
+from qbert_ray.pipelines.stages import BY_NAME, STAGES, run_stage
+from qbert_ray.pipelines.tasks import FusionTask, RqvaeTask, SequencerTask
+from qbert_ray.pipelines.training import Loop, fit, scaling_config
+from tests.pipelines.shop import make_shop, small_config
+
+CPU = torch.device("cpu")
+BOUND = 1e-5  # of a weight after training, where workers compute with equally many threads
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, ray_session):
+    """Everything up to the semantic IDs."""
+    config = small_config(make_shop(tmp_path_factory.mktemp("shop")), tmp_path_factory.mktemp("run"))
+    run = RunDir(config.run.dir)
+    for stage in STAGES[:5]:
+        run_stage(stage, config, run, Quiet())
+    return config, run
+
+
+def tasks(config, run):
+    finetune = {"domains": ["demo"], "settings": config.finetune}
+    return {
+        "fusion": lambda: FusionTask(config, run),
+        "rqvae": lambda: RqvaeTask(config, run),
+        "finetune": lambda: SequencerTask(config, run, **finetune),
+    }
+
+
+@pytest.mark.parametrize("name", ["fusion", "rqvae", "finetune"])
+def test_a_resumed_training_equals_an_uninterrupted_one(prepared, name, tmp_path):
+    make = tasks(*prepared)[name]
+    whole, cut = Loop(make(), CPU), Loop(make(), CPU)
+    while not whole.finished:
+        whole.run_epoch()
+    cut.run_epoch()
+    cut.run_epoch()
+    cut.save(tmp_path)
+    resumed = Loop(make(), CPU)
+    resumed.restore(tmp_path)
+    while not resumed.finished:
+        resumed.run_epoch()
+    assert whole.log == resumed.log
+    for a, b in ((whole.weights(), resumed.weights()), (whole.best, resumed.best)):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(("name", "task"), [("fusion", FusionTask), ("finetune", SequencerTask)])
+def test_two_workers_give_the_model_of_one(prepared, name, task, tmp_path):
+    config, run = prepared
+    arguments = {"config": config, "run": run} | ({"domains": ["demo"], "settings": config.finetune} if name == "finetune" else {})
+    models = []
+    for number in (1, 2):
+        folder = f"parity/{name}-{number}"
+        fit(task, arguments, Workers(num_workers=number, cpus_per_worker=1), 2, run, folder, Quiet())
+        models.append(run.load_model(f"{folder}/model")[0])
+    start = task(**arguments).build().state_dict()
+    moved = max(float((start[key] - models[0][key]).abs().max()) for key in start)
+    apart = max(float((models[1][key] - models[0][key]).abs().max()) for key in start)
+    print(f"{name}: weights moved by up to {moved:.3g}, one and two workers differ by up to {apart:.3g}")
+    assert moved > 1e-3
+    assert apart <= BOUND
+
+
+def test_a_cluster_that_is_too_small_is_said_at_once(ray_session):
+    with pytest.raises(ValueError, match="50 CPU \\(the cluster has 4\\)"):
+        scaling_config(Workers(num_workers=2, cpus_per_worker=25), 2, "fusion")
+    with pytest.raises(ValueError, match="3 workers share 2 microbatches"):
+        scaling_config(Workers(num_workers=3), 2, "fusion")
+
+
+def test_a_finished_training_is_not_repeated(prepared):
+    config, run = prepared
+    before = run.read_json("fusion/model/model.json")
+    metrics = fit(FusionTask, {}, config.compute.fusion, 2, run, "fusion", Quiet())  # would fail if it built a task
+    assert metrics["epoch"] == config.fusion.epochs - 1
+    assert run.read_json("fusion/model/model.json") == before
+
+
+def test_input_vectors_with_nan_end_in_a_message_not_in_a_broken_model(prepared):
+    config, run = prepared
+    task = RqvaeTask(config, run)
+    loop = Loop(task, CPU)
+    loop.run_epoch()
+    task.embeddings[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        loop.run_epoch()
+
+
+def test_later_stages_need_the_earlier_manifest(prepared):
+    config, run = prepared
+    assert run_stage(BY_NAME["assign-ids"], config, run, Quiet()).counts["codebook_size"] == config.rqvae.codebook_size
