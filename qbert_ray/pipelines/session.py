@@ -16,7 +16,7 @@ for _name, _value in {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait steal the core from whoever works
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }.items():
     os.environ.setdefault(_name, _value)

@@ -36,7 +36,10 @@ def main() -> None:
     arguments = parser.parse_args()
     print("masks        hr@10 (sd)        ndcg@10 (sd)      seeds")
     for name, masks in ARMS.items():
-        runs = [best(load_config(arguments.config, [*arguments.overrides, f"pretrain.masks={masks}", f"run.seed={seed}"])) for seed in range(arguments.seeds)]
+        runs = [
+            best(load_config(arguments.config, [*arguments.overrides, f"pretrain.masks={masks}", f"run.seed={seed}"]))
+            for seed in range(arguments.seeds)
+        ]
         cells = [f"{np.mean(values):.4f} ({np.std(values):.4f})" for values in ([run[key] for run in runs] for key in ("hr@10", "ndcg@10"))]
         print(f"{name:<12} {cells[0]:<17} {cells[1]:<17} {arguments.seeds}", flush=True)
 

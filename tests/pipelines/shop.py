@@ -15,6 +15,14 @@ SMALL = [
     "pretrain={epochs: 2, batch_size: 32, microbatches: 2}",
     "finetune={epochs: 3, batch_size: 32, microbatches: 2, averaging: 0.9}",
     "data.rows_per_part=40",
+    "compute.features.max_size=1",  # starting an actor costs more than these parts
+    "compute.assign.max_size=1",
+    "compute.evaluate.max_size=1",
+    "compute.score.max_size=1",
+    "compute.fusion.cpus_per_worker=1",
+    "compute.rqvae.cpus_per_worker=1",
+    "compute.pretrain.cpus_per_worker=1",
+    "compute.finetune.cpus_per_worker=1",
 ]
 
 
