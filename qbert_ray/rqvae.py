@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 
@@ -142,6 +141,8 @@ def _mlp(widths: list[int]) -> nn.Sequential:
 
 def _centres(vectors: np.ndarray, size: int, seed: int) -> np.ndarray:
     """[M, E] k-means centres; where there are fewer distinct vectors than centres, the rest are slightly moved copies."""
+    from sklearn.cluster import KMeans  # takes a second or two to import; who only encodes does without
+
     distinct = np.unique(vectors, axis=0)
     if len(distinct) > size:
         sample = vectors

@@ -1,5 +1,6 @@
 """Ray for the tests that need it, and where real data are."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def ray_session():
     """Four logical CPUs, so that actors and readers never wait for each other on a small machine."""
     from qbert_ray.pipelines.session import ray  # sets Ray's environment before it imports it
 
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # else every debug line is formatted for pytest's report
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
     yield ray
     ray.shutdown()
