@@ -31,5 +31,14 @@ def make_shop(folder: Path) -> Path:
     return folder
 
 
+def make_two_shops(folder: Path) -> Path:
+    """A second, smaller shop in the folder of the first: a source domain to pre-train on."""
+    generate(folder / "other", seed=1, num_items=60, num_users=60)
+    return make_shop(folder)
+
+
+SOURCE = "data.domains.other={items: other/items.parquet, interactions: other/interactions.parquet, role: source, text_fields: [title]}"
+
+
 def small_config(shop: Path, run: Path, *overrides: str) -> Config:
     return load_config([ROOT / "configs" / "demo.yaml"], [f"data.root={shop}", f"run.dir={run}", *SMALL, *overrides])

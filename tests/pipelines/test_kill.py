@@ -46,6 +46,7 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_in_every_stage_and_started_again_gives_the_same(tmp_path):
     shop = make_shop(tmp_path / "shop")

@@ -10,21 +10,7 @@ from qbert_ray import columns
 from qbert_ray.artifacts import ArtifactError, Manifest, RunDir
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, STAGES, redo_from, run_stage, status
-from tests.pipelines.shop import make_shop, small_config
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return make_shop(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture(scope="module")
-def finished(shop, tmp_path_factory, ray_session):
-    config = small_config(shop, tmp_path_factory.mktemp("run"))
-    run = RunDir(config.run.dir)
-    for stage in STAGES:
-        run_stage(stage, config, run, Quiet())
-    return config, run
+from tests.pipelines.shop import SOURCE, small_config
 
 
 def test_every_stage_leaves_its_manifest_and_no_scraps(finished):
@@ -53,10 +39,11 @@ def test_tables_have_the_documented_columns(finished, table, schema):
 
 def test_every_item_has_its_own_semantic_id(finished):
     _, run = finished
-    table = run.read("semantic_ids")
-    items = run.read("ingest/items", columns=[columns.ITEM_ID])
-    assert table[columns.ITEM_ID].equals(items[columns.ITEM_ID])
-    assert len(set(table["semantic_id"].to_pylist())) == table.num_rows
+    for domain in ("demo", "other"):
+        table = run.read("semantic_ids", domain)
+        items = run.read("ingest/items", domain, [columns.ITEM_ID])
+        assert table[columns.ITEM_ID].equals(items[columns.ITEM_ID])
+        assert len(set(table["semantic_id"].to_pylist())) == table.num_rows
     first = table.slice(0, 1).to_pylist()[0]
     assert first["semantic_id"] == "".join(f"<{letter}_{code}>" for letter, code in zip("abc", first["codes"], strict=True))
 
@@ -67,7 +54,7 @@ def test_metrics_are_those_of_the_ranks(finished):
     ranks = run.read("evaluation/ranks")
     model = np.array(ranks["model"].to_pylist())
     assert set(model) == {"model", "popularity", "co_occurrence"}
-    assert report["users"] == int((model == "model").sum()) == run.read("ingest/sequences").num_rows
+    assert report["users"] == int((model == "model").sum()) == run.read("ingest/sequences", "demo").num_rows
     for name in set(model):
         rank = ranks["rank_unseen"].to_numpy()[model == name]
         assert report["protocols"]["unseen"][name]["hr@5"]["value"] == pytest.approx((rank <= 5).mean())
@@ -77,11 +64,11 @@ def test_metrics_are_those_of_the_ranks(finished):
 def test_popularity_ranks_equal_a_plain_count(finished):
     _, run = finished
     counts = {}
-    rows = run.read("ingest/interactions").to_pylist()
+    rows = run.read("ingest/interactions", "demo").to_pylist()
     for row in rows:
         if row["split"] == "train":
             counts[row["item_id"]] = counts.get(row["item_id"], 0) + 1
-    index = {row["item_id"]: row["item_index"] for row in run.read("ingest/items", columns=["item_id", "item_index"]).to_pylist()}
+    index = {row["item_id"]: row["item_index"] for row in run.read("ingest/items", "demo", ["item_id", "item_index"]).to_pylist()}
     order = sorted(index, key=lambda item: (-counts.get(item, 0), index[item]))
     for row in run.read("evaluation/ranks").to_pylist():
         if row["model"] == "popularity":
@@ -91,7 +78,7 @@ def test_popularity_ranks_equal_a_plain_count(finished):
 def test_recommendations_are_unseen_ranked_and_one_list_per_user(finished):
     config, run = finished
     seen = {}
-    for row in run.read("ingest/interactions").to_pylist():
+    for row in run.read("ingest/interactions", "demo").to_pylist():
         seen.setdefault(row["user_id"], set()).add(row["item_id"])
     lists = {}
     for row in run.read("recommendations").to_pylist():
@@ -124,12 +111,12 @@ def test_nothing_of_validation_or_test_reaches_training(finished, shop, tmp_path
     again_run = RunDir(again.run.dir)
     for name in ("ingest", "features"):
         run_stage(BY_NAME[name], again, again_run, Quiet())
-    ours, theirs = (r.read("ingest/sequences").to_pandas().set_index("user_id").sort_index() for r in (run, again_run))
+    ours, theirs = (r.read("ingest/sequences", "demo").to_pandas().set_index("user_id").sort_index() for r in (run, again_run))
     same = [list(a) == list(b) for a, b in zip(ours["train"], theirs["train"], strict=True)]
     ties = sum(not equal for equal in same)
     assert ties < 0.1 * len(same)  # held-out items that share a second with a training item change places
     if ties == 0:
-        assert again_run.read("features/structure").equals(run.read("features/structure"))
+        assert again_run.read("features/structure").equals(run.read("features/structure", "demo"))
 
 
 def test_a_finished_stage_is_skipped(finished, monkeypatch):
@@ -140,10 +127,10 @@ def test_a_finished_stage_is_skipped(finished, monkeypatch):
 
 def test_a_changed_config_is_refused_with_the_key_that_changed(finished, shop):
     config, run = finished
-    changed = small_config(shop, run.uri, "rqvae.commitment_weight=0.5")
+    changed = small_config(shop, run.uri, SOURCE, "rqvae.commitment_weight=0.5")
     with pytest.raises(ArtifactError, match="rqvae.commitment_weight: made with 0.25, now 0.5"):
         status(BY_NAME["train-rqvae"], changed, run)
-    more_machines = small_config(shop, run.uri, "compute.features.max_size=1", "compute.rqvae.num_workers=2")
+    more_machines = small_config(shop, run.uri, SOURCE, "compute.features.max_size=1", "compute.rqvae.num_workers=2")
     for stage in STAGES:
         assert status(stage, more_machines, run) is not None
 
@@ -170,8 +157,15 @@ def test_rows_in_are_rows_out_and_rejected(finished, shop):
     for table in ("items", "interactions"):
         assert counts[f"{table}_read"] == pq.read_metadata(shop / f"{table}.parquet").num_rows
         assert counts[f"{table}_read"] == counts[table] + sum(counts[f"{table}_rejected"].values())
-    rejected = run.read("ingest/rejected")["table"].to_pylist() if run.parts("ingest/rejected") else []
+    rejected = run.read("ingest/rejected", "demo")["table"].to_pylist() if run.parts("ingest/rejected", "demo") else []
     assert rejected.count("interactions") == sum(counts["interactions_rejected"].values())
+
+
+def test_pre_training_reads_the_source_domain_and_fine_tuning_the_target(finished):
+    _, run = finished
+    assert Manifest.load(run, "pretrain").counts["domains"] == ["other"]
+    assert list(Manifest.load(run, "finetune").counts["metrics"]) == ["demo"]
+    assert run.parts("recommendations", "other") == []
 
 
 def test_models_rebuild_from_their_json_alone(finished):
@@ -189,15 +183,15 @@ def test_models_rebuild_from_their_json_alone(finished):
 
 def test_semantic_ids_made_elsewhere_replace_stages_one_and_two(finished, shop, tmp_path):
     _, run = finished
-    given = run.read("semantic_ids").select(["item_id", "codes"])
-    pq.write_table(given.slice(0, given.num_rows), tmp_path / "ids.parquet")
-    config = small_config(shop, tmp_path / "run", f"data.semantic_ids={tmp_path / 'ids.parquet'}")
+    given = run.read("semantic_ids").select(["domain", "item_id", "codes"])
+    pq.write_table(given, tmp_path / "ids.parquet")
+    config = small_config(shop, tmp_path / "run", SOURCE, f"data.semantic_ids={tmp_path / 'ids.parquet'}")
     other = RunDir(config.run.dir)
     done = [run_stage(stage, config, other, Quiet()) for stage in STAGES[:5]]
     assert [manifest is None for manifest in done] == [False, True, True, True, False]
     assert other.read("semantic_ids")["codes"].equals(run.read("semantic_ids")["codes"])
     pq.write_table(given.slice(1), tmp_path / "ids.parquet")
-    config = small_config(shop, tmp_path / "short", f"data.semantic_ids={tmp_path / 'ids.parquet'}")
+    config = small_config(shop, tmp_path / "short", SOURCE, f"data.semantic_ids={tmp_path / 'ids.parquet'}")
     run_stage(STAGES[0], config, RunDir(config.run.dir), Quiet())
     with pytest.raises(ArtifactError, match="no codes for 1 of"):
         run_stage(BY_NAME["assign-ids"], config, RunDir(config.run.dir), Quiet())

@@ -3,26 +3,14 @@
 import pytest
 import torch
 
-from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Workers
 from qbert_ray.pipelines.session import Quiet
-from qbert_ray.pipelines.stages import BY_NAME, STAGES, run_stage
+from qbert_ray.pipelines.stages import BY_NAME, run_stage
 from qbert_ray.pipelines.tasks import FusionTask, RqvaeTask, SequencerTask
 from qbert_ray.pipelines.training import Loop, fit, scaling_config
-from tests.pipelines.shop import make_shop, small_config
 
 CPU = torch.device("cpu")
 BOUND = 1e-5  # of a weight after training, where workers compute with equally many threads
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, ray_session):
-    """Everything up to the semantic IDs."""
-    config = small_config(make_shop(tmp_path_factory.mktemp("shop")), tmp_path_factory.mktemp("run"))
-    run = RunDir(config.run.dir)
-    for stage in STAGES[:5]:
-        run_stage(stage, config, run, Quiet())
-    return config, run
 
 
 def tasks(config, run):
@@ -35,8 +23,8 @@ def tasks(config, run):
 
 
 @pytest.mark.parametrize("name", ["fusion", "rqvae", "finetune"])
-def test_a_resumed_training_equals_an_uninterrupted_one(prepared, name, tmp_path):
-    make = tasks(*prepared)[name]
+def test_a_resumed_training_equals_an_uninterrupted_one(finished, name, tmp_path):
+    make = tasks(*finished)[name]
     whole, cut = Loop(make(), CPU), Loop(make(), CPU)
     while not whole.finished:
         whole.run_epoch()
@@ -54,8 +42,8 @@ def test_a_resumed_training_equals_an_uninterrupted_one(prepared, name, tmp_path
 
 
 @pytest.mark.parametrize(("name", "task"), [("fusion", FusionTask), ("finetune", SequencerTask)])
-def test_two_workers_give_the_model_of_one(prepared, name, task, tmp_path):
-    config, run = prepared
+def test_two_workers_give_the_model_of_one(finished, name, task, tmp_path):
+    config, run = finished
     arguments = {"config": config, "run": run} | ({"domains": ["demo"], "settings": config.finetune} if name == "finetune" else {})
     models = []
     for number in (1, 2):
@@ -77,16 +65,16 @@ def test_a_cluster_that_is_too_small_is_said_at_once(ray_session):
         scaling_config(Workers(num_workers=3), 2, "fusion")
 
 
-def test_a_finished_training_is_not_repeated(prepared):
-    config, run = prepared
+def test_a_finished_training_is_not_repeated(finished):
+    config, run = finished
     before = run.read_json("fusion/model/model.json")
     metrics = fit(FusionTask, {}, config.compute.fusion, 2, run, "fusion", Quiet())  # would fail if it built a task
     assert metrics["epoch"] == config.fusion.epochs - 1
     assert run.read_json("fusion/model/model.json") == before
 
 
-def test_input_vectors_with_nan_end_in_a_message_not_in_a_broken_model(prepared):
-    config, run = prepared
+def test_input_vectors_with_nan_end_in_a_message_not_in_a_broken_model(finished):
+    config, run = finished
     task = RqvaeTask(config, run)
     loop = Loop(task, CPU)
     loop.run_epoch()
@@ -95,6 +83,6 @@ def test_input_vectors_with_nan_end_in_a_message_not_in_a_broken_model(prepared)
         loop.run_epoch()
 
 
-def test_later_stages_need_the_earlier_manifest(prepared):
-    config, run = prepared
+def test_later_stages_need_the_earlier_manifest(finished):
+    config, run = finished
     assert run_stage(BY_NAME["assign-ids"], config, run, Quiet()).counts["codebook_size"] == config.rqvae.codebook_size
