@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from rich.console import Console
@@ -11,14 +12,14 @@ from rich.table import Table
 from qbert_ray.artifacts import Manifest
 
 NAME_WIDTH = 14
+LOG_SECONDS = 30.0
 
 
 class StageBar:
-    """The progress of one stage; on something other than a terminal only its last line is printed."""
+    """The progress of one stage: a bar on a terminal, elsewhere (a job's log) a line now and then."""
 
     def __init__(self, console: Console, name: str) -> None:
         self.console = console
-        # A terminal redraws the bar; elsewhere (a job's log) bars are noise, so nothing but the final line.
         self.bars = Progress(
             SpinnerColumn(),
             TextColumn(f"{name:<{NAME_WIDTH}}"),
@@ -31,6 +32,7 @@ class StageBar:
             transient=True,
             disable=not console.is_terminal,
         )
+        self.name, self.said = name, time.monotonic()
         self.task = self.bars.add_task(name, total=None, note="")
 
     def __enter__(self) -> StageBar:
@@ -45,9 +47,19 @@ class StageBar:
 
     def advance(self, steps: int = 1) -> None:
         self.bars.advance(self.task, steps)
+        self._log()
 
     def note(self, text: str) -> None:
         self.bars.update(self.task, note=text)
+        self._log()
+
+    def _log(self) -> None:
+        if not self.console.is_terminal and time.monotonic() - self.said > LOG_SECONDS:
+            task = self.bars.tasks[self.task]
+            self.console.print(
+                f"  {self.name:<{NAME_WIDTH}} {task.completed:.0f}/{task.total or 0:.0f}  {task.fields['note']}", soft_wrap=True
+            )
+            self.said = time.monotonic()
 
 
 def stage_line(name: str, manifest: Manifest | None, seconds: float | None, why: str | None = None) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Training, Workers
+from qbert_ray.pipelines.board import Board, Watch
 from qbert_ray.pipelines.session import Progress, available
 
 MOST_THREADS = 16  # more do not speed up models of this size
@@ -101,7 +101,7 @@ def fit(
         ),
     )
     run.filesystem.create_dir(run.path(folder), recursive=True)
-    with _watch(board, progress):
+    with Watch(board, progress):
         trainer.fit()
     run.delete(f"{folder}/checkpoints")
     return _last_metrics(run, folder)
@@ -127,53 +127,6 @@ def scaling_config(workers: Workers, microbatches: int, folder: str) -> ScalingC
     return ScalingConfig(
         num_workers=workers.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
     )
-
-
-@ray.remote(num_cpus=0)
-class Board:
-    """Where rank 0 writes how far it is, and the driver reads it."""
-
-    def __init__(self) -> None:
-        self.state = (0, 0, "")
-
-    def write(self, total: int, done: int, note: str) -> None:
-        self.state = (total, done, note)
-
-    def read(self) -> tuple[int, int, str]:
-        return self.state
-
-
-class _watch:  # noqa: N801 - a context manager
-    """Carries the board's state to the progress while a training runs."""
-
-    def __init__(self, board: Any, progress: Progress) -> None:
-        self.board, self.progress, self.stop = board, progress, threading.Event()
-        self.thread = threading.Thread(target=self._poll, daemon=True)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        ray.kill(self.board)
-
-    def _poll(self) -> None:
-        seen, started, said = 0, False, ""
-        while not self.stop.wait(0.5):
-            try:
-                total, done, note = ray.get(self.board.read.remote())
-            except ray.exceptions.RayError:
-                continue
-            if total and not started:
-                self.progress.start(total, done)
-                started, seen = True, done
-            if done > seen:
-                self.progress.advance(done - seen)
-                seen = done
-            if note != said:
-                self.progress.note(note)
-                said = note
 
 
 def _train_worker(config: dict[str, Any]) -> None:
