@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -74,10 +75,12 @@ def metrics_table(domain: str, content: dict[str, Any]) -> Table:
     """The table of one domain of evaluation/metrics.json: rankings by metrics, for both protocols."""
     models = next(iter(content["protocols"].values()))
     names = list(next(iter(models.values())))
-    table = Table(title=f"{domain}: every item ranked for {content['users']:,} users", title_justify="left")
+    table = Table(
+        title=f"{domain}: every item ranked for {content['users']:,} users", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
+    )
     table.add_column("items", no_wrap=True)
     table.add_column("ranking", no_wrap=True)
-    for name in [*names, f"± {names[-1]}"]:
+    for name in [*names, "±"]:
         table.add_column(name, justify="right", no_wrap=True)
     for protocol, label in (("all", "all"), ("unseen", "unseen")):
         for model, values in content["protocols"][protocol].items():
@@ -85,7 +88,7 @@ def metrics_table(domain: str, content: dict[str, Any]) -> Table:
             cells = [f"{values[name]['value']:.4f}" for name in names]
             table.add_row(label, model.replace("_", "-"), *cells, f"{half:.4f}", style="bold" if model == "model" else None)
         table.add_section()
-    table.caption = "±: half of the 95 % interval over users"
+    table.caption = f"±: half of the 95 % interval of {names[-1]} over users"
     return table
 
 
