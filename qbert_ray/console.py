@@ -86,7 +86,7 @@ def metrics_table(domain: str, content: dict[str, Any]) -> Table:
         for model, values in content["protocols"][protocol].items():
             half = (values[names[-1]]["high"] - values[names[-1]]["low"]) / 2
             cells = [f"{values[name]['value']:.4f}" for name in names]
-            table.add_row(label, model.replace("_", "-"), *cells, f"{half:.4f}", style="bold" if model == "model" else None)
+            table.add_row(label, model.replace("_", "-"), *cells, f"{half:.3f}", style="bold" if model == "model" else None)
         table.add_section()
     table.caption = f"±: half of the 95 % interval of {names[-1]} over users"
     return table

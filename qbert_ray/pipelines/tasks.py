@@ -71,7 +71,7 @@ class FusionTask:
     def build(self) -> nn.Module:
         return DynamicFusion(**self.description())
 
-    def begin_epoch(self, model: nn.Module, epoch: int) -> None:
+    def adjust(self, model: nn.Module, epoch: int) -> None:
         pass
 
     def batches(self, epoch: int) -> list[np.ndarray]:
@@ -116,14 +116,17 @@ class RqvaeTask:
         model.standardise(self.embeddings)
         return model
 
-    def begin_epoch(self, model: Any, epoch: int) -> None:
+    def adjust(self, model: Any, epoch: int) -> None:
         if epoch < self.settings.warmup_epochs:
             return
         latent = torch.cat([model.encode(piece.to(model.mean.device)) for piece in self.embeddings.split(SAMPLE)])
         if epoch == self.settings.warmup_epochs:
             model.quantizer.start(latent, self.seed)
-        elif epoch < self.settings.epochs - 1:  # the last epoch settles what was moved
-            model.quantizer.reseed(latent, self.seed + epoch)
+        else:
+            last = epoch == self.settings.epochs  # moving a codeword can leave another one without items
+            for attempt in range(5 if last else 1):
+                if not model.quantizer.reseed(latent, self.seed + epoch + attempt):
+                    break
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         return shuffled_batches(len(self.embeddings), self.settings.batch_size, self.seed, epoch)
@@ -177,7 +180,7 @@ class SequencerTask:
             model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in known}, strict=False)
         return model
 
-    def begin_epoch(self, model: nn.Module, epoch: int) -> None:
+    def adjust(self, model: nn.Module, epoch: int) -> None:
         pass
 
     def batches(self, epoch: int) -> list[np.ndarray]:

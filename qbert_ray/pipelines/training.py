@@ -58,8 +58,8 @@ class Task(Protocol):
         """Summed loss of some samples, and what to divide the sum over the batch by."""
         ...
 
-    def begin_epoch(self, model: nn.Module, epoch: int) -> None:
-        """Changes of the weights outside of gradients, made on rank 0."""
+    def adjust(self, model: nn.Module, epoch: int) -> None:
+        """Changes of the weights outside of gradients, on rank 0, before each epoch and after the last."""
         ...
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -191,10 +191,7 @@ class Loop:
         return {name: tensor.detach() for name, tensor in (self.average or self.model.state_dict()).items()}
 
     def run_epoch(self) -> None:
-        if self.rank == 0:
-            with torch.no_grad():
-                self.task.begin_epoch(self.model, self.epoch)
-        self._broadcast_weights()
+        self._adjust()
         self.model.train()
         total, weight = 0.0, 0.0
         for samples in self.task.batches(self.epoch):
@@ -202,11 +199,19 @@ class Loop:
             total, weight = total + loss, weight + size
         metrics = {"epoch": self.epoch, "train_loss": total / max(weight, 1e-12)}
         self.epoch += 1
+        if self.epoch == self.task.settings.epochs:
+            self._adjust()
         if self.rank == 0:
             metrics |= self._evaluate()
             self._keep_best(metrics)
         self.log.append(metrics)
         self.waited = self.agree(self.waited)  # every worker stops at the same epoch
+
+    def _adjust(self) -> None:
+        if self.rank == 0:
+            with torch.no_grad():
+                self.task.adjust(self.model, self.epoch)
+        self._broadcast_weights()
 
     def _step(self, samples: np.ndarray) -> tuple[float, float]:
         """One update from a global batch; its summed loss and weight over all workers."""
