@@ -46,6 +46,10 @@ class RunDir:
 
     uri: str
 
+    def __post_init__(self) -> None:
+        if "://" not in self.uri:  # workers have working directories of their own
+            object.__setattr__(self, "uri", str(Path(self.uri).expanduser().absolute()))
+
     @cached_property
     def _location(self) -> tuple[fs.FileSystem, str]:
         return resolve(self.uri)

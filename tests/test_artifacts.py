@@ -51,6 +51,15 @@ def test_a_run_directory_travels_to_workers(run):
     assert pickle.loads(pickle.dumps(run)).read_json("x.json") == [1]
 
 
+def test_a_relative_run_directory_means_the_same_place_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDir("runs/x")
+    run.write_json("x.json", [1])
+    sent = pickle.dumps(run)
+    monkeypatch.chdir("/")
+    assert pickle.loads(sent).read_json("x.json") == [1]
+
+
 def test_a_fingerprint_follows_config_and_inputs_not_time():
     a = Manifest("stage", {"x": 1}, {"before": "f"}, "0.1", seconds=1)
     assert a.fingerprint == Manifest("stage", {"x": 1}, {"before": "f"}, "0.1", seconds=2, counts={"rows": 1}).fingerprint
