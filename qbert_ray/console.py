@@ -124,7 +124,7 @@ def _ingested(domain: str, figures: dict[str, Any]) -> str:
 
 def _encoded(modality: str, figures: dict[str, Any]) -> str:
     rejected = sum(count for name, count in figures.items() if name.endswith("_rejected"))  # "..._rejected.<reason>" are its parts
-    made = next((figures[name] for name in ("text_vectors", "images", "vectors", "present") if name in figures), figures.get("items", 0))
+    made = figures.get("images", figures.get(f"{modality}_vectors", figures.get("items", 0)))  # a user's own vectors count items
     return f"{made:,} {modality} vectors" + (f", {rejected:,} rejected" if rejected else "")
 
 
