@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from qbert_ray.artifacts import RunDir
-from qbert_ray.config import Config, ConfigError, load_config
+from qbert_ray.config import Config
 from qbert_ray.console import StageBar, metrics_table, stage_line
+from qbert_ray.overlays import ConfigError, load_config
 
 app = typer.Typer(
     name="qbert-ray",

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from qbert_ray.config import Config, ConfigError, flatten, load_config, merge
+from qbert_ray.config import Config
+from qbert_ray.overlays import ConfigError, flatten, load_config, merge
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

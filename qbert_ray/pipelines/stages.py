@@ -16,7 +16,8 @@ import yaml
 from pyarrow import fs
 
 from qbert_ray.artifacts import ArtifactError, Manifest, RunDir, resolve
-from qbert_ray.config import Config, flatten
+from qbert_ray.config import Config
+from qbert_ray.overlays import flatten
 from qbert_ray.pipelines import tokenization
 from qbert_ray.pipelines.evaluation import evaluate
 from qbert_ray.pipelines.features import extract_features

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from qbert_ray.artifacts import RunDir
-from qbert_ray.config import Config, load_config
+from qbert_ray.config import Config
+from qbert_ray.overlays import load_config
 from qbert_ray.pipelines.tasks import SequencerTask
 from qbert_ray.pipelines.training import Loop
 

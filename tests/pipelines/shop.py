@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from qbert_ray.config import Config, load_config
+from qbert_ray.config import Config
 from qbert_ray.demo import generate
+from qbert_ray.overlays import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [

@@ -11,8 +11,8 @@ from PIL import Image
 
 from qbert_ray.artifacts import RunDir
 from qbert_ray.columns import features_schema, to_numpy
-from qbert_ray.config import load_config
 from qbert_ray.encoders import ImageRejected
+from qbert_ray.overlays import load_config
 from qbert_ray.pipelines.encoding import ImagePart, read_bytes
 from qbert_ray.pipelines.features import extract_features
 from qbert_ray.pipelines.session import Quiet

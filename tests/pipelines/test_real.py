@@ -6,9 +6,9 @@ import torch
 
 from qbert_ray import columns
 from qbert_ray.artifacts import Manifest, RunDir
-from qbert_ray.config import load_config
 from qbert_ray.memory import co_occurrence, co_occurrence_scores
 from qbert_ray.metrics import hit_rate, ndcg
+from qbert_ray.overlays import load_config
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import STAGES, run_stage
 from qbert_ray.ranking import hide
