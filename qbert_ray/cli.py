@@ -74,6 +74,7 @@ for _name, _help in {
     "assign-ids": "Give every item its semantic ID, without collisions.",
     "pretrain": "Stage 3: multi-mask pre-training over the source domains.",
     "finetune": "Stage 3: fine-tune on each target domain.",
+    "train-memory": "Item-item weights of training interactions, and how to mix them with the sequencer's scores.",
     "evaluate": "Rank every item for every user: hit rate and NDCG beside the floors.",
     "score": "The k best items for every user.",
 }.items():

@@ -76,6 +76,19 @@ SEMANTIC_IDS = pa.schema(
     ]
 )
 
+# memory/weights: which items of a history speak for an item, and how much (memory.py).
+MEMORY = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (ITEM_ID, pa.string()),
+        (ITEM_INDEX, pa.int32()),
+        ("ridge_items", pa.list_(pa.int32())),  # item_index
+        ("ridge_weights", pa.list_(pa.float32())),
+        ("following_items", pa.list_(pa.int32())),
+        ("following_weights", pa.list_(pa.float32())),
+    ]
+)
+
 # One row per user and model; ranks are 1-based, each protocol its own column.
 RANKS = pa.schema(
     [

@@ -241,6 +241,23 @@ class Finetune(SequenceTraining):
     validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation item is ranked after each epoch")
 
 
+class Memory(Section):
+    """The collaborative memory beside the sequencer; not in the paper."""
+
+    enabled: bool = Field(True, description="mix item-item weights of training interactions into the ranking")
+    regularisation: PositiveFloat = Field(100.0, description="ridge penalty of the item-item regression, in users")
+    neighbours: PositiveInt = Field(200, description="most items that speak for an item; training and table grow with it")
+    decay: Share = Field(0.85, description="weight of each further step back in a history, for the regression")
+    following_window: PositiveInt = Field(5, description="largest number of steps between an item and one that follows it")
+    following_decay: Share = Field(
+        0.5, description="weight of each further step between the two, and of each further step back in a history"
+    )
+    following_shrinkage: NonNegativeFloat = Field(5.0, description="added to an item's number of followers, so that rare items say little")
+    scale: PositiveFloat = Field(0.01, description="signals are log(1 + weight / scale)")
+    candidates: PositiveInt = Field(50, description="best items by each signal, among which the mix learns to rank validation items")
+    validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation item the mix is fitted on")
+
+
 class Evaluation(Section):
     cutoffs: list[PositiveInt] = Field([1, 5, 10], description="k of hr@k and ndcg@k (§4.1)")
     co_occurrence_history: PositiveInt = Field(20, description="latest items of a history that the co-occurrence floor sums over")
@@ -280,6 +297,7 @@ class Compute(Section):
     pretrain: Workers = Workers()
     finetune: Workers = Workers()
     assign: Actors = Actors()
+    memory: Actors = Actors()
     evaluate: Actors = Actors()
     score: Actors = Actors()
 
@@ -293,6 +311,7 @@ class Config(Section):
     sequencer: Sequencer = Sequencer()
     pretrain: Pretrain = Pretrain()
     finetune: Finetune = Finetune()
+    memory: Memory = Memory()
     evaluation: Evaluation = Evaluation()
     score: Score = Score()
     compute: Compute = Compute()

@@ -112,6 +112,11 @@ def _summary(manifest: Manifest) -> str:
             return f"on {', '.join(counts['domains'])}; validation hr@10 {counts['metrics']['hr@10']:.4f} after {counts['metrics']['epoch'] + 1} epochs"
         case "finetune":
             return "; ".join(f"{name}: {figures['epoch'] + 1} epochs" for name, figures in counts["metrics"].items())
+        case "train-memory":
+            return "; ".join(
+                f"{name}: validation ndcg@10 {figures['sequencer_ndcg@10']:.4f} -> {figures['model_ndcg@10']:.4f} with memory"
+                for name, figures in counts.items()
+            )
         case "evaluate" | "score":
             return "; ".join(f"{name}: {figures['users']:,} users" for name, figures in counts.items())
     return ", ".join(f"{value:,} {name}" for name, value in counts.items() if isinstance(value, int))

@@ -15,15 +15,13 @@ import torch
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
-from qbert_ray.config import Config
+from qbert_ray.config import Config, Memory
 from qbert_ray.memory import co_occurrence, co_occurrence_scores, popularity
+from qbert_ray.pipelines.ranker import Ranker, batches
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts
-from qbert_ray.pipelines.tasks import catalog_codes, load_sequencer
 from qbert_ray.ranking import ranks
-from qbert_ray.sequencer import next_item_queries
 
-BATCH = 256
 MODEL = "model"
 PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
 
@@ -35,7 +33,8 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     for domain in config.data.targets:
         progress.note(domain)
         floors = _floors.remote(run, domain)
-        arguments = {"run": run, "domain": domain, "floors": [floors], "latest": config.evaluation.co_occurrence_history}
+        arguments = {"run": run, "domain": domain, "memory": config.memory, "floors": [floors]}
+        arguments["latest"] = config.evaluation.co_occurrence_history
         parts = run.parts("ingest/sequences", domain)
         counts[domain] = dict(map_parts(run, RankPart, arguments, parts, "evaluation/ranks", config.compute.evaluate, progress))
         report[domain] = summarise(run.read("evaluation/ranks", domain), list(config.evaluation.cutoffs))
@@ -44,7 +43,7 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
 
 
 def summarise(table: pa.Table, cutoffs: list[int]) -> dict[str, Any]:
-    """{users, protocols: {all | unseen: {model | popularity | co_occurrence: {"hr@10": {value, low, high}, ...}}}} of a ranks table."""
+    """{users, protocols: {all | unseen: {model | sequencer | ridge | popularity | co_occurrence: {"hr@10": {value, low, high}, ...}}}} of a ranks table."""
     model = np.array(table["model"].to_pylist())
     protocols = {}
     for protocol, column in PROTOCOLS.items():
@@ -63,41 +62,35 @@ def _floors(run: RunDir, domain: str) -> tuple[Any, np.ndarray]:
 class RankPart:
     """Ranks of the test items of a part of the users."""
 
-    def __init__(self, run: RunDir, domain: str, floors: list[Any], latest: int) -> None:
+    def __init__(self, run: RunDir, domain: str, memory: Memory, floors: list[Any], latest: int) -> None:
         self.run, self.domain, self.latest = run, domain, latest
         self.counts, self.popularity = ray.get(floors[0])
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_sequencer(run, domain).to(self.device)
-        self.catalog = torch.from_numpy(catalog_codes(run, domain)).to(self.device)
+        self.ranker = Ranker(run, domain, memory)
         self.item_ids = run.read("ingest/items", domain, [columns.ITEM_ID])[columns.ITEM_ID].to_pylist()
-        with torch.inference_mode():
-            self.vectors, self.bias = self.model.catalog_vectors(self.catalog, domain)
 
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:
         sequences = columns.to_sequences(self.run.read_part("ingest/sequences", name))
         users = np.flatnonzero(sequences.test >= 0)
-        rows: dict[str, list[np.ndarray]] = {}
-        for begin in range(0, len(users), BATCH):
-            batch = users[begin : begin + BATCH]
+        found: dict[str, list[np.ndarray]] = {}
+        for rows in batches(len(users), len(self.item_ids)):
+            batch = users[rows]
             histories = [sequences.history(user, "test") for user in batch]
             target = torch.from_numpy(sequences.test[batch])
             for model, scores in self._scores(histories).items():
                 pair = [ranks(scores, target), ranks(scores, target, seen=histories)]
-                rows.setdefault(model, []).append(torch.stack(pair, dim=1).numpy())
+                found.setdefault(model, []).append(torch.stack(pair, dim=1).numpy())
         self._write(
             name,
             [sequences.user_ids[user] for user in users],
             sequences.test[users],
-            {model: np.concatenate(r) for model, r in rows.items()},
+            {model: np.concatenate(pieces) for model, pieces in found.items()},
         )
         return {"users": len(sequences.user_ids), "ranked": len(users), "too_short": len(sequences.user_ids) - len(users)}
 
     def _scores(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:
-        queries = next_item_queries(self.model, histories, self.catalog, self.domain)
         together = co_occurrence_scores(self.counts, histories, self.latest)
-        return {
-            MODEL: self.model.scores(queries, self.vectors, self.bias).float().cpu(),
+        return self.ranker.scores(histories) | {
             "popularity": torch.from_numpy(self.popularity).expand(len(histories), -1),
             "co_occurrence": torch.from_numpy(together),
         }

@@ -10,14 +10,11 @@ import torch
 
 from qbert_ray import columns
 from qbert_ray.artifacts import RunDir
-from qbert_ray.config import Config
+from qbert_ray.config import Config, Memory
+from qbert_ray.pipelines.ranker import Ranker, batches
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts
-from qbert_ray.pipelines.tasks import catalog_codes, load_sequencer
 from qbert_ray.ranking import hide, top_k
-from qbert_ray.sequencer import next_item_queries
-
-BATCH = 256
 
 
 def score(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
@@ -25,7 +22,8 @@ def score(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     counts: dict[str, Any] = {}
     for domain in config.data.targets:
         progress.note(domain)
-        arguments = {"run": run, "domain": domain, "k": config.score.top_k, "remove_seen": config.score.remove_seen}
+        arguments = {"run": run, "domain": domain, "memory": config.memory, "k": config.score.top_k}
+        arguments["remove_seen"] = config.score.remove_seen
         parts = run.parts("ingest/sequences", domain)
         counts[domain] = dict(map_parts(run, ScorePart, arguments, parts, "recommendations", config.compute.score, progress))
     return counts
@@ -34,24 +32,18 @@ def score(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
 class ScorePart:
     """The k best items for a part of the users, from their whole history."""
 
-    def __init__(self, run: RunDir, domain: str, k: int, remove_seen: bool) -> None:
+    def __init__(self, run: RunDir, domain: str, memory: Memory, k: int, remove_seen: bool) -> None:
         self.run, self.domain, self.k, self.remove_seen = run, domain, k, remove_seen
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_sequencer(run, domain).to(self.device)
-        self.catalog = torch.from_numpy(catalog_codes(run, domain)).to(self.device)
+        self.ranker = Ranker(run, domain, memory)
         self.item_ids = run.read("ingest/items", domain, [columns.ITEM_ID])[columns.ITEM_ID].combine_chunks()
-        with torch.inference_mode():
-            self.vectors, self.bias = self.model.catalog_vectors(self.catalog, domain)
 
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:
         sequences = columns.to_sequences(self.run.read_part("ingest/sequences", name))
         scores, items = [], []
-        for begin in range(0, len(sequences.user_ids), BATCH):
-            users = range(begin, min(begin + BATCH, len(sequences.user_ids)))
-            histories = [sequences.history(user, "end") for user in users]
-            queries = next_item_queries(self.model, histories, self.catalog, self.domain)
-            batch = self.model.scores(queries, self.vectors, self.bias)
+        for rows in batches(len(sequences.user_ids), len(self.item_ids)):
+            histories = [sequences.history(user, "end") for user in range(rows.start, rows.stop)]
+            batch = self.ranker.model_scores(histories)
             values, indices = top_k(hide(batch, histories) if self.remove_seen else batch, self.k)
             scores.append(values.float().cpu().numpy())
             items.append(indices.cpu().numpy())

@@ -22,6 +22,7 @@ from qbert_ray.pipelines import tokenization
 from qbert_ray.pipelines.evaluation import evaluate
 from qbert_ray.pipelines.features import extract_features
 from qbert_ray.pipelines.ingest import ingest
+from qbert_ray.pipelines.memorization import train_memory
 from qbert_ray.pipelines.scoring import score
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.tasks import FusionTask, RqvaeTask, SequencerTask
@@ -130,8 +131,16 @@ STAGES = (
         skipped=lambda config: None if config.pretrain.enabled else "pretrain.enabled is false",
     ),
     Stage("finetune", "finetune", finetune, ("run.seed", "sequencer", "finetune", "pretrain.enabled"), ("assign-ids", "pretrain")),
-    Stage("evaluate", "evaluation", evaluate, ("evaluation",), ("finetune",)),
-    Stage("score", "recommendations", score, ("score",), ("finetune",)),
+    Stage(
+        "train-memory",
+        "memory",
+        train_memory,
+        ("memory",),
+        ("ingest", "finetune"),
+        skipped=lambda config: None if config.memory.enabled else "memory.enabled is false",
+    ),
+    Stage("evaluate", "evaluation", evaluate, ("evaluation", "memory.enabled"), ("finetune", "train-memory")),
+    Stage("score", "recommendations", score, ("score", "memory.enabled"), ("finetune", "train-memory")),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 

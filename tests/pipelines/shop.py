@@ -18,6 +18,7 @@ SMALL = [
     "data.rows_per_part=40",
     "compute.features.max_size=1",  # starting an actor costs more than these parts
     "compute.assign.max_size=1",
+    "compute.memory.max_size=1",
     "compute.evaluate.max_size=1",
     "compute.score.max_size=1",
     "compute.fusion.cpus_per_worker=1",

@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from qbert_ray import columns
 from qbert_ray.artifacts import ArtifactError, Manifest, RunDir
+from qbert_ray.pipelines.memorization import WeightsPart
+from qbert_ray.pipelines.ranker import Ranker
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, STAGES, redo_from, run_stage, status
 from tests.pipelines.shop import SOURCE, small_config
@@ -29,6 +32,7 @@ def test_every_stage_leaves_its_manifest_and_no_scraps(finished):
         ("ingest/interactions", columns.INTERACTIONS),
         ("ingest/sequences", columns.SEQUENCES),
         ("semantic_ids", columns.SEMANTIC_IDS),
+        ("memory/weights", columns.MEMORY),
         ("evaluation/ranks", columns.RANKS),
         ("recommendations", columns.RECOMMENDATIONS),
     ],
@@ -53,12 +57,20 @@ def test_metrics_are_those_of_the_ranks(finished):
     report = run.read_json("evaluation/metrics.json")["demo"]
     ranks = run.read("evaluation/ranks")
     model = np.array(ranks["model"].to_pylist())
-    assert set(model) == {"model", "popularity", "co_occurrence"}
+    assert set(model) == {"model", "sequencer", "ridge", "popularity", "co_occurrence"}
     assert report["users"] == int((model == "model").sum()) == run.read("ingest/sequences", "demo").num_rows
     for name in set(model):
         rank = ranks["rank_unseen"].to_numpy()[model == name]
         assert report["protocols"]["unseen"][name]["hr@5"]["value"] == pytest.approx((rank <= 5).mean())
         assert (rank <= ranks["rank_all"].to_numpy()[model == name]).all()
+
+
+def test_without_memory_the_model_is_the_sequencer(finished, shop, tmp_path):
+    config, run = finished
+    ranker = Ranker(run, "demo", small_config(shop, run.uri, SOURCE, "memory.enabled=false").memory)
+    histories = [np.array([1, 2, 3]), np.array([4])]
+    alone = Ranker(run, "demo", config.memory).scores(histories)["sequencer"]
+    assert torch.equal(ranker.scores(histories)["model"], alone) and torch.equal(ranker.model_scores(histories), alone)
 
 
 def test_popularity_ranks_equal_a_plain_count(finished):
@@ -91,32 +103,33 @@ def test_recommendations_are_unseen_ranked_and_one_list_per_user(finished):
         assert len({row["item_id"] for row in rows}) == len(rows)
 
 
-def test_nothing_of_validation_or_test_reaches_training(finished, shop, tmp_path):
-    """Other held-out items, same training items: every model is the same."""
-    config, run = finished
+def test_nothing_of_validation_or_test_reaches_training(ray_session, shop, tmp_path):
+    """Other held-out items, same training items: all that training reads is the same."""
     table = pq.read_table(shop / "interactions.parquet").to_pandas().sort_values(["user_id", "timestamp"], kind="stable")
+    table["timestamp"] = table.groupby("user_id").cumcount()  # no ties, which would be ordered by a hash of the item
     last = table.groupby("user_id").cumcount(ascending=False)
-    held = table["item_id"].where(last >= 2)
-    other = tmp_path / "shop"
-    other.mkdir()
-    (other / "items.parquet").write_bytes((shop / "items.parquet").read_bytes())
-    test_items = table.loc[last == 0].set_index("user_id")["item_id"]
-    valid_items = table.loc[last == 1].set_index("user_id")["item_id"]
     swapped = table.copy()
-    swapped.loc[last == 0, "item_id"] = table.loc[last == 0, "user_id"].map(valid_items).to_numpy()
-    swapped.loc[last == 1, "item_id"] = table.loc[last == 1, "user_id"].map(test_items).to_numpy()
-    assert held.equals(swapped["item_id"].where(last >= 2)) and not swapped["item_id"].equals(table["item_id"])
-    swapped.to_parquet(other / "interactions.parquet")
-    again = small_config(other, tmp_path / "run")
-    again_run = RunDir(again.run.dir)
-    for name in ("ingest", "features"):
-        run_stage(BY_NAME[name], again, again_run, Quiet())
-    ours, theirs = (r.read("ingest/sequences", "demo").to_pandas().set_index("user_id").sort_index() for r in (run, again_run))
-    same = [list(a) == list(b) for a, b in zip(ours["train"], theirs["train"], strict=True)]
-    ties = sum(not equal for equal in same)
-    assert ties < 0.1 * len(same)  # held-out items that share a second with a training item change places
-    if ties == 0:
-        assert again_run.read("features/structure").equals(run.read("features/structure", "demo"))
+    for mine, theirs in ((0, 1), (1, 0)):
+        items = table.loc[last == theirs].set_index("user_id")["item_id"]
+        swapped.loc[last == mine, "item_id"] = table.loc[last == mine, "user_id"].map(items).to_numpy()
+    assert not swapped["item_id"].equals(table["item_id"])
+    outputs = []
+    for name, interactions in (("as_is", table), ("swapped", swapped)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "items.parquet").write_bytes((shop / "items.parquet").read_bytes())
+        interactions.to_parquet(folder / "interactions.parquet")
+        config = small_config(folder, tmp_path / f"run_{name}", "features.modalities=[structure]", "data.min_interactions=0")
+        run = RunDir(config.run.dir)
+        for stage in ("ingest", "features"):
+            run_stage(BY_NAME[stage], config, run, Quiet())
+        weights = WeightsPart(run, "demo", config.memory)
+        for part in run.parts("ingest/items"):
+            weights(part)
+        outputs.append((run.read("ingest/sequences"), run.read("features/structure"), run.read("memory/weights")))
+    (ours, *models), (theirs, *others) = outputs
+    assert ours["train"].equals(theirs["train"]) and ours["test"].equals(theirs["valid"]) and not ours["test"].equals(theirs["test"])
+    assert all(model.equals(other) for model, other in zip(models, others, strict=True))
 
 
 def test_a_finished_stage_is_skipped(finished, monkeypatch):

@@ -1,0 +1,98 @@
+"""The collaborative memory of each target domain: item-item weights part by part on Ray Data, then the mix on validation items."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from qbert_ray import columns, metrics
+from qbert_ray.artifacts import RunDir
+from qbert_ray.config import Config, Memory
+from qbert_ray.masking import uniform
+from qbert_ray.memory import SIGNALS, RidgeRegression, candidates, describe, fit_mix, following
+from qbert_ray.pipelines.ranker import MIX, WEIGHTS, Ranker, batches
+from qbert_ray.pipelines.session import Progress, available
+from qbert_ray.pipelines.sharding import map_parts
+from qbert_ray.pipelines.training import MOST_THREADS
+from qbert_ray.ranking import ranks
+
+SAMPLE_STREAM = 7_000_003
+
+
+def train_memory(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+    """Write memory/weights and memory/mix/<domain>; the mix's weights and what it gains on validation items."""
+    counts: dict[str, Any] = {}
+    resources = available()
+    for domain in config.data.targets:
+        progress.note(domain)
+        arguments = {"run": run, "domain": domain, "settings": config.memory}
+        done = map_parts(run, WeightsPart, arguments, run.parts("ingest/items", domain), WEIGHTS, config.compute.memory, progress)
+        threads = max(1, int(min(MOST_THREADS, resources["node_CPU"])))
+        fit = _fit.options(num_cpus=threads, num_gpus=1 if resources["GPU"] >= 1 else 0, name=f"mix {domain}")
+        counts[domain] = dict(done) | ray.get(fit.remote(run, domain, config.memory, threads))
+    return counts
+
+
+class WeightsPart:
+    """Item-item weights of a part of the catalog; every actor holds the co-occurrences of the domain."""
+
+    def __init__(self, run: RunDir, domain: str, settings: Memory) -> None:
+        self.run, s = run, settings
+        sequences = columns.to_sequences(run.read("ingest/sequences", domain))
+        size = run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows
+        train = (sequences.indptr, sequences.items, size)
+        self.ridge = RidgeRegression(*train, s.regularisation, s.neighbours)
+        self.following = following(*train, s.following_window, s.following_decay, s.following_shrinkage, s.neighbours)
+
+    def __call__(self, name: str) -> dict[str, int]:
+        items = self.run.read_part("ingest/items", name, [columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX])
+        targets = items[columns.ITEM_INDEX].to_numpy()
+        rows = (self.ridge.rows(targets), self.following[targets])
+        lists = [
+            pa.ListArray.from_arrays(matrix.indptr.astype(np.int32), pa.array(values))
+            for matrix in rows
+            for values in (matrix.indices.astype(np.int32), matrix.data.astype(np.float32))
+        ]
+        self.run.write_part(WEIGHTS, name, pa.table([*items.columns, *lists], schema=columns.MEMORY))
+        return {"items": items.num_rows, "weights": sum(matrix.nnz for matrix in rows)}
+
+
+@ray.remote
+def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, Any]:
+    """Fit the mix on validation items, save it, and rank them with it and without."""
+    torch.set_num_threads(threads)
+    ranker = Ranker(run, domain, settings, mixed=False)
+    sequences = columns.to_sequences(run.read("ingest/sequences", domain))
+    users = np.flatnonzero(sequences.valid >= 0)
+    users = users[np.argsort(uniform(SAMPLE_STREAM, 0, users, 1)[:, 0])[: settings.validation_users]]
+    target = torch.from_numpy(sequences.valid[users])
+    histories = [sequences.history(user, "valid") for user in users]
+    samples = []
+    with torch.inference_mode():
+        for rows in batches(len(users), len(ranker.catalog)):
+            scores, signals, lengths = ranker.signals(histories[rows])
+            found, place, there = candidates(scores.cpu(), signals.cpu(), target[rows], settings.candidates)
+            samples.append((found[there], describe(signals.cpu(), lengths.cpu())[there], place[there]))
+    joined = [torch.cat(pieces).clone() for pieces in zip(*samples, strict=True)] if samples else _no_samples()
+    mix = fit_mix(*joined)
+    run.save_model(f"{MIX}/{domain}", mix._asdict(), {"signals": list(SIGNALS)})
+    ranker.use(mix)
+    result: dict[str, Any] = {"users": len(users), "fitted_on": len(joined[2])}
+    result["weights_of_signals"] = dict(zip(SIGNALS, mix.trust(mix.centre[None] + torch.tensor([[1.0, 0, 0]]))[0].tolist(), strict=True))
+    with torch.inference_mode():
+        for rows in batches(len(users), len(ranker.catalog)):
+            for name, scores in ranker.scores(histories[rows]).items():
+                result.setdefault(name, []).append(ranks(scores, target[rows]).numpy())
+    for name in ("model", "sequencer"):
+        rank = np.concatenate(result.pop(name, [np.zeros(0, int)]))
+        result[f"{name}_ndcg@10"] = metrics.interval(metrics.ndcg(rank, 10))["value"]
+    result.pop("ridge", None)
+    return result
+
+
+def _no_samples() -> list[torch.Tensor]:
+    return [torch.zeros(0, 0, len(SIGNALS)), torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)]

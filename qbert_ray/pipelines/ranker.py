@@ -1,0 +1,86 @@
+"""Scores of the whole catalog for a batch of histories, as evaluation and scoring rank by: the sequencer and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from qbert_ray import columns, memory
+from qbert_ray.artifacts import RunDir
+from qbert_ray.config import Memory
+from qbert_ray.pipelines.sharding import device
+from qbert_ray.pipelines.tasks import catalog_codes, load_sequencer
+from qbert_ray.sequencer import next_item_queries
+
+WEIGHTS, MIX = "memory/weights", "memory/mix"
+MOST_HISTORIES, MOST_SCORES = 256, 2**26  # of a batch
+
+
+class Ranker:
+    """The fine-tuned sequencer of a domain with its collaborative memory, where that is enabled.
+
+    Args:
+        mixed: false: without the mix, which is still to be fitted.
+    """
+
+    def __init__(self, run: RunDir, domain: str, settings: Memory, mixed: bool = True) -> None:
+        self.domain, self.device = domain, torch.device(device())
+        self.model = load_sequencer(run, domain).to(self.device)
+        self.catalog = torch.from_numpy(catalog_codes(run, domain)).to(self.device)
+        with torch.inference_mode():
+            self.vectors, self.bias = self.model.catalog_vectors(self.catalog, domain)
+        self.memory = load_memory(run, domain, settings, self.model.max_items) if settings.enabled else None
+        self.mix: memory.Mix | None = None
+        if settings.enabled and mixed:
+            self.use(memory.Mix(**run.load_model(f"{MIX}/{domain}")[0]))
+
+    def use(self, mix: memory.Mix) -> None:
+        self.mix = memory.Mix(*(tensor.to(self.device) for tensor in mix))
+
+    def signals(self, histories: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N] scores of the sequencer, [B, N, 3] signals of the memory, [B] lengths; on the device."""
+        assert self.memory is not None
+        lengths = torch.tensor([len(history) for history in histories], device=self.device)
+        return self._sequencer(histories), self.memory.signals(histories).to(self.device), lengths
+
+    def scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
+        """[B, N] of the "model"; with a memory also of the "sequencer" and the "ridge" regression by themselves; on the CPU."""
+        if self.memory is None:
+            return {"model": self._sequencer(histories).cpu()}
+        assert self.mix is not None
+        scores, *rest = self.signals(histories)
+        ridge = torch.from_numpy(self.memory.ridge_scores(histories))
+        return {"model": self.mix.scores(scores, *rest).cpu(), "sequencer": scores.cpu(), "ridge": ridge}
+
+    def model_scores(self, histories: list[np.ndarray]) -> Tensor:
+        """[B, N] of the model alone, on the device."""
+        return self._sequencer(histories) if self.mix is None else self.mix.scores(*self.signals(histories))
+
+    def _sequencer(self, histories: list[np.ndarray]) -> Tensor:
+        queries = next_item_queries(self.model, histories, self.catalog, self.domain)
+        return self.model.scores(queries, self.vectors, self.bias).float()
+
+
+def batches(users: int, num_items: int) -> Iterator[slice]:
+    """Slices of users, so that a users x items matrix stays of bounded size."""
+    size = max(1, min(MOST_HISTORIES, MOST_SCORES // max(num_items, 1)))
+    for begin in range(0, users, size):
+        yield slice(begin, min(begin + size, users))
+
+
+def load_memory(run: RunDir, domain: str, settings: Memory, latest: int) -> memory.Memory:
+    """The item-item weights of memory/weights."""
+    table = run.read(WEIGHTS, domain).sort_by(columns.ITEM_INDEX)
+    matrices = [_matrix(table[f"{name}_items"], table[f"{name}_weights"]) for name in ("ridge", "following")]
+    return memory.Memory(*matrices, (settings.decay, settings.following_decay), settings.scale, latest)
+
+
+def _matrix(items: pa.ChunkedArray, weights: pa.ChunkedArray) -> sparse.csr_matrix:
+    items, weights = items.combine_chunks(), weights.combine_chunks()
+    indptr = items.offsets.to_numpy().astype(np.int64)
+    return sparse.csr_matrix((weights.flatten().to_numpy(), items.flatten().to_numpy(), indptr - indptr[0]), shape=(len(items), len(items)))
