@@ -1,21 +1,37 @@
 """Stage 2, §3.4: codes made unique, and written as tokens.
 
-Collisions are resolved greedily and exactly. Of the items that share all codes the one nearest to its last codeword keeps
-them. The others, nearest first, take the nearest free last code; where a prefix has none, the level above changes, with
-the residuals recomputed, and so on up to the first. Order is (distance, item_index), so rows, blocks and actors do not
-matter, and items that already have an ID can be held fixed.
+The rule. Every item comes with its nearest codes and its distance from what they decode to; order below is always
+(distance, item_index).
 
-Shapes: N items, K levels, M codewords per level, E codebook width.
+* Of the items that share all codes the first in order keeps them, unless they are published already; the others move.
+* Last level: under each prefix of K - 1 codes the movers, in order, take the nearest last code that is free.
+* Level above: movers whose prefix was full, in order, take under their K - 2 codes the nearest code that has room below
+  it, and below that the nearest free last code, with the residuals recomputed. And so on up to the first level.
+
+So codes change as low as possible, prefixes are independent of each other at every step, and rows, blocks and actors do not
+matter. Published IDs (`taken`) are never moved and never given again.
+
+How it is fast. Taking turns under a prefix is a stable matching in which all codes prefer items in the same order. That
+matching is unique, and deferred acceptance finds it for thousands of prefixes at once: everybody asks for the nearest code,
+a code keeps the first in order that it has room for, and only who is refused asks for the next one.
+
+Shapes: N items, K levels, M codewords per level, E codebook width, n movers looked at together, in g groups of one prefix.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from string import ascii_lowercase
 from typing import NamedTuple
 
 import numpy as np
+from scipy.spatial.distance import cdist
+
+CELLS = 2**19  # movers x codewords that are looked at together; bounds the memory
+ROWS = 2**16
+
+# Rows of items [n] and the codes chosen so far [n, level] -> distance from each codeword of that level [n, M].
+Distances = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class CapacityError(ValueError):
@@ -27,103 +43,190 @@ class Resolved(NamedTuple):
     moved: np.ndarray  # [N] whether the item did not keep its nearest codes
 
 
-def resolve_collisions(codes: np.ndarray, latents: np.ndarray, codebooks: np.ndarray) -> Resolved:
+def resolve_collisions(codes: np.ndarray, latents: np.ndarray, codebooks: np.ndarray, taken: np.ndarray | None = None) -> Resolved:
     """Distinct codes for every item; rows are in the order of item_index, which breaks ties.
+
+    Quantizers whose codes are independent fit too: their codebooks are zero outside their own dimensions of the latent, so
+    that what other levels chose does not change the order of the codewords.
 
     Args:
         codes: [N, K] nearest codes.
         latents: [N, E] what was quantized.
         codebooks: [K, M, E].
+        taken: [T, K] published IDs, all distinct.
 
     Raises:
-        CapacityError: more items than M ** K.
+        CapacityError: more items and taken IDs than M ** K.
     """
-    last = latents - sum(book[level] for book, level in zip(codebooks[:-1], codes.T[:-1], strict=True))
-    distance = np.square(last - codebooks[-1][codes[:, -1]]).sum(1)
+    books = codebooks.astype(np.float64)
+    used = [np.flatnonzero(book.any(0)) for book in books]  # dimensions
 
-    def preference(item: int, prefix: list[int]) -> np.ndarray:
-        level = len(prefix)
-        residual = latents[item] - sum((codebooks[k][code] for k, code in enumerate(prefix)), np.zeros_like(latents[item]))
-        return np.argsort(np.square(codebooks[level] - residual).sum(1), kind="stable")
+    def residual(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        result = latents[rows].astype(np.float64)
+        for book, code in zip(books, chosen.T, strict=False):
+            result -= book[code]
+        return result
 
-    return _resolve(codes, distance, preference, codebooks.shape[1])
+    def distances(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        level = chosen.shape[1]
+        # Not a matrix product: its rounding depends on how many rows there are, and ties would with it.
+        return cdist(residual(rows, chosen)[:, used[level]], books[level][:, used[level]], "sqeuclidean")
+
+    def distance(rows: np.ndarray) -> np.ndarray:
+        return np.square(residual(rows, codes[rows])).sum(1)
+
+    return _resolve(codes, distance, distances, codebooks.shape[1], taken)
 
 
-def resolve_given(codes: np.ndarray, codebook_size: int) -> Resolved:
+def resolve_given(codes: np.ndarray, codebook_size: int, taken: np.ndarray | None = None) -> Resolved:
     """Distinct codes where only codes are known: the first item by item_index keeps them, others take the next free number."""
 
-    def preference(item: int, prefix: list[int]) -> np.ndarray:
-        return np.roll(np.arange(codebook_size), -int(codes[item, len(prefix)]))
+    def distances(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        own = codes[rows, chosen.shape[1]].astype(np.int64)
+        return ((np.arange(codebook_size) - own[:, None]) % codebook_size).astype(np.float64)
 
-    return _resolve(codes, np.zeros(len(codes)), preference, codebook_size)
+    return _resolve(codes, lambda rows: np.zeros(len(rows)), distances, codebook_size, taken)
+
+
+def to_keys(codes: np.ndarray, size: int) -> np.ndarray:
+    """[N] the codes [N, K] of an item as one number: its digits in base M."""
+    key = np.zeros(len(codes), dtype=np.int64)
+    for level in codes.T:
+        key = key * size + level
+    return key
 
 
 def to_tokens(codes: np.ndarray) -> list[str]:
     """ "<a_2><b_3><c_1><d_6>" for each row of codes [N, K]."""
-    letters = ascii_lowercase[: codes.shape[1]]
-    return ["".join(f"<{letter}_{code}>" for letter, code in zip(letters, row, strict=True)) for row in codes.tolist()]
+    form = "".join(f"<{letter}_%d>" for letter in ascii_lowercase[: codes.shape[1]])
+    return [form % tuple(row) for row in codes.tolist()]
 
 
-def _resolve(codes: np.ndarray, distance: np.ndarray, preference: Callable[[int, list[int]], np.ndarray], size: int) -> Resolved:
+def _resolve(
+    codes: np.ndarray, distance: Callable[[np.ndarray], np.ndarray], distances: Distances, size: int, taken: np.ndarray | None
+) -> Resolved:
     num_items, num_levels = codes.shape
-    if num_levels > len(ascii_lowercase) or size**num_levels >= 2**63:
-        raise ValueError(f"{num_levels} levels of {size} codewords do not fit a token; use at most 26 levels and 2**63 IDs")
-    if num_items > size**num_levels:
-        raise CapacityError(
-            f"{num_items:,} items but only {size}**{num_levels} = {size**num_levels:,} semantic IDs; raise rqvae.num_levels or rqvae.codebook_size"
-        )
-    keys = codes.astype(np.int64) @ (size ** np.arange(num_levels - 1, -1, -1, dtype=np.int64))
-    order = np.lexsort((np.arange(num_items), distance, keys))
-    first = np.ones(num_items, dtype=bool)
-    first[1:] = keys[order][1:] != keys[order][:-1]
-    losers = order[~first]
-    movers = losers[np.lexsort((losers, distance[losers]))]
-    result = codes.copy()
+    published = np.zeros(0, dtype=np.int64) if taken is None else np.sort(to_keys(taken, size))
+    _check_capacity(num_items, len(published), num_levels, size)
+    keys = to_keys(codes, size)
+    movers = _movers(keys, published, distance)
     moved = np.zeros(num_items, dtype=bool)
     moved[movers] = True
-    if len(movers):
-        tree = _Tree(keys[order[first]], num_levels, size)
-        for item in movers.tolist():
-            result[item] = tree.place(codes[item].tolist(), lambda prefix, item=item: preference(item, prefix))
+    result = codes.copy()
+    used = np.sort(np.concatenate([keys[~moved], published]))
+    for level in range(num_levels - 1, -1, -1):
+        if not len(movers):
+            break
+        placed, movers = _split(movers, to_keys(codes[movers, :level], size), used, size ** (num_levels - level))
+        for below in range(level, num_levels):
+            _choose(result, placed, below, used, size, distances)
+        used = np.sort(np.concatenate([used, to_keys(result[placed], size)]))
     return Resolved(result, moved)
 
 
-class _Tree:
-    """The IDs in use, with the number of them under each prefix, so that a full prefix is skipped at once."""
+def _check_capacity(num_items: int, published: int, num_levels: int, size: int) -> None:
+    if num_levels > len(ascii_lowercase) or size**num_levels >= 2**63:
+        raise ValueError(f"{num_levels} levels of {size} codewords do not fit a token; use at most 26 levels and 2**63 IDs")
+    if num_items + published > size**num_levels:
+        beside = f" beside {published:,} published ones" if published else ""
+        raise CapacityError(
+            f"{num_items:,} items{beside} but only {size}**{num_levels} = {size**num_levels:,} semantic IDs; raise rqvae.num_levels or rqvae.codebook_size"
+        )
 
-    def __init__(self, keys: np.ndarray, num_levels: int, size: int) -> None:
-        self.num_levels, self.size = num_levels, size
-        self.used = set(keys.tolist())
-        self.under: list[Counter[int]] = []  # by length of the prefix
-        for length in range(num_levels):
-            prefixes, counts = np.unique(keys // size ** (num_levels - length), return_counts=True)
-            self.under.append(Counter(dict(zip(prefixes.tolist(), counts.tolist(), strict=True))))
 
-    def place(self, codes: list[int], preference: Callable[[list[int]], np.ndarray]) -> list[int]:
-        """The first free ID: last level first, then one level up, each in the item's order of preference."""
-        for length in range(self.num_levels - 1, -1, -1):
-            prefix = codes[:length]
-            if not self._full(prefix):
-                return self._take(prefix, preference)
-        raise AssertionError("capacity was checked")
+def _movers(keys: np.ndarray, published: np.ndarray, distance: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Rows that cannot keep their codes, in order."""
+    order = np.argsort(keys, kind="stable")
+    same = keys[order][1:] == keys[order][:-1]
+    shared = np.zeros(len(keys), dtype=bool)
+    shared[1:] |= same
+    shared[:-1] |= same
+    if len(published):
+        at = np.searchsorted(published, keys[order]).clip(max=len(published) - 1)
+        shared |= published[at] == keys[order]
+    rows = np.sort(order[shared])
+    far = np.concatenate([np.zeros(0), *(distance(rows[piece]) for piece in _pieces(len(rows), ROWS))])
+    order = np.lexsort((far, keys[rows]))  # stable, so equal ones stay in the order of item_index
+    key = keys[rows[order]]
+    loses = np.ones(len(rows), dtype=bool)
+    if len(rows):
+        loses[0] = False
+        loses[1:] = key[1:] == key[:-1]
+    if len(published):
+        at = np.searchsorted(published, key).clip(max=len(published) - 1)
+        loses |= published[at] == key
+    losers = np.sort(order[loses])
+    return rows[losers[np.argsort(far[losers], kind="stable")]]
 
-    def _take(self, prefix: list[int], preference: Callable[[list[int]], np.ndarray]) -> list[int]:
-        while len(prefix) < self.num_levels:
-            code = next(code for code in preference(prefix).tolist() if not self._full([*prefix, code]))
-            prefix = [*prefix, code]
-        key = self._key(prefix)
-        self.used.add(key)
-        for length in range(self.num_levels):
-            self.under[length][key // self.size ** (self.num_levels - length)] += 1
-        return prefix
 
-    def _full(self, prefix: list[int]) -> bool:
-        if len(prefix) == self.num_levels:
-            return self._key(prefix) in self.used
-        return self.under[len(prefix)][self._key(prefix)] >= self.size ** (self.num_levels - len(prefix))
+def _split(movers: np.ndarray, prefix: np.ndarray, used: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:
+    """Movers that find room under their prefix, and those that do not; both in order. below: IDs under a prefix."""
+    order = np.argsort(prefix, kind="stable")
+    begin, group = _groups(prefix[order])
+    distinct = prefix[order][begin]
+    free = below - (np.searchsorted(used, (distinct + 1) * below) - np.searchsorted(used, distinct * below))
+    finds = np.empty(len(movers), dtype=bool)
+    finds[order] = np.arange(len(movers)) - begin[group] < free[group]
+    return movers[finds], movers[~finds]
 
-    def _key(self, prefix: list[int]) -> int:
-        key = 0
-        for code in prefix:
-            key = key * self.size + code
-        return key
+
+def _choose(result: np.ndarray, movers: np.ndarray, level: int, used: np.ndarray, size: int, distances: Distances) -> None:
+    """Set the codes of one level: under each prefix the movers, in order, take the nearest code with room below it."""
+    prefix = to_keys(result[movers, :level], size)
+    order = np.argsort(prefix, kind="stable")
+    prefix, rows = prefix[order], movers[order]
+    below = size ** (result.shape[1] - level - 1)
+    last, left = -1, np.zeros(size, dtype=np.int64)  # a prefix may go on in the next piece
+    for piece in _pieces(len(rows), max(CELLS // size, 1)):
+        begin, group = _groups(prefix[piece])
+        distinct = prefix[piece][begin]
+        goes_on = int(distinct[0] == last)
+        room = np.concatenate([left[None][:goes_on], _room(distinct[goes_on:], used, below, size)])
+        result[rows[piece], level] = _match(distances(rows[piece], result[rows[piece], :level]), group, room)
+        last, left = distinct[-1], room[-1]
+
+
+def _match(distance: np.ndarray, group: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Deferred acceptance: a code for each mover; what they take is taken off room.
+
+    Args:
+        distance: [n, M]; overwritten.
+        group: [n] prefix of each mover, ascending; in a group the movers are in order.
+        room: [g, M] how many movers a code can have.
+    """
+    distance[(room == 0)[group]] = np.inf
+    choice = distance.argmin(1)
+    live = np.arange(len(choice))  # movers under prefixes where somebody was refused
+    while len(live):
+        asked = group[live] * room.shape[1] + choice[live]
+        order = np.argsort(asked, kind="stable")
+        begin, run = _groups(asked[order])
+        refused = live[order[np.arange(len(order)) - begin[run] >= room.ravel()[asked[order]]]]
+        distance[refused, choice[refused]] = np.inf
+        choice[refused] = distance[refused].argmin(1)
+        busy = np.zeros(len(room), dtype=bool)
+        busy[group[refused]] = True
+        live = live[busy[group[live]]]
+    room -= np.bincount(group * room.shape[1] + choice, minlength=room.size).reshape(room.shape)
+    return choice
+
+
+def _room(prefix: np.ndarray, used: np.ndarray, below: int, size: int) -> np.ndarray:
+    """[g, M] free IDs below each code under prefixes [g]; below: IDs below a code."""
+    begin = np.searchsorted(used, prefix * (below * size))
+    count = np.searchsorted(used, (prefix + 1) * (below * size)) - begin
+    group = np.repeat(np.arange(len(prefix)), count)
+    at = np.arange(len(group)) + (begin - np.cumsum(count) + count)[group]
+    code = used[at] // below % size
+    return below - np.bincount(group * size + code, minlength=len(prefix) * size).reshape(-1, size)
+
+
+def _groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each run of equal values begins, and the number of the run that each value is in."""
+    new = np.ones(len(values), dtype=bool)
+    new[1:] = values[1:] != values[:-1]
+    return np.flatnonzero(new), np.cumsum(new) - 1
+
+
+def _pieces(total: int, size: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + size, total)) for begin in range(0, total, size))

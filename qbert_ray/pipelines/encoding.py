@@ -22,7 +22,7 @@ from qbert_ray import config
 from qbert_ray.artifacts import ArtifactError, RunDir, resolve
 from qbert_ray.columns import DOMAIN, ITEM_ID, ITEM_INDEX, REJECTED
 from qbert_ray.encoders import ImageEncoder, ImageRejected, TextEncoder, decode_image
-from qbert_ray.pipelines.sharding import device
+from qbert_ray.pipelines.sharding import own_device
 from qbert_ray.vectors import features_table
 
 KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]
@@ -31,11 +31,11 @@ DOWNLOAD_SECONDS = 20
 
 
 def load_text_encoder(settings: config.TextEncoder) -> TextEncoder:
-    return TextEncoder(**settings.model_dump(), device=device())
+    return TextEncoder(**settings.model_dump(), device=own_device())
 
 
 def load_image_encoder(settings: config.ImageEncoder) -> ImageEncoder:
-    return ImageEncoder(**settings.model_dump(exclude={"max_bytes", "max_pixels"}), device=device())
+    return ImageEncoder(**settings.model_dump(exclude={"max_bytes", "max_pixels"}), device=own_device())
 
 
 class TextPart:

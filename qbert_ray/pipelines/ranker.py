@@ -13,7 +13,7 @@ from torch import Tensor
 from qbert_ray import columns, memory
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Memory
-from qbert_ray.pipelines.sharding import device
+from qbert_ray.pipelines.sharding import own_device
 from qbert_ray.pipelines.tasks import catalog_codes, load_sequencer
 from qbert_ray.sequencer import next_item_queries
 
@@ -29,7 +29,7 @@ class Ranker:
     """
 
     def __init__(self, run: RunDir, domain: str, settings: Memory, mixed: bool = True) -> None:
-        self.domain, self.device = domain, torch.device(device())
+        self.domain, self.device = domain, torch.device(own_device())
         self.model = load_sequencer(run, domain).to(self.device)
         self.catalog = torch.from_numpy(catalog_codes(run, domain)).to(self.device)
         with torch.inference_mode():

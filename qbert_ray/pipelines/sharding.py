@@ -78,7 +78,7 @@ def pool_size(actors: Actors, tasks: int) -> dict[str, Any]:
     return {"size": size, "num_cpus": actors.num_cpus, "num_gpus": gpus}
 
 
-def device() -> str:
+def own_device() -> str:
     """Where an actor or task computes: its own GPU, never one that it merely sees."""
     return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
 
