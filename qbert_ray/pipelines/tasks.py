@@ -161,21 +161,18 @@ def sample_embeddings(run: RunDir, domains: list[str], most: int, seed: int) -> 
     Which items depends on seed, number of items and their order, not on the parts.
     """
     names = [name for domain in domains for name in run.parts("fusion/embeddings", domain)]
+    if not names:
+        raise ArtifactError(f"no table fusion/embeddings in {run.uri}; run the stage that makes it: qbert-ray train-fusion")
     sizes = [run.read_part("fusion/embeddings", name, [columns.ITEM_INDEX]).num_rows for name in names]
     total = sum(sizes)
     rows = np.arange(total) if total <= most else np.sort(np.random.default_rng(seed).choice(total, most, replace=False))
     pieces = np.split(rows, np.searchsorted(rows, np.cumsum(sizes)[:-1]))
-    embeddings: np.ndarray | None = None
-    begin = filled = 0
+    chosen = []
+    begin = 0
     for name, size, piece in zip(names, sizes, pieces, strict=True):
-        part = columns.to_numpy(run.read_part("fusion/embeddings", name, ["embedding"])["embedding"])
-        if embeddings is None:
-            embeddings = np.empty((len(rows), part.shape[1]), np.float32)
-        embeddings[filled : filled + len(piece)] = part[piece - begin]
-        begin, filled = begin + size, filled + len(piece)
-    if embeddings is None:
-        raise ArtifactError(f"no table fusion/embeddings in {run.uri}; run the stage that makes it: qbert-ray train-fusion")
-    return embeddings
+        chosen.append(columns.to_numpy(run.read_part("fusion/embeddings", name, ["embedding"])["embedding"])[piece - begin])
+        begin += size
+    return np.concatenate(chosen)
 
 
 class SequencerTask:

@@ -177,9 +177,10 @@ def main() -> None:
         print(f"{'':<20} {'usage':>7} {'collide':>8} {'recall latent':>14} {'recall decoded':>15} {'error':>7} {'seconds':>8}", flush=True)
         for name in arguments.arms:
             overrides, options = ARMS[name]
+            domains = {part.rsplit("-", 1)[0]: {} for part in run.parts("fusion/embeddings")}
             rows = []
             for seed in range(arguments.seeds):
-                task = OptionsTask(load_config([], [*overrides, *arguments.overrides, f"run.seed={seed}"]), run)
+                task = OptionsTask(load_config([], [*overrides, *arguments.overrides, f"run.seed={seed}", f"data.domains={domains}"]), run)
                 task.options = options
                 started = time.monotonic()
                 loop = Loop(task, torch.device("cpu"))
