@@ -170,8 +170,14 @@ class Fusion(Training):
 
 
 class Rqvae(Training):
-    """Stage 2, §3.4 and §4.1."""
+    """Stage 2, §3.4 and §4.1. Only the quantizer rqvae is trained by gradients, and reads what the trainings share."""
 
+    quantizer: Literal["rqvae", "kmeans", "opq"] = Field(
+        "rqvae", description="RQ-VAE (the paper's), residual k-means, or optimised product quantization (codes independent of each other)"
+    )
+    max_items: PositiveInt = Field(
+        500_000, description="items of the catalog that train it, drawn at random; memory holds their embeddings"
+    )
     epochs: PositiveInt = 100
     batch_size: PositiveInt = Field(1024, description="§4.1: 1024")
     learning_rate: PositiveFloat = Field(1e-3, description="§4.1: 0.001")
@@ -182,6 +188,7 @@ class Rqvae(Training):
     codebook_dim: PositiveInt = Field(32, description="E (§4.1: 32)")
     hidden: list[PositiveInt] = Field([512, 256, 128], description="widths of the encoder's hidden layers; the decoder mirrors them")
     commitment_weight: NonNegativeFloat = Field(0.25, description="beta of Eq. 8")
+    shortcut: bool = Field(True, description="a linear path beside the MLPs that starts as the principal axes; paper: none")
     warmup_epochs: NonNegativeInt = Field(10, description="epochs of the plain autoencoder before k-means++ starts the codebooks")
 
 
@@ -258,6 +265,13 @@ class Memory(Section):
     validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation item the mix is fitted on")
 
 
+class Gates(Section):
+    """Semantic IDs that fall short of these stop a run. No stage depends on them: lower one, and the run goes on."""
+
+    min_usage: Share = Field(0.5, description="share of the codewords in use, at every level; not asked of fewer than 4 M items")
+    max_raw_collision: Share | None = Field(None, description="1 - distinct IDs / items of a domain before reallocation; None: any")
+
+
 class Evaluation(Section):
     cutoffs: list[PositiveInt] = Field([1, 5, 10], description="k of hr@k and ndcg@k (§4.1)")
     co_occurrence_history: PositiveInt = Field(20, description="latest items of a history that the co-occurrence floor sums over")
@@ -312,6 +326,7 @@ class Config(Section):
     pretrain: Pretrain = Pretrain()
     finetune: Finetune = Finetune()
     memory: Memory = Memory()
+    gates: Gates = Gates()
     evaluation: Evaluation = Evaluation()
     score: Score = Score()
     compute: Compute = Compute()
