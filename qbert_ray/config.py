@@ -172,8 +172,8 @@ class Fusion(Training):
 class Rqvae(Training):
     """Stage 2, §3.4 and §4.1. Only the quantizer rqvae is trained by gradients, and reads what the trainings share."""
 
-    quantizer: Literal["rqvae", "kmeans", "opq"] = Field(
-        "rqvae", description="RQ-VAE (the paper's), residual k-means, or optimised product quantization (codes independent of each other)"
+    quantizer: Literal["kmeans", "rqvae", "opq"] = Field(
+        "kmeans", description="residual k-means, RQ-VAE (the paper's), or optimised product quantization (codes independent of each other)"
     )
     max_items: PositiveInt = Field(
         500_000, description="items of the catalog that train it, drawn at random; memory holds their embeddings"
@@ -210,7 +210,7 @@ class Sequencer(Section):
     logits: Literal["dot", "cosine"] = Field("dot", description="dot product, or cosine over temperature")
     temperature: PositiveFloat = Field(0.07, description="of cosine logits")
     start: Literal["codebooks", "random"] = Field(
-        "codebooks", description="code embeddings start as the RQ-VAE's codewords, rotated, or at random"
+        "codebooks", description="code embeddings start as the quantizer's codewords, rotated, or at random"
     )
     item_embedding: bool = Field(False, description="add an embedding per item to the composed one; zero for cold items")
 

@@ -156,7 +156,7 @@ class RqvaeTask:
 
 
 def sample_embeddings(run: RunDir, domains: list[str], most: int, seed: int) -> np.ndarray:
-    """[N, D] fused embeddings of all items, or of `most` of them; memory for those and one part.
+    """[N, D] fused embeddings of all items, or of `most` of them; needs memory for twice those.
 
     Which items depends on seed, number of items and their order, not on the parts.
     """
