@@ -52,6 +52,9 @@ class Data(Section):
     min_interactions: NonNegativeInt = Field(5, description="k of the iterative k-core over users and items (§4.1: 5-core sets)")
     min_item_interactions: NonNegativeInt | None = Field(None, description="another k for items; 0 keeps every item of the catalog")
     min_rating: float | None = Field(None, description="drop interactions rated below")
+    cold_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the target domains' items, chosen by a hash, held out of all training to measure how new items do"
+    )
     rows_per_part: PositiveInt | None = Field(None, description="rows per Parquet part, the unit of work; None: from the row count")
 
     @model_validator(mode="after")

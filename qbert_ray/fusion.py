@@ -69,19 +69,25 @@ class DynamicFusion(nn.Module):
         """Index of the shared query of items without an ID vector."""
         return self.id_embedding.num_embeddings - 1
 
-    def forward(self, item: Tensor, features: dict[str, Tensor], present: dict[str, Tensor]) -> Fused:
+    def forward(
+        self, item: Tensor, features: dict[str, Tensor], present: dict[str, Tensor], unread: dict[str, Tensor] | None = None
+    ) -> Fused:
         """The fused embedding of a batch of items.
 
         Args:
             item: [B] row of the ID vector; `unknown` for a cold item.
             features: modality -> [B, J, F].
             present: modality -> [B, J] whether the vector is there.
+            unread: modality -> [B] items that are fused without it; it stays a view of them in the contrast.
         """
         query = self.id_embedding(item)  # [B, D]
         pairs = [self._align(query, name, features[name], present[name]) for name in self.project]
         aligned = torch.stack([vectors for vectors, _ in pairs], dim=1)  # [B, V, D]
         has = torch.stack([there for _, there in pairs], dim=1)  # [B, V]
-        embedding, depth, ponder, gate = self._fuse(query, aligned, has)
+        read = torch.stack(
+            [has[:, n] & ~unread[name] if name in (unread or {}) else has[:, n] for n, name in enumerate(self.project)], dim=1
+        )
+        embedding, depth, ponder, gate = self._fuse(query, aligned, read)
         return Fused(embedding, aligned, has, query, depth, ponder, gate)
 
     def _align(self, query: Tensor, name: str, features: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

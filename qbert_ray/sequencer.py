@@ -100,7 +100,10 @@ class Sequencer(nn.Module):
         vectors = F.embedding_bag(self._slots(codes), self.code_embedding.weight, mode="sum")
         if domain in self.item_embedding:
             own = self.item_embedding[domain].weight * getattr(self, f"warm_{domain}")
-            vectors = vectors + (own if items is None else own[items])
+            if items is None:  # the whole catalog: items beyond the embedding are cold
+                return vectors + F.pad(own, (0, 0, 0, len(codes) - len(own)))
+            known = items < len(own)
+            vectors = vectors + own[items.where(known, 0)] * known[:, None]
         return vectors
 
     def catalog_vectors(self, catalog: Tensor, domain: str) -> tuple[Tensor, Tensor]:

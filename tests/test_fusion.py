@@ -96,6 +96,18 @@ def test_cold_items_share_the_unknown_query():
     assert not torch.allclose(fused.embedding[0], fused.embedding[1])
 
 
+def test_an_unread_modality_is_a_view_but_not_an_input():
+    model, (item, features, present) = build().eval(), inputs()
+    name = next(iter(features))
+    unread = {name: torch.arange(24) < 12}
+    hidden = model(item, features, present, unread)
+    absent = model(item, features, present | {name: torch.zeros_like(present[name])})
+    whole = model(item, features, present)
+    assert torch.allclose(hidden.embedding[:12], absent.embedding[:12], atol=1e-6)
+    assert torch.allclose(hidden.embedding[12:], whole.embedding[12:], atol=1e-6)
+    assert torch.equal(hidden.aligned, whole.aligned) and torch.equal(hidden.present, whole.present)
+
+
 def test_gradients_reach_every_gate():
     model = build()
     alignment_loss(model(*inputs()), 0.1, 0.01, 1.0, 1.6)["loss"].backward()

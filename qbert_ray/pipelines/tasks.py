@@ -6,9 +6,11 @@ from (seed, epoch) alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -26,22 +28,18 @@ ID_DROPOUT_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 1, 2, 3  # keep draws for 
 
 
 class Features:
-    """features/<modality>: the vectors of some items."""
+    """features/<modality>: the vectors of the items of a part, or of all that training may see."""
 
-    def __init__(self, run: RunDir, part: str | None = None) -> None:
+    def __init__(self, run: RunDir, part: str | None = None, domains: Sequence[str] = ()) -> None:
         self.vectors: dict[str, np.ndarray] = {}  # modality -> [N, J, F]
         self.present: dict[str, np.ndarray] = {}  # modality -> [N, J]
         for modality in ("text", "image", "structure"):
             if not run.parts(f"features/{modality}"):
                 continue
-            table = run.read_part(f"features/{modality}", part) if part else self._all(run, modality)
+            table = run.read_part(f"features/{modality}", part) if part else read_warm(run, f"features/{modality}", domains)
             self.vectors[modality] = columns.to_numpy(table["vectors"])
             self.present[modality] = columns.to_numpy(table["present"])
             self.table = table.select([columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX])
-
-    @staticmethod
-    def _all(run: RunDir, modality: str) -> Any:
-        return run.read(f"features/{modality}", columns=[columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX, "vectors", "present"])
 
     @property
     def widths(self) -> dict[str, int]:
@@ -60,7 +58,7 @@ class FusionTask:
 
     def __init__(self, config: Config, run: RunDir) -> None:
         self.settings, self.seed = config.fusion, config.run.seed
-        self.features = Features(run)
+        self.features = Features(run, domains=list(config.data.domains))
         self.num_items = self.features.table.num_rows
 
     def description(self) -> dict[str, Any]:
@@ -80,10 +78,17 @@ class FusionTask:
     def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
         hidden = uniform(self.seed + ID_DROPOUT_STREAM, epoch, samples, 1)[:, 0] < self.settings.id_dropout
         item = torch.from_numpy(np.where(hidden, model.unknown, samples)).to(device)
-        fused = model(item, *self.features.batch(samples, device))
+        fused = model(item, *self.features.batch(samples, device), unread=self._unread(hidden, samples, device))
         s = self.settings
         losses = alignment_loss(fused, s.contrast_temperature, s.consistency_weight, s.ponder_weight, s.ponder_target)
         return losses["loss"] * len(samples), float(len(samples))
+
+    def _unread(self, hidden: np.ndarray, samples: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """A cold item has no structure either: what trains with the unknown query is fused without, and learns to foretell it."""
+        if "structure" not in self.features.present:
+            return {}
+        others = [there[samples].any(1) for name, there in self.features.present.items() if name != "structure"]
+        return {"structure": torch.from_numpy(hidden & np.any(others, axis=0)).to(device)} if others else {}
 
     def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
         rows = np.arange(min(self.num_items, SAMPLE))
@@ -104,7 +109,7 @@ class RqvaeTask:
 
     def __init__(self, config: Config, run: RunDir) -> None:
         self.settings, self.seed = config.rqvae, config.run.seed
-        table = run.read("fusion/embeddings", columns=["embedding"])
+        table = read_warm(run, "fusion/embeddings", list(config.data.domains), ["embedding"])
         self.embeddings = torch.from_numpy(columns.to_numpy(table["embedding"]).copy())
 
     def description(self) -> dict[str, Any]:
@@ -154,7 +159,7 @@ class SequencerTask:
     def __init__(self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None) -> None:
         self.config, self.settings, self.seed, self.run, self.start = config, settings, config.run.seed, run, start
         self.domains = domains
-        self.catalogs = {name: catalog_codes(run, name) for name in domains}
+        self.catalogs = {name: catalog_codes(run, name)[: warm_items(run, name)] for name in domains}
         self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
         self.codebook_size = run.read_json("semantic_ids/manifest.json")["counts"]["codebook_size"]
 
@@ -248,6 +253,16 @@ def rank_targets(
         target = torch.from_numpy(targets[begin : begin + batch_size]).to(catalog.device)
         result.append(ranks(model.scores(queries, vectors, bias), target).cpu().numpy())
     return np.concatenate(result)
+
+
+def warm_items(run: RunDir, domain: str) -> int:
+    """How many items training may see: the first of the catalog."""
+    return int(np.count_nonzero(~run.read("ingest/items", domain, [columns.COLD])[columns.COLD].to_numpy()))
+
+
+def read_warm(run: RunDir, table: str, domains: Sequence[str], names: list[str] | None = None) -> pa.Table:
+    """Rows of a table over the catalog that training may see, domain after domain."""
+    return pa.concat_tables([run.read(table, domain, names).slice(0, warm_items(run, domain)) for domain in domains])
 
 
 def catalog_codes(run: RunDir, domain: str) -> np.ndarray:
