@@ -181,6 +181,29 @@ def alignment_loss(
     return {"loss": loss, "contrast": contrast, "consistency": consistency, "ponder": ponder}
 
 
+def geometry_loss(fused: Fused, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+    """Mean squared difference between the cosine of two fused embeddings and the mean cosine of what their modalities say.
+
+    Not in the paper. Eq. 5 alone pushes all items of a batch apart, near ones too, until every neighbourhood is lost.
+
+    Args:
+        features: modality -> [B, J, F] as they came; present: modality -> [B, J].
+    """
+    wanted, pairs = torch.zeros(()), torch.zeros(())
+    for name, vectors in features.items():
+        has = present[name].any(1)  # [B]
+        mean = (vectors * present[name][..., None]).sum(1) / present[name].sum(1, keepdim=True).clamp_min(1)
+        centred = (mean - mean[has].mean(0)) * has[:, None]  # common to all items says nothing about two of them
+        unit = F.normalize(centred, dim=-1)
+        both = (has[:, None] & has).to(unit.dtype)
+        wanted, pairs = wanted.to(unit.device) + unit @ unit.T, pairs.to(unit.device) + both
+    there = (pairs > 0).fill_diagonal_(False)
+    if not there.any():
+        return fused.embedding.new_zeros(())
+    unit = F.normalize(fused.embedding - fused.embedding.mean(0), dim=-1)
+    return (unit @ unit.T - wanted / pairs.clamp_min(1))[there].square().mean()
+
+
 def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     """Symmetric InfoNCE of two views [B, D] of unit length; row i of one belongs to row i of the other."""
     logits = a @ b.T / temperature

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config, SequenceTraining
-from qbert_ray.fusion import DynamicFusion, alignment_loss, view_distance
+from qbert_ray.fusion import DynamicFusion, alignment_loss, geometry_loss, view_distance
 from qbert_ray.masking import draw_masks, uniform
 from qbert_ray.ranking import ranks
 from qbert_ray.rqvae import RQVAE, normalised_error
@@ -78,10 +79,13 @@ class FusionTask:
     def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
         hidden = uniform(self.seed + ID_DROPOUT_STREAM, epoch, samples, 1)[:, 0] < self.settings.id_dropout
         item = torch.from_numpy(np.where(hidden, model.unknown, samples)).to(device)
-        fused = model(item, *self.features.batch(samples, device), unread=self._unread(hidden, samples, device))
+        features, present = self.features.batch(samples, device)
+        fused = model(item, features, present, unread=self._unread(hidden, samples, device))
         s = self.settings
-        losses = alignment_loss(fused, s.contrast_temperature, s.consistency_weight, s.ponder_weight, s.ponder_target)
-        return losses["loss"] * len(samples), float(len(samples))
+        loss = alignment_loss(fused, s.contrast_temperature, s.consistency_weight, s.ponder_weight, s.ponder_target)["loss"]
+        if s.geometry_weight:
+            loss = loss + s.geometry_weight * geometry_loss(fused, features, present)
+        return loss * len(samples), float(len(samples))
 
     def _unread(self, hidden: np.ndarray, samples: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """A cold item has no structure either: what trains with the unknown query is fused without, and learns to foretell it."""
@@ -161,12 +165,15 @@ class SequencerTask:
         self.domains = domains
         self.catalogs = {name: catalog_codes(run, name)[: warm_items(run, name)] for name in domains}
         self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
+        self.contents = {name: content_vectors(run, name)[: len(self.catalogs[name])] for name in domains} if self._reads_content() else {}
         self.codebook_size = run.read_json("semantic_ids/manifest.json")["counts"]["codebook_size"]
 
     def description(self) -> dict[str, Any]:
         s = self.config.sequencer
         names = ("width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature")
+        names += ("code_dropout",)
         return {
+            "content_width": next(iter(self.contents.values())).shape[1] if self.contents else 0,
             "num_levels": int(self.catalogs[self.domains[0]].shape[1]),
             "codebook_size": self.codebook_size,
             "warm_items": {name: len(self.catalogs[name]) for name in self.domains} if s.item_embedding else {},
@@ -174,6 +181,8 @@ class SequencerTask:
 
     def build(self) -> nn.Module:
         model = Sequencer(**self.description())
+        for name, content in self.contents.items():
+            model.hold_content(name, content)
         for name in self.domains if self.config.sequencer.item_embedding else []:
             counts = np.bincount(self.sequences[name].items, minlength=len(self.catalogs[name]))
             getattr(model, f"warm_{name}").copy_(torch.from_numpy(counts > 0)[:, None])
@@ -196,6 +205,10 @@ class SequencerTask:
             batches += [windows[rows] for rows in shuffled_batches(len(windows), self.settings.batch_size, self.seed + number, epoch)]
         order = np.random.default_rng([self.seed, epoch]).permutation(len(batches))
         return [batches[place] for place in order]
+
+    def _reads_content(self) -> bool:
+        s = self.config.sequencer
+        return s.content and s.tokens == "item" and bool(self.run.parts("fusion/embeddings"))
 
     def _windows(self, number: int, name: str, epoch: int) -> np.ndarray:
         """Windows of at most `max_items` training items: the latest of each user, and earlier ones at places that vary by epoch."""
@@ -273,6 +286,13 @@ def catalog_codes(run: RunDir, domain: str) -> np.ndarray:
     return codes[order]
 
 
+def content_vectors(run: RunDir, domain: str) -> Tensor:
+    """[N, D] fused embeddings, centred on those that training may see, of length sqrt(D)."""
+    embedding = torch.from_numpy(columns.to_numpy(run.read("fusion/embeddings", domain, ["embedding"])["embedding"]).copy())
+    centred = embedding - embedding[: warm_items(run, domain)].mean(0)
+    return F.normalize(centred, dim=-1) * embedding.shape[1] ** 0.5
+
+
 def shuffled_batches(size: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Batches of about equal size, at most batch_size, in an order that follows from seed and epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(size)
@@ -284,4 +304,6 @@ def load_sequencer(run: RunDir, domain: str) -> Sequencer:
     tensors, description = run.load_model(f"finetune/{domain}/model")
     model = Sequencer(**description)
     model.load_state_dict(tensors)
+    if model.content is not None:
+        model.hold_content(domain, content_vectors(run, domain))
     return model.eval()

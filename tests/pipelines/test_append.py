@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from qbert_ray.artifacts import ArtifactError, Manifest, RunDir
-from qbert_ray.pipelines import appending, encoding, features, tokenization
+from qbert_ray.pipelines import appending, cold, encoding, evaluation, features, scoring, tokenization
 from qbert_ray.pipelines.appending import append_ids
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, STAGES, redo_from, run_stage, status
@@ -44,8 +44,8 @@ def in_process(monkeypatch):
             run.write_json(f"{output}/.counts/{part}.json", work(part))
         return {}
 
-    monkeypatch.setattr(features, "map_parts", map_parts)
-    monkeypatch.setattr(tokenization, "map_parts", map_parts)
+    for module in (features, tokenization, evaluation, cold, scoring):
+        monkeypatch.setattr(module, "map_parts", map_parts)
     monkeypatch.setattr(encoding, "load_text_encoder", lru_cache(encoding.load_text_encoder))
 
 
@@ -69,7 +69,7 @@ def files(run: RunDir) -> dict:
     return {str(path): path.read_bytes() for path in sorted(Path(run.uri).rglob("*")) if path.is_file()}
 
 
-def test_new_items_get_ids_and_everything_else_stays(copied, catalog, shop, finished):
+def test_new_items_get_ids_and_everything_else_stays(copied, catalog, shop, finished, in_process):
     config, run = copied
     before = ids(run)
     changed = catalog.with_columns(title=pl.when(pl.int_range(pl.len()) < 2).then(pl.lit("Another title")).otherwise("title"))
