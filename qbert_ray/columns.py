@@ -86,6 +86,7 @@ SEMANTIC_IDS = pa.schema(
         ("codes", pa.list_(pa.int32())),
         ("semantic_id", pa.string()),  # "<a_2><b_3><c_1><d_6>"
         ("moved", pa.bool_()),  # not its nearest codes: reallocated because of a collision
+        ("nearest_codes", pa.list_(pa.int32())),  # before that; whose codes these are now kept them
     ]
 )
 
@@ -165,13 +166,14 @@ def to_fixed_lists(array: np.ndarray) -> pa.Array:
 
 
 def to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """The inverse of `to_fixed_lists`: [N, ...], shapes from the column's type."""
+    """The inverse of `to_fixed_lists`: [N, ...], shapes from the column's type; lists of other types must be of one length."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     shape = [len(column)]
-    while pa.types.is_fixed_size_list(column.type):
-        shape.append(column.type.list_size)
-        column = column.flatten()
+    while pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type):
+        flat = column.flatten()
+        shape.append(column.type.list_size if pa.types.is_fixed_size_list(column.type) else len(flat) // max(len(column), 1))
+        column = flat
     return column.to_numpy(zero_copy_only=False).reshape(shape)
 
 

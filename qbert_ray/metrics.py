@@ -47,12 +47,15 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
 def collision_rate(codes: np.ndarray) -> float:
     """1 - distinct IDs / items, of codes [N, K]."""
-    return 1.0 - len(np.unique(codes, axis=0)) / len(codes) if len(codes) else 0.0
+    if not len(codes):
+        return 0.0
+    ordered = codes[np.lexsort(codes.T)]
+    return 1.0 - (1 + int((ordered[1:] != ordered[:-1]).any(1).sum())) / len(codes)
 
 
 def codebook_usage(codes: np.ndarray, codebook_size: int) -> list[float]:
     """Share of the codewords that some item uses, per level."""
-    return [len(np.unique(level)) / codebook_size for level in codes.T]
+    return [np.count_nonzero(np.bincount(level)) / codebook_size for level in codes.T]
 
 
 def perplexity(codes: np.ndarray, codebook_size: int) -> list[float]:

@@ -194,7 +194,7 @@ def _match(distance: np.ndarray, group: np.ndarray, room: np.ndarray) -> np.ndar
         group: [n] prefix of each mover, ascending; in a group the movers are in order.
         room: [g, M] how many movers a code can have.
     """
-    distance[room[group] == 0] = np.inf
+    distance[(room == 0)[group]] = np.inf
     choice = distance.argmin(1)
     live = np.arange(len(choice))  # movers under prefixes where somebody was refused
     while len(live):

@@ -15,7 +15,6 @@ from urllib.request import HTTPRedirectHandler, build_opener
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 from pyarrow import fs
 
@@ -23,6 +22,7 @@ from qbert_ray import config
 from qbert_ray.artifacts import ArtifactError, RunDir, resolve
 from qbert_ray.columns import DOMAIN, ITEM_ID, ITEM_INDEX, REJECTED
 from qbert_ray.encoders import ImageEncoder, ImageRejected, TextEncoder, decode_image
+from qbert_ray.pipelines.sharding import own_device
 from qbert_ray.vectors import features_table
 
 KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]
@@ -31,11 +31,11 @@ DOWNLOAD_SECONDS = 20
 
 
 def load_text_encoder(settings: config.TextEncoder) -> TextEncoder:
-    return TextEncoder(**settings.model_dump(), device=_device())
+    return TextEncoder(**settings.model_dump(), device=own_device())
 
 
 def load_image_encoder(settings: config.ImageEncoder) -> ImageEncoder:
-    return ImageEncoder(**settings.model_dump(exclude={"max_bytes", "max_pixels"}), device=_device())
+    return ImageEncoder(**settings.model_dump(exclude={"max_bytes", "max_pixels"}), device=own_device())
 
 
 class TextPart:
@@ -193,8 +193,3 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
 @lru_cache(maxsize=64)
 def _store(uri: str) -> fs.FileSystem:
     return resolve(uri)[0]
-
-
-def _device() -> str:
-    """The actor's own GPU, never one that it merely sees."""
-    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"

@@ -78,6 +78,11 @@ def pool_size(actors: Actors, tasks: int) -> dict[str, Any]:
     return {"size": size, "num_cpus": actors.num_cpus, "num_gpus": gpus}
 
 
+def own_device() -> str:
+    """The actor's own GPU, never one that it merely sees."""
+    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
+
+
 class _Publisher:
     """Runs the worker on a part, then records its counts: the part's done marker."""
 

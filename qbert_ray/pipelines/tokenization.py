@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -19,13 +20,14 @@ from qbert_ray.artifacts import ArtifactError, RunDir, resolve
 from qbert_ray.config import Config
 from qbert_ray.fusion import DynamicFusion
 from qbert_ray.pipelines.session import Progress
-from qbert_ray.pipelines.sharding import map_parts
+from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.pipelines.tasks import Features, warm_items
 from qbert_ray.rqvae import RQVAE
 from qbert_ray.semantic_ids import Resolved, resolve_collisions, resolve_given, to_tokens
 from qbert_ray.sources import join
 
 BATCH = 1024
+KEYS = [columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX]
 ENCODED = "semantic_ids/.encoded"
 
 
@@ -48,7 +50,7 @@ class EmbedPart:
 
     def __init__(self, run: RunDir, known: dict[str, tuple[int, int]]) -> None:
         tensors, description = run.load_model("fusion/model")
-        self.run, self.known, self.device = run, known, _device()
+        self.run, self.known, self.device = run, known, own_device()
         self.model = DynamicFusion(**description).to(self.device).eval()
         self.model.load_state_dict(tensors)
 
@@ -98,7 +100,7 @@ class EncodePart:
     """Nearest codes and latents of a part of the catalog."""
 
     def __init__(self, run: RunDir) -> None:
-        self.run, self.device = run, _device()
+        self.run, self.device = run, own_device()
         self.model = load_rqvae(run).to(self.device)
 
     @torch.inference_mode()
@@ -110,7 +112,7 @@ class EncodePart:
             latent = self.model.encode(batch.to(self.device))
             latents.append(latent.cpu().numpy())
             codes.append(self.model.quantizer(latent).codes.cpu().numpy().astype(np.int32))
-        table = table.select([columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX])
+        table = table.select(KEYS)
         table = table.append_column("latent", columns.to_fixed_lists(np.concatenate(latents)))
         table = table.append_column("codes", columns.to_fixed_lists(np.concatenate(codes)))
         self.run.write_part(ENCODED, name, table)
@@ -119,35 +121,35 @@ class EncodePart:
 
 @ray.remote
 def _resolve_domain(run: RunDir, domain: str, parts: list[str]) -> dict[str, Any]:
-    table = pa.concat_tables([run.read_part(ENCODED, part) for part in parts])
+    codes, latents = (
+        np.concatenate([columns.to_numpy(run.read_part(ENCODED, part, [name])[name]) for part in parts]) for name in ("codes", "latent")
+    )
     published = [run.read_part("semantic_ids", part, ["codes"]) for part in run.parts("semantic_ids", domain) if part not in parts]
-    taken = np.stack(pa.concat_tables(published)["codes"].to_pylist()) if published else None
-    codes, latents = columns.to_numpy(table["codes"]), columns.to_numpy(table["latent"])
+    taken = columns.to_numpy(pa.concat_tables(published)["codes"]) if published else None
     codebooks = load_rqvae(run).quantizer.codebooks.detach().numpy()
-    resolved = resolve_collisions(codes, latents, codebooks, taken)
-    return _write_domain(run, domain, parts, table, codes, resolved)
+    return _write_domain(run, domain, parts, codes, resolve_collisions(codes, latents, codebooks, taken))
 
 
-def _write_domain(run: RunDir, domain: str, parts: list[str], table: pa.Table, before: np.ndarray, resolved: Resolved) -> dict[str, Any]:
-    """Write parts of a domain, aligned with those of the catalog; table holds their rows in the order of item_index."""
+def _write_domain(run: RunDir, domain: str, parts: list[str], nearest: np.ndarray, resolved: Resolved) -> dict[str, Any]:
+    """Write parts of a domain, aligned with those of the catalog; rows of nearest and resolved are in the order of item_index."""
     begin = 0
     for name in parts:
-        size = run.read_part("ingest/items", name, [columns.ITEM_INDEX]).num_rows
-        rows = slice(begin, begin + size)
-        piece = table.slice(begin, size)
-        codes = resolved.codes[rows]
+        keys = run.read_part("ingest/items", name, KEYS)
+        rows = slice(begin, begin + keys.num_rows)
+        codes = resolved.codes[rows].astype(np.int32)
         arrays = [
-            *(piece[column] for column in (columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX)),
-            pa.array(list(codes.astype(np.int32)), pa.list_(pa.int32())),
+            *keys.columns,
+            columns.to_fixed_lists(codes).cast(pa.list_(pa.int32())),
             pa.array(to_tokens(codes)),
             pa.array(resolved.moved[rows]),
+            columns.to_fixed_lists(nearest[rows].astype(np.int32)).cast(pa.list_(pa.int32())),
         ]
         run.write_part("semantic_ids", name, pa.table(arrays, schema=columns.SEMANTIC_IDS))
-        begin += size
+        begin = rows.stop
     return {
         "domain": domain,
-        "items": len(before),
-        "raw_collision_rate": metrics.collision_rate(before),
+        "items": len(nearest),
+        "raw_collision_rate": metrics.collision_rate(nearest),
         "moved": int(resolved.moved.sum()),
     }
 
@@ -155,48 +157,57 @@ def _write_domain(run: RunDir, domain: str, parts: list[str], table: pa.Table, b
 def _adopt_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Semantic IDs made elsewhere: checked, made unique, and written in the catalog's order."""
     source = join(config.data.root, config.data.semantic_ids or "")
-    filesystem, path = resolve(source)
-    try:
-        given = pq.read_table(path, filesystem=filesystem)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ArtifactError(f"data.semantic_ids: cannot read {source} as Parquet: {error}") from None
-    lacking = {columns.ITEM_ID, "codes"} - set(given.column_names)
-    if lacking:
-        raise ArtifactError(f"data.semantic_ids: {source} lacks {sorted(lacking)}; it has {given.column_names}")
     domains = list(config.data.domains)
-    if columns.DOMAIN not in given.column_names:
-        if len(domains) > 1:
-            raise ArtifactError(f"data.semantic_ids: {source} needs a {columns.DOMAIN} column, since the run has the domains {domains}")
-        given = given.append_column(columns.DOMAIN, pa.array([domains[0]] * given.num_rows))
-    table = {}
-    for domain, item, codes in zip(
-        given[columns.DOMAIN].to_pylist(), given[columns.ITEM_ID].to_pylist(), given["codes"].to_pylist(), strict=True
-    ):
-        table[domain, str(item)] = codes
-    size = 1 + max((max(codes) for codes in table.values() if codes), default=0)
+    given = _read_given(source, domains)
+    size = 1 + (given["codes"].list.max().max() or 0)
     counts = []
     for domain in domains:
         progress.note(domain)
-        items = run.read("ingest/items", domain, [columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX])
-        codes = _given_codes(items, table, domain, source)
-        counts.append(_write_domain(run, domain, run.parts("ingest/items", domain), items, codes, resolve_given(codes, size)))
+        codes = _given_codes(run, given, domain, source)
+        counts.append(_write_domain(run, domain, run.parts("ingest/items", domain), codes, resolve_given(codes, size)))
     return _summary(run, config, counts, size)
 
 
-def _given_codes(items: pa.Table, table: dict[tuple[str, str], list[int]], domain: str, source: str) -> np.ndarray:
-    ids = items[columns.ITEM_ID].to_pylist()
-    missing = [item for item in ids if not table.get((domain, item))]
-    if missing:
+def _read_given(source: str, domains: list[str]) -> pl.DataFrame:
+    """Domain, item_id and codes of each item; of several rows on an item the last."""
+    filesystem, path = resolve(source)
+    try:
+        table = pq.read_table(path, filesystem=filesystem)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ArtifactError(f"data.semantic_ids: cannot read {source} as Parquet: {error}") from None
+    lacking = {columns.ITEM_ID, "codes"} - set(table.column_names)
+    if lacking:
+        raise ArtifactError(f"data.semantic_ids: {source} lacks {sorted(lacking)}; it has {table.column_names}")
+    given = pl.DataFrame(table.select([name for name in (columns.DOMAIN, columns.ITEM_ID, "codes") if name in table.column_names]))
+    if columns.DOMAIN not in given.columns:
+        if len(domains) > 1:
+            raise ArtifactError(f"data.semantic_ids: {source} needs a {columns.DOMAIN} column, since the run has the domains {domains}")
+        given = given.with_columns(pl.lit(domains[0]).alias(columns.DOMAIN))
+    inner = getattr(given.schema["codes"], "inner", None)
+    if inner is None or not (inner.is_integer() or inner == pl.Null):
         raise ArtifactError(
-            f"data.semantic_ids: {source} has no codes for {len(missing):,} of {len(ids):,} items of {domain}, such as {missing[:3]}"
+            f"data.semantic_ids: codes must be lists of whole numbers; in {source} they are {table.schema.field('codes').type}"
         )
-    rows = [table[domain, item] for item in ids]
-    widths = {len(row) for row in rows}
-    if len(widths) > 1 or any(code is None or code < 0 for row in rows for code in row):
+    given = given.with_columns(pl.col(columns.DOMAIN, columns.ITEM_ID).cast(pl.String), pl.col("codes").cast(pl.List(pl.Int64)))
+    return given.unique([columns.DOMAIN, columns.ITEM_ID], keep="last")
+
+
+def _given_codes(run: RunDir, given: pl.DataFrame, domain: str, source: str) -> np.ndarray:
+    """[N, K] codes of a domain's items in the catalog's order."""
+    items = pl.DataFrame(run.read("ingest/items", domain, [columns.ITEM_ID]))
+    given = given.filter(pl.col(columns.DOMAIN) == domain)
+    codes = items.join(given, on=columns.ITEM_ID, how="left", maintain_order="left")["codes"]
+    missing = items[columns.ITEM_ID].filter((codes.list.len() == 0).fill_null(True))
+    if len(missing):
         raise ArtifactError(
-            f"data.semantic_ids: every item needs the same number of codes, none negative; {source} has lengths {sorted(widths)}"
+            f"data.semantic_ids: {source} has no codes for {len(missing):,} of {len(items):,} items of {domain}, such as {missing[:3].to_list()}"
         )
-    return np.array(rows, dtype=np.int64)
+    lengths, flat = codes.list.len().unique(), codes.explode()
+    if len(lengths) > 1 or flat.null_count() or (flat.min() or 0) < 0:
+        raise ArtifactError(
+            f"data.semantic_ids: every item needs the same number of codes, none negative; {source} has lengths {sorted(lengths)}"
+        )
+    return flat.to_numpy().reshape(len(items), -1)
 
 
 def figures(config: Config, run: RunDir) -> dict[str, Any]:
@@ -210,7 +221,7 @@ def _summary(run: RunDir, config: Config, counts: list[dict[str, Any]], size: in
 
 def _figures(config: Config, run: RunDir, size: int) -> dict[str, Any]:
     tables = [run.read("semantic_ids", domain, ["codes", "moved"]) for domain in config.data.domains]
-    codes = np.concatenate([np.stack(table["codes"].to_pylist()) for table in tables])
+    codes = np.concatenate([columns.to_numpy(table["codes"]) for table in tables])
     return {
         "items": len(codes),
         "moved": sum(int(np.count_nonzero(table["moved"].to_numpy())) for table in tables),
@@ -227,7 +238,3 @@ def load_rqvae(run: RunDir) -> RQVAE:
     model = RQVAE(**description)
     model.load_state_dict(tensors)
     return model.eval()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

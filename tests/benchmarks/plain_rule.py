@@ -11,19 +11,26 @@ Ids = list[list[int]]
 
 def plain_rule(codes: np.ndarray, latents: np.ndarray, codebooks: np.ndarray, taken: np.ndarray) -> Ids:
     """The IDs [N, K] of `resolve_collisions`."""
-    latents, codebooks = latents.astype(np.float64), codebooks.astype(np.float64)
+    vectors, books = latents.astype(np.float64).tolist(), codebooks.astype(np.float64).tolist()
+    own = [np.flatnonzero(book.any(0)).tolist() for book in codebooks]  # a level with dimensions of its own looks at no others
 
-    def residual(item: int, prefix: list[int]) -> np.ndarray:
-        left = latents[item].copy()
-        for book, code in zip(codebooks, prefix, strict=False):
-            left -= book[code]
+    def residual(item: int, prefix: list[int]) -> list[float]:
+        left = vectors[item]
+        for book, code in zip(books, prefix, strict=False):
+            left = [a - b for a, b in zip(left, book[code], strict=True)]
         return left
 
     def preference(item: int, prefix: list[int]) -> list[int]:
         """Nearest codeword first; equally near ones by their number."""
-        book = codebooks[len(prefix)]
-        own = book.any(0)  # a level that has dimensions of its own looks at no others
-        return np.argsort(np.square((residual(item, prefix) - book)[:, own]).sum(1), kind="stable").tolist()
+        left, level = residual(item, prefix), len(prefix)
+        distance = []
+        for word in books[level]:
+            total = 0.0
+            for number in own[level]:
+                gap = left[number] - word[number]
+                total += gap * gap
+            distance.append(total)
+        return sorted(range(len(distance)), key=distance.__getitem__)
 
     distance = [np.square(residual(item, ids)).sum() for item, ids in enumerate(codes.tolist())]
     return move(codes, distance, preference, codebooks.shape[1], taken)
