@@ -176,8 +176,14 @@ class Fusion(Training):
 
 
 class Rqvae(Training):
-    """Stage 2, §3.4 and §4.1."""
+    """Stage 2, §3.4 and §4.1. Only the quantizer rqvae is trained by gradients, and reads what the trainings share."""
 
+    quantizer: Literal["kmeans", "rqvae", "opq"] = Field(
+        "kmeans", description="residual k-means, RQ-VAE (the paper's), or optimised product quantization (codes independent of each other)"
+    )
+    max_items: PositiveInt = Field(
+        500_000, description="items of the catalog that train it, drawn at random; memory holds their embeddings"
+    )
     epochs: PositiveInt = 100
     batch_size: PositiveInt = Field(1024, description="§4.1: 1024")
     learning_rate: PositiveFloat = Field(1e-3, description="§4.1: 0.001")
@@ -188,6 +194,7 @@ class Rqvae(Training):
     codebook_dim: PositiveInt = Field(32, description="E (§4.1: 32)")
     hidden: list[PositiveInt] = Field([512, 256, 128], description="widths of the encoder's hidden layers; the decoder mirrors them")
     commitment_weight: NonNegativeFloat = Field(0.25, description="beta of Eq. 8")
+    shortcut: bool = Field(True, description="a linear path beside the MLPs that starts as the principal axes; paper: none")
     warmup_epochs: NonNegativeInt = Field(10, description="epochs of the plain autoencoder before k-means++ starts the codebooks")
 
 
@@ -209,7 +216,7 @@ class Sequencer(Section):
     logits: Literal["dot", "cosine"] = Field("dot", description="dot product, or cosine over temperature")
     temperature: PositiveFloat = Field(0.07, description="of cosine logits")
     start: Literal["codebooks", "random"] = Field(
-        "codebooks", description="code embeddings start as the RQ-VAE's codewords, rotated, or at random"
+        "codebooks", description="code embeddings start as the quantizer's codewords, rotated, or at random"
     )
     content: bool = Field(
         True, description="an item's vector is its codes' embeddings and a projection of its fused embedding, or codes alone"
@@ -251,6 +258,13 @@ class Finetune(SequenceTraining):
     learning_rate: PositiveFloat = Field(1e-4, description="§4.1: 0.0001")
     patience: PositiveInt | None = 5
     validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation item is ranked after each epoch")
+
+
+class Gates(Section):
+    """Semantic IDs that fall short of these stop a run. No stage depends on them: lower one, and the run goes on."""
+
+    min_usage: Share = Field(0.5, description="share of the codewords in use, at every level; not asked of fewer than 4 M items")
+    max_raw_collision: Share | None = Field(None, description="1 - distinct IDs / items of a domain before reallocation; None: any")
 
 
 class Evaluation(Section):
@@ -305,6 +319,7 @@ class Config(Section):
     sequencer: Sequencer = Sequencer()
     pretrain: Pretrain = Pretrain()
     finetune: Finetune = Finetune()
+    gates: Gates = Gates()
     evaluation: Evaluation = Evaluation()
     score: Score = Score()
     compute: Compute = Compute()

@@ -1,9 +1,11 @@
 """Stage 2, §3.4: the residual-quantized variational autoencoder that turns fused embeddings into codes.
 
-Notable choices where the paper is silent: inputs are standardised by the catalog's mean and deviation; the autoencoder is
-warmed without quantization, then the codebooks start as k-means centres, level by level on the residuals; codewords that no
-item used for an epoch are re-seeded; both loss terms are summed over dimensions and averaged over the batch, since a mean
-beside a sum is what collapses codebooks.
+Notable choices where the paper is silent: a linear shortcut beside the MLPs starts as the catalog's principal axes, so that
+training begins where residual k-means ends; the codebooks start as k-means centres, level by level on the residuals; codewords
+that no item used for an epoch are re-seeded; both loss terms are summed over dimensions and averaged over the batch, since a
+mean beside a sum is what collapses codebooks.
+
+Every quantizer of the project is this model. `kmeans.py` sets the weights of one without hidden layers and never trains it.
 
 Shapes: B batch, D input width, E codebook width, K levels, M codewords per level.
 """
@@ -16,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+PIECE = 65536  # rows of the catalog that are worked on at a time, where all at once would take a multiple of their memory
 
 
 class Quantized(NamedTuple):
@@ -47,9 +51,9 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def start(self, latent: Tensor, seed: int) -> None:
         """k-means++ centres of the residuals, level by level; latent is [N, E]."""
-        residual = latent.cpu().numpy()
+        residual = sample(latent.cpu().numpy(), len(self.codebooks[0]), seed)
         for level, codebook in enumerate(self.codebooks):
-            centres = _centres(residual, len(codebook), seed + level)
+            centres = k_means(residual, len(codebook), seed + level)
             codebook.copy_(torch.from_numpy(centres))
             residual = residual - centres[nearest(torch.from_numpy(residual), torch.from_numpy(centres)).numpy()]
 
@@ -60,7 +64,7 @@ class ResidualQuantizer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         residual = latent
         for codebook in self.codebooks:
-            code = nearest(residual, codebook)
+            code = _nearest_of_many(residual, codebook)
             used = torch.bincount(code, minlength=len(codebook)) > 0
             dead = (~used).nonzero()[:, 0]
             if len(dead):
@@ -70,13 +74,43 @@ class ResidualQuantizer(nn.Module):
                     rows = torch.multinomial(error.cpu().double(), count, generator=generator).to(latent.device)
                     codebook[dead[:count]] = residual[rows]
                     moved += count
-                code = nearest(residual, codebook)
+                code = _nearest_of_many(residual, codebook)
             residual = residual - codebook[code]
         return moved
 
 
+class Coder(nn.Module):
+    """An MLP with ReLU, a linear shortcut beside it, or both.
+
+    Args:
+        widths: of the input, the hidden layers and the output; without hidden layers there is only the shortcut.
+        shortcut: false leaves the MLP alone.
+    """
+
+    def __init__(self, widths: list[int], shortcut: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(widths[0], widths[-1], bias=False) if shortcut or len(widths) == 2 else None
+        self.mlp = _mlp(widths) if len(widths) > 2 else None
+        if self.linear and self.mlp:  # the MLP starts as nothing, so that the whole starts as the shortcut
+            nn.init.zeros_(self.mlp[-1].weight)
+            nn.init.zeros_(self.mlp[-1].bias)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return sum(path(vectors) for path in (self.linear, self.mlp) if path is not None)
+
+
 class RQVAE(nn.Module):
-    """Encoder, residual quantizer and decoder (§3.4, §4.1: MLPs with ReLU)."""
+    """Encoder, residual quantizer and decoder (§3.4; §4.1: MLPs with ReLU).
+
+    Args:
+        width: D.
+        hidden: widths of the encoder's hidden layers, the decoder mirrors them; none: linear both ways.
+        num_levels: K.
+        codebook_size: M.
+        codebook_dim: E.
+        commitment_weight: beta of Eq. 8.
+        shortcut: a linear path beside the MLPs; the paper has none.
+    """
 
     def __init__(
         self,
@@ -86,25 +120,51 @@ class RQVAE(nn.Module):
         codebook_size: int = 256,
         codebook_dim: int = 32,
         commitment_weight: float = 0.25,
+        shortcut: bool = True,
     ) -> None:
         super().__init__()
         self.commitment_weight = commitment_weight
         widths = [width, *hidden, codebook_dim]
-        self.encoder, self.decoder = _mlp(widths), _mlp(widths[::-1])
+        self.encoder, self.decoder = Coder(widths, shortcut), Coder(widths[::-1], shortcut)
         self.quantizer = ResidualQuantizer(num_levels, codebook_size, codebook_dim)
         self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
+        self.register_buffer("deviation", torch.ones(()))
 
-    def standardise(self, embeddings: Tensor) -> None:
-        """Take mean and deviation of the inputs from the catalog's embeddings [N, D]."""
-        self.mean.copy_(embeddings.mean(0))
-        # Dimensions that carry next to nothing must not be blown up to unit size.
-        deviation = embeddings.std(0, unbiased=False)
-        self.deviation.copy_(deviation.clamp_min(0.01 * float(deviation.mean()) + 1e-8))
+    @torch.no_grad()
+    def start(self, embeddings: Tensor) -> None:
+        """Centre and scale the inputs by the catalog's embeddings [N, D], and start the shortcut as their principal axes.
+
+        One scale for all dimensions, so that near embeddings stay near.
+
+        Raises:
+            ValueError: NaN or infinite numbers among them.
+        """
+        if not torch.isfinite(embeddings).all():
+            raise ValueError("the fused embeddings hold NaN or infinite numbers: look for them in the input vectors")
+        self.mean.copy_(embeddings.mean(0, dtype=torch.float64))
+        covariance = torch.zeros(embeddings.shape[1], embeddings.shape[1], dtype=torch.float64)
+        for piece in embeddings.split(PIECE):
+            centred = piece.double() - self.mean
+            covariance += centred.T @ centred / len(embeddings)
+        self.deviation.copy_(covariance.trace().div(len(covariance)).sqrt().clamp_min(1e-6))
+        if self.encoder.linear is not None:
+            axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : len(self.encoder.linear.weight)].float()  # [D, E]
+            self.set_axes(axes)
+
+    @torch.no_grad()
+    def set_axes(self, axes: Tensor) -> None:
+        """Make orthonormal axes [D, at most E] the shortcut of the encoder, and their transpose that of the decoder."""
+        for weight, given in ((self.encoder.linear.weight, axes.T), (self.decoder.linear.weight, axes)):
+            weight.zero_()
+            weight[: given.shape[0], : given.shape[1]] = given
 
     def encode(self, embedding: Tensor) -> Tensor:
         """The latent [B, E] of embeddings [B, D]."""
         return self.encoder((embedding - self.mean) / self.deviation)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """What a sum of codewords [B, E] stands for, as embeddings [B, D]."""
+        return self.decoder(latent) * self.deviation + self.mean
 
     def forward(self, embedding: Tensor, quantize: bool = True) -> dict[str, Tensor]:
         """Losses of Eq. 7-9 (means over the batch) under "loss", "reconstruction", "quantization"; and "codes" [B, K]."""
@@ -132,6 +192,10 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     return (codebook.square().sum(-1) - 2 * vectors @ codebook.T).argmin(-1)
 
 
+def _nearest_of_many(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return torch.cat([nearest(piece, codebook) for piece in vectors.split(PIECE)])
+
+
 def _mlp(widths: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for number, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
@@ -139,20 +203,30 @@ def _mlp(widths: list[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _centres(vectors: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """[M, E] k-means centres; where there are fewer distinct vectors than centres, the rest are slightly moved copies."""
+def k_means(vectors: np.ndarray, size: int, seed: int, start: np.ndarray | None = None) -> np.ndarray:
+    """[M, E] k-means centres; where there are fewer distinct vectors than centres, the rest are slightly moved copies.
+
+    Args:
+        vectors: [N, E].
+        start: [M, E] centres to improve in a few rounds; None: k-means++.
+    """
     from sklearn.cluster import KMeans  # takes a second or two to import; who only encodes does without
 
     distinct = np.unique(vectors, axis=0)
     if len(distinct) > size:
-        sample = vectors
-        if len(vectors) > 256 * size:  # more rows than this do not move the centres
-            sample = vectors[np.random.default_rng(seed).choice(len(vectors), 256 * size, replace=False)]
-        return KMeans(size, n_init=1, max_iter=25, random_state=seed).fit(sample).cluster_centers_.astype(np.float32)
+        how = {"init": "k-means++", "max_iter": 25} if start is None else {"init": start, "max_iter": 4}
+        return KMeans(size, n_init=1, random_state=seed, **how).fit(vectors).cluster_centers_.astype(np.float32)
     noise = np.random.default_rng(seed).normal(scale=1e-3, size=(size, vectors.shape[1]))
     copies = np.resize(distinct, (size, vectors.shape[1])) + noise * (distinct.std() + 1e-3)
     copies[: len(distinct)] = distinct
     return copies.astype(np.float32)
+
+
+def sample(vectors: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """At most 256 M of the vectors [N, E]; more rows than this do not move the centres."""
+    if len(vectors) <= 256 * size:
+        return vectors
+    return vectors[np.random.default_rng(seed).choice(len(vectors), 256 * size, replace=False)]
 
 
 def normalised_error(model: RQVAE, embedding: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # models and what surrounds them: plain arguments, no config, never one another
     "fusion": set(),
     "rqvae": set(),
+    "kmeans": {"rqvae"},
     "semantic_ids": set(),
     "masking": set(),
     "sequencer": set(),

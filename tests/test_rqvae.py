@@ -58,7 +58,7 @@ def test_training_lowers_the_error_and_the_codebooks_learn():
     torch.manual_seed(0)
     data = embeddings()
     model = RQVAE(16, [32], num_levels=2, codebook_size=16, codebook_dim=8)
-    model.standardise(data)
+    model.start(data)
     with torch.no_grad():
         model.quantizer.start(model.encode(data), seed=0)
     before, books = float(normalised_error(model, data)), model.quantizer.codebooks.detach().clone()
@@ -93,6 +93,35 @@ def test_constant_dimensions_do_not_blow_up():
     data = embeddings()
     data[:, 3] = 7.0
     model = RQVAE(16, [32])
-    model.standardise(data)
+    model.start(data)
     assert torch.isfinite(model.encode(data)).all()
     assert float(((data - model.mean) / model.deviation).abs().max()) < 20
+
+
+def test_near_embeddings_stay_near():
+    """One scale for all dimensions and orthonormal axes: with as many axes as dimensions distances keep their proportions."""
+    data = embeddings()
+    model = RQVAE(16, [32], codebook_dim=16)
+    model.start(data)
+    with torch.no_grad():
+        before, after = torch.pdist(data), torch.pdist(model.encode(data))
+    assert torch.allclose(after * model.deviation, before, rtol=1e-3, atol=1e-3)
+
+
+def test_the_shortcut_starts_as_the_principal_components_and_decodes_them():
+    data = embeddings()
+    model = RQVAE(16, [32], codebook_dim=4)
+    model.start(data)
+    with torch.no_grad():
+        decoded = model.decode(model.encode(data))
+    centred = (data - data.mean(0)).numpy()
+    left, sizes, right = np.linalg.svd(centred, full_matrices=False)
+    expected = (left[:, :4] * sizes[:4]) @ right[:4] + data.mean(0).numpy()
+    assert np.allclose(decoded.numpy(), expected, atol=1e-3)
+
+
+def test_without_a_shortcut_there_are_the_papers_mlps_alone():
+    names = set(RQVAE(16, [32], shortcut=False).state_dict())
+    assert {name for name in names if name.startswith("encoder.")} == {
+        f"encoder.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")
+    }

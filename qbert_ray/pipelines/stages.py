@@ -25,7 +25,7 @@ from qbert_ray.pipelines.ingest import ingest
 from qbert_ray.pipelines.scoring import score
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.tasks import FusionTask, RqvaeTask, SequencerTask
-from qbert_ray.pipelines.training import fit
+from qbert_ray.pipelines.training import build, fit
 from qbert_ray.sources import join
 
 
@@ -48,6 +48,10 @@ class Stage:
     inputs: tuple[str, ...]
     keeps: bool = True
     skipped: Callable[[Config], str | None] = lambda config: None
+
+
+class GateError(ValueError):
+    """Semantic IDs fall short of the config's gates; what was made stays, so a lower gate goes on from it."""
 
 
 def _given_ids(config: Config) -> str | None:
@@ -87,7 +91,45 @@ def fusion_warnings(config: Config, counts: dict[str, Any], metrics: dict[str, A
 
 def train_rqvae(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Stage 2: the quantizer."""
-    return {"metrics": _fit(RqvaeTask, "rqvae", config, run, progress)}
+    if config.rqvae.quantizer == "rqvae":
+        metrics = _fit(RqvaeTask, "rqvae", config, run, progress)
+    else:
+        progress.note(config.rqvae.quantizer)
+        metrics = build(RqvaeTask, {"config": config, "run": run}, config.compute.rqvae, run, "rqvae")
+    check_usage(config, metrics)
+    return {"metrics": metrics}
+
+
+def assign_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+    """Stage 2: the semantic IDs."""
+    counts = tokenization.assign_ids(config, run, progress)
+    check_collisions(config, counts)
+    return counts
+
+
+def check_usage(config: Config, metrics: dict[str, Any]) -> None:
+    """Raise where the quantizer leaves too many codewords unused."""
+    bar, usage, size = config.gates.min_usage, metrics["codebook_usage"], config.rqvae.codebook_size
+    if metrics["items"] >= 4 * size and min(usage) < bar:  # fewer leave later levels nothing to spell
+        raise GateError(
+            f"the codebooks collapsed: {' '.join(f'{share:.0%}' for share in usage)} of the {size} codewords of each level are in use, "
+            f"gates.min_usage asks for {bar:.0%}. Try a smaller rqvae.codebook_size, rqvae.quantizer=kmeans, a lower "
+            f"rqvae.learning_rate; look whether many items have the same texts; then redo with --from train-rqvae. "
+            f"To go on with this model: gates.min_usage={max(0.0, min(usage) - 0.005):.2f}"
+        )
+
+
+def check_collisions(config: Config, counts: dict[str, Any]) -> None:
+    """Raise where too many items shared their codes before these were made unique."""
+    bar = config.gates.max_raw_collision
+    short = {domain["domain"]: rate for domain in counts["domains"] if bar is not None and (rate := domain["raw_collision_rate"]) > bar}
+    if short:
+        figures = ", ".join(f"{rate:.2%} of {domain}" for domain, rate in short.items())
+        raise GateError(
+            f"too many items collide: {figures} share their codes with others before reallocation, gates.max_raw_collision allows "
+            f"{bar:.2%}. Try a larger rqvae.codebook_size or rqvae.num_levels, more text_fields or modalities that tell items apart; "
+            f"then redo with --from the stage that changes. To go on with these IDs: gates.max_raw_collision={max(short.values()) + 0.00005:.4f}"
+        )
 
 
 def pretrain(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
@@ -123,7 +165,7 @@ STAGES = (
     Stage("features", "features", extract_features, ("features",), ("ingest",), skipped=_given_ids),
     Stage("train-fusion", "fusion", train_fusion, ("run.seed", "fusion"), ("features",), skipped=_given_ids),
     Stage("train-rqvae", "rqvae", train_rqvae, ("run.seed", "rqvae"), ("train-fusion",), skipped=_given_ids),
-    Stage("assign-ids", "semantic_ids", tokenization.assign_ids, ("data.semantic_ids",), ("ingest", "train-rqvae")),
+    Stage("assign-ids", "semantic_ids", assign_ids, ("data.semantic_ids",), ("ingest", "train-rqvae")),
     Stage(
         "pretrain",
         "pretrain",

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qbert_ray import columns, metrics
-from qbert_ray.artifacts import RunDir
+from qbert_ray import columns, kmeans, metrics
+from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.config import Config, SequenceTraining
 from qbert_ray.fusion import DynamicFusion, alignment_loss, geometry_loss, view_distance
 from qbert_ray.masking import draw_masks, uniform
@@ -107,22 +107,30 @@ class FusionTask:
 
 
 class RqvaeTask:
-    """Stage 2, Eq. 6-9."""
+    """Stage 2, Eq. 6-9; what is built is done already where the quantizer needs no gradients."""
 
     criterion = None
 
     def __init__(self, config: Config, run: RunDir) -> None:
         self.settings, self.seed = config.rqvae, config.run.seed
-        table = read_warm(run, "fusion/embeddings", list(config.data.domains), ["embedding"])
-        self.embeddings = torch.from_numpy(columns.to_numpy(table["embedding"]).copy())
+        self.embeddings = torch.from_numpy(sample_embeddings(run, list(config.data.domains), self.settings.max_items, self.seed))
 
     def description(self) -> dict[str, Any]:
-        names = ("hidden", "num_levels", "codebook_size", "codebook_dim", "commitment_weight")
-        return {"width": self.embeddings.shape[1]} | {name: getattr(self.settings, name) for name in names}
+        names = ("num_levels", "codebook_size", "codebook_dim")
+        description = {"width": self.embeddings.shape[1], "hidden": []} | {name: getattr(self.settings, name) for name in names}
+        if self.settings.quantizer == "rqvae":
+            description |= {name: getattr(self.settings, name) for name in ("hidden", "shortcut", "commitment_weight")}
+        return description
 
     def build(self) -> nn.Module:
         model = RQVAE(**self.description())
-        model.standardise(self.embeddings)
+        match self.settings.quantizer:
+            case "kmeans":
+                kmeans.fit_residual(model, self.embeddings, self.seed)
+            case "opq":
+                kmeans.fit_product(model, self.embeddings, self.seed)
+            case _:
+                model.start(self.embeddings)
         return model
 
     def adjust(self, model: Any, epoch: int) -> None:
@@ -148,11 +156,33 @@ class RqvaeTask:
         pieces = [piece.to(device) for piece in self.embeddings.split(SAMPLE)]
         codes = torch.cat([model.quantizer(model.encode(piece)).codes for piece in pieces]).cpu().numpy()
         return {
+            "items": len(codes),
             "reconstruction_error": float(normalised_error(model, pieces[0])),
             "collision_rate": metrics.collision_rate(codes),
             "codebook_usage": metrics.codebook_usage(codes, self.settings.codebook_size),
             "perplexity": metrics.perplexity(codes, self.settings.codebook_size),
         }
+
+
+def sample_embeddings(run: RunDir, domains: list[str], most: int, seed: int) -> np.ndarray:
+    """[N, D] fused embeddings of all items that training may see, or of `most` of them; needs memory for twice those.
+
+    Which items depends on seed, number of items and their order, not on the parts.
+    """
+    names = [name for domain in domains for name in run.parts("fusion/embeddings", domain)]
+    if not names:
+        raise ArtifactError(f"no table fusion/embeddings in {run.uri}; run the stage that makes it: qbert-ray train-fusion")
+    sizes = [run.read_part("fusion/embeddings", name, [columns.ITEM_INDEX]).num_rows for name in names]
+    rows = np.flatnonzero(np.concatenate([~run.read_part("ingest/items", name, [columns.COLD])[columns.COLD].to_numpy() for name in names]))
+    if len(rows) > most:
+        rows = rows[np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False))]
+    pieces = np.split(rows, np.searchsorted(rows, np.cumsum(sizes)[:-1]))
+    chosen = []
+    begin = 0
+    for name, size, piece in zip(names, sizes, pieces, strict=True):
+        chosen.append(columns.to_numpy(run.read_part("fusion/embeddings", name, ["embedding"])["embedding"])[piece - begin])
+        begin += size
+    return np.concatenate(chosen)
 
 
 class SequencerTask:

@@ -107,6 +107,26 @@ def fit(
     return _last_metrics(run, folder)
 
 
+def build(make_task: Callable[..., Task], arguments: dict[str, Any], workers: Workers, run: RunDir, folder: str) -> dict[str, Any]:
+    """What `fit` leaves, of a task whose model needs no training once it is built; one Ray task, no Ray Train.
+
+    Raises:
+        ValueError: more CPUs than the cluster carries.
+    """
+    if not run.exists(f"{folder}/model/model.json"):
+        cpus = scaling_config(workers.model_copy(update={"num_workers": 1, "use_gpu": False}), 1, folder).resources_per_worker["CPU"]
+        ray.get(_build.options(num_cpus=cpus).remote(make_task, arguments, cpus, run, folder))
+    return _last_metrics(run, folder)
+
+
+@ray.remote
+def _build(make_task: Callable[..., Task], arguments: dict[str, Any], threads: float, run: RunDir, folder: str) -> None:
+    torch.set_num_threads(max(1, int(threads)))
+    loop = Loop(make_task(**arguments), torch.device("cpu"))
+    loop.log.append({"epoch": 0} | loop.evaluate())
+    publish(loop, run, folder)
+
+
 def _last_metrics(run: RunDir, folder: str) -> dict[str, Any]:
     return json.loads(run.read_bytes(f"{folder}/metrics.jsonl").splitlines()[-1])
 
@@ -202,7 +222,7 @@ class Loop:
         if self.epoch == self.task.settings.epochs:
             self._adjust()
         if self.rank == 0:
-            metrics |= self._evaluate()
+            metrics |= self.evaluate()
             self._keep_best(metrics)
         self.log.append(metrics)
         self.waited = self.agree(self.waited)  # every worker stops at the same epoch
@@ -265,7 +285,8 @@ class Loop:
             gradient.div_(max(weight, 1e-12))
         return loss, weight
 
-    def _evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
+        """The task's metrics of the weights that would be kept."""
         kept = None
         if self.average is not None:
             kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}

@@ -20,7 +20,6 @@ QUICK = [
     "data.domains.movielens.attributes=[categories]",
     "features.modalities=[text, structure]",
     "fusion.epochs=10",
-    "rqvae.epochs=25",
 ]
 
 

@@ -1,0 +1,83 @@
+"""Quantizers other than the one of the finished run, the sample they train on, and the gates that their IDs must pass."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from qbert_ray import columns
+from qbert_ray.artifacts import Manifest, RunDir
+from qbert_ray.pipelines.session import Quiet
+from qbert_ray.pipelines.stages import BY_NAME, GateError, redo_from, run_stage
+from qbert_ray.pipelines.tasks import sample_embeddings
+from tests.pipelines.shop import SOURCE, small_config
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished[1].uri, tmp_path / "copy")
+    return RunDir(str(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("quantizer", ["kmeans", "opq"])
+def test_a_quantizer_without_gradients_leaves_what_a_training_leaves(copy, shop, quantizer):
+    settings = f"rqvae={{quantizer: {quantizer}, num_levels: 3, codebook_size: 6, codebook_dim: 8}}"  # hardly more IDs than items
+    config = small_config(shop, copy.uri, SOURCE, settings)
+    redo_from("train-rqvae", copy)
+    trained = run_stage(BY_NAME["train-rqvae"], config, copy, Quiet())
+    tensors, description = copy.load_model("rqvae/model")
+    assert tensors["quantizer.codebooks"].shape == (3, 6, 8) and description["hidden"] == []
+    assert trained.config["rqvae.quantizer"] == quantizer
+    assert (
+        trained.counts["metrics"]["items"] == copy.read("ingest/items").num_rows and min(trained.counts["metrics"]["codebook_usage"]) == 1.0
+    )
+
+    copy.delete("rqvae/manifest.json")  # cut after the model was written: it is taken as it is
+    copy.write_json("rqvae/started.json", {"fingerprint": trained.fingerprint})
+    (before,) = (info.mtime_ns for info in copy.filesystem.get_file_info([copy.path("rqvae/model/model.safetensors")]))
+    assert run_stage(BY_NAME["train-rqvae"], config, copy, Quiet()).counts == trained.counts
+    assert copy.filesystem.get_file_info(copy.path("rqvae/model/model.safetensors")).mtime_ns == before
+
+    strict = small_config(shop, copy.uri, SOURCE, settings, "gates.max_raw_collision=0.01")
+    with pytest.raises(GateError, match=r"of demo.*gates.max_raw_collision allows 1.00%.*To go on with these IDs"):
+        run_stage(BY_NAME["assign-ids"], strict, copy, Quiet())
+    counts = run_stage(BY_NAME["assign-ids"], config, copy, Quiet()).counts
+    assert len(set(copy.read("semantic_ids", "demo")["semantic_id"].to_pylist())) == counts["domains"][0]["items"]
+    assert counts["codebook_size"] == 6
+
+
+def test_codebooks_that_collapsed_stop_the_run_and_a_lower_gate_goes_on(copy, finished, shop):
+    redo_from("assign-ids", copy)
+    done = Manifest.load(copy, "rqvae")
+    copy.delete("rqvae/manifest.json")
+    copy.write_json("rqvae/started.json", {"fingerprint": done.fingerprint})
+    metrics = done.counts["metrics"] | {"codebook_usage": [1.0, 0.25, 0.9]}
+    copy.write_bytes("rqvae/metrics.jsonl", json.dumps(metrics).encode())
+    with pytest.raises(GateError, match=r"100% 25% 90% of the 16 codewords.*To go on with this model: gates.min_usage=0.24"):
+        run_stage(BY_NAME["train-rqvae"], finished[0], copy, Quiet())
+    lower = small_config(shop, copy.uri, SOURCE, "gates.min_usage=0.24")
+    assert run_stage(BY_NAME["train-rqvae"], lower, copy, Quiet()).fingerprint == done.fingerprint
+
+
+def test_small_catalogs_are_not_asked_to_fill_the_codebooks(finished):
+    from qbert_ray.pipelines.stages import check_usage
+
+    figures = {"codebook_usage": [0.9, 0.1, 0.1]}
+    check_usage(finished[0], figures | {"items": 63})
+    with pytest.raises(GateError):
+        check_usage(finished[0], figures | {"items": 64})
+
+
+def test_a_sample_of_the_catalog_does_not_depend_on_its_parts(finished, tmp_path):
+    _, run = finished
+    whole = run.read("fusion/embeddings", "demo")
+    one_part = RunDir(str(tmp_path))
+    one_part.write_part("fusion/embeddings", "demo-00000.parquet", whole)
+    assert len(run.parts("fusion/embeddings", "demo")) > 1
+    chosen = sample_embeddings(run, ["demo"], 50, seed=0)
+    assert np.array_equal(chosen, sample_embeddings(one_part, ["demo"], 50, seed=0))
+    assert not np.array_equal(chosen, sample_embeddings(one_part, ["demo"], 50, seed=1))
+    rows = {row.tobytes() for row in columns.to_numpy(whole["embedding"])}
+    assert len({row.tobytes() for row in chosen} & rows) == 50
+    assert len(sample_embeddings(run, ["demo", "other"], 10**6, seed=0)) == run.read("ingest/items").num_rows
