@@ -66,19 +66,39 @@ def _stage_command(name: str, help_text: str) -> Callable[..., None]:
     return command
 
 
+def assign_ids(
+    config: Files,
+    overrides: Overrides = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Forget this stage and all after it first.")] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Only give IDs to new items of the input files; published IDs never move.")
+    ] = False,
+) -> None:
+    """Give every item its semantic ID, without collisions.
+
+    Example: qbert-ray assign-ids --append -c configs/movielens.yaml data.root=/data/movielens run.dir=runs/movielens
+    """
+    if append and redo:
+        raise ConfigError("--append keeps every ID and --redo forgets them all: choose one")
+    if append:
+        _append(load_config(list(config), list(overrides or [])))
+    else:
+        _stage_command("assign-ids", "")(config, overrides, redo)
+
+
 for _name, _help in {
     "ingest": "Read the catalog and the interactions: k-core, leave-one-out, sequences.",
     "features": "Encode texts and pictures; collaborative vectors from training interactions.",
     "train-fusion": "Stage 1: train the dynamic cross-modal fusion, embed the catalog.",
     "train-rqvae": "Stage 2: train the residual quantizer.",
-    "assign-ids": "Give every item its semantic ID, without collisions.",
+    "assign-ids": "",
     "pretrain": "Stage 3: multi-mask pre-training over the source domains.",
     "finetune": "Stage 3: fine-tune on each target domain.",
     "train-memory": "Item-item weights of training interactions, and how to mix them with the sequencer's scores.",
     "evaluate": "Rank every item for every user: hit rate and NDCG beside the floors.",
     "score": "The k best items for every user.",
 }.items():
-    app.command(_name, rich_help_panel="Stages")(_stage_command(_name, _help))
+    app.command(_name, rich_help_panel="Stages")(assign_ids if _name == "assign-ids" else _stage_command(_name, _help))
 
 
 @app.command(rich_help_panel="Looking")
@@ -160,10 +180,26 @@ def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
                 console.print(f"[yellow]! {escape(warning)}[/yellow]", soft_wrap=True)
 
 
+def _append(config: Config) -> None:
+    console.print(f"[dim]run directory {escape(config.run.dir)}; starting Ray[/dim]")
+    from qbert_ray.pipelines.appending import append_ids
+    from qbert_ray.pipelines.session import session
+
+    with session(config.compute.address), StageBar(console, "append") as bar:
+        version = append_ids(config, RunDir(config.run.dir), bar)
+    console.print(
+        f"[green]✓[/green] version {version['version']} ({version['fingerprint']}): {version['items']:,} semantic IDs, {version['added']:,} added; "
+        f"of those before {version['unchanged']:,} items unchanged, {version['changed']:,} changed, {version['gone']:,} gone from the files",
+        soft_wrap=True,
+    )
+
+
 def _show_metrics(directory: RunDir) -> None:
     for domain, content in directory.read_json("evaluation/metrics.json").items():
         console.print()
         console.print(metrics_table(domain, content))
+        if "cold" in content:
+            console.print(metrics_table(domain, content["cold"], "items that no training saw"))
 
 
 def _root_cause(error: BaseException) -> BaseException:

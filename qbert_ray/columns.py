@@ -17,9 +17,11 @@ ITEM_ID = "item_id"
 ITEM_INDEX = "item_index"
 TIMESTAMP = "timestamp"
 RATING = "rating"
-SPLITS = ("train", "valid", "test")
+COLD = "cold"
+SPLITS = ("train", "valid", "test", COLD)
 
-# ingest/items: item_index is dense within a domain and permuted by a hash, so that it tells nothing about time.
+# ingest/items: item_index is dense within a domain and permuted by a hash, so that it tells nothing about time. Items that no
+# training may see, because they are held out or came later, are cold; their indices are the last.
 # Text fields are strings under `text.<field>`, attributes under `attribute.<field>`.
 ITEMS = pa.schema(
     [
@@ -28,6 +30,7 @@ ITEMS = pa.schema(
         (ITEM_INDEX, pa.int32()),
         ("image_path", pa.string()),  # absolute path or URI; null: none, or image_bytes holds it
         ("image_bytes", pa.binary()),
+        (COLD, pa.bool_()),
     ]
 )
 TEXT_PREFIX = "text."
@@ -45,7 +48,7 @@ INTERACTIONS = pa.schema(
 )
 
 # ingest/sequences: one user a row, in time order. Leave-one-out: test is the last item, valid the last but one;
-# both null for a user with fewer than three interactions. History of the test = train + valid.
+# both null for a user with fewer than three interactions. History of the test = train + valid. Cold items are in none of them.
 SEQUENCES = pa.schema(
     [
         (DOMAIN, pa.string()),
@@ -53,6 +56,16 @@ SEQUENCES = pa.schema(
         ("train", pa.list_(pa.int32())),
         ("valid", pa.int32()),
         ("test", pa.int32()),
+    ]
+)
+
+# ingest/cold: a user's last interaction with a cold item, and what the user had of the other items before it.
+COLD_SEQUENCES = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        ("history", pa.list_(pa.int32())),  # item_index in time order, never empty
+        ("target", pa.int32()),  # item_index
     ]
 )
 
@@ -99,6 +112,20 @@ RANKS = pa.schema(
         ("target", pa.string()),
         ("rank_all", pa.int32()),
         ("rank_unseen", pa.int32()),
+    ]
+)
+
+# evaluation/cold: one row per user of ingest/cold and ranking.
+COLD_RANKS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        ("model", pa.string()),
+        ("target", pa.string()),
+        ("rank_unseen", pa.int32()),  # among all items but those of the history
+        ("rank_cold", pa.int32()),  # among the cold items
+        ("among_unseen", pa.int32()),  # how many that is
+        ("among_cold", pa.int32()),
     ]
 )
 

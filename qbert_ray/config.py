@@ -52,6 +52,9 @@ class Data(Section):
     min_interactions: NonNegativeInt = Field(5, description="k of the iterative k-core over users and items (§4.1: 5-core sets)")
     min_item_interactions: NonNegativeInt | None = Field(None, description="another k for items; 0 keeps every item of the catalog")
     min_rating: float | None = Field(None, description="drop interactions rated below")
+    cold_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the target domains' items, chosen by a hash, held out of all training to measure how new items do"
+    )
     rows_per_part: PositiveInt | None = Field(None, description="rows per Parquet part, the unit of work; None: from the row count")
 
     @model_validator(mode="after")
@@ -166,6 +169,9 @@ class Fusion(Training):
     temperature: PositiveFloat = Field(0.1, description="tau of the alignment, Eq. 3")
     contrast_temperature: PositiveFloat = Field(0.07, description="temperature of InfoNCE, Eq. 5")
     consistency_weight: NonNegativeFloat = Field(0.01, description="lambda of Eq. 5")
+    geometry_weight: NonNegativeFloat = Field(
+        30.0, description="how strictly cosines of fused embeddings are held at the mean cosine of the modalities; 0: Eq. 5 alone"
+    )
     id_dropout: Share = Field(0.2, description="share of items that train with the shared unknown query, the query of a cold item")
 
 
@@ -211,6 +217,12 @@ class Sequencer(Section):
     temperature: PositiveFloat = Field(0.07, description="of cosine logits")
     start: Literal["codebooks", "random"] = Field(
         "codebooks", description="code embeddings start as the quantizer's codewords, rotated, or at random"
+    )
+    content: bool = Field(
+        True, description="an item's vector is its codes' embeddings and a projection of its fused embedding, or codes alone"
+    )
+    code_dropout: Share = Field(
+        0.2, description="share of items that train by content alone, as codes of a cold item are new; needs content"
     )
     item_embedding: bool = Field(False, description="add an embedding per item to the composed one; zero for cold items")
 

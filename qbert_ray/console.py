@@ -71,22 +71,20 @@ def stage_line(name: str, manifest: Manifest | None, seconds: float | None, why:
     return f"[green]✓[/green] {name:<{NAME_WIDTH}}{when}  {_summary(manifest)}"
 
 
-def metrics_table(domain: str, content: dict[str, Any]) -> Table:
-    """The table of one domain of evaluation/metrics.json: rankings by metrics, for both protocols."""
+def metrics_table(domain: str, content: dict[str, Any], ranked: str = "every item ranked") -> Table:
+    """The table of one domain of evaluation/metrics.json, or of its cold items: rankings by metrics, for both protocols."""
     models = next(iter(content["protocols"].values()))
     names = list(next(iter(models.values())))
-    table = Table(
-        title=f"{domain}: every item ranked for {content['users']:,} users", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
-    )
+    table = Table(title=f"{domain}: {ranked} for {content['users']:,} users", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("items", no_wrap=True)
     table.add_column("ranking", no_wrap=True)
     for name in [*names, "±"]:
         table.add_column(name, justify="right", no_wrap=True)
-    for protocol, label in (("all", "all"), ("unseen", "unseen")):
-        for model, values in content["protocols"][protocol].items():
+    for protocol, models in content["protocols"].items():
+        for model, values in models.items():
             half = (values[names[-1]]["high"] - values[names[-1]]["low"]) / 2
             cells = [f"{values[name]['value']:.4f}" for name in names]
-            table.add_row(label, model.replace("_", "-"), *cells, f"{half:.3f}", style="bold" if model == "model" else None)
+            table.add_row(protocol, model.replace("_", "-"), *cells, f"{half:.3f}", style="bold" if model == "model" else None)
         table.add_section()
     table.caption = f"±: half of the 95 % interval of {names[-1]} over users"
     return table
@@ -124,7 +122,8 @@ def _summary(manifest: Manifest) -> str:
 
 def _ingested(domain: str, figures: dict[str, Any]) -> str:
     rejected = sum(figures["items_rejected"].values()) + sum(figures["interactions_rejected"].values())
-    return f"{domain}: {figures['items']:,} items, {figures['users']:,} users, {figures['interactions']:,} interactions, {rejected:,} rows rejected"
+    cold = f" ({figures['cold_items']:,} cold)" if figures.get("cold_items") else ""
+    return f"{domain}: {figures['items']:,} items{cold}, {figures['users']:,} users, {figures['interactions']:,} interactions, {rejected:,} rows rejected"
 
 
 def _encoded(modality: str, figures: dict[str, Any]) -> str:

@@ -69,19 +69,25 @@ class DynamicFusion(nn.Module):
         """Index of the shared query of items without an ID vector."""
         return self.id_embedding.num_embeddings - 1
 
-    def forward(self, item: Tensor, features: dict[str, Tensor], present: dict[str, Tensor]) -> Fused:
+    def forward(
+        self, item: Tensor, features: dict[str, Tensor], present: dict[str, Tensor], unread: dict[str, Tensor] | None = None
+    ) -> Fused:
         """The fused embedding of a batch of items.
 
         Args:
             item: [B] row of the ID vector; `unknown` for a cold item.
             features: modality -> [B, J, F].
             present: modality -> [B, J] whether the vector is there.
+            unread: modality -> [B] items that are fused without it; it stays a view of them in the contrast.
         """
         query = self.id_embedding(item)  # [B, D]
         pairs = [self._align(query, name, features[name], present[name]) for name in self.project]
         aligned = torch.stack([vectors for vectors, _ in pairs], dim=1)  # [B, V, D]
         has = torch.stack([there for _, there in pairs], dim=1)  # [B, V]
-        embedding, depth, ponder, gate = self._fuse(query, aligned, has)
+        read = torch.stack(
+            [has[:, n] & ~unread[name] if name in (unread or {}) else has[:, n] for n, name in enumerate(self.project)], dim=1
+        )
+        embedding, depth, ponder, gate = self._fuse(query, aligned, read)
         return Fused(embedding, aligned, has, query, depth, ponder, gate)
 
     def _align(self, query: Tensor, name: str, features: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,6 +179,29 @@ def alignment_loss(
     ponder = (fused.ponder.mean() - ponder_target).square()
     loss = contrast + consistency_weight * consistency + ponder_weight * ponder
     return {"loss": loss, "contrast": contrast, "consistency": consistency, "ponder": ponder}
+
+
+def geometry_loss(fused: Fused, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+    """Mean squared difference between the cosine of two fused embeddings and the mean cosine of what their modalities say.
+
+    Not in the paper. Eq. 5 alone pushes all items of a batch apart, near ones too, until every neighbourhood is lost.
+
+    Args:
+        features: modality -> [B, J, F] as they came; present: modality -> [B, J].
+    """
+    wanted, pairs = torch.zeros(()), torch.zeros(())
+    for name, vectors in features.items():
+        has = present[name].any(1)  # [B]
+        mean = (vectors * present[name][..., None]).sum(1) / present[name].sum(1, keepdim=True).clamp_min(1)
+        centred = (mean - mean[has].mean(0)) * has[:, None]  # common to all items says nothing about two of them
+        unit = F.normalize(centred, dim=-1)
+        both = (has[:, None] & has).to(unit.dtype)
+        wanted, pairs = wanted.to(unit.device) + unit @ unit.T, pairs.to(unit.device) + both
+    there = (pairs > 0).fill_diagonal_(False)
+    if not there.any():
+        return fused.embedding.new_zeros(())
+    unit = F.normalize(fused.embedding - fused.embedding.mean(0), dim=-1)
+    return (unit @ unit.T - wanted / pairs.clamp_min(1))[there].square().mean()
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:

@@ -29,6 +29,13 @@ def summarise(rank: np.ndarray, cutoffs: list[int]) -> dict[str, dict[str, float
     return table | {f"ndcg@{k}": interval(ndcg(rank, k)) for k in cutoffs if k > 1}
 
 
+def expected_at_random(candidates: np.ndarray, cutoffs: list[int]) -> dict[str, dict[str, float]]:
+    """As `summarise`: what a random order of each user's candidates gives on average."""
+    gains = 1.0 / np.log2(np.arange(1, max(cutoffs) + 1) + 1.0)
+    table = {f"hr@{k}": interval(np.minimum(k, candidates) / candidates) for k in cutoffs}
+    return table | {f"ndcg@{k}": interval(np.cumsum(gains[:k])[np.minimum(k, candidates) - 1] / candidates) for k in cutoffs if k > 1}
+
+
 def interval(values: np.ndarray) -> dict[str, float]:
     """Mean and 95 % interval of per-user values in [0, 1]; zeros where there is no user."""
     if not len(values):

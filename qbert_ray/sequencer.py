@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CONTENT_START = 0.1  # size of an item's projected content in each dimension; its codes start at about half of that
+
 
 class Packed(NamedTuple):
     """Sequences laid end to end, shortest first."""
@@ -41,6 +43,8 @@ class Sequencer(nn.Module):
         loss: "catalog" or "tokens" (Eq. 11).
         logits: "dot" or "cosine".
         warm_items: domain -> number of items that have an embedding of their own beside their codes; none by default.
+        content_width: F of the content vectors that an item's vector also holds a projection of (`hold_content`); 0: codes alone.
+        code_dropout: share of items whose codes are hidden in training, so that content alone has to place them.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class Sequencer(nn.Module):
         logits: str = "dot",
         temperature: float = 0.07,
         warm_items: dict[str, int] | None = None,
+        content_width: int = 0,
+        code_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_levels, self.codebook_size, self.max_items = num_levels, codebook_size, max_items
@@ -67,6 +73,8 @@ class Sequencer(nn.Module):
         self.item_embedding = nn.ModuleDict({name: nn.Embedding(size, width) for name, size in (warm_items or {}).items()})
         for name, size in (warm_items or {}).items():
             self.register_buffer(f"warm_{name}", torch.ones(size, 1))  # 0: no training interaction, so codes alone
+        self.content = nn.Linear(content_width, width, bias=False) if content_width else None
+        self.code_dropout = code_dropout
         self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
         self.position_embedding = nn.Embedding(max_items * (num_levels if tokens == "flat" else 1), width)
         self.dropout = Dropout(dropout)
@@ -74,6 +82,12 @@ class Sequencer(nn.Module):
         self.norm = nn.LayerNorm(width)
         for embedding in [self.code_embedding, self.position_embedding, *self.item_embedding.values()]:
             nn.init.normal_(embedding.weight, std=0.02)
+        if self.content is not None:
+            nn.init.normal_(self.content.weight, std=CONTENT_START / content_width**0.5)
+
+    def hold_content(self, domain: str, content: Tensor) -> None:
+        """Take the content vectors [N, F] of a domain's catalog; they are no weights, so they are not saved with the model."""
+        self.register_buffer(f"content_{domain}", content, persistent=False)
 
     def forward(self, batch: Packed, catalog: Tensor, domain: str) -> Tensor:
         """Queries of the masked positions, in packed order: [P, D], or [P, K * D] with flat tokens.
@@ -96,11 +110,19 @@ class Sequencer(nn.Module):
         return self.norm(states[batch.masked])
 
     def compose(self, codes: Tensor, domain: str, items: Tensor | None = None) -> Tensor:
-        """[B, D] vectors of items by their codes [B, K], with what warm items add (row `items` of the domain's embedding)."""
+        """[B, D] vectors of items by their codes [B, K], with what content and warm items add (rows `items` of the domain's)."""
         vectors = F.embedding_bag(self._slots(codes), self.code_embedding.weight, mode="sum")
+        if self.content is not None:
+            if self.training and self.code_dropout:
+                vectors = vectors * (torch.rand(len(vectors), 1, device=vectors.device) >= self.code_dropout)
+            content = getattr(self, f"content_{domain}")
+            vectors = vectors + self.content(content[: len(codes)] if items is None else content[items])
         if domain in self.item_embedding:
             own = self.item_embedding[domain].weight * getattr(self, f"warm_{domain}")
-            vectors = vectors + (own if items is None else own[items])
+            if items is None:  # the whole catalog: items beyond the embedding are cold
+                return vectors + F.pad(own, (0, 0, 0, len(codes) - len(own)))
+            known = items < len(own)
+            vectors = vectors + own[items.where(known, 0)] * known[:, None]
         return vectors
 
     def catalog_vectors(self, catalog: Tensor, domain: str) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qbert_ray.fusion import DynamicFusion, alignment_loss, info_nce, view_distance
+from qbert_ray.fusion import DynamicFusion, alignment_loss, geometry_loss, info_nce, view_distance
 
 WIDTHS = {"text": 12, "image": 8}
 
@@ -96,6 +96,18 @@ def test_cold_items_share_the_unknown_query():
     assert not torch.allclose(fused.embedding[0], fused.embedding[1])
 
 
+def test_an_unread_modality_is_a_view_but_not_an_input():
+    model, (item, features, present) = build().eval(), inputs()
+    name = next(iter(features))
+    unread = {name: torch.arange(24) < 12}
+    hidden = model(item, features, present, unread)
+    absent = model(item, features, present | {name: torch.zeros_like(present[name])})
+    whole = model(item, features, present)
+    assert torch.allclose(hidden.embedding[:12], absent.embedding[:12], atol=1e-6)
+    assert torch.allclose(hidden.embedding[12:], whole.embedding[12:], atol=1e-6)
+    assert torch.equal(hidden.aligned, whole.aligned) and torch.equal(hidden.present, whole.present)
+
+
 def test_gradients_reach_every_gate():
     model = build()
     alignment_loss(model(*inputs()), 0.1, 0.01, 1.0, 1.6)["loss"].backward()
@@ -113,3 +125,29 @@ def test_view_distance_is_zero_for_equal_views_and_two_for_unrelated_ones():
     fused = model(*inputs())
     same = fused._replace(aligned=fused.embedding[:, None].expand(-1, 2, -1), present=torch.ones(24, 2, dtype=torch.bool))
     assert float(view_distance(same).detach()) == pytest.approx(0, abs=1e-6)
+
+
+def test_geometry_is_kept_where_fused_cosines_are_those_of_the_modalities():
+    _, features, present = inputs()
+    there = {name: torch.ones_like(x) for name, x in present.items()}
+    text = features["text"].mean(1)
+    fused = build()(*inputs())
+    only = {"text": features["text"]}, {"text": there["text"]}
+    assert geometry_loss(fused._replace(embedding=3 * (text - text.mean(0))), *only) < 1e-9
+    assert geometry_loss(fused._replace(embedding=text.flip(0)), *only) > 0.01
+    gone = {name: torch.zeros_like(x) for name, x in present.items()}
+    assert geometry_loss(fused, features, gone) == 0
+
+
+def test_geometry_averages_over_the_modalities_that_both_items_have():
+    _, features, present = inputs()
+    present = {"text": torch.ones(24, 3, dtype=torch.bool), "image": torch.zeros(24, 4, dtype=torch.bool)}
+    present["image"][:2] = True
+    fused = build()(*inputs())
+    text = features["text"].mean(1)
+    alone = geometry_loss(fused._replace(embedding=text), {"text": features["text"]}, {"text": present["text"]})
+    both = geometry_loss(fused._replace(embedding=text), features, present)
+    # Two items have pictures, which centred are opposite: their one pair should have the mean of the text cosine and -1.
+    cosine = torch.nn.functional.normalize(text - text.mean(0), dim=-1)
+    change = ((cosine[0] @ cosine[1] + 1) / 2) ** 2 * 2 / (24 * 23)
+    assert both == pytest.approx(float(alone + change), rel=1e-3)

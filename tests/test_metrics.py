@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qbert_ray.metrics import codebook_usage, collision_rate, hit_rate, interval, ndcg, perplexity, summarise
+from qbert_ray.metrics import codebook_usage, collision_rate, expected_at_random, hit_rate, interval, ndcg, perplexity, summarise
 
 
 def test_hand_worked_values():
@@ -14,6 +14,14 @@ def test_hand_worked_values():
     table = summarise(rank, [1, 10])
     assert table["hr@1"]["value"] == 1 / 4
     assert table["hr@10"]["value"] == 3 / 4
+
+
+@given(st.integers(1, 30), st.integers(1, 40))
+def test_the_expectation_at_random_is_the_mean_over_all_ranks(candidates, k):
+    found = expected_at_random(np.array([candidates]), [1, k])
+    every = summarise(np.arange(1, candidates + 1), [1, k])
+    assert found.keys() == every.keys()
+    assert all(np.isclose(found[name]["value"], every[name]["value"]) for name in every)
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(1, 20))

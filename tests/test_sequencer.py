@@ -142,6 +142,10 @@ def test_cold_items_are_composed_of_codes_alone():
     plain = model.compose(CATALOG, "other")
     assert torch.equal(vectors[3], plain[3])
     assert not torch.equal(vectors[4], plain[4])
+    longer = torch.cat([CATALOG, CATALOG[:2]])  # items that came after the training
+    assert torch.equal(model.compose(longer, "d"), torch.cat([vectors, plain[:2]]))
+    items = torch.tensor([21, 4, 3])
+    assert torch.equal(model.compose(longer[items], "d", items), model.compose(longer, "d")[items])
 
 
 @pytest.mark.parametrize(("items", "parameters", "multiply_adds"), [(6250, 3.71, 185.36), (9416, 4.51, 225.68), (13839, 5.64, 282.14)])

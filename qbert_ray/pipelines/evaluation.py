@@ -17,6 +17,7 @@ from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config, Memory
 from qbert_ray.memory import co_occurrence, co_occurrence_scores, popularity
+from qbert_ray.pipelines.cold import evaluate_cold
 from qbert_ray.pipelines.ranker import Ranker, batches
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts
@@ -38,6 +39,8 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
         parts = run.parts("ingest/sequences", domain)
         counts[domain] = dict(map_parts(run, RankPart, arguments, parts, "evaluation/ranks", config.compute.evaluate, progress))
         report[domain] = summarise(run.read("evaluation/ranks", domain), list(config.evaluation.cutoffs))
+        cold = evaluate_cold(config, run, domain, progress)
+        report[domain] |= {"cold": cold} if cold else {}
     run.write_json("evaluation/metrics.json", report)
     return counts
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -67,24 +67,61 @@ def extract_features(config: Config, run: RunDir, progress: Progress) -> dict[st
     return counts
 
 
+def extend_features(config: Config, run: RunDir, progress: Progress) -> None:
+    """Vectors for parts of the catalog that came after the features: made as those before, but without structure.
+
+    Raises:
+        ValueError: vectors of the user's own have another shape by now.
+    """
+    for modality in MODALITIES:
+        there = run.parts(f"features/{modality}")
+        plan = _plan(config, run, modality) if there else None
+        if plan is None:
+            continue
+        num_vectors, width = _shape(run, modality, there[0])
+        if plan.num_vectors > num_vectors or plan.width not in (None, width):
+            raise ValueError(
+                f"{modality} vectors have {plan.num_vectors} x {plan.width} numbers; the run was made with {num_vectors} x {width}"
+            )
+        plan = replace(plan, num_vectors=num_vectors, width=width)
+        progress.note(modality)
+        tasks = _whole_domains(config, modality, plan, partial(_absent, plan))
+        grown = [domain for domain in tasks if set(run.parts("ingest/items", domain)) - set(there)]
+        _get([_write_domain.remote(run, modality, domain, tasks[domain]) for domain in grown])
+        _encode(config, run, modality, plan, progress)
+
+
 def _extract(config: Config, run: RunDir, modality: str, plan: Plan, progress: Progress) -> Counter[str]:
+    tasks = _whole_domains(config, modality, plan, partial(_structure, config, run, plan))
+    counts = _map_domains(run, modality, tasks, progress) if tasks else Counter()
+    counts.update(_encode(config, run, modality, plan, progress))
+    return counts
+
+
+def _whole_domains(config: Config, modality: str, plan: Plan, structure: Callable[..., Placed]) -> dict[str, Callable[..., Placed]]:
+    """Domain -> what makes its vectors, where one task does."""
     tasks: dict[str, Callable[..., Placed]] = {
         domain: partial(read_vectors, uri, num_vectors=plan.num_vectors, width=plan.width or 0) for domain, uri in plan.own.items()
     }
     rest = [domain for domain in config.data.domains if domain not in plan.own]
     if modality == "structure":
-        tasks |= {domain: partial(_structure, config, run, domain, plan) for domain in rest}
+        tasks |= {domain: partial(structure, domain) for domain in rest}
     elif not plan.made:
-        tasks |= {domain: partial(_absent, plan) for domain in rest}
-    counts = _map_domains(run, modality, tasks, progress) if tasks else Counter()
-    if plan.made and modality != "structure":
-        worker = TextPart if modality == "text" else ImagePart
-        arguments = {"run": run, "settings": getattr(config.features, modality), "num_vectors": plan.num_vectors}
-        if modality == "text":
-            arguments["fields"] = {domain: _text_columns(config.data.domains[domain]) for domain in rest}
-        parts = [part for domain in rest for part in run.parts("ingest/items", domain)]
-        counts.update(map_parts(run, worker, arguments, parts, f"features/{modality}", config.compute.features, progress))
-    return counts
+        tasks |= {domain: partial(_absent, plan, domain) for domain in rest}
+    return tasks
+
+
+def _encode(config: Config, run: RunDir, modality: str, plan: Plan, progress: Progress) -> Counter[str]:
+    """The parts that go through an encoder."""
+    if not plan.made or modality == "structure":
+        return Counter()
+    rest = [domain for domain in config.data.domains if domain not in plan.own]
+    worker = TextPart if modality == "text" else ImagePart
+    arguments = {"run": run, "settings": getattr(config.features, modality), "num_vectors": plan.num_vectors}
+    if modality == "text":
+        arguments["fields"] = {domain: _text_columns(config.data.domains[domain]) for domain in rest}
+    parts = [part for domain in rest for part in run.parts("ingest/items", domain)]
+    return map_parts(run, worker, arguments, parts, f"features/{modality}", config.compute.features, progress)
 
 
 # what is made from what
@@ -175,7 +212,8 @@ def _write_domain(run: RunDir, modality: str, domain: str, make: Callable[..., P
     for part in run.parts("ingest/items", domain):
         rows = run.read_part("ingest/items", part, KEYS)
         place = slice(start, start + len(rows))
-        run.write_part(f"features/{modality}", part, features_table(rows, placed.vectors[place], placed.present[place]))
+        if not run.exists(f"features/{modality}/{part}"):  # what is there has been read by others
+            run.write_part(f"features/{modality}", part, features_table(rows, placed.vectors[place], placed.present[place]))
         start += len(rows)
     there = int(placed.present.any(axis=1).sum())
     counts = {"items": start, f"{modality}_vectors": int(placed.present.sum()), f"items_without_{modality}": start - there}
@@ -183,12 +221,12 @@ def _write_domain(run: RunDir, modality: str, domain: str, make: Callable[..., P
     run.write_json(f"features/{modality}/.counts/{domain}.json", counts)
 
 
-def _absent(plan: Plan, item_ids: pa.Array) -> Placed:
+def _absent(plan: Plan, domain: str, item_ids: pa.Array) -> Placed:
     shape = (len(item_ids), plan.num_vectors)
     return Placed(np.zeros((*shape, plan.width or 1), np.float32), np.zeros(shape, bool), [])
 
 
-def _structure(config: Config, run: RunDir, domain: str, plan: Plan, item_ids: pa.Array) -> Placed:
+def _structure(config: Config, run: RunDir, plan: Plan, domain: str, item_ids: pa.Array) -> Placed:
     """Structural vectors of a domain from its training interactions."""
     settings, count = config.features.structure, len(item_ids)
     offsets, items = _training_items(run, domain)
@@ -197,7 +235,7 @@ def _structure(config: Config, run: RunDir, domain: str, plan: Plan, item_ids: p
     else:
         vectors = collaborative_vectors(offsets, items, count, settings.dim, settings.window, SEED)
         present = vectors.any(axis=1)
-    placed = _absent(plan, item_ids)
+    placed = _absent(plan, domain, item_ids)
     placed.vectors[:, 0], placed.present[:, 0] = vectors, present
     return placed
 
@@ -215,7 +253,13 @@ def _content_width(run: RunDir) -> int:
     parts = run.parts("features/text")
     if not parts:
         raise ValueError("features.structure.kind=neighbourhood averages text vectors, and there are none; add text to features.modalities")
-    return pq.read_schema(run.path(f"features/text/{parts[0]}"), filesystem=run.filesystem).field("vectors").type.value_type.list_size
+    return _shape(run, "text", parts[0])[1]
+
+
+def _shape(run: RunDir, modality: str, part: str) -> tuple[int, int]:
+    """J and D of a part of features/<modality>."""
+    kind = pq.read_schema(run.path(f"features/{modality}/{part}"), filesystem=run.filesystem).field("vectors").type
+    return kind.list_size, kind.value_type.list_size
 
 
 def _content(run: RunDir, domain: str) -> tuple[np.ndarray, np.ndarray]:

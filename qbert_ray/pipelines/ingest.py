@@ -21,9 +21,22 @@ from pyarrow import fs
 from ray.exceptions import RayTaskError
 
 from qbert_ray.artifacts import RunDir, resolve
-from qbert_ray.columns import DOMAIN, INTERACTIONS, ITEM_ID, ITEM_INDEX, ITEMS, RATING, REJECTED, SEQUENCES, TIMESTAMP, USER_ID
+from qbert_ray.columns import (
+    COLD,
+    COLD_SEQUENCES,
+    DOMAIN,
+    INTERACTIONS,
+    ITEM_ID,
+    ITEM_INDEX,
+    ITEMS,
+    RATING,
+    REJECTED,
+    SEQUENCES,
+    TIMESTAMP,
+    USER_ID,
+)
 from qbert_ray.config import Config
-from qbert_ray.pipelines.partitions import CODE, ITEM_SALT, USER, Core, Partition, core, partition, survivors
+from qbert_ray.pipelines.partitions import CODE, COLD_SALT, ITEM_SALT, USER, Core, Partition, core, partition, survivors
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.readers import REASON, ROW, Fragment
 from qbert_ray.rows import UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
@@ -49,10 +62,8 @@ def ingest_domain(
 ) -> dict[str, Any]:
     """One domain of `ingest`; other partitions change where parts of the users' tables end, never rows or their order."""
     data, domain = config.data, config.data.domains[name]
-    items = open_source(data.root, name, "items", domain)
     interactions = open_source(data.root, name, "interactions", domain, needs_rating=data.min_rating is not None)
-    item_rows = _read(items, read_items, domain=domain, root=_local(data.root))
-    catalog = _catalog(items, item_rows.to_arrow_refs())
+    item_rows, catalog = read_catalog(config, name)
     progress.advance()
 
     rows = _read(interactions, read_interactions, min_rating=data.min_rating)
@@ -62,7 +73,7 @@ def ingest_domain(
     progress.advance()
 
     min_item = data.min_interactions if data.min_item_interactions is None else data.min_item_interactions
-    left = core(partitions, len(catalog), data.min_interactions, min_item)
+    left = core(partitions, _held_out(catalog, data.cold_share if domain.role == "target" else 0.0), data.min_interactions, min_item)
     if not sum(left.users):
         raise SourceError(f"domain {name}: nothing is left of {num_rows:,} interactions; {_most_rejected(partitions)}")
     progress.advance()
@@ -73,6 +84,13 @@ def ingest_domain(
     for table in ("items", "interactions"):
         assert counts[f"{table}_read"] == counts[table] + sum(counts[f"{table}_rejected"].values()), f"{table} lost rows: {counts}"
     return counts
+
+
+def read_catalog(config: Config, name: str) -> tuple[ray.data.Dataset, pa.Table]:
+    """Normalised rows of a domain's items files; and item_id and position of each item's first row, in order of a hash."""
+    source = open_source(config.data.root, name, "items", config.data.domains[name])
+    rows = _read(source, read_items, domain=config.data.domains[name], root=_local(config.data.root))
+    return rows, _catalog(source, rows.to_arrow_refs())
 
 
 def read_items(batch: dict[str, np.ndarray], source: Source, fragments: list[tuple[int, Fragment]], **arguments: Any) -> Iterator[pa.Table]:
@@ -122,6 +140,11 @@ def _ids(block: pa.Table) -> pa.Table:
     return pl.DataFrame(block).filter(pl.col(REASON).is_null()).select(ITEM_ID, POSITION).to_arrow()
 
 
+def _held_out(catalog: pa.Table, share: float) -> np.ndarray:
+    """[catalog] whether an item is cold: by its ID alone, so that another catalog or seed holds out the same ones."""
+    return stable_hash(pl.DataFrame(catalog)[ITEM_ID], COLD_SALT) < np.uint64(share * 2**64)
+
+
 def _most_rejected(partitions: list[Partition]) -> str:
     reasons: Counter[str] = Counter()
     for table in ray.get([part.rejected for part in partitions]):
@@ -156,13 +179,14 @@ class Writer:
 
     def write(self, items: ray.data.Dataset, partitions: list[Partition]) -> dict[str, Any]:
         """Write everything; returns what was kept and what was rejected for which reason."""
-        size = self.rows_per_part or _clamp(self.left.items.sum() / 16, 64, 8192)
-        parts_per_task = _clamp(self.left.items.sum() / size / _clamp(items.size_bytes() / BYTES_PER_TASK, 1, MAX_TASKS), 1, 1 << 30)
-        groups = math.ceil(self.left.items.sum() / (size * parts_per_task))
+        num_items = int(self.left.items.sum() + self.left.cold.sum())
+        size = self.rows_per_part or _clamp(num_items / 16, 64, 8192)
+        parts_per_task = _clamp(num_items / size / _clamp(items.size_bytes() / BYTES_PER_TASK, 1, MAX_TASKS), 1, 1 << 30)
+        groups = math.ceil(num_items / (size * parts_per_task))
         catalog = ray.put(self._final_catalog(size * parts_per_task))
-        split = [_split_items.options(num_returns=groups).remote(block, catalog, groups) for block in items.to_arrow_refs()]
+        split = [split_items.options(num_returns=groups).remote(block, catalog, groups) for block in items.to_arrow_refs()]
         pieces = zip(*split, strict=True) if groups > 1 else [split]
-        tasks = [_write_items.remote(self.run, self.domain, n, n * parts_per_task, size, *rows) for n, rows in enumerate(pieces)]
+        tasks = [write_items.remote(self.run, self.domain, f"{n:05d}", n * parts_per_task, size, *rows) for n, rows in enumerate(pieces)]
         tasks += self._user_tasks(catalog, partitions, groups)
         total: Counter[tuple[str, str]] = Counter()
         for counts in map(ray.get, tasks):
@@ -177,22 +201,24 @@ class Writer:
         first_parts = np.cumsum([0, *(math.ceil(users / size) for users in self.left.users)]).tolist()
         return [
             _write_users.remote(
-                self.run, self.domain, first_rejected + n, first_parts[n], size, self.min_user, catalog, part.kept, part.rejected
+                self.run, self.domain, f"{first_rejected + n:05d}", first_parts[n], size, self.min_user, catalog, part.kept, part.rejected
             )
             for n, part in enumerate(partitions)
         ]  # fmt: skip
 
     def _final_catalog(self, rows_per_group: int) -> pa.Table:
-        """The catalog with item_index (null: not kept) and the group that writes the row."""
-        index = np.cumsum(self.left.items) - 1
+        """The catalog with item_index (null: not kept; cold items come last), the group that writes the row, and what is cold."""
+        kept, cold = self.left.items | self.left.cold, self.left.cold
+        index = np.where(cold, self.left.items.sum() + np.cumsum(cold), np.cumsum(self.left.items)) - 1
         frame = pl.DataFrame(self.catalog).with_columns(
-            pl.Series(GROUP, np.maximum(index, 0) // rows_per_group), pl.Series(ITEM_INDEX, index.astype(np.int32))
+            pl.Series(GROUP, np.maximum(index, 0) // rows_per_group), pl.Series(ITEM_INDEX, index.astype(np.int32)), pl.Series(COLD, cold)
         )
-        return frame.with_columns(pl.when(pl.Series(self.left.items)).then(ITEM_INDEX).alias(ITEM_INDEX)).to_arrow()
+        return frame.with_columns(pl.when(pl.Series(kept)).then(ITEM_INDEX).alias(ITEM_INDEX)).to_arrow()
 
 
 @ray.remote
-def _split_items(block: pa.Table, catalog: pa.Table, groups: int) -> list[pa.Table] | pa.Table:
+def split_items(block: pa.Table, catalog: pa.Table, groups: int) -> list[pa.Table] | pa.Table:
+    """Rows of each group, with item_index, or with the reason why they are not kept."""
     first = pl.DataFrame(catalog).rename({POSITION: "first"})
     rows = pl.DataFrame(block).join(first, on=ITEM_ID, how="left")
     repeated = pl.when(pl.col(POSITION) != pl.col("first")).then(pl.lit(f"duplicate {ITEM_ID}"))
@@ -203,7 +229,8 @@ def _split_items(block: pa.Table, catalog: pa.Table, groups: int) -> list[pa.Tab
 
 
 @ray.remote
-def _write_items(run: RunDir, domain: str, number: int, first_part: int, size: int, *pieces: pa.Table) -> Counter[tuple[str, str]]:
+def write_items(run: RunDir, domain: str, number: str, first_part: int, size: int, *pieces: pa.Table) -> Counter[tuple[str, str]]:
+    """Write the parts of a group of items in order, and part `number` of the rejected rows; rows by (table, reason), none if kept."""
     rows = pl.concat([pl.DataFrame(piece) for piece in pieces])
     kept = rows.filter(pl.col(REASON).is_null()).sort(ITEM_INDEX).with_columns(pl.lit(domain).alias(DOMAIN))
     texts = [name for name in rows.columns if "." in name]
@@ -220,22 +247,28 @@ def _write_items(run: RunDir, domain: str, number: int, first_part: int, size: i
         *(pl.lit("images").alias("table"), pl.lit("unsafe path").alias(REASON)),
     )
     names = ["table", POSITION, REASON, ROW]
-    return Counter({("items", ""): len(kept)}) + _write_rejected(run, domain, number, pl.concat([lost.select(names), unsafe.select(names)]))
+    counts = Counter({("items", ""): len(kept), ("cold_items", ""): int(kept[COLD].sum())})
+    return counts + _write_rejected(run, domain, number, pl.concat([lost.select(names), unsafe.select(names)]))
 
 
 @ray.remote
 def _write_users(
-    run: RunDir, domain: str, number: int, first_part: int, size: int, min_user: int, catalog: pa.Table, kept: pa.Table, rejected: pa.Table
+    run: RunDir, domain: str, number: str, first_part: int, size: int, min_user: int, catalog: pa.Table, kept: pa.Table, rejected: pa.Table
 ) -> Counter[tuple[str, str]]:
     items, rows = pl.DataFrame(catalog), pl.DataFrame(kept)
-    rows = rows.with_columns(items[ITEM_ID][rows[CODE]], items[ITEM_INDEX][rows[CODE]], pl.lit(domain).alias(DOMAIN))
-    left = survivors(rows, items[ITEM_INDEX].is_not_null().to_numpy(), min_user)
+    rows = rows.with_columns(
+        items[ITEM_ID][rows[CODE]], items[ITEM_INDEX][rows[CODE]], items[COLD][rows[CODE]], pl.lit(domain).alias(DOMAIN)
+    )
+    cold = items[COLD].to_numpy()
+    left = survivors(rows, items[ITEM_INDEX].is_not_null().to_numpy() & ~cold, cold, min_user)
     sequences, left = _sequences(left)
-    ends = [0, *sequences["length"].cum_sum().to_list()]
+    ends = [0, *sequences["rows"].cum_sum().to_list()]
     for offset in range(0, len(sequences), size):
         name, end = f"{domain}-{first_part + offset // size:05d}.parquet", min(offset + size, len(sequences))
         run.write_part("ingest/interactions", name, _to_arrow(left[ends[offset] : ends[end]], INTERACTIONS))
         run.write_part("ingest/sequences", name, _to_arrow(sequences[offset:end], SEQUENCES))
+        if cold.any():
+            run.write_part("ingest/cold", name, _to_arrow(sequences[offset:end].filter(pl.col("target").is_not_null()), COLD_SEQUENCES))
     lost = rows.join(left, on=POSITION, how="anti")
     reason = (
         pl.when(pl.col(ITEM_INDEX).is_null())
@@ -244,28 +277,40 @@ def _write_users(
     )
     lost = lost.select(POSITION, reason.alias(REASON), as_json(lost.select(USER_ID, ITEM_ID, TIMESTAMP, RATING)).alias(ROW))
     everything = pl.concat([pl.DataFrame(rejected), lost]).with_columns(pl.lit("interactions").alias("table"))
-    counts = Counter({("interactions", ""): len(left), ("users", ""): len(sequences)})
+    counts = Counter({("interactions", ""): len(left), ("users", ""): len(sequences), ("cold_interactions", ""): int(left[COLD].sum())})
     return counts + _write_rejected(run, domain, number, everything)
 
 
 def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """One row per user with train, valid and test; and the rows with their split."""
-    length, place = pl.len().over(USER), pl.int_range(pl.len()).over(USER)
+    """One row per user with train, valid, test and the last cold target with its history; and the rows with their split."""
+    length, place = pl.len().over(USER, COLD), pl.int_range(pl.len()).over(USER, COLD)
     held_out = pl.when((length >= 3) & (length - place <= 2)).then(length - place)
     split = pl.when(held_out == 1).then(pl.lit("test")).when(held_out == 2).then(pl.lit("valid")).otherwise(pl.lit("train"))
-    grouped = rows.group_by(USER, maintain_order=True).agg(pl.first(DOMAIN, USER_ID), pl.len().alias("length"), ITEM_INDEX)
+    rows = rows.with_columns(
+        pl.when(COLD).then(pl.lit(COLD)).otherwise(split).alias("split"), (~pl.col(COLD)).cum_sum().over(USER).alias("before")
+    )
+    warm, cold = ~pl.col(COLD), pl.col(COLD) & (pl.col("before") > 0)
+    grouped = rows.group_by(USER, maintain_order=True).agg(
+        pl.first(DOMAIN, USER_ID),
+        pl.len().alias("rows"),
+        warm.sum().cast(pl.Int64).alias("length"),
+        pl.col(ITEM_INDEX).filter(warm),
+        pl.col(ITEM_INDEX).filter(cold).last().alias("target"),
+        pl.col("before").filter(cold).last(),
+    )
     items, enough = pl.col(ITEM_INDEX), pl.col("length") >= 3
     sequences = grouped.with_columns(
-        pl.when(enough).then(items.list.head(pl.col("length").cast(pl.Int64) - 2)).otherwise(items).alias("train"),
+        pl.when(enough).then(items.list.head(pl.col("length") - 2)).otherwise(items).alias("train"),
         pl.when(enough).then(items.list.get(-2, null_on_oob=True)).alias("valid"),
         pl.when(enough).then(items.list.get(-1, null_on_oob=True)).alias("test"),
+        items.list.head(pl.col("before")).alias("history"),
     )
-    return sequences, rows.with_columns(split.alias("split"))
+    return sequences, rows
 
 
-def _write_rejected(run: RunDir, domain: str, number: int, rows: pl.DataFrame) -> Counter[tuple[str, str]]:
+def _write_rejected(run: RunDir, domain: str, number: str, rows: pl.DataFrame) -> Counter[tuple[str, str]]:
     rows = rows.sort("table", POSITION).rename({REASON: "reason", ROW: "row"}).with_columns(pl.lit(domain).alias(DOMAIN))
-    run.write_part("ingest/rejected", f"{domain}-{number:05d}.parquet", _to_arrow(rows, REJECTED))
+    run.write_part("ingest/rejected", f"{domain}-{number}.parquet", _to_arrow(rows, REJECTED))
     return Counter({(table, reason): count for table, reason, count in rows.group_by("table", "reason").len().iter_rows()})
 
 

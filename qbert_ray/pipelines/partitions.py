@@ -21,7 +21,7 @@ from qbert_ray.sources import POSITION
 
 CODE, USER, HASH = "_code", "_user", "_hash"
 # Salts are constants and not the seed: another seed must not mean another test set.
-USER_SALT, ITEM_SALT, TIE_SALT = 1, 2, 3
+USER_SALT, ITEM_SALT, TIE_SALT, COLD_SALT = 1, 2, 3, 4
 GIVEN = [USER_ID, ITEM_ID, TIMESTAMP, RATING]
 
 
@@ -38,6 +38,7 @@ class Core:
     """What the k-core left."""
 
     items: np.ndarray  # [catalog] of bool
+    cold: np.ndarray  # [catalog] of bool, items held out of it that its users have often enough
     users: list[int]  # of each partition
     rounds: int
 
@@ -54,29 +55,29 @@ def partition(blocks: list[ray.ObjectRef], catalog: ray.ObjectRef, count: int) -
     return [Partition(*refs) for refs in merged]
 
 
-def core(partitions: list[Partition], num_items: int, min_user: int, min_item: int) -> Core:
-    """The largest set in which each user has `min_user` and each item `min_item` interactions."""
-    items, rounds = np.ones(num_items, bool), 0
+def core(partitions: list[Partition], cold: np.ndarray, min_user: int, min_item: int) -> Core:
+    """The largest set without `cold` items in which each user has `min_user` and each item `min_item` interactions."""
+    items, rounds = ~cold, 0
     while True:
         rounds += 1
-        reference = ray.put(items)
+        reference = ray.put((items, cold))
         pending = [_count.remote(part.kept, reference, min_user) for part in partitions]
-        total, users = np.zeros(num_items, np.int64), []
+        total, users = np.zeros(len(cold), np.int64), []
         for ref in pending:
             counts, num_users = ray.get(ref)
             total += counts
             users.append(num_users)
         left = items & (total >= min_item)
         if (left == items).all():
-            return Core(items, users, rounds)
+            return Core(items, cold & (total >= min_item), users, rounds)
         items = left
 
 
-def survivors(kept: pl.DataFrame, items: np.ndarray, min_user: int) -> pl.DataFrame:
-    """Rows of the remaining items whose users still have `min_user` of them."""
-    rows = kept.filter(items[kept[CODE].to_numpy()])
-    users = rows[USER].to_numpy()
-    return rows.filter(np.bincount(users)[users] >= min_user) if len(rows) else rows
+def survivors(kept: pl.DataFrame, items: np.ndarray, cold: np.ndarray, min_user: int) -> pl.DataFrame:
+    """Rows of the remaining and the cold items whose users still have `min_user` of the remaining ones."""
+    codes, users = kept[CODE].to_numpy(), kept[USER].to_numpy()
+    enough = np.bincount(users, weights=items[codes]) >= max(min_user, 1)
+    return kept.filter((items | cold)[codes] & enough[users])
 
 
 @ray.remote
@@ -111,6 +112,6 @@ def _in_order(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 @ray.remote
-def _count(kept: pa.Table, items: np.ndarray, min_user: int) -> tuple[np.ndarray, int]:
-    rows = survivors(pl.DataFrame(kept), items, min_user)
-    return np.bincount(rows[CODE].to_numpy(), minlength=len(items)), rows[USER].n_unique()
+def _count(kept: pa.Table, masks: tuple[np.ndarray, np.ndarray], min_user: int) -> tuple[np.ndarray, int]:
+    rows = survivors(pl.DataFrame(kept), *masks, min_user)
+    return np.bincount(rows[CODE].to_numpy(), minlength=len(masks[0])), rows[USER].n_unique()

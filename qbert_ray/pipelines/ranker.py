@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from qbert_ray import columns, memory
+from qbert_ray import memory
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Memory
 from qbert_ray.pipelines.sharding import own_device
@@ -34,7 +34,7 @@ class Ranker:
         self.catalog = torch.from_numpy(catalog_codes(run, domain)).to(self.device)
         with torch.inference_mode():
             self.vectors, self.bias = self.model.catalog_vectors(self.catalog, domain)
-        self.memory = load_memory(run, domain, settings, self.model.max_items) if settings.enabled else None
+        self.memory = load_memory(run, domain, settings, self.model.max_items, len(self.catalog)) if settings.enabled else None
         self.mix: memory.Mix | None = None
         if settings.enabled and mixed:
             self.use(memory.Mix(**run.load_model(f"{MIX}/{domain}")[0]))
@@ -73,14 +73,18 @@ def batches(users: int, num_items: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, users))
 
 
-def load_memory(run: RunDir, domain: str, settings: Memory, latest: int) -> memory.Memory:
-    """The item-item weights of memory/weights."""
-    table = run.read(WEIGHTS, domain).sort_by(columns.ITEM_INDEX)
-    matrices = [_matrix(table[f"{name}_items"], table[f"{name}_weights"]) for name in ("ridge", "following")]
+def load_memory(run: RunDir, domain: str, settings: Memory, latest: int, num_items: int) -> memory.Memory:
+    """The item-item weights of memory/weights; none for items that came later."""
+    table = run.read(WEIGHTS, domain)
+    matrices = [_matrix(table[f"{name}_items"], table[f"{name}_weights"], num_items) for name in ("ridge", "following")]
     return memory.Memory(*matrices, (settings.decay, settings.following_decay), settings.scale, latest)
 
 
-def _matrix(items: pa.ChunkedArray, weights: pa.ChunkedArray) -> sparse.csr_matrix:
+def _matrix(items: pa.ChunkedArray, weights: pa.ChunkedArray, num_items: int) -> sparse.csr_matrix:
     items, weights = items.combine_chunks(), weights.combine_chunks()
     indptr = items.offsets.to_numpy().astype(np.int64)
-    return sparse.csr_matrix((weights.flatten().to_numpy(), items.flatten().to_numpy(), indptr - indptr[0]), shape=(len(items), len(items)))
+    matrix = sparse.csr_matrix(
+        (weights.flatten().to_numpy(), items.flatten().to_numpy(), indptr - indptr[0]), shape=(len(items), num_items)
+    )
+    matrix.resize(num_items, num_items)
+    return matrix

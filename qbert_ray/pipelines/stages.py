@@ -156,7 +156,10 @@ def finetune(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     return {"metrics": counts}
 
 
-_INGEST = ("data.root", "data.domains", "data.min_interactions", "data.min_item_interactions", "data.min_rating", "data.rows_per_part")
+_INGEST = (
+    *("data.root", "data.domains", "data.min_interactions", "data.min_item_interactions", "data.min_rating"),
+    *("data.cold_share", "data.rows_per_part"),
+)
 _SEQUENCER = ("run.seed", "sequencer", "pretrain")
 STAGES = (
     Stage("ingest", "ingest", ingest, _INGEST, (), keeps=False),
@@ -193,8 +196,11 @@ def depends_on(stage: Stage, config: Config) -> dict[str, Any]:
     return {path: value for path, value in leaves.items() if any(path == key or path.startswith(f"{key}.") for key in stage.config)}
 
 
-def status(stage: Stage, config: Config, run: RunDir) -> Manifest | None:
+def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Manifest | None:
     """The manifest of a finished stage; None where it is still to do.
+
+    Args:
+        files: whether changed input files matter, but for files whose new items were appended.
 
     Raises:
         ArtifactError: it was done with another config, or from other inputs.
@@ -209,9 +215,16 @@ def status(stage: Stage, config: Config, run: RunDir) -> Manifest | None:
         raise ArtifactError(
             f"{run.uri}/{stage.folder} was made with another config:\n{lines}\nredo it with --from {stage.name}, or choose another run.dir"
         )
-    stale = [name for name, fingerprint in _input_fingerprints(stage, config, run).items() if done.inputs.get(name) != fingerprint]
+    inputs = _input_fingerprints(stage, config, run)
+    stale = [name for name, fingerprint in inputs.items() if done.inputs.get(name) != fingerprint]
+    read = run.read_json(APPENDED) if stale and run.exists(APPENDED) else {}
+    stale = [name for name in stale if read.get(name) != inputs[name] and (files or not name.startswith("data."))]
     if stale:
-        raise ArtifactError(f"{run.uri}/{stage.folder} was made from other outputs of {', '.join(stale)}; redo it with --from {stage.name}")
+        new_items = all(name.startswith("data.domains.") and name.endswith(".items") for name in stale)
+        hint = "; or give only the new items IDs: qbert-ray assign-ids --append" if new_items else ""
+        raise ArtifactError(
+            f"{run.uri}/{stage.folder} was made from other outputs of {', '.join(stale)}; redo it with --from {stage.name}{hint}"
+        )
     return done
 
 
@@ -249,6 +262,7 @@ def redo_from(name: str, run: RunDir) -> None:
 
 
 _STARTED = "started.json"
+APPENDED = "ingest/appended.json"  # state of the input files up to which items were appended
 
 
 def _forget_unfinished(stage: Stage, manifest: Manifest, run: RunDir) -> None:
@@ -267,13 +281,13 @@ def _input_fingerprints(stage: Stage, config: Config, run: RunDir) -> dict[str, 
         manifest = None if source.skipped(config) else Manifest.load(run, source.folder)
         if manifest is not None:
             inputs[name] = manifest.fingerprint
-    return inputs | _file_fingerprints(stage, config)
+    return inputs | file_fingerprints(stage, config)
 
 
 _FILES = {"ingest": ("items", "interactions"), "features": ("text_features", "image_features", "structure_features")}
 
 
-def _file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
+def file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
     """Size and time of the input files, so that changed data is noticed."""
     named = {
         f"data.domains.{name}.{field}": getattr(d, field) for name, d in config.data.domains.items() for field in _FILES.get(stage.name, ())

@@ -6,16 +6,19 @@ from (seed, epoch) alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert_ray import columns, kmeans, metrics
 from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.config import Config, SequenceTraining
-from qbert_ray.fusion import DynamicFusion, alignment_loss, view_distance
+from qbert_ray.fusion import DynamicFusion, alignment_loss, geometry_loss, view_distance
 from qbert_ray.masking import draw_masks, uniform
 from qbert_ray.ranking import ranks
 from qbert_ray.rqvae import RQVAE, normalised_error
@@ -26,22 +29,18 @@ ID_DROPOUT_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 1, 2, 3  # keep draws for 
 
 
 class Features:
-    """features/<modality>: the vectors of some items."""
+    """features/<modality>: the vectors of the items of a part, or of all that training may see."""
 
-    def __init__(self, run: RunDir, part: str | None = None) -> None:
+    def __init__(self, run: RunDir, part: str | None = None, domains: Sequence[str] = ()) -> None:
         self.vectors: dict[str, np.ndarray] = {}  # modality -> [N, J, F]
         self.present: dict[str, np.ndarray] = {}  # modality -> [N, J]
         for modality in ("text", "image", "structure"):
             if not run.parts(f"features/{modality}"):
                 continue
-            table = run.read_part(f"features/{modality}", part) if part else self._all(run, modality)
+            table = run.read_part(f"features/{modality}", part) if part else read_warm(run, f"features/{modality}", domains)
             self.vectors[modality] = columns.to_numpy(table["vectors"])
             self.present[modality] = columns.to_numpy(table["present"])
             self.table = table.select([columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX])
-
-    @staticmethod
-    def _all(run: RunDir, modality: str) -> Any:
-        return run.read(f"features/{modality}", columns=[columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX, "vectors", "present"])
 
     @property
     def widths(self) -> dict[str, int]:
@@ -60,7 +59,7 @@ class FusionTask:
 
     def __init__(self, config: Config, run: RunDir) -> None:
         self.settings, self.seed = config.fusion, config.run.seed
-        self.features = Features(run)
+        self.features = Features(run, domains=list(config.data.domains))
         self.num_items = self.features.table.num_rows
 
     def description(self) -> dict[str, Any]:
@@ -80,10 +79,20 @@ class FusionTask:
     def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
         hidden = uniform(self.seed + ID_DROPOUT_STREAM, epoch, samples, 1)[:, 0] < self.settings.id_dropout
         item = torch.from_numpy(np.where(hidden, model.unknown, samples)).to(device)
-        fused = model(item, *self.features.batch(samples, device))
+        features, present = self.features.batch(samples, device)
+        fused = model(item, features, present, unread=self._unread(hidden, samples, device))
         s = self.settings
-        losses = alignment_loss(fused, s.contrast_temperature, s.consistency_weight, s.ponder_weight, s.ponder_target)
-        return losses["loss"] * len(samples), float(len(samples))
+        loss = alignment_loss(fused, s.contrast_temperature, s.consistency_weight, s.ponder_weight, s.ponder_target)["loss"]
+        if s.geometry_weight:
+            loss = loss + s.geometry_weight * geometry_loss(fused, features, present)
+        return loss * len(samples), float(len(samples))
+
+    def _unread(self, hidden: np.ndarray, samples: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """A cold item has no structure either: what trains with the unknown query is fused without, and learns to foretell it."""
+        if "structure" not in self.features.present:
+            return {}
+        others = [there[samples].any(1) for name, there in self.features.present.items() if name != "structure"]
+        return {"structure": torch.from_numpy(hidden & np.any(others, axis=0)).to(device)} if others else {}
 
     def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
         rows = np.arange(min(self.num_items, SAMPLE))
@@ -156,7 +165,7 @@ class RqvaeTask:
 
 
 def sample_embeddings(run: RunDir, domains: list[str], most: int, seed: int) -> np.ndarray:
-    """[N, D] fused embeddings of all items, or of `most` of them; needs memory for twice those.
+    """[N, D] fused embeddings of all items that training may see, or of `most` of them; needs memory for twice those.
 
     Which items depends on seed, number of items and their order, not on the parts.
     """
@@ -164,8 +173,9 @@ def sample_embeddings(run: RunDir, domains: list[str], most: int, seed: int) -> 
     if not names:
         raise ArtifactError(f"no table fusion/embeddings in {run.uri}; run the stage that makes it: qbert-ray train-fusion")
     sizes = [run.read_part("fusion/embeddings", name, [columns.ITEM_INDEX]).num_rows for name in names]
-    total = sum(sizes)
-    rows = np.arange(total) if total <= most else np.sort(np.random.default_rng(seed).choice(total, most, replace=False))
+    rows = np.flatnonzero(np.concatenate([~run.read_part("ingest/items", name, [columns.COLD])[columns.COLD].to_numpy() for name in names]))
+    if len(rows) > most:
+        rows = rows[np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False))]
     pieces = np.split(rows, np.searchsorted(rows, np.cumsum(sizes)[:-1]))
     chosen = []
     begin = 0
@@ -183,14 +193,17 @@ class SequencerTask:
     def __init__(self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None) -> None:
         self.config, self.settings, self.seed, self.run, self.start = config, settings, config.run.seed, run, start
         self.domains = domains
-        self.catalogs = {name: catalog_codes(run, name) for name in domains}
+        self.catalogs = {name: catalog_codes(run, name)[: warm_items(run, name)] for name in domains}
         self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
+        self.contents = {name: content_vectors(run, name)[: len(self.catalogs[name])] for name in domains} if self._reads_content() else {}
         self.codebook_size = run.read_json("semantic_ids/manifest.json")["counts"]["codebook_size"]
 
     def description(self) -> dict[str, Any]:
         s = self.config.sequencer
         names = ("width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature")
+        names += ("code_dropout",)
         return {
+            "content_width": next(iter(self.contents.values())).shape[1] if self.contents else 0,
             "num_levels": int(self.catalogs[self.domains[0]].shape[1]),
             "codebook_size": self.codebook_size,
             "warm_items": {name: len(self.catalogs[name]) for name in self.domains} if s.item_embedding else {},
@@ -198,6 +211,8 @@ class SequencerTask:
 
     def build(self) -> nn.Module:
         model = Sequencer(**self.description())
+        for name, content in self.contents.items():
+            model.hold_content(name, content)
         for name in self.domains if self.config.sequencer.item_embedding else []:
             counts = np.bincount(self.sequences[name].items, minlength=len(self.catalogs[name]))
             getattr(model, f"warm_{name}").copy_(torch.from_numpy(counts > 0)[:, None])
@@ -220,6 +235,10 @@ class SequencerTask:
             batches += [windows[rows] for rows in shuffled_batches(len(windows), self.settings.batch_size, self.seed + number, epoch)]
         order = np.random.default_rng([self.seed, epoch]).permutation(len(batches))
         return [batches[place] for place in order]
+
+    def _reads_content(self) -> bool:
+        s = self.config.sequencer
+        return s.content and s.tokens == "item" and bool(self.run.parts("fusion/embeddings"))
 
     def _windows(self, number: int, name: str, epoch: int) -> np.ndarray:
         """Windows of at most `max_items` training items: the latest of each user, and earlier ones at places that vary by epoch."""
@@ -279,12 +298,29 @@ def rank_targets(
     return np.concatenate(result)
 
 
+def warm_items(run: RunDir, domain: str) -> int:
+    """How many items training may see: the first of the catalog."""
+    return int(np.count_nonzero(~run.read("ingest/items", domain, [columns.COLD])[columns.COLD].to_numpy()))
+
+
+def read_warm(run: RunDir, table: str, domains: Sequence[str], names: list[str] | None = None) -> pa.Table:
+    """Rows of a table over the catalog that training may see, domain after domain."""
+    return pa.concat_tables([run.read(table, domain, names).slice(0, warm_items(run, domain)) for domain in domains])
+
+
 def catalog_codes(run: RunDir, domain: str) -> np.ndarray:
     """[N, K] codes of a domain's items in the order of item_index."""
     table = run.read("semantic_ids", domain, [columns.ITEM_INDEX, "codes"])
     codes = table["codes"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1).astype(np.int64)
     order = np.argsort(table[columns.ITEM_INDEX].to_numpy())
     return codes[order]
+
+
+def content_vectors(run: RunDir, domain: str) -> Tensor:
+    """[N, D] fused embeddings, centred on those that training may see, of length sqrt(D)."""
+    embedding = torch.from_numpy(columns.to_numpy(run.read("fusion/embeddings", domain, ["embedding"])["embedding"]).copy())
+    centred = embedding - embedding[: warm_items(run, domain)].mean(0)
+    return F.normalize(centred, dim=-1) * embedding.shape[1] ** 0.5
 
 
 def shuffled_batches(size: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -298,4 +334,6 @@ def load_sequencer(run: RunDir, domain: str) -> Sequencer:
     tensors, description = run.load_model(f"finetune/{domain}/model")
     model = Sequencer(**description)
     model.load_state_dict(tensors)
+    if model.content is not None:
+        model.hold_content(domain, content_vectors(run, domain))
     return model.eval()

@@ -21,7 +21,7 @@ from qbert_ray.config import Config
 from qbert_ray.fusion import DynamicFusion
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
-from qbert_ray.pipelines.tasks import Features
+from qbert_ray.pipelines.tasks import Features, warm_items
 from qbert_ray.rqvae import RQVAE
 from qbert_ray.semantic_ids import Resolved, resolve_collisions, resolve_given, to_tokens
 from qbert_ray.sources import join
@@ -33,22 +33,24 @@ ENCODED = "semantic_ids/.encoded"
 
 def embed_catalog(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Write fusion/embeddings; counts of items and of items per depth."""
-    parts = run.parts("ingest/items")
-    offsets = {}
-    total = 0
+    known, total = {}, 0
     for domain in config.data.domains:
-        offsets[domain] = total
-        total += sum(run.read_part("ingest/items", part, [columns.ITEM_INDEX]).num_rows for part in run.parts("ingest/items", domain))
-    arguments = {"run": run, "offsets": offsets}
-    return dict(map_parts(run, EmbedPart, arguments, parts, "fusion/embeddings", config.compute.assign, progress))
+        known[domain] = (total, warm_items(run, domain))
+        total += known[domain][1]
+    arguments = {"run": run, "known": known}
+    return dict(map_parts(run, EmbedPart, arguments, run.parts("ingest/items"), "fusion/embeddings", config.compute.assign, progress))
 
 
 class EmbedPart:
-    """Fused embeddings and depths of a part of the catalog."""
+    """Fused embeddings and depths of a part of the catalog; cold items use the query of unknown ones.
 
-    def __init__(self, run: RunDir, offsets: dict[str, int]) -> None:
+    Args:
+        known: domain -> ID vector of its first item, and how many items have one.
+    """
+
+    def __init__(self, run: RunDir, known: dict[str, tuple[int, int]]) -> None:
         tensors, description = run.load_model("fusion/model")
-        self.run, self.offsets, self.device = run, offsets, own_device()
+        self.run, self.known, self.device = run, known, own_device()
         self.model = DynamicFusion(**description).to(self.device).eval()
         self.model.load_state_dict(tensors)
 
@@ -57,7 +59,9 @@ class EmbedPart:
         features = Features(self.run, name)
         table = features.table
         rows = np.arange(table.num_rows)
-        item = table[columns.ITEM_INDEX].to_numpy() + self.offsets[name.rsplit("-", 1)[0]]
+        first, count = self.known[name.rsplit("-", 1)[0]]
+        index = table[columns.ITEM_INDEX].to_numpy()
+        item = np.where(index < count, first + index, self.model.unknown)
         embeddings, depths = [], []
         for begin in range(0, len(rows), BATCH):
             batch = rows[begin : begin + BATCH]
@@ -80,8 +84,14 @@ def assign_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any
     """Write semantic_ids for every item, without collisions within a domain; counts and the figures of the IDs' quality."""
     if config.data.semantic_ids:
         return _adopt_ids(config, run, progress)
-    map_parts(run, EncodePart, {"run": run}, run.parts("fusion/embeddings"), ENCODED, config.compute.assign, progress)
-    counts = ray.get([_resolve_domain.remote(run, domain) for domain in config.data.domains])
+    return assign_parts(config, run, run.parts("fusion/embeddings"), progress)
+
+
+def assign_parts(config: Config, run: RunDir, parts: list[str], progress: Progress) -> dict[str, Any]:
+    """Write some parts of semantic_ids; IDs in the other parts stay and are not given again. The figures are those of all."""
+    map_parts(run, EncodePart, {"run": run}, parts, ENCODED, config.compute.assign, progress)
+    mine = {domain: [part for part in run.parts("ingest/items", domain) if part in set(parts)] for domain in config.data.domains}
+    counts = ray.get([_resolve_domain.remote(run, domain, names) for domain, names in mine.items() if names])
     run.delete(ENCODED)
     return _summary(run, config, counts, config.rqvae.codebook_size)
 
@@ -110,13 +120,14 @@ class EncodePart:
 
 
 @ray.remote
-def _resolve_domain(run: RunDir, domain: str) -> dict[str, Any]:
-    parts = run.parts("ingest/items", domain)
+def _resolve_domain(run: RunDir, domain: str, parts: list[str]) -> dict[str, Any]:
     codes, latents = (
         np.concatenate([columns.to_numpy(run.read_part(ENCODED, part, [name])[name]) for part in parts]) for name in ("codes", "latent")
     )
+    published = [run.read_part("semantic_ids", part, ["codes"]) for part in run.parts("semantic_ids", domain) if part not in parts]
+    taken = columns.to_numpy(pa.concat_tables(published)["codes"]) if published else None
     codebooks = load_rqvae(run).quantizer.codebooks.detach().numpy()
-    return _write_domain(run, domain, parts, codes, resolve_collisions(codes, latents, codebooks))
+    return _write_domain(run, domain, parts, codes, resolve_collisions(codes, latents, codebooks, taken))
 
 
 def _write_domain(run: RunDir, domain: str, parts: list[str], nearest: np.ndarray, resolved: Resolved) -> dict[str, Any]:
@@ -199,12 +210,21 @@ def _given_codes(run: RunDir, given: pl.DataFrame, domain: str, source: str) -> 
     return flat.to_numpy().reshape(len(items), -1)
 
 
+def figures(config: Config, run: RunDir) -> dict[str, Any]:
+    """Counts and use of the codes over all IDs of a run whose quantizer was trained there."""
+    return _figures(config, run, config.rqvae.codebook_size)
+
+
 def _summary(run: RunDir, config: Config, counts: list[dict[str, Any]], size: int) -> dict[str, Any]:
-    codes = np.concatenate([columns.to_numpy(run.read("semantic_ids", domain, ["codes"])["codes"]) for domain in config.data.domains])
+    return _figures(config, run, size) | {"domains": counts}
+
+
+def _figures(config: Config, run: RunDir, size: int) -> dict[str, Any]:
+    tables = [run.read("semantic_ids", domain, ["codes", "moved"]) for domain in config.data.domains]
+    codes = np.concatenate([columns.to_numpy(table["codes"]) for table in tables])
     return {
         "items": len(codes),
-        "moved": sum(count["moved"] for count in counts),
-        "domains": counts,
+        "moved": sum(int(np.count_nonzero(table["moved"].to_numpy())) for table in tables),
         "num_levels": int(codes.shape[1]),
         "codebook_size": size,
         "codebook_usage": metrics.codebook_usage(codes, size),

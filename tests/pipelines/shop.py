@@ -16,6 +16,7 @@ SMALL = [
     "pretrain={epochs: 2, batch_size: 32, microbatches: 2}",
     "finetune={epochs: 3, batch_size: 32, microbatches: 2, averaging: 0.9}",
     "data.rows_per_part=40",
+    "data.cold_share=0.1",
     "compute.features.max_size=1",  # starting an actor costs more than these parts
     "compute.assign.max_size=1",
     "compute.memory.max_size=1",

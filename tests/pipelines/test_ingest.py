@@ -13,8 +13,10 @@ from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config
 from qbert_ray.pipelines import ingest as stage
 from qbert_ray.pipelines.ingest import ingest, ingest_domain
+from qbert_ray.pipelines.partitions import COLD_SALT
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.validation import format_validation, validate
+from qbert_ray.rows import stable_hash
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 TABLES = {"items": None, "interactions": columns.INTERACTIONS, "sequences": columns.SEQUENCES, "rejected": columns.REJECTED}
@@ -297,3 +299,64 @@ def test_counts_of_public_data(real_data, tmp_path, name, data, expected):
     config = Config.model_validate({"data": {"root": str(real_data / name), **data}})
     (counts,) = ingest(config, RunDir(str(tmp_path)), Quiet()).values()
     assert (counts["users"], counts["items"], counts["interactions"]) == expected
+
+
+@pytest.fixture
+def held_out(tmp_path) -> tuple[dict, RunDir, pl.DataFrame]:
+    catalog, log = shop(rows=800)
+    return *ingested(write(tmp_path / "data", catalog, log), min_interactions=3, cold_share=0.3), log
+
+
+def test_cold_items_are_in_no_sequence_and_no_row_is_lost(held_out):
+    counts, run, log = held_out
+    items, rows = table(run, "items"), table(run, "interactions")
+    cold = set(items.filter("cold")["item_index"])
+    assert cold == set(range(len(items) - len(cold), len(items)))  # the last of the catalog
+    assert 0 < counts["cold_items"] == len(cold) < len(items) / 2
+    for user in table(run, "sequences").iter_rows(named=True):
+        assert not cold & {*user["train"], user["valid"], user["test"]}
+    ids = set(items.filter("cold")["item_id"])
+    assert [item in ids for item in rows["item_id"]] == (rows["split"] == "cold").to_list()
+    assert counts["cold_interactions"] == rows.filter(split="cold").height > 0
+    assert counts["interactions_read"] == len(log) == len(rows) + table(run, "rejected").filter(table="interactions").height
+
+
+def test_the_core_does_not_know_cold_items(held_out):
+    _, run, log = held_out
+    cold = set(table(run, "items").filter("cold")["item_id"])
+    share = np.uint64(0.3 * 2**64)
+    hashed = set(log["item_id"].filter(stable_hash(log["item_id"], COLD_SALT) < share))
+    expected = naive_core(log.filter(~pl.col("item_id").is_in(hashed)), 3, 3)
+    rows = table(run, "interactions")
+    keys = ["user_id", "item_id", "timestamp"]
+    warm = rows.filter(pl.col("split") != "cold").select(keys).sort(keys).rows()
+    assert warm == list(expected[keys].sort_values(keys).itertuples(index=False, name=None))
+    bought = log.filter(pl.col("item_id").is_in(hashed) & pl.col("user_id").is_in(set(expected["user_id"])))
+    assert cold == {item for item, count in bought["item_id"].value_counts().iter_rows() if count >= 3} <= hashed
+
+
+def test_a_cold_history_is_what_came_before(held_out):
+    _, run, _ = held_out
+    index = dict(table(run, "items").select("item_id", "item_index").iter_rows())
+    rows, targets = table(run, "interactions"), {}
+    for (user,), mine in rows.group_by("user_id", maintain_order=True):
+        history = []
+        for item, split in mine.select("item_id", "split").iter_rows():
+            if split != "cold":
+                history.append(index[item])
+            elif history:
+                targets[user] = (list(history), index[item])
+    found = {user: (history, target) for user, history, target in table(run, "cold").select("user_id", "history", "target").iter_rows()}
+    assert found == targets
+    assert run.read("ingest/cold").schema.equals(columns.COLD_SEQUENCES)
+
+
+def test_source_domains_hold_nothing_out(tmp_path):
+    catalog, log = shop()
+    root = write(tmp_path, catalog, log)
+    domains = {"shop": {"role": "source"}, "other": {}}
+    config = Config.model_validate({"data": {"root": str(root), "domains": domains, "cold_share": 0.3}, "run": {"dir": str(root / "run")}})
+    run = RunDir(config.run.dir)
+    counts = ingest(config, run, Quiet())
+    assert "cold_items" not in counts["shop"] and counts["other"]["cold_items"]
+    assert run.parts("ingest/cold", "shop") == []

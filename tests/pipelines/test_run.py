@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qbert_ray.pipelines.memorization import WeightsPart
 from qbert_ray.pipelines.ranker import Ranker
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, STAGES, redo_from, run_stage, status
+from qbert_ray.pipelines.tasks import RqvaeTask, SequencerTask
 from tests.pipelines.shop import SOURCE, small_config
 
 
@@ -34,6 +36,7 @@ def test_every_stage_leaves_its_manifest_and_no_scraps(finished):
         ("semantic_ids", columns.SEMANTIC_IDS),
         ("memory/weights", columns.MEMORY),
         ("evaluation/ranks", columns.RANKS),
+        ("evaluation/cold", columns.COLD_RANKS),
         ("recommendations", columns.RECOMMENDATIONS),
     ],
 )
@@ -73,6 +76,34 @@ def test_without_memory_the_model_is_the_sequencer(finished, shop, tmp_path):
     assert torch.equal(ranker.scores(histories)["model"], alone) and torch.equal(ranker.model_scores(histories), alone)
 
 
+def test_cold_metrics_are_those_of_the_ranks(finished):
+    _, run = finished
+    report = run.read_json("evaluation/metrics.json")["demo"]["cold"]
+    rows, targets = run.read("evaluation/cold").to_pylist(), run.read("ingest/cold").to_pylist()
+    cold = run.read("ingest/items", "demo").filter(pc.field("cold"))["item_id"].to_pylist()
+    assert report["users"] == len(targets) > 0
+    for name in ("model", "text_mean", "text_nearest"):
+        mine = [row for row in rows if row["model"] == name]
+        assert {row["user_id"] for row in mine} == {row["user_id"] for row in targets}
+        for protocol in ("unseen", "cold"):
+            ranks = np.array([row[f"rank_{protocol}"] for row in mine])
+            assert report["protocols"][protocol][name]["hr@5"]["value"] == pytest.approx((ranks <= 5).mean())
+    assert all(row["target"] in cold and row["rank_cold"] <= row["rank_unseen"] for row in rows)
+    assert report["protocols"]["cold"]["random"]["hr@5"]["value"] == pytest.approx(5 / len(cold))
+
+
+def test_no_training_sees_a_cold_item(finished):
+    """No ID vector, no structure, no place among the candidates of the loss, and codes nonetheless."""
+    config, run = finished
+    cold = run.read("ingest/items", "demo")["cold"].to_numpy()
+    warm = run.read("ingest/items", "other").num_rows + int((~cold).sum())
+    assert cold.any() and run.load_model("fusion/model")[1]["num_items"] == warm
+    assert not columns.to_numpy(run.read("features/structure", "demo")["present"])[cold].any()
+    assert len(SequencerTask(config, run, ["demo"], config.finetune).catalogs["demo"]) == int((~cold).sum())
+    assert len(RqvaeTask(config, run).embeddings) == warm
+    assert run.read("semantic_ids", "demo").num_rows == len(cold)
+
+
 def test_popularity_ranks_equal_a_plain_count(finished):
     _, run = finished
     counts = {}
@@ -90,7 +121,7 @@ def test_popularity_ranks_equal_a_plain_count(finished):
 def test_recommendations_are_unseen_ranked_and_one_list_per_user(finished):
     config, run = finished
     seen = {}
-    for row in run.read("ingest/interactions", "demo").to_pylist():
+    for row in run.read("ingest/interactions", "demo").filter(pc.field("split") != "cold").to_pylist():
         seen.setdefault(row["user_id"], set()).add(row["item_id"])
     lists = {}
     for row in run.read("recommendations").to_pylist():

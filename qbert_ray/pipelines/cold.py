@@ -1,0 +1,110 @@
+"""Items that no training has seen, ranked beside all others: what semantic IDs are for.
+
+A cold item is known by its content alone. For each user who had one, the last is the target, after all that the user had of
+the other items before it. Beside the model stand the expected value of a random order, and neighbours by text: the cosine of
+the mean text vectors of a candidate and of the latest items of the history, their mean or the nearest of them.
+
+Shapes: B users, N catalog, D width of text vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qbert_ray import columns, metrics
+from qbert_ray.artifacts import RunDir
+from qbert_ray.config import Config, Memory
+from qbert_ray.pipelines.ranker import Ranker, batches
+from qbert_ray.pipelines.session import Progress
+from qbert_ray.pipelines.sharding import map_parts
+from qbert_ray.pipelines.tasks import warm_items
+from qbert_ray.ranking import ranks
+
+PROTOCOLS = {"unseen": "rank_unseen", "cold": "rank_cold"}
+
+
+def evaluate_cold(config: Config, run: RunDir, domain: str, progress: Progress) -> dict[str, Any] | None:
+    """Write evaluation/cold of a domain; its figures, or None where no item is held out."""
+    parts = run.parts("ingest/cold", domain)
+    if not parts:
+        return None
+    arguments = {"run": run, "domain": domain, "memory": config.memory, "latest": config.evaluation.co_occurrence_history}
+    map_parts(run, ColdPart, arguments, parts, "evaluation/cold", config.compute.evaluate, progress)
+    return summarise_cold(run.read("evaluation/cold", domain), list(config.evaluation.cutoffs))
+
+
+def summarise_cold(table: pa.Table, cutoffs: list[int]) -> dict[str, Any]:
+    """{users, protocols: {unseen | cold: {model | text_mean | text_nearest | random: ...}}} of an evaluation/cold table."""
+    model = np.array(table["model"].to_pylist(), dtype=object)
+    protocols = {}
+    for protocol, column in PROTOCOLS.items():
+        rank, among = table[column].to_numpy(), table[column.replace("rank", "among")].to_numpy()
+        protocols[protocol] = {str(name): metrics.summarise(rank[model == name], cutoffs) for name in dict.fromkeys(model)}
+        protocols[protocol]["random"] = metrics.expected_at_random(among[model == "model"], cutoffs)
+    return {"users": int((model == "model").sum()), "protocols": protocols}
+
+
+class ColdPart:
+    """Ranks of the cold targets of a part of the users."""
+
+    def __init__(self, run: RunDir, domain: str, memory: Memory, latest: int) -> None:
+        self.run, self.domain, self.latest = run, domain, latest
+        self.ranker = Ranker(run, domain, memory)
+        self.item_ids = run.read("ingest/items", domain, [columns.ITEM_ID])[columns.ITEM_ID].to_pylist()
+        self.warm = np.arange(warm_items(run, domain))
+        self.text = text_vectors(run, domain)
+
+    @torch.inference_mode()
+    def __call__(self, name: str) -> dict[str, int]:
+        table = self.run.read_part("ingest/cold", name)
+        users, targets = table[columns.USER_ID].to_pylist(), table["target"].to_numpy()
+        histories = [np.array(history, dtype=np.int64) for history in table["history"].to_pylist()]
+        rows = []
+        for batch in batches(len(users), len(self.item_ids)):
+            target = torch.from_numpy(targets[batch].astype(np.int64))
+            cold = [self.warm] * len(target)
+            for model, scores in self._scores(histories[batch]).items():
+                pair = (ranks(scores, target, seen=histories[batch]), ranks(scores, target, seen=cold))
+                rows.append(self._table(users[batch], model, targets[batch], *pair, histories[batch]))
+        self.run.write_part("evaluation/cold", name, pa.concat_tables(rows) if rows else columns.COLD_RANKS.empty_table())
+        return {"users": len(users)}
+
+    def _scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
+        scores = self.ranker.scores(histories)
+        scores.pop("ridge", None)  # knows no cold item
+        if self.text is not None:
+            latest = [self.text[history[-self.latest :]] for history in histories]
+            scores["text_mean"] = F.normalize(torch.stack([vectors.mean(0) for vectors in latest]), dim=-1) @ self.text.T
+            scores["text_nearest"] = torch.stack([(vectors @ self.text.T).amax(0) for vectors in latest])
+        return scores
+
+    def _table(
+        self, users: list[str], model: str, targets: np.ndarray, unseen: Tensor, cold: Tensor, histories: list[np.ndarray]
+    ) -> pa.Table:
+        num_items = len(self.item_ids)
+        arrays = [
+            pa.array([self.domain] * len(users)),
+            pa.array(users),
+            pa.array([model] * len(users)),
+            pa.array([self.item_ids[target] for target in targets]),
+            pa.array(unseen.numpy().astype(np.int32)),
+            pa.array(cold.numpy().astype(np.int32)),
+            pa.array([num_items - len(np.unique(history)) for history in histories], pa.int32()),
+            pa.array([num_items - len(self.warm)] * len(users), pa.int32()),
+        ]
+        return pa.table(arrays, schema=columns.COLD_RANKS)
+
+
+def text_vectors(run: RunDir, domain: str) -> Tensor | None:
+    """[N, D] mean text vector of each item, of length 1; zeros where an item has no text, None where no item has."""
+    if not run.parts("features/text", domain):
+        return None
+    table = run.read("features/text", domain, ["vectors", "present"])
+    vectors, present = columns.to_numpy(table["vectors"]), columns.to_numpy(table["present"])
+    return F.normalize(torch.from_numpy((vectors * present[..., None]).sum(1)), dim=-1)
