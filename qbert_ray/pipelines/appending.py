@@ -28,7 +28,7 @@ from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.stages import APPENDED, BY_NAME, STAGES, file_fingerprints, status
 from qbert_ray.pipelines.tokenization import assign_parts, embed_catalog, figures
 from qbert_ray.readers import REASON
-from qbert_ray.sources import POSITION
+from qbert_ray.sources import POSITION, open_source
 
 IDS = "semantic_ids"
 CONTENT = "_content"
@@ -74,7 +74,7 @@ def _check(config: Config, run: RunDir) -> None:
 
 def _append_items(config: Config, run: RunDir, domain: str) -> Counter[str]:
     """Write the new items of a domain behind its last part, in order, so that a cut leaves no gap; how the others were found."""
-    rows, catalog = read_catalog(config, domain)
+    rows, catalog = read_catalog(config, domain, open_source(config.data.root, domain, "items", config.data.domains[domain]))
     parts = run.parts("ingest/items", domain)
     published = pl.concat(pl.DataFrame(table) for table in ray.get([_contents.remote(run, part) for part in parts]))
     new = pl.DataFrame(catalog).join(published, on=ITEM_ID, how="anti", maintain_order="left")

@@ -62,8 +62,9 @@ def ingest_domain(
 ) -> dict[str, Any]:
     """One domain of `ingest`; other partitions change where parts of the users' tables end, never rows or their order."""
     data, domain = config.data, config.data.domains[name]
+    items = open_source(data.root, name, "items", domain)
     interactions = open_source(data.root, name, "interactions", domain, needs_rating=data.min_rating is not None)
-    item_rows, catalog = read_catalog(config, name)
+    item_rows, catalog = read_catalog(config, name, items)
     progress.advance()
 
     rows = _read(interactions, read_interactions, min_rating=data.min_rating)
@@ -86,9 +87,8 @@ def ingest_domain(
     return counts
 
 
-def read_catalog(config: Config, name: str) -> tuple[ray.data.Dataset, pa.Table]:
+def read_catalog(config: Config, name: str, source: Source) -> tuple[ray.data.Dataset, pa.Table]:
     """Normalised rows of a domain's items files; and item_id and position of each item's first row, in order of a hash."""
-    source = open_source(config.data.root, name, "items", config.data.domains[name])
     rows = _read(source, read_items, domain=config.data.domains[name], root=_local(config.data.root))
     return rows, _catalog(source, rows.to_arrow_refs())
 
