@@ -94,7 +94,7 @@ class RankPart:
     def _scores(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:
         together = co_occurrence_scores(self.counts, histories, self.latest)
         return self.ranker.scores(histories) | {
-            "popularity": torch.from_numpy(self.popularity).expand(len(histories), -1),
+            "popularity": torch.tensor(self.popularity).expand(len(histories), -1),
             "co_occurrence": torch.from_numpy(together),
         }
 

@@ -150,7 +150,9 @@ def test_nothing_of_validation_or_test_reaches_training(ray_session, shop, tmp_p
         folder.mkdir()
         (folder / "items.parquet").write_bytes((shop / "items.parquet").read_bytes())
         interactions.to_parquet(folder / "interactions.parquet")
-        config = small_config(folder, tmp_path / f"run_{name}", "features.modalities=[structure]", "data.min_interactions=0")
+        config = small_config(
+            folder, tmp_path / f"run_{name}", "features.modalities=[structure]", "data.min_interactions=0", "data.cold_share=0"
+        )
         run = RunDir(config.run.dir)
         for stage in ("ingest", "features"):
             run_stage(BY_NAME[stage], config, run, Quiet())
