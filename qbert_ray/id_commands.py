@@ -118,13 +118,13 @@ def _levels(figures: dict[str, Any], size: int) -> Table:
 
 
 def _attributes(attributes: dict[str, Any]) -> Table:
-    table = _table("attribute", "shared prefix", "items with it", "purity", "shuffled", "NMI", "shuffled")
+    table = _table("attribute", "shared prefix", "items", "purity", "shuffled", "NMI", "shuffled")
     for name, content in attributes.items():
         for length, row in enumerate(content["lengths"], 1):
             if row["items"]:
                 prefix = "".join(f"<{_letter(level)}>" for level in range(length))
                 figures = [f"{row[key]:.3f}" for key in ("purity", "purity_shuffled", "nmi", "nmi_shuffled")]
-                table.add_row(escape(name) if length == 1 else "", prefix, f"{row['items']:,}/{content['items']:,}", *figures)
+                table.add_row(escape(name) if length == 1 else "", prefix, f"{row['items']:,}", *figures)
         table.add_section()
     return table
 
