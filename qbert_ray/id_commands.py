@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qbert_ray import id_lookup, id_report
-
 app = typer.Typer(name="ids", help="Look at the semantic IDs of a finished run.", no_args_is_help=True)
 console = Console(highlight=False)
 
@@ -24,6 +22,8 @@ def report(run: Run) -> None:
 
     Example: qbert-ray ids report runs/movielens
     """
+    from qbert_ray import id_lookup, id_report  # bring polars and scipy, which the other commands do without
+
     content = id_report.report(run)
     for domain, figures in content["domains"].items():
         _print_domain(domain, figures, content["codebook_size"])
@@ -41,13 +41,17 @@ def show(
 
     Example: qbert-ray ids show runs/movielens 50
     """
+    from qbert_ray import id_lookup
+
     found = id_lookup.show(run, item, domain)
     console.print(f"[bold]{escape(found['title'])}[/bold]  (item {escape(found['item_id'])} of {escape(found['domain'])})")
     console.print(escape(found["semantic_id"]))
     console.print(_moved(found["moved"]), soft_wrap=True)
-    for level in found["siblings"]:
-        others = f"{level['items']:,} other{'s' * (level['items'] != 1)}" if level["items"] else "nobody else"
-        console.print(f"\n{escape(level['prefix'])}  {others}")
+    alone = [level["prefix"] for level in found["siblings"] if not level["items"]]
+    if alone:
+        console.print(f"\n{escape(alone[-1])}  nobody else")
+    for level in found["siblings"][len(alone) :]:
+        console.print(f"\n{escape(level['prefix'])}  {level['items']:,} other{'s' * (level['items'] != 1)}")
         for other in level["nearest"]:
             title = other["title"] if len(other["title"]) <= 50 else other["title"][:49] + "…"
             console.print(f"  {escape(other['semantic_id']):<28}  {escape(title)}  [dim]{escape(other['item_id'])}[/dim]", soft_wrap=True)
@@ -64,6 +68,8 @@ def diff(
 
     Example: qbert-ray ids diff runs/movielens@0 runs/movielens
     """
+    from qbert_ray import id_lookup
+
     for domain, found in id_lookup.diff(first, second).items():
         total = found["same"] + found["changed"]
         console.print(
@@ -112,13 +118,13 @@ def _levels(figures: dict[str, Any], size: int) -> Table:
 
 
 def _attributes(attributes: dict[str, Any]) -> Table:
-    table = _table("attribute", "shared prefix", "items that share it", "purity", "shuffled", "NMI", "shuffled")
+    table = _table("attribute", "shared prefix", "items", "purity", "shuffled", "NMI", "shuffled")
     for name, content in attributes.items():
         for length, row in enumerate(content["lengths"], 1):
             if row["items"]:
                 prefix = "".join(f"<{_letter(level)}>" for level in range(length))
                 figures = [f"{row[key]:.3f}" for key in ("purity", "purity_shuffled", "nmi", "nmi_shuffled")]
-                table.add_row(escape(name) if length == 1 else "", prefix, f"{row['items']:,} of {content['items']:,}", *figures)
+                table.add_row(escape(name) if length == 1 else "", prefix, f"{row['items']:,}", *figures)
         table.add_section()
     return table
 
@@ -130,7 +136,7 @@ def _examples(examples: list[dict[str, Any]]) -> Table:
     table.add_column("typical", max_width=32)
     table.add_column("such as", max_width=44)
     for example in examples:
-        typical = [f"{value['value']} {value['share']:.0%} (of all: {value['overall']:.0%})" for value in example["typical"].values()]
+        typical = [f"{value['value']} {value['share']:.0%} (of all: {_percent(value['overall'])})" for value in example["typical"].values()]
         table.add_row(example["prefix"], f"{example['items']:,}", escape("\n".join(typical)), escape("\n".join(example["titles"])))
         table.add_section()
     return table
@@ -142,6 +148,10 @@ def _table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="left" if "prefix" in name else "right")
     return table
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "< 1%"
 
 
 def _letter(level: int) -> str:

@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 from qbert_ray.metrics import (
     codebook_usage,
     collision_rate,
-    entropy,
     expected_at_random,
-    gini,
     hit_rate,
     interval,
     ndcg,
@@ -55,9 +53,3 @@ def test_quality_of_codes():
     assert codebook_usage(codes, 4) == [2 / 4, 3 / 4]
     assert np.isclose(perplexity(np.array([[0], [1], [2], [3]]), 4)[0], 4)
     assert np.isclose(perplexity(np.array([[2], [2]]), 4)[0], 1)
-
-
-def test_spread_of_codes():
-    equal, one, half = (np.array(codes)[:, None] for codes in ([0, 1, 2, 3], [2, 2], [0, 0, 1, 1]))
-    assert [entropy(codes, 4)[0] for codes in (equal, one, half)] == [2, 0, 1]
-    assert [gini(codes, 4)[0] for codes in (equal, one, half)] == [0, 3 / 4, 1 / 2]

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qbert_ray.metrics import entropy, gini
 from qbert_ray.quality import NEIGHBOURS, NeighbourRecall, decode, prefix_figures, prefixes, typical
 
 
@@ -87,3 +88,9 @@ def test_the_typical_value_is_more_common_here_than_elsewhere():
     assert typical(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 1, 1])) == {"value": 1, "share": 1 / 2, "overall": 1 / 3}
     assert typical(np.array([0]), np.array([], dtype=int)) is None
     assert typical(np.array([0, 1, 2]), np.array([1])) is None
+
+
+def test_spread_of_codes():
+    equal, one, half = (np.array(codes)[:, None] for codes in ([0, 1, 2, 3], [2, 2], [0, 0, 1, 1]))
+    assert [entropy(codes, 4)[0] for codes in (equal, one, half)] == [2, 0, 1]
+    assert [gini(codes, 4)[0] for codes in (equal, one, half)] == [0, 3 / 4, 1 / 2]
