@@ -169,6 +169,18 @@ def test_code_dropout_leaves_content_alone_and_only_in_training():
     assert not torch.allclose(model.eval().compose(CATALOG, "d"), model.content(model.content_d), atol=1e-3)
 
 
+def test_recall_is_the_mean_of_the_items_that_are_not_masked_the_nearer_the_more():
+    model = build(recall=True).eval()
+    vectors, far = torch.randn(4, 32), 0.25
+    model.recall.data = torch.tensor([2.0, np.log(far / (1 - far))])
+    packed, _ = pack(np.arange(4), np.array([4]), np.array([[False, False, True, False]]))
+    mean = vectors[0] * far**2 + vectors[1] * far + vectors[3] * far
+    expected = 2 * 32**0.5 * torch.nn.functional.normalize(mean, dim=0)
+    assert torch.allclose(model._recall(vectors, packed)[0], expected, atol=1e-5)
+    alone, _ = pack(np.arange(1), np.array([1]), np.array([[True]]))
+    assert not model._recall(vectors[:1], alone).any()
+
+
 @pytest.mark.parametrize(("items", "parameters", "multiply_adds"), [(6250, 3.71, 185.36), (9416, 4.51, 225.68), (13839, 5.64, 282.14)])
 def test_complexity_agrees_with_table_6_within_one_percent(items, parameters, multiply_adds):
     paper = complexity(items, 256, 4, 512, 50, 4, 256)["paper"]
