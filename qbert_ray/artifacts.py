@@ -113,6 +113,9 @@ class RunDir:
     def read_part(self, table: str, name: str, columns: list[str] | None = None) -> pa.Table:
         return pq.ParquetFile(self.path(f"{table}/{name}"), filesystem=self.filesystem).read(columns=columns)
 
+    def column_names(self, table: str, name: str) -> list[str]:
+        return pq.ParquetFile(self.path(f"{table}/{name}"), filesystem=self.filesystem).schema_arrow.names
+
     def read(self, table: str, domain: str | None = None, columns: list[str] | None = None) -> pa.Table:
         """All rows of a table, or those of one domain, in the order of its parts.
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from qbert_ray import id_commands
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config
 from qbert_ray.console import StageBar, metrics_table, stage_line
@@ -129,6 +130,9 @@ def describe(
 
     settings = load_config(list(config), list(overrides or []))
     console.print(complexity_table(settings, items))
+
+
+app.add_typer(id_commands.app, rich_help_panel="Looking")
 
 
 @app.command("demo-data", rich_help_panel="Looking")

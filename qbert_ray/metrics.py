@@ -59,10 +59,25 @@ def codebook_usage(codes: np.ndarray, codebook_size: int) -> list[float]:
 
 
 def perplexity(codes: np.ndarray, codebook_size: int) -> list[float]:
-    """exp(entropy) of the codes per level: codebook_size where all are used equally, 1 where one is."""
+    """2 ** entropy of the codes per level: codebook_size where all are used equally, 1 where one is."""
+    return [2**bits for bits in entropy(codes, codebook_size)]
+
+
+def entropy(codes: np.ndarray, codebook_size: int) -> list[float]:
+    """Bits that the code of a level tells: log2(codebook_size) where all are used equally, 0 where one is."""
     result = []
     for level in codes.T:
         share = np.bincount(level, minlength=codebook_size) / max(len(level), 1)
         used = share[share > 0]
-        result.append(float(np.exp(-(used * np.log(used)).sum())))
+        result.append(float(-(used * np.log2(used)).sum()) + 0.0)
+    return result
+
+
+def gini(codes: np.ndarray, codebook_size: int) -> list[float]:
+    """How unequally the codewords of a level are used: 0 all equally, 1 - 1 / codebook_size where one takes all."""
+    rank = np.arange(1, codebook_size + 1)
+    result = []
+    for level in codes.T:
+        count = np.sort(np.bincount(level, minlength=codebook_size))
+        result.append(float(2 * (rank * count).sum() / (codebook_size * max(count.sum(), 1)) - (codebook_size + 1) / codebook_size))
     return result

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "overlays": {"config"},
     "columns": set(),
     "metrics": set(),
+    "quality": set(),
     # the run directory
     "artifacts": {"config", "columns", "metrics"},
     # models and what surrounds them: plain arguments, no config, never one another
@@ -52,12 +53,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vectors": {"columns", "artifacts"},
     # the generated shop writes files and knows nothing of a run
     "demo": set(),
+    # the IDs of a finished run
+    "id_lookup": {"artifacts", "columns", "quality", "semantic_ids"},
+    "id_report": {"artifacts", "columns", "metrics", "quality", "semantic_ids", "id_lookup"},
     # what a person sees
     "console": {"artifacts"},
+    "id_commands": {"id_lookup", "id_report"},
     "describe": {"config", "sequencer"},
-    "cli": {"config", "overlays", "artifacts", "console", "describe", "demo"},
+    "cli": {"config", "overlays", "artifacts", "console", "describe", "demo", "id_commands"},
 }
-OVER_PIPELINES = {"cli", "console", "describe", "demo"}  # pipelines import none of these, and only cli imports pipelines
+OVER_PIPELINES = {"cli", "console", "describe", "demo", "id_commands"}  # pipelines import none of these, and only cli imports pipelines
 
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 LONG_MODULES: dict[str, str] = {}  # path -> why it may be longer
@@ -226,7 +231,8 @@ def test_dangerous_calls_are_seen() -> None:
 def commands() -> dict[str, str]:
     """Command -> panel of its help."""
     app = importlib.import_module(f"{PACKAGE}.cli").app
-    return {command.name or command.callback.__name__: command.rich_help_panel for command in app.registered_commands}
+    alone = {command.name or command.callback.__name__: command.rich_help_panel for command in app.registered_commands}
+    return alone | {group.typer_instance.info.name: group.rich_help_panel for group in app.registered_groups}
 
 
 def _job_command(path: Path) -> str:

@@ -1,0 +1,142 @@
+"""How good semantic IDs are, from arrays: do they keep neighbours together, and do their prefixes mean something?
+
+Shapes: N items, K levels, M codewords per level, E codebook width, D embedding width, Q sampled items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+NEIGHBOURS = 10
+SHUFFLES = 5  # their mean is what a prefix tells by chance
+
+
+class NeighbourRecall:
+    """Of an item's nearest items by embedding, the share that is also among its nearest by semantic ID.
+
+    Two distances of IDs: of the sums of their codewords ("codewords"); and "prefix", longer shared prefixes first, and among
+    equally long ones that distance again. The catalog comes piece by piece, so that its embeddings need not fit into memory.
+    """
+
+    def __init__(self, queries: np.ndarray, embedding: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> None:
+        """Take the sampled items.
+
+        Args:
+            queries: [Q] row of each sampled item in the catalog.
+            embedding: [Q, D] of these items.
+            codes: [Q, K] of these items.
+            codebooks: [K, M, E].
+        """
+        self.queries, self.embedding, self.codes, self.codebooks = queries, embedding, codes, codebooks
+        self.sums = decode(codes, codebooks)
+        self.farthest = 4 * np.square(np.sqrt(np.square(codebooks).sum(2)).max(1).sum())  # no two sums are farther apart, squared
+        self.best: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # distance and row of the nearest so far, [Q, <= NEIGHBOURS]
+        self.seen = 0
+
+    def add(self, embedding: np.ndarray, codes: np.ndarray) -> None:
+        """The next piece of the catalog: [n, D] and [n, K]."""
+        rows = self.seen + np.arange(len(codes))
+        self.seen += len(codes)
+        sums = _squared(self.sums, decode(codes, self.codebooks))
+        differ = np.zeros(sums.shape)  # levels from the first that differs
+        same = np.ones(sums.shape, dtype=bool)
+        for mine, theirs in zip(self.codes.T, codes.T, strict=True):
+            same &= mine[:, None] == theirs
+            differ += ~same
+        self._keep("embedding", _squared(self.embedding, embedding), rows)
+        self._keep("codewords", sums, rows)
+        self._keep("prefix", sums + differ * self.farthest, rows)
+
+    def _keep(self, name: str, distance: np.ndarray, rows: np.ndarray) -> None:
+        distance = np.where(self.queries[:, None] == rows, np.inf, distance)
+        rows = np.broadcast_to(rows, distance.shape)
+        if name in self.best:
+            distance = np.concatenate([self.best[name][0], distance], axis=1)
+            rows = np.concatenate([self.best[name][1], rows], axis=1)
+        nearest = np.argpartition(distance, min(NEIGHBOURS, distance.shape[1] - 1), axis=1)[:, :NEIGHBOURS]
+        self.best[name] = np.take_along_axis(distance, nearest, 1), np.take_along_axis(rows, nearest, 1)
+
+    def result(self) -> dict[str, float]:
+        """Recall by "codewords" and by "prefix", and that of a "random" order; needs more than NEIGHBOURS items."""
+        true = self.best["embedding"][1]
+        found = {name: (true[:, :, None] == self.best[name][1][:, None]).any(2).mean() for name in ("codewords", "prefix")}
+        return {name: float(share) for name, share in found.items()} | {"random": NEIGHBOURS / (self.seen - 1)}
+
+
+def decode(codes: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+    """[N, E] sums of the codewords of codes [N, K]."""
+    return np.sum([book[code] for book, code in zip(codebooks, codes.T, strict=True)], axis=0)
+
+
+def prefix_figures(codes: np.ndarray, values: np.ndarray, seed: int = 0) -> list[dict[str, float]]:
+    """What prefixes of each length say on an attribute.
+
+    Args:
+        codes: [N, K].
+        values: [N] whole numbers: the value of each item. Items whose value no other has should be left out: nobody can share it.
+
+    Returns:
+        For lengths 1 to K: number of prefixes, number of items that share theirs with another; of these items "purity", the
+        share that has the most common value of its prefix; "nmi", the normalised mutual information of prefix and
+        value over all items; both also for shuffled values, which is what they are by chance.
+    """
+    from sklearn.metrics import normalized_mutual_info_score  # takes a second to import
+
+    rng = np.random.default_rng(seed)
+    shuffled = [rng.permutation(values) for _ in range(SHUFFLES)]
+    result = []
+    for prefix in prefixes(codes):
+        shared = np.bincount(prefix)[prefix] > 1
+        purity, by_chance = _purity(prefix[shared], values[shared]), [_purity(prefix[shared], other[shared]) for other in shuffled]
+        result.append(
+            {
+                "prefixes": int(prefix.max(initial=-1)) + 1,
+                "items": int(shared.sum()),
+                "purity": purity,
+                "purity_shuffled": float(np.mean(by_chance)),
+                "nmi": float(normalized_mutual_info_score(values, prefix)),
+                "nmi_shuffled": float(np.mean([normalized_mutual_info_score(other, prefix) for other in shuffled])),
+            }
+        )
+    return result
+
+
+def prefixes(codes: np.ndarray) -> Iterable[np.ndarray]:
+    """For lengths 1 to K: [N] number of the prefix of each item, dense from 0."""
+    prefix = np.zeros(len(codes), dtype=np.int64)
+    for level in codes.T:
+        prefix = np.unique(prefix * (int(level.max(initial=0)) + 1) + level, return_inverse=True)[1]
+        yield prefix
+
+
+def typical(values: np.ndarray, within: np.ndarray) -> dict[str, Any] | None:
+    """The value that is most over-represented `within` some of the items, with its share there and overall; None: none is.
+
+    A value that only one of them has is not typical.
+    """
+    overall = np.bincount(values) / max(len(values), 1)
+    count = np.bincount(within, minlength=len(overall))
+    share = count / max(len(within), 1)
+    above = np.where(count > 1, share - overall, 0)
+    if not above.any():
+        return None
+    value = int(above.argmax())
+    return {"value": value, "share": float(share[value]), "overall": float(overall[value])}
+
+
+def _purity(prefix: np.ndarray, values: np.ndarray) -> float:
+    if not len(values):
+        return 0.0
+    pairs, count = np.unique(prefix * (int(values.max()) + 1) + values, return_counts=True)
+    most = np.zeros(int(prefix.max()) + 1, dtype=np.int64)
+    np.maximum.at(most, pairs // (int(values.max()) + 1), count)
+    return float(most.sum() / len(values))
+
+
+def _squared(queries: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """[Q, n] squared distances."""
+    queries, others = queries.astype(np.float64), others.astype(np.float64)
+    return np.square(queries).sum(1)[:, None] + np.square(others).sum(1) - 2 * queries @ others.T
