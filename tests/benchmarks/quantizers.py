@@ -6,7 +6,7 @@ Each row is trained in this process by `training.Loop`, means over seeds are pri
 worst level. collide: 1 - distinct IDs / items before reallocation, beside what identical inputs force. recall@10: share of
 the 10 nearest items by fused embedding that are among the 10 nearest by semantic ID, of up to 2,000 items; the distance of two
 IDs is that of the sums of their codewords (latent), or of what the decoder makes of these sums (decoded). error: of the
-decoded embeddings, as a share of their variance.
+decoded embeddings, as a share of their variance. seconds: of one core.
 
 `Options` holds what was tried for the RQ-VAE and is not in the package, since it does not pay.
 """
@@ -182,11 +182,11 @@ def main() -> None:
             for seed in range(arguments.seeds):
                 task = OptionsTask(load_config([], [*overrides, *arguments.overrides, f"run.seed={seed}", f"data.domains={domains}"]), run)
                 task.options = options
-                started = time.monotonic()
+                started = time.process_time()
                 loop = Loop(task, torch.device("cpu"))
                 while task.settings.quantizer == "rqvae" and not loop.finished:
                     loop.run_epoch()
-                rows.append({"seconds": time.monotonic() - started} | figures(loop.model.eval(), task.embeddings))
+                rows.append({"seconds": time.process_time() - started} | figures(loop.model.eval(), task.embeddings))
             mean = {key: np.mean([row[key] for row in rows]) for key in rows[0]}
             print(
                 f"{name:<20} {mean['usage']:>7.1%} {mean['collide']:>8.2%} {mean['recall latent']:>14.3f} {mean['recall decoded']:>15.3f} "
