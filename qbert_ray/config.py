@@ -224,6 +224,7 @@ class Sequencer(Section):
     code_dropout: Share = Field(
         0.2, description="share of items that train by content alone, as codes of a cold item are new; needs content"
     )
+    recall: bool = Field(True, description="queries also hold the mean of the sequence's items, the nearer the more; with tokens: item")
     item_embedding: bool = Field(False, description="add an embedding per item to the composed one; zero for cold items")
 
 

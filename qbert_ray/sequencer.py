@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+RECALL_START = 1.0  # size of what is recalled beside what the encoder says
 CONTENT_START = 0.1  # size of an item's projected content in each dimension; its codes start at about half of that
 
 
@@ -44,6 +45,7 @@ class Sequencer(nn.Module):
         logits: "dot" or "cosine".
         warm_items: domain -> number of items that have an embedding of their own beside their codes; none by default.
         content_width: F of the content vectors that an item's vector also holds a projection of (`hold_content`); 0: codes alone.
+        recall: add what the sequence's other items are to the queries, the nearer the more: the model starts as neighbours by content.
         code_dropout: share of items whose codes are hidden in training, so that content alone has to place them.
     """
 
@@ -64,6 +66,7 @@ class Sequencer(nn.Module):
         warm_items: dict[str, int] | None = None,
         content_width: int = 0,
         code_dropout: float = 0.0,
+        recall: bool = False,
     ) -> None:
         super().__init__()
         self.num_levels, self.codebook_size, self.max_items = num_levels, codebook_size, max_items
@@ -75,6 +78,7 @@ class Sequencer(nn.Module):
             self.register_buffer(f"warm_{name}", torch.ones(size, 1))  # 0: no training interaction, so codes alone
         self.content = nn.Linear(content_width, width, bias=False) if content_width else None
         self.code_dropout = code_dropout
+        self.recall = nn.Parameter(torch.tensor([RECALL_START, 0.0])) if recall else None  # weight, and logit of the decay per step
         self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
         self.position_embedding = nn.Embedding(max_items * (num_levels if tokens == "flat" else 1), width)
         self.dropout = Dropout(dropout)
@@ -98,8 +102,8 @@ class Sequencer(nn.Module):
         if self.tokens == "flat":
             states, groups = self._embed_flat(batch, catalog, domain)
         else:
-            states = torch.where(batch.masked[:, None], self.mask_embedding, self.compose(catalog[batch.items], domain, batch.items))
-            states = states + self.position_embedding(batch.position)
+            items = self.compose(catalog[batch.items], domain, batch.items)
+            states = torch.where(batch.masked[:, None], self.mask_embedding, items) + self.position_embedding(batch.position)
             groups = batch.groups
         states = self.dropout(states)
         for layer in self.layers:
@@ -107,7 +111,21 @@ class Sequencer(nn.Module):
         if self.tokens == "flat":
             states = states.view(len(batch.items), -1)  # K states of an item beside each other
             return self.norm(states[batch.masked].view(-1, self.norm.normalized_shape[0])).view(-1, states.shape[1])
-        return self.norm(states[batch.masked])
+        queries = self.norm(states[batch.masked])
+        return queries if self.recall is None else queries + self._recall(items, batch)
+
+    def _recall(self, items: Tensor, batch: Packed) -> Tensor:
+        """[P, D] mean of the items of a sequence that are not masked, the nearer the more, at the size of a query."""
+        weight, decay = self.recall[0], F.logsigmoid(self.recall[1])
+        means = []
+        sizes = [count * length for _, count, length in batch.groups]
+        for vectors, masked, (_, count, length) in zip(items.split(sizes), batch.masked.split(sizes), batch.groups, strict=True):
+            place = torch.arange(length, device=items.device)
+            logits = decay * (place - place[:, None]).abs()  # [T, T]
+            logits = logits.masked_fill(masked.view(count, 1, length), -torch.inf)  # [count, T, T]
+            mean = logits.softmax(-1).nan_to_num() @ vectors.view(count, length, -1)  # nothing but masked items: zeros
+            means.append(mean.flatten(0, 1)[masked])
+        return weight * items.shape[1] ** 0.5 * F.normalize(torch.cat(means), dim=-1)
 
     def compose(self, codes: Tensor, domain: str, items: Tensor | None = None) -> Tensor:
         """[B, D] vectors of items by their codes [B, K], with what content and warm items add (rows `items` of the domain's)."""

@@ -33,6 +33,7 @@ def test_describe_prints_the_counts_of_table_6(capsys):
         (["run", "-c", "nowhere.yaml"], "no config file at nowhere.yaml"),
         (["run", "-c", "configs/demo.yaml", "finetune.epoch=1"], "did you mean finetune.epochs?"),
         (["run", "-c", "configs/demo.yaml", "--from", "training"], "no such stage; the stages are ingest, features"),
+        (["assign-ids", "-c", "configs/demo.yaml", "--append", "--redo"], "--append keeps every ID and --redo forgets them all"),
         (["finetunes", "-c", "configs/demo.yaml"], "No such command 'finetunes'"),
     ],
 )

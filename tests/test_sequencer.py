@@ -148,6 +148,39 @@ def test_cold_items_are_composed_of_codes_alone():
     assert torch.equal(model.compose(longer[items], "d", items), model.compose(longer, "d")[items])
 
 
+def test_content_tells_items_of_equal_codes_apart_and_is_not_saved():
+    model = build(content_width=6).eval()
+    content = torch.randn(20, 6)
+    model.hold_content("d", content)
+    twins = CATALOG.clone()
+    twins[1] = twins[0]
+    vectors = model.compose(twins, "d")
+    assert not torch.allclose(vectors[0], vectors[1])
+    assert torch.allclose(vectors[1] - vectors[0], model.content(content[1] - content[0]), atol=1e-6)
+    items = torch.tensor([7, 1])
+    assert torch.allclose(model.compose(twins[items], "d", items), vectors[items], atol=1e-6)
+    assert not [name for name in model.state_dict() if name.startswith("content_")]
+
+
+def test_code_dropout_leaves_content_alone_and_only_in_training():
+    model = build(content_width=6, code_dropout=1.0)
+    model.hold_content("d", torch.randn(20, 6))
+    assert torch.allclose(model.compose(CATALOG, "d"), model.content(model.content_d), atol=1e-6)
+    assert not torch.allclose(model.eval().compose(CATALOG, "d"), model.content(model.content_d), atol=1e-3)
+
+
+def test_recall_is_the_mean_of_the_items_that_are_not_masked_the_nearer_the_more():
+    model = build(recall=True).eval()
+    vectors, far = torch.randn(4, 32), 0.25
+    model.recall.data = torch.tensor([2.0, np.log(far / (1 - far))])
+    packed, _ = pack(np.arange(4), np.array([4]), np.array([[False, False, True, False]]))
+    mean = vectors[0] * far**2 + vectors[1] * far + vectors[3] * far
+    expected = 2 * 32**0.5 * torch.nn.functional.normalize(mean, dim=0)
+    assert torch.allclose(model._recall(vectors, packed)[0], expected, atol=1e-5)
+    alone, _ = pack(np.arange(1), np.array([1]), np.array([[True]]))
+    assert not model._recall(vectors[:1], alone).any()
+
+
 @pytest.mark.parametrize(("items", "parameters", "multiply_adds"), [(6250, 3.71, 185.36), (9416, 4.51, 225.68), (13839, 5.64, 282.14)])
 def test_complexity_agrees_with_table_6_within_one_percent(items, parameters, multiply_adds):
     paper = complexity(items, 256, 4, 512, 50, 4, 256)["paper"]

@@ -2,7 +2,7 @@
 
 A cold item is known by its content alone. For each user who had one, the last is the target, after all that the user had of
 the other items before it. Beside the model stand the expected value of a random order, and neighbours by text: the cosine of
-the mean text vectors of a candidate and of the latest items of the history, their mean or the nearest of them.
+the mean text vectors of a candidate and of the latest items of the history, of their mean or of the nearest of them.
 
 Shapes: B users, N catalog, D width of text vectors.
 """
@@ -102,9 +102,15 @@ class ColdPart:
 
 
 def text_vectors(run: RunDir, domain: str) -> Tensor | None:
-    """[N, D] mean text vector of each item, of length 1; zeros where an item has no text, None where no item has."""
+    """[N, D] mean text vector of each item, centred on those that training may see, of length 1; None where no item has text.
+
+    Without centring, what is common to all texts hides what sets two apart, and the neighbours are far worse.
+    """
     if not run.parts("features/text", domain):
         return None
     table = run.read("features/text", domain, ["vectors", "present"])
-    vectors, present = columns.to_numpy(table["vectors"]), columns.to_numpy(table["present"])
-    return F.normalize(torch.from_numpy((vectors * present[..., None]).sum(1)), dim=-1)
+    vectors, present = (torch.from_numpy(columns.to_numpy(table[name]).copy()) for name in ("vectors", "present"))
+    mean = (vectors * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp_min(1)
+    has = present.any(1)
+    warm = has & (torch.arange(len(mean)) < warm_items(run, domain))
+    return F.normalize((mean - mean[warm].mean(0)) * has[:, None], dim=-1)

@@ -203,6 +203,7 @@ class SequencerTask:
         names = ("width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature")
         names += ("code_dropout",)
         return {
+            "recall": s.recall and s.tokens == "item",
             "content_width": next(iter(self.contents.values())).shape[1] if self.contents else 0,
             "num_levels": int(self.catalogs[self.domains[0]].shape[1]),
             "codebook_size": self.codebook_size,

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 from qbert_ray import columns
@@ -74,10 +75,11 @@ def test_a_sample_of_the_catalog_does_not_depend_on_its_parts(finished, tmp_path
     whole = run.read("fusion/embeddings", "demo")
     one_part = RunDir(str(tmp_path))
     one_part.write_part("fusion/embeddings", "demo-00000.parquet", whole)
+    one_part.write_part("ingest/items", "demo-00000.parquet", run.read("ingest/items", "demo"))
     assert len(run.parts("fusion/embeddings", "demo")) > 1
     chosen = sample_embeddings(run, ["demo"], 50, seed=0)
     assert np.array_equal(chosen, sample_embeddings(one_part, ["demo"], 50, seed=0))
     assert not np.array_equal(chosen, sample_embeddings(one_part, ["demo"], 50, seed=1))
     rows = {row.tobytes() for row in columns.to_numpy(whole["embedding"])}
     assert len({row.tobytes() for row in chosen} & rows) == 50
-    assert len(sample_embeddings(run, ["demo", "other"], 10**6, seed=0)) == run.read("ingest/items").num_rows
+    assert len(sample_embeddings(run, ["demo", "other"], 10**6, seed=0)) == run.read("ingest/items").filter(~pc.field("cold")).num_rows
