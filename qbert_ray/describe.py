@@ -13,6 +13,12 @@ def complexity_table(config: Config, num_items: int) -> Table:
     s, q = config.sequencer, config.rqvae
     positions = s.max_items * (q.num_levels if s.tokens == "flat" else 1)
     counts = complexity(num_items, s.width, s.num_layers, s.ffn_width, positions, q.num_levels, q.codebook_size)
+    if s.content and not config.data.semantic_ids:
+        counts["real"]["parameters"]["content projection"] = config.fusion.width * s.width
+        counts["real"]["multiply_adds"]["content projection"] = positions * config.fusion.width * s.width
+    if s.recall and s.tokens == "item":
+        counts["real"]["parameters"]["recall"] = 2
+        counts["real"]["multiply_adds"]["recall, one position"] = positions * s.width
     if s.item_embedding:
         counts["real"]["parameters"]["item embedding"] = num_items * s.width
     table = Table(title=f"sequencer with {num_items:,} items, {positions} positions; millions", title_justify="left")
