@@ -28,8 +28,16 @@ def popularity(indptr: np.ndarray, items: np.ndarray, num_items: int) -> np.ndar
     return np.bincount(items, minlength=num_items).astype(np.float32)
 
 
-def co_occurrence(indptr: np.ndarray, items: np.ndarray, num_items: int) -> sparse.csr_matrix:
-    """[N, N] number of users who have both items among their training interactions; the diagonal is empty."""
+def co_occurrence(indptr: np.ndarray, items: np.ndarray, num_items: int, window: int | None = None) -> sparse.csr_matrix:
+    """[N, N] number of users who have both items among their training interactions; the diagonal is empty.
+
+    Args:
+        window: only the latest so many of each user's items count.
+    """
+    if window is not None:
+        ends = np.repeat(indptr[1:], np.diff(indptr))
+        late = ends - np.arange(len(items)) <= window
+        indptr, items = np.concatenate([[0], np.cumsum(late)])[indptr], items[late]
     counts = _gram(indptr, items, num_items)
     counts.setdiag(0)
     counts.eliminate_zeros()

@@ -1,9 +1,8 @@
 """Structural features: what an item's company in training histories says about it (§3.1).
 
-Two items occur together when one user has both among the last `window` training items. Histories come as Arrow and SciPy keep
-ragged arrays: `offsets` [U + 1] into `items`, so that user u has items[offsets[u]:offsets[u + 1]] in time order.
+`together` is the number of users who have both items, [N, N], as `memory.co_occurrence` counts it from training interactions.
 
-N catalog, U users, D width of content vectors.
+N catalog, D width of content vectors.
 """
 
 from __future__ import annotations
@@ -15,38 +14,21 @@ from scipy.sparse.linalg import eigsh
 SMALL = 256  # items up to which all eigenvectors are computed at once
 
 
-def co_occurrence(offsets: np.ndarray, items: np.ndarray, num_items: int, window: int) -> sparse.csr_matrix:
-    """Number of users who have both items, [N, N], zero on the diagonal; independent of the order of users."""
-    starts = np.maximum(offsets[:-1], offsets[1:] - window)
-    user = np.repeat(np.arange(len(starts)), offsets[1:] - starts)
-    lengths = offsets[1:] - starts
-    within = np.arange(len(user)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    chosen = items[np.repeat(starts, lengths) + within]
-    bought = sparse.csr_matrix((np.ones(len(chosen)), (user, chosen)), shape=(len(starts), num_items))
-    bought.data[:] = 1.0  # an item bought twice is still one item of this user
-    together = (bought.T @ bought).tocsr()
-    together.setdiag(0)
-    together.eliminate_zeros()
-    return together
-
-
-def collaborative_vectors(offsets: np.ndarray, items: np.ndarray, num_items: int, dim: int, window: int, seed: int) -> np.ndarray:
+def collaborative_vectors(together: sparse.csr_matrix, dim: int, seed: int) -> np.ndarray:
     """Vectors whose products approach the positive pointwise mutual information of items that occur together.
 
     The factors are the eigenvectors of the largest positive eigenvalues. Singular vectors would not do: they lose signs, so that
     two items that occur with nothing but each other come out orthogonal.
 
     Args:
-        offsets: [U + 1], items: [K] indices; training interactions only.
         dim: width; where it is more than the catalog holds, the rest is zeros.
-        window: latest items of a user that count as together.
         seed: of the iteration's start.
 
     Returns:
         [N, dim] float32 rows of length 1; zeros for items that never occur with another.
     """
-    mutual = _positive_mutual_information(co_occurrence(offsets, items, num_items, window))
-    vectors = np.zeros((num_items, dim), np.float32)
+    mutual = _positive_mutual_information(together.astype(float))
+    vectors = np.zeros((together.shape[0], dim), np.float32)
     if mutual.nnz:
         strength, factors = _top_eigenvectors(mutual, dim, seed)
         vectors[:, : len(strength)] = _unit_rows(factors * np.sqrt(strength))
@@ -54,21 +36,17 @@ def collaborative_vectors(offsets: np.ndarray, items: np.ndarray, num_items: int
     return vectors
 
 
-def neighbourhood_features(
-    offsets: np.ndarray, items: np.ndarray, content: np.ndarray, present: np.ndarray, window: int
-) -> tuple[np.ndarray, np.ndarray]:
+def neighbourhood_features(together: sparse.csr_matrix, content: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Content of the items that an item occurs with, averaged by how often; comparable between domains.
 
     Args:
-        offsets: [U + 1], items: [K] indices; training interactions only.
         content: [N, D], vectors of the items themselves.
         present: [N] booleans, which of them are there.
-        window: latest items of a user that count as together.
 
     Returns:
         [N, D] float32 rows of length 1, or zeros, and [N] booleans, which items have a neighbour with content.
     """
-    together = co_occurrence(offsets, items, len(content), window)
+    together = together.astype(float)
     vectors = _unit_rows(together @ (_unit_rows(content) * present[:, None]))
     return vectors.astype(np.float32), (together @ present.astype(float)) > 0
 

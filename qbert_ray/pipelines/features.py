@@ -23,6 +23,7 @@ from ray.exceptions import RayTaskError
 from qbert_ray.artifacts import RunDir
 from qbert_ray.columns import ATTRIBUTE_PREFIX, ITEM_ID, TEXT_PREFIX, to_numpy
 from qbert_ray.config import Config, Domain
+from qbert_ray.memory import co_occurrence
 from qbert_ray.pipelines.encoding import KEYS, ImagePart, TextPart, load_image_encoder, load_text_encoder, write_rejected
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts
@@ -229,11 +230,11 @@ def _absent(plan: Plan, domain: str, item_ids: pa.Array) -> Placed:
 def _structure(config: Config, run: RunDir, plan: Plan, domain: str, item_ids: pa.Array) -> Placed:
     """Structural vectors of a domain from its training interactions."""
     settings, count = config.features.structure, len(item_ids)
-    offsets, items = _training_items(run, domain)
+    together = co_occurrence(*_training_items(run, domain), count, settings.window)
     if settings.kind == "neighbourhood":
-        vectors, present = neighbourhood_features(offsets, items, *_content(run, domain), window=settings.window)
+        vectors, present = neighbourhood_features(together, *_content(run, domain))
     else:
-        vectors = collaborative_vectors(offsets, items, count, settings.dim, settings.window, SEED)
+        vectors = collaborative_vectors(together, settings.dim, SEED)
         present = vectors.any(axis=1)
     placed = _absent(plan, domain, item_ids)
     placed.vectors[:, 0], placed.present[:, 0] = vectors, present
@@ -241,7 +242,7 @@ def _structure(config: Config, run: RunDir, plan: Plan, domain: str, item_ids: p
 
 
 def _training_items(run: RunDir, domain: str) -> tuple[np.ndarray, np.ndarray]:
-    """Training items of all users, [K], and where each user's start, [U + 1]."""
+    """Where each user's training items start, [U + 1], and those of all users."""
     if not run.parts("ingest/sequences", domain):
         return np.zeros(1, np.int64), np.zeros(0, np.int64)
     train = run.read("ingest/sequences", domain, ["train"])["train"].combine_chunks()
