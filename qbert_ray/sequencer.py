@@ -93,6 +93,11 @@ class Sequencer(nn.Module):
         """Take the content vectors [N, F] of a domain's catalog; they are no weights, so they are not saved with the model."""
         self.register_buffer(f"content_{domain}", content, persistent=False)
 
+    def hold_neighbours(self, domain: str, nearest: Tensor, weights: Tensor) -> None:
+        """Let the last C items of a domain's catalog stand where trained ones do: the weighted mean of their nearest, [C, n] each."""
+        self.register_buffer(f"nearest_{domain}", nearest, persistent=False)
+        self.register_buffer(f"weights_{domain}", weights, persistent=False)
+
     def forward(self, batch: Packed, catalog: Tensor, domain: str) -> Tensor:
         """Queries of the masked positions, in packed order: [P, D], or [P, K * D] with flat tokens.
 
@@ -148,7 +153,16 @@ class Sequencer(nn.Module):
         slots = self._slots(catalog)
         bias = self.code_bias[slots].sum(1)
         vectors = self.code_embedding(slots).flatten(1) if self.tokens == "flat" else self.compose(catalog, domain)
-        return (F.normalize(vectors, dim=-1) if self.logits_kind == "cosine" else vectors), bias
+        vectors = F.normalize(vectors, dim=-1) if self.logits_kind == "cosine" else vectors
+        return self._borrow(vectors, bias, domain) if hasattr(self, f"nearest_{domain}") else (vectors, bias)
+
+    def _borrow(self, vectors: Tensor, bias: Tensor, domain: str) -> tuple[Tensor, Tensor]:
+        nearest, weights = getattr(self, f"nearest_{domain}"), getattr(self, f"weights_{domain}")
+        known = len(vectors) - len(nearest)
+        borrowed = F.embedding_bag(nearest, vectors, per_sample_weights=weights, mode="sum")
+        if self.logits_kind == "cosine":
+            borrowed = F.normalize(borrowed, dim=-1)
+        return torch.cat([vectors[:known], borrowed]), torch.cat([bias[:known], (bias[nearest] * weights).sum(1)])
 
     def scores(self, query: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
         """[P, N] score of every item of the catalog for each query."""

@@ -169,10 +169,20 @@ def test_code_dropout_leaves_content_alone_and_only_in_training():
     assert not torch.allclose(model.eval().compose(CATALOG, "d"), model.content(model.content_d), atol=1e-3)
 
 
+def test_cold_items_stand_where_their_neighbours_do():
+    model = build(logits="cosine").eval()
+    vectors, bias = model.catalog_vectors(CATALOG, "d")
+    model.hold_neighbours("d", torch.tensor([[3, 4], [5, 5]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    borrowed, borrowed_bias = model.catalog_vectors(CATALOG, "d")
+    assert torch.equal(borrowed[:18], vectors[:18]) and torch.allclose(borrowed[19], vectors[5])
+    assert torch.allclose(borrowed[18], torch.nn.functional.normalize(vectors[3] + vectors[4], dim=0), atol=1e-6)
+    assert borrowed_bias[18] == (bias[3] + bias[4]) / 2
+
+
 def test_recall_is_the_mean_of_the_items_that_are_not_masked_the_nearer_the_more():
     model = build(recall=True).eval()
     vectors, far = torch.randn(4, 32), 0.25
-    model.recall.data = torch.tensor([2.0, np.log(far / (1 - far))])
+    model.recall.data = torch.tensor([2.0, float(np.log(far / (1 - far)))])
     packed, _ = pack(np.arange(4), np.array([4]), np.array([[False, False, True, False]]))
     mean = vectors[0] * far**2 + vectors[1] * far + vectors[3] * far
     expected = 2 * 32**0.5 * torch.nn.functional.normalize(mean, dim=0)

@@ -25,6 +25,7 @@ from qbert_ray.rqvae import RQVAE, normalised_error
 from qbert_ray.sequencer import Sequencer, next_item_queries, pack, to_device
 
 SAMPLE = 4096  # items that the metrics of stage 1 are taken over
+NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.1  # of a cold item among those that were trained
 ID_DROPOUT_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 1, 2, 3  # keep draws for different purposes apart
 
 
@@ -324,6 +325,15 @@ def content_vectors(run: RunDir, domain: str) -> Tensor:
     return F.normalize(centred, dim=-1) * embedding.shape[1] ** 0.5
 
 
+def nearest_known(content: Tensor, known: int) -> tuple[Tensor, Tensor]:
+    """[C, n] nearest of the first `known` rows of content [N, D], by cosine, for each of the others; and their weights, summing to 1."""
+    unit = F.normalize(content, dim=-1)
+    cosine, nearest = zip(
+        *(torch.topk(piece @ unit[:known].T, min(NEIGHBOURS, known), dim=1) for piece in unit[known:].split(SAMPLE)), strict=True
+    )
+    return torch.cat(nearest), torch.softmax(torch.cat(cosine) / NEIGHBOUR_TEMPERATURE, dim=1)
+
+
 def shuffled_batches(size: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Batches of about equal size, at most batch_size, in an order that follows from seed and epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(size)
@@ -336,5 +346,9 @@ def load_sequencer(run: RunDir, domain: str) -> Sequencer:
     model = Sequencer(**description)
     model.load_state_dict(tensors)
     if model.content is not None:
-        model.hold_content(domain, content_vectors(run, domain))
+        content = content_vectors(run, domain)
+        model.hold_content(domain, content)
+        known = warm_items(run, domain)
+        if known < len(content):
+            model.hold_neighbours(domain, *nearest_known(content, known))
     return model.eval()
