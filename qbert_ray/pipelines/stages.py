@@ -114,8 +114,8 @@ def check_usage(config: Config, metrics: dict[str, Any]) -> None:
     if metrics["items"] >= 4 * size and min(usage) < bar:  # fewer leave later levels nothing to spell
         raise GateError(
             f"the codebooks collapsed: {' '.join(f'{share:.0%}' for share in usage)} of the {size} codewords of each level are in use, "
-            f"gates.min_usage asks for {bar:.0%}. Try a smaller rqvae.codebook_size, rqvae.quantizer=kmeans, a lower "
-            f"rqvae.learning_rate; look whether many items have the same texts; then redo with --from train-rqvae. "
+            f"gates.min_usage asks for {bar:.0%}. Try a smaller rqvae.codebook_size or another rqvae.quantizer, and look whether many "
+            f"items have the same texts; then redo with --from train-rqvae. "
             f"To go on with this model: gates.min_usage={max(0.0, min(usage) - 0.005):.2f}"
         )
 
