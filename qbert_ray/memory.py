@@ -2,11 +2,12 @@
 
 Beyond the paper. A sequence model of low rank cannot hold the tail of item pairs, so item-item weights stand beside it:
 the ridge regression of each item on the items it occurs with (EASE, Steck 2019, restricted to the strongest neighbours, so
-that it also serves where a dense inverse of the catalog does not fit), and which item tends to follow which. A `Mix` of a
-dozen numbers, fitted on validation items, adds them to the sequencer's scores; its weights follow from the history.
+that it also serves where a dense inverse of the catalog does not fit), and which item tends to follow which. What content
+alone says, for items that no weights know, is how near the nearest item of the history is. A `Mix` of a few numbers, fitted on
+validation items, adds them to the sequencer's scores; its weights follow from the history.
 
-Shapes: N catalog, U users, B histories, C candidates, P numbers that describe a history, F signals: the sequencer's score,
-the two memories, and whether the history holds the item.
+Shapes: N catalog, U users, B histories, C candidates, D width of content vectors, P numbers that describe a history, F signals:
+the sequencer's score, the two memories, content, and whether the history holds the item.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-SIGNALS = ("sequencer", "ridge", "following", "seen")
-START = (0.35, 1.0, 0.6, 0.0)  # weights of the signals where there is nothing to fit them on: what the real data sets gave, rounded
+SIGNALS = ("sequencer", "ridge", "following", "content", "seen")
+START = (0.35, 1.0, 0.6, 0.0, 0.0)  # weights of the signals where there is nothing to fit them on: what the real data sets gave, rounded
 
 
 def popularity(indptr: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
@@ -118,11 +119,19 @@ class Memory:
         decays: weight of each further step back in a history, for either.
         scale: weights far below it count for nothing, since signals are log(1 + weight / scale).
         latest: items of a history that are asked.
+        content: [N, D] vectors of length 1 whose products say how alike items are; None: nothing is known of it.
     """
 
     def __init__(
-        self, ridge: sparse.csr_matrix, following: sparse.csr_matrix, decays: tuple[float, float], scale: float, latest: int
+        self,
+        ridge: sparse.csr_matrix,
+        following: sparse.csr_matrix,
+        decays: tuple[float, float],
+        scale: float,
+        latest: int,
+        content: Tensor | None = None,
     ) -> None:
+        self.content = content
         self.weights = (ridge.T.tocsr(), following.T.tocsr())
         self.decays, self.scale, self.latest = decays, scale, latest
 
@@ -131,15 +140,18 @@ class Memory:
         return (self._aged(histories, 0) @ self.weights[0]).toarray()
 
     def signals(self, histories: list[np.ndarray]) -> Tensor:
-        """[B, N, 3]: log(1 + weight / scale) of both memories, and 1 where the history holds the item."""
-        result = np.zeros((len(histories), self.weights[0].shape[0], 3), dtype=np.float32)
+        """[B, N, 4]: log(1 + weight / scale) of both memories, cosine to the nearest item of the history, 1 where it holds the item."""
+        result = np.zeros((len(histories), self.weights[0].shape[0], 4), dtype=np.float32)
         for number in (0, 1):
             spoken = self._aged(histories, number) @ self.weights[number]
             spoken.data = np.log1p(np.maximum(spoken.data, 0) / self.scale)
             result[:, :, number] = spoken.toarray()
+        for row, history in enumerate(histories if self.content is not None else []):
+            if len(history):
+                result[row, :, 2] = (self.content[history[-self.latest :]] @ self.content.T).amax(0)
         rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
         if len(rows):
-            result[rows, np.concatenate(histories), 2] = 1
+            result[rows, np.concatenate(histories), 3] = 1
         return torch.from_numpy(result)
 
     def _aged(self, histories: list[np.ndarray], number: int) -> sparse.csr_matrix:
@@ -158,7 +170,7 @@ class Mix(NamedTuple):
 
         Args:
             sequencer: [B, N] scores of the sequencer; a constant per history changes no ranking.
-            signals: [B, N, 3] of `Memory.signals`.
+            signals: [B, N, 4] of `Memory.signals`.
             lengths: [B] items of each history.
         """
         weights = self.trust(describe(signals, lengths))
@@ -168,7 +180,7 @@ class Mix(NamedTuple):
         return mixed
 
     def trust(self, description: Tensor) -> Tensor:
-        """[B, F] weights for histories that `describe` gave [B, P] for; those of the sequencer and the memories are not negative."""
+        """[B, F] weights for histories that `describe` gave [B, P] for; all but that of items already had are not negative."""
         description = ((description - self.centre) / self.spread).clamp(-3, 3)  # not further than what was fitted on
         weights = description @ self.weights
         return torch.cat([weights[:, :-1].clamp_min(0), weights[:, -1:]], dim=1)
@@ -182,7 +194,7 @@ def describe(signals: Tensor, lengths: Tensor) -> Tensor:
 
 
 def candidates(sequencer: Tensor, signals: Tensor, target: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a mix is fitted on: the `count` best items by each of the three scores.
+    """What a mix is fitted on: the `count` best items by each of the four scores.
 
     Returns:
         [B, C, F] signals of the candidates, those of an item that is there twice at minus infinity for the sequencer;
@@ -190,7 +202,7 @@ def candidates(sequencer: Tensor, signals: Tensor, target: Tensor, count: int) -
     """
     signals = torch.cat([sequencer.log_softmax(1)[:, :, None], signals], dim=2)
     count = min(count, signals.shape[1])
-    chosen = torch.cat([signals[:, :, number].topk(count, dim=1).indices for number in range(3)], dim=1).sort(dim=1).values
+    chosen = torch.cat([signals[:, :, number].topk(count, dim=1).indices for number in range(4)], dim=1).sort(dim=1).values
     found = signals.gather(1, chosen[:, :, None].expand(-1, -1, signals.shape[2]))
     found[:, 1:, 0].masked_fill_(chosen[:, 1:] == chosen[:, :-1], -torch.inf)
     is_target = chosen == target[:, None]

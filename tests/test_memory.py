@@ -81,7 +81,8 @@ def test_following_counts_what_comes_after_within_a_user():
 def make_memory(rng, num_items=40):
     indptr, items = random_histories(rng, 300, num_items, 5)
     ridge = RidgeRegression(indptr, items, num_items, 5.0, 20).rows(np.arange(num_items))
-    return Memory(ridge, following(indptr, items, num_items, 3, 0.5, 1.0, 20), (0.8, 0.5), 0.01, latest=10)
+    content = torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((num_items, 8))).float(), dim=-1)
+    return Memory(ridge, following(indptr, items, num_items, 3, 0.5, 1.0, 20), (0.8, 0.5), 0.01, latest=10, content=content)
 
 
 def test_signals_are_those_of_a_plain_loop():
@@ -93,8 +94,12 @@ def test_signals_are_those_of_a_plain_loop():
         for number, decay in enumerate((0.8, 0.5)):
             told = sum(decay**age * memory.weights[number][[item]].toarray()[0] for age, item in enumerate(history[-10:][::-1]))
             assert signals[row, :, number].numpy() == pytest.approx(np.log1p(np.maximum(told, 0) / 0.01), abs=1e-5)
-        assert signals[row, :, 2].nonzero()[:, 0].tolist() == sorted(history)
+        cosines = (memory.content @ memory.content.T)[:, history[-10:]]
+        assert torch.allclose(signals[row, :, 2], cosines.max(1).values, atol=1e-6)
+        assert signals[row, :, 3].nonzero()[:, 0].tolist() == sorted(history)
     assert (memory.signals([np.zeros(0, dtype=np.int64)]) == 0).all()
+    memory.content = None
+    assert (memory.signals(histories)[:, :, 2] == 0).all()
 
 
 def sample(rng, follows, users=400, num_items=40):
@@ -108,7 +113,7 @@ def sample(rng, follows, users=400, num_items=40):
 
 
 def test_the_mix_trusts_what_predicts():
-    told = sample(np.random.default_rng(3), lambda scores, signals: (signals[:, :, 0] - 100 * signals[:, :, 2]).argmax(1))
+    told = sample(np.random.default_rng(3), lambda scores, signals: (signals[:, :, 0] - 100 * signals[:, :, 3]).argmax(1))
     drawn = sample(np.random.default_rng(3), lambda scores, signals: scores.argmax(1))
     ridge, sequencer = SIGNALS.index("ridge"), SIGNALS.index("sequencer")
     assert fit_mix(*told).weights[0, ridge] > 3 * fit_mix(*drawn).weights[0, ridge]
@@ -119,7 +124,7 @@ def test_the_mix_trusts_what_predicts():
 def test_the_mix_of_a_batch_is_that_of_each_history():
     rng = np.random.default_rng(4)
     mix = fit_mix(*sample(rng, lambda scores, signals: signals[:, :, 0].argmax(1)))
-    signals, scores, lengths = torch.rand(6, 9, 3), torch.randn(6, 9), torch.randint(1, 50, (6,))
+    signals, scores, lengths = torch.rand(6, 9, 4), torch.randn(6, 9), torch.randint(1, 50, (6,))
     together = mix.scores(scores, signals, lengths)
     for row in range(6):
         assert torch.allclose(together[row], mix.scores(scores[row : row + 1], signals[row : row + 1], lengths[row : row + 1])[0])
@@ -137,8 +142,8 @@ def test_without_data_the_mix_is_the_start(users):
 
 
 def test_an_item_that_is_a_candidate_twice_counts_once():
-    scores, signals = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(1, 3, 3)
+    scores, signals = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(1, 3, 4)
     found, place, there = candidates(scores, signals, torch.tensor([1]), 3)
-    assert found.shape == (1, 9, 4) and there.tolist() == [True]
-    assert found[0, :, 0].isneginf().sum() == 6
+    assert found.shape == (1, 12, 5) and there.tolist() == [True]
+    assert found[0, :, 0].isneginf().sum() == 9
     assert not found[0, place[0], 0].isneginf()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from qbert_ray import memory
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Memory
 from qbert_ray.pipelines.sharding import own_device
-from qbert_ray.pipelines.tasks import catalog_codes, load_sequencer
+from qbert_ray.pipelines.tasks import catalog_codes, content_vectors, load_sequencer
 from qbert_ray.sequencer import next_item_queries
 
 WEIGHTS, MIX = "memory/weights", "memory/mix"
@@ -43,7 +44,7 @@ class Ranker:
         self.mix = memory.Mix(*(tensor.to(self.device) for tensor in mix))
 
     def signals(self, histories: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N] scores of the sequencer, [B, N, 3] signals of the memory, [B] lengths; on the device."""
+        """[B, N] scores of the sequencer, [B, N, 4] signals of the memory, [B] lengths; on the device."""
         assert self.memory is not None
         lengths = torch.tensor([len(history) for history in histories], device=self.device)
         return self._sequencer(histories), self.memory.signals(histories).to(self.device), lengths
@@ -74,10 +75,11 @@ def batches(users: int, num_items: int) -> Iterator[slice]:
 
 
 def load_memory(run: RunDir, domain: str, settings: Memory, latest: int, num_items: int) -> memory.Memory:
-    """The item-item weights of memory/weights; none for items that came later."""
+    """The item-item weights of memory/weights, none for items that came later; and content, where stage 1 was run."""
     table = run.read(WEIGHTS, domain)
     matrices = [_matrix(table[f"{name}_items"], table[f"{name}_weights"], num_items) for name in ("ridge", "following")]
-    return memory.Memory(*matrices, (settings.decay, settings.following_decay), settings.scale, latest)
+    content = F.normalize(content_vectors(run, domain), dim=-1) if run.parts("fusion/embeddings", domain) else None
+    return memory.Memory(*matrices, (settings.decay, settings.following_decay), settings.scale, latest, content)
 
 
 def _matrix(items: pa.ChunkedArray, weights: pa.ChunkedArray, num_items: int) -> sparse.csr_matrix:
