@@ -206,7 +206,7 @@ def _frame(ids: Ids | None) -> pl.DataFrame:
 
 def _first_difference(first: pl.Series, second: pl.Series) -> np.ndarray:
     """[N] first level whose codes are not equal, -1 where all are."""
-    levels = max(codes.list.len().to_numpy().max(initial=0) for codes in (first, second))
+    levels = max(int(codes.list.len().to_numpy().max(initial=0)) for codes in (first, second))
     result = np.full(len(first), -1)
     for level in range(levels - 1, -1, -1):
         result[first.list.get(level, null_on_oob=True).ne_missing(second.list.get(level, null_on_oob=True)).to_numpy()] = level
