@@ -200,7 +200,7 @@ def diff(first: str, second: str) -> dict[str, Any]:
 
 
 def _frame(ids: Ids | None) -> pl.DataFrame:
-    schema = {ITEM_ID: pl.String, "codes": pl.List(pl.Int32)}
+    schema: dict[str, Any] = {ITEM_ID: pl.String, "codes": pl.List(pl.Int32)}
     return pl.DataFrame({ITEM_ID: ids.item_ids, "codes": ids.codes.tolist()} if ids else {}, schema)
 
 

@@ -48,7 +48,7 @@ class EmbedPart:
 
     def __init__(self, run: RunDir, offsets: dict[str, int]) -> None:
         tensors, description = run.load_model("fusion/model")
-        self.run, self.offsets, self.device = run, offsets, own_device()
+        self.run, self.offsets, self.device = run, offsets, torch.device(own_device())
         self.model = DynamicFusion(**description).to(self.device).eval()
         self.model.load_state_dict(tensors)
 
@@ -90,7 +90,7 @@ class EncodePart:
     """Nearest codes and latents of a part of the catalog."""
 
     def __init__(self, run: RunDir) -> None:
-        self.run, self.device = run, own_device()
+        self.run, self.device = run, torch.device(own_device())
         self.model = load_rqvae(run).to(self.device)
 
     @torch.inference_mode()
