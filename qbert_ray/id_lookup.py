@@ -181,8 +181,7 @@ def diff(first: str, second: str) -> dict[str, Any]:
     sides = (run_a, domains(parts_a)), (run_b, domains(parts_b))
     result = {}
     for domain in sorted(sides[0][1].keys() | sides[1][1].keys()):
-        a, b = (_frame(read_ids(run, by_domain[domain])) if domain in by_domain else None for run, by_domain in sides)
-        a, b = (frame if frame is not None else (b if a is None else a).clear() for frame in (a, b))
+        a, b = (_frame(read_ids(run, by_domain[domain]) if domain in by_domain else None) for run, by_domain in sides)
         both = a.join(b, on=ITEM_ID, suffix="_b", maintain_order="left")
         level = _first_difference(both["codes"], both["codes_b"])
         changed = both.filter(pl.Series(level >= 0))
@@ -200,13 +199,14 @@ def diff(first: str, second: str) -> dict[str, Any]:
     return result
 
 
-def _frame(ids: Ids) -> pl.DataFrame:
-    return pl.DataFrame({ITEM_ID: ids.item_ids, "codes": pl.Series(ids.codes.tolist(), dtype=pl.List(pl.Int32))})
+def _frame(ids: Ids | None) -> pl.DataFrame:
+    schema: dict[str, Any] = {ITEM_ID: pl.String, "codes": pl.List(pl.Int32)}
+    return pl.DataFrame({ITEM_ID: ids.item_ids, "codes": ids.codes.tolist()} if ids else {}, schema)
 
 
 def _first_difference(first: pl.Series, second: pl.Series) -> np.ndarray:
     """[N] first level whose codes are not equal, -1 where all are."""
-    levels = max(first.list.len().max() or 0, second.list.len().max() or 0)
+    levels = max(int(codes.list.len().to_numpy().max(initial=0)) for codes in (first, second))
     result = np.full(len(first), -1)
     for level in range(levels - 1, -1, -1):
         result[first.list.get(level, null_on_oob=True).ne_missing(second.list.get(level, null_on_oob=True)).to_numpy()] = level

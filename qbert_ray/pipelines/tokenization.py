@@ -50,7 +50,7 @@ class EmbedPart:
 
     def __init__(self, run: RunDir, known: dict[str, tuple[int, int]]) -> None:
         tensors, description = run.load_model("fusion/model")
-        self.run, self.known, self.device = run, known, own_device()
+        self.run, self.known, self.device = run, known, torch.device(own_device())
         self.model = DynamicFusion(**description).to(self.device).eval()
         self.model.load_state_dict(tensors)
 
@@ -100,7 +100,7 @@ class EncodePart:
     """Nearest codes and latents of a part of the catalog."""
 
     def __init__(self, run: RunDir) -> None:
-        self.run, self.device = run, own_device()
+        self.run, self.device = run, torch.device(own_device())
         self.model = load_rqvae(run).to(self.device)
 
     @torch.inference_mode()
@@ -159,7 +159,7 @@ def _adopt_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any
     source = join(config.data.root, config.data.semantic_ids or "")
     domains = list(config.data.domains)
     given = _read_given(source, domains)
-    size = 1 + (given["codes"].list.max().max() or 0)
+    size = 1 + int(given["codes"].list.max().drop_nulls().to_numpy().max(initial=0))
     counts = []
     for domain in domains:
         progress.note(domain)
@@ -203,7 +203,7 @@ def _given_codes(run: RunDir, given: pl.DataFrame, domain: str, source: str) -> 
             f"data.semantic_ids: {source} has no codes for {len(missing):,} of {len(items):,} items of {domain}, such as {missing[:3].to_list()}"
         )
     lengths, flat = codes.list.len().unique(), codes.explode()
-    if len(lengths) > 1 or flat.null_count() or (flat.min() or 0) < 0:
+    if len(lengths) > 1 or flat.null_count() or (flat.to_numpy() < 0).any():
         raise ArtifactError(
             f"data.semantic_ids: every item needs the same number of codes, none negative; {source} has lengths {sorted(lengths)}"
         )
