@@ -98,7 +98,7 @@ def _meaning(codes: np.ndarray, attributes: pl.DataFrame) -> dict[str, Any]:
     """What prefixes say on each attribute, over items whose value another item has too."""
     sample = np.sort(np.random.default_rng(0).permutation(len(codes))[:DESCRIBED])
     result = {}
-    for column in attributes[sample]:
+    for column in (column.gather(sample) for column in attributes):  # a domain may have none
         rows = (column.is_not_null() & column.is_duplicated()).to_numpy()
         values = column.filter(rows).rank("dense").to_numpy().astype(np.int64) - 1
         if len(values) and values.max() > 0:
