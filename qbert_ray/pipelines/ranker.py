@@ -15,7 +15,7 @@ from qbert_ray import memory
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Memory
 from qbert_ray.pipelines.sharding import own_device
-from qbert_ray.pipelines.tasks import catalog_codes, content_vectors, load_sequencer
+from qbert_ray.pipelines.tasks import catalog_codes, content_vectors, load_sequencer, nearest_known, warm_items
 from qbert_ray.sequencer import next_item_queries
 
 WEIGHTS, MIX = "memory/weights", "memory/mix"
@@ -36,6 +36,9 @@ class Ranker:
         with torch.inference_mode():
             self.vectors, self.bias = self.model.catalog_vectors(self.catalog, domain)
         self.memory = load_memory(run, domain, settings, self.model.max_items, len(self.catalog)) if settings.enabled else None
+        known = warm_items(run, domain)
+        content = self.memory.content if self.memory else None
+        self.nearest = nearest_known(content, known) if content is not None and known < len(content) else None
         self.mix: memory.Mix | None = None
         if settings.enabled and mixed:
             self.use(memory.Mix(**run.load_model(f"{MIX}/{domain}")[0]))
@@ -47,7 +50,11 @@ class Ranker:
         """[B, N] scores of the sequencer, [B, N, 4] signals of the memory, [B] lengths; on the device."""
         assert self.memory is not None
         lengths = torch.tensor([len(history) for history in histories], device=self.device)
-        return self._sequencer(histories), self.memory.signals(histories).to(self.device), lengths
+        signals = self.memory.signals(histories)
+        if self.nearest is not None:  # no weights know a cold item: it stands where its nearest trained items do
+            items, weights = self.nearest
+            signals[:, -len(items) :, :2] = torch.einsum("bcnf,cn->bcf", signals[:, items, :2], weights)
+        return self._sequencer(histories), signals.to(self.device), lengths
 
     def scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
         """[B, N] of the "model"; with a memory also of the "sequencer" and the "ridge" regression by themselves; on the CPU."""
