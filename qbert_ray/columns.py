@@ -19,6 +19,7 @@ TIMESTAMP = "timestamp"
 RATING = "rating"
 COLD = "cold"
 SPLITS = ("train", "valid", "test", COLD)
+KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]  # what names an item in every table over the catalog
 
 # ingest/items: item_index is dense within a domain and permuted by a hash, so that it tells nothing about time. Items that no
 # training may see, because they are held out or came later, are cold; their indices are the last.

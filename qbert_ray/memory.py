@@ -194,7 +194,10 @@ def describe(signals: Tensor, lengths: Tensor) -> Tensor:
 
 
 def candidates(sequencer: Tensor, signals: Tensor, target: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a mix is fitted on: the `count` best items by each of the four scores.
+    """What a mix is fitted on: the `count` best items by each of the four scores; C is four times as many.
+
+    Args:
+        sequencer: [B, N] scores, signals: [B, N, 4] of `Memory.signals`, target: [B] item_index.
 
     Returns:
         [B, C, F] signals of the candidates, those of an item that is there twice at minus infinity for the sequencer;

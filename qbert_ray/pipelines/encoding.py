@@ -20,12 +20,11 @@ from pyarrow import fs
 
 from qbert_ray import config
 from qbert_ray.artifacts import ArtifactError, RunDir, resolve
-from qbert_ray.columns import DOMAIN, ITEM_ID, ITEM_INDEX, REJECTED
+from qbert_ray.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
 from qbert_ray.encoders import ImageEncoder, ImageRejected, TextEncoder, decode_image
 from qbert_ray.pipelines.sharding import own_device
 from qbert_ray.vectors import features_table
 
-KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]
 READERS = 8  # threads that read and decode images beside the encoder of an actor
 DOWNLOAD_SECONDS = 20
 

@@ -21,10 +21,10 @@ import ray
 from ray.exceptions import RayTaskError
 
 from qbert_ray.artifacts import RunDir
-from qbert_ray.columns import ATTRIBUTE_PREFIX, ITEM_ID, TEXT_PREFIX, to_numpy
+from qbert_ray.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX, to_numpy
 from qbert_ray.config import Config, Domain
 from qbert_ray.memory import co_occurrence
-from qbert_ray.pipelines.encoding import KEYS, ImagePart, TextPart, load_image_encoder, load_text_encoder, write_rejected
+from qbert_ray.pipelines.encoding import ImagePart, TextPart, load_image_encoder, load_text_encoder, write_rejected
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts
 from qbert_ray.sources import join

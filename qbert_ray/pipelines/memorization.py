@@ -49,7 +49,7 @@ class WeightsPart:
         self.following = following(*train, s.following_window, s.following_decay, s.following_shrinkage, s.neighbours)
 
     def __call__(self, name: str) -> dict[str, int]:
-        items = self.run.read_part("ingest/items", name, [columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX])
+        items = self.run.read_part("ingest/items", name, columns.KEYS)
         targets = items[columns.ITEM_INDEX].to_numpy()
         rows = (self.ridge.rows(targets), self.following[targets])
         lists = [
@@ -83,15 +83,14 @@ def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, 
     ranker.use(mix)
     result: dict[str, Any] = {"users": len(users), "fitted_on": len(joined[2])}
     result["weights_of_signals"] = dict(zip(SIGNALS, mix.trust(mix.centre[None] + torch.tensor([[1.0, 0, 0]]))[0].tolist(), strict=True))
+    found: dict[str, list[np.ndarray]] = {"model": [np.zeros(0, int)], "sequencer": [np.zeros(0, int)]}
     with torch.inference_mode():
         for rows in batches(len(users), len(ranker.catalog)):
-            for name, scores in ranker.scores(histories[rows]).items():
-                result.setdefault(name, []).append(ranks(scores, target[rows]).numpy())
-    for name in ("model", "sequencer"):
-        rank = np.concatenate(result.pop(name, [np.zeros(0, int)]))
-        result[f"{name}_ndcg@10"] = metrics.interval(metrics.ndcg(rank, 10))["value"]
-    result.pop("ridge", None)
-    return result
+            scores = ranker.scores(histories[rows])
+            for name, pieces in found.items():
+                pieces.append(ranks(scores[name], target[rows]).numpy())
+    ndcg = {name: metrics.interval(metrics.ndcg(np.concatenate(pieces), 10))["value"] for name, pieces in found.items()}
+    return result | {f"{name}_ndcg@10": value for name, value in ndcg.items()}
 
 
 def _no_samples() -> list[torch.Tensor]:

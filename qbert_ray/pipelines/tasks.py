@@ -41,7 +41,7 @@ class Features:
             table = run.read_part(f"features/{modality}", part) if part else read_warm(run, f"features/{modality}", domains)
             self.vectors[modality] = columns.to_numpy(table["vectors"])
             self.present[modality] = columns.to_numpy(table["present"])
-            self.table = table.select([columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX])
+            self.table = table.select(columns.KEYS)
 
     @property
     def widths(self) -> dict[str, int]:

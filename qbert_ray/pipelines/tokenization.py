@@ -27,7 +27,6 @@ from qbert_ray.semantic_ids import Resolved, resolve_collisions, resolve_given, 
 from qbert_ray.sources import join
 
 BATCH = 1024
-KEYS = [columns.DOMAIN, columns.ITEM_ID, columns.ITEM_INDEX]
 ENCODED = "semantic_ids/.encoded"
 
 
@@ -112,7 +111,7 @@ class EncodePart:
             latent = self.model.encode(batch.to(self.device))
             latents.append(latent.cpu().numpy())
             codes.append(self.model.quantizer(latent).codes.cpu().numpy().astype(np.int32))
-        table = table.select(KEYS)
+        table = table.select(columns.KEYS)
         table = table.append_column("latent", columns.to_fixed_lists(np.concatenate(latents)))
         table = table.append_column("codes", columns.to_fixed_lists(np.concatenate(codes)))
         self.run.write_part(ENCODED, name, table)
@@ -134,7 +133,7 @@ def _write_domain(run: RunDir, domain: str, parts: list[str], nearest: np.ndarra
     """Write parts of a domain, aligned with those of the catalog; rows of nearest and resolved are in the order of item_index."""
     begin = 0
     for name in parts:
-        keys = run.read_part("ingest/items", name, KEYS)
+        keys = run.read_part("ingest/items", name, columns.KEYS)
         rows = slice(begin, begin + keys.num_rows)
         codes = resolved.codes[rows].astype(np.int32)
         arrays = [
