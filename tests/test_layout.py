@@ -51,6 +51,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": {"config", "columns", "artifacts", "readers"},
     "rows": {"config", "columns", "images", "readers", "sources"},
     "vectors": {"columns", "artifacts"},
+    # ranking by the models of a run
+    "catalog": {"artifacts", "columns"},
+    "ranker": {"artifacts", "catalog", "config", "memory", "sequencer"},
+    "recommender": {"artifacts", "catalog", "config", "ranker", "ranking"},
     # the generated shop writes files and knows nothing of a run
     "demo": set(),
     # the IDs of a finished run

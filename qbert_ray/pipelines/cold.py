@@ -19,11 +19,11 @@ from torch import Tensor
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
+from qbert_ray.catalog import item_ids, warm_items
 from qbert_ray.config import Config, Memory
-from qbert_ray.pipelines.ranker import Ranker, batches
 from qbert_ray.pipelines.session import Progress
-from qbert_ray.pipelines.sharding import map_parts
-from qbert_ray.pipelines.tasks import warm_items
+from qbert_ray.pipelines.sharding import map_parts, own_device
+from qbert_ray.ranker import Ranker, batches
 from qbert_ray.ranking import ranks
 
 PROTOCOLS = {"unseen": "rank_unseen", "cold": "rank_cold"}
@@ -55,8 +55,8 @@ class ColdPart:
 
     def __init__(self, run: RunDir, domain: str, memory: Memory, latest: int) -> None:
         self.run, self.domain, self.latest = run, domain, latest
-        self.ranker = Ranker(run, domain, memory)
-        self.item_ids = run.read("ingest/items", domain, [columns.ITEM_ID])[columns.ITEM_ID].to_pylist()
+        self.ranker = Ranker(run, domain, memory, own_device())
+        self.item_ids = item_ids(run, domain).to_pylist()
         self.warm = np.arange(warm_items(run, domain))
         self.text = text_vectors(run, domain)
 

@@ -15,12 +15,13 @@ import torch
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
+from qbert_ray.catalog import item_ids
 from qbert_ray.config import Config, Memory
 from qbert_ray.memory import co_occurrence, co_occurrence_scores, popularity
 from qbert_ray.pipelines.cold import evaluate_cold
-from qbert_ray.pipelines.ranker import Ranker, batches
 from qbert_ray.pipelines.session import Progress
-from qbert_ray.pipelines.sharding import map_parts
+from qbert_ray.pipelines.sharding import map_parts, own_device
+from qbert_ray.ranker import Ranker, batches
 from qbert_ray.ranking import ranks
 
 MODEL = "model"
@@ -68,8 +69,8 @@ class RankPart:
     def __init__(self, run: RunDir, domain: str, memory: Memory, floors: list[Any], latest: int) -> None:
         self.run, self.domain, self.latest = run, domain, latest
         self.counts, self.popularity = ray.get(floors[0])
-        self.ranker = Ranker(run, domain, memory)
-        self.item_ids = run.read("ingest/items", domain, [columns.ITEM_ID])[columns.ITEM_ID].to_pylist()
+        self.ranker = Ranker(run, domain, memory, own_device())
+        self.item_ids = item_ids(run, domain).to_pylist()
 
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:

@@ -14,10 +14,10 @@ from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config, Memory
 from qbert_ray.masking import uniform
 from qbert_ray.memory import SIGNALS, RidgeRegression, candidates, describe, fit_mix, following
-from qbert_ray.pipelines.ranker import MIX, WEIGHTS, Ranker, batches
 from qbert_ray.pipelines.session import Progress, available
-from qbert_ray.pipelines.sharding import map_parts
+from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.pipelines.training import MOST_THREADS
+from qbert_ray.ranker import MIX, WEIGHTS, Ranker, batches
 from qbert_ray.ranking import ranks
 
 SAMPLE_STREAM = 7_000_003
@@ -65,7 +65,7 @@ class WeightsPart:
 def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, Any]:
     """Fit the mix on validation items, save it, and rank them with it and without."""
     torch.set_num_threads(threads)
-    ranker = Ranker(run, domain, settings, mixed=False)
+    ranker = Ranker(run, domain, settings, own_device(), mixed=False)
     sequences = columns.to_sequences(run.read("ingest/sequences", domain))
     users = np.flatnonzero(sequences.valid >= 0)
     users = users[np.argsort(uniform(SAMPLE_STREAM, 0, users, 1)[:, 0])[: settings.validation_users]]

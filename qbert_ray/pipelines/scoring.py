@@ -10,10 +10,11 @@ import torch
 
 from qbert_ray import columns
 from qbert_ray.artifacts import RunDir
+from qbert_ray.catalog import item_ids
 from qbert_ray.config import Config, Memory
-from qbert_ray.pipelines.ranker import Ranker, batches
 from qbert_ray.pipelines.session import Progress
-from qbert_ray.pipelines.sharding import map_parts
+from qbert_ray.pipelines.sharding import map_parts, own_device
+from qbert_ray.ranker import Ranker, batches
 from qbert_ray.ranking import hide, top_k
 
 
@@ -34,8 +35,8 @@ class ScorePart:
 
     def __init__(self, run: RunDir, domain: str, memory: Memory, k: int, remove_seen: bool) -> None:
         self.run, self.domain, self.k, self.remove_seen = run, domain, k, remove_seen
-        self.ranker = Ranker(run, domain, memory)
-        self.item_ids = run.read("ingest/items", domain, [columns.ITEM_ID])[columns.ITEM_ID].combine_chunks()
+        self.ranker = Ranker(run, domain, memory, own_device())
+        self.item_ids = item_ids(run, domain)
 
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert_ray import columns, kmeans, metrics
 from qbert_ray.artifacts import ArtifactError, RunDir
+from qbert_ray.catalog import catalog_codes, content_vectors, read_warm, warm_items
 from qbert_ray.config import Config, SequenceTraining
 from qbert_ray.fusion import DynamicFusion, alignment_loss, geometry_loss, view_distance
 from qbert_ray.masking import draw_masks, uniform
@@ -25,7 +24,6 @@ from qbert_ray.rqvae import RQVAE, normalised_error
 from qbert_ray.sequencer import Sequencer, next_item_queries, pack, to_device
 
 SAMPLE = 4096  # items that the metrics of stage 1 are taken over
-NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.1  # of a cold item among those that were trained
 ID_DROPOUT_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 1, 2, 3  # keep draws for different purposes apart
 
 
@@ -300,55 +298,7 @@ def rank_targets(
     return np.concatenate(result)
 
 
-def warm_items(run: RunDir, domain: str) -> int:
-    """How many items training may see: the first of the catalog."""
-    return int(np.count_nonzero(~run.read("ingest/items", domain, [columns.COLD])[columns.COLD].to_numpy()))
-
-
-def read_warm(run: RunDir, table: str, domains: Sequence[str], names: list[str] | None = None) -> pa.Table:
-    """Rows of a table over the catalog that training may see, domain after domain."""
-    return pa.concat_tables([run.read(table, domain, names).slice(0, warm_items(run, domain)) for domain in domains])
-
-
-def catalog_codes(run: RunDir, domain: str) -> np.ndarray:
-    """[N, K] codes of a domain's items in the order of item_index."""
-    table = run.read("semantic_ids", domain, [columns.ITEM_INDEX, "codes"])
-    codes = table["codes"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1).astype(np.int64)
-    order = np.argsort(table[columns.ITEM_INDEX].to_numpy())
-    return codes[order]
-
-
-def content_vectors(run: RunDir, domain: str) -> Tensor:
-    """[N, D] fused embeddings, centred on those that training may see, of length sqrt(D)."""
-    embedding = torch.from_numpy(columns.to_numpy(run.read("fusion/embeddings", domain, ["embedding"])["embedding"]).copy())
-    centred = embedding - embedding[: warm_items(run, domain)].mean(0)
-    return F.normalize(centred, dim=-1) * embedding.shape[1] ** 0.5
-
-
-def nearest_known(content: Tensor, known: int) -> tuple[Tensor, Tensor]:
-    """[C, n] nearest of the first `known` rows of content [N, D], by cosine, for each of the others; and their weights, summing to 1."""
-    unit = F.normalize(content, dim=-1)
-    cosine, nearest = zip(
-        *(torch.topk(piece @ unit[:known].T, min(NEIGHBOURS, known), dim=1) for piece in unit[known:].split(SAMPLE)), strict=True
-    )
-    return torch.cat(nearest), torch.softmax(torch.cat(cosine) / NEIGHBOUR_TEMPERATURE, dim=1)
-
-
 def shuffled_batches(size: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Batches of about equal size, at most batch_size, in an order that follows from seed and epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(size)
     return np.array_split(order, max(1, -(-size // batch_size)))
-
-
-def load_sequencer(run: RunDir, domain: str) -> Sequencer:
-    """The fine-tuned sequencer of a domain, ready to rank."""
-    tensors, description = run.load_model(f"finetune/{domain}/model")
-    model = Sequencer(**description)
-    model.load_state_dict(tensors)
-    if model.content is not None:
-        content = content_vectors(run, domain)
-        model.hold_content(domain, content)
-        known = warm_items(run, domain)
-        if known < len(content):
-            model.hold_neighbours(domain, *nearest_known(content, known))
-    return model.eval()

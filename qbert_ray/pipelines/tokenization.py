@@ -17,11 +17,12 @@ import torch
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import ArtifactError, RunDir, resolve
+from qbert_ray.catalog import warm_items
 from qbert_ray.config import Config
 from qbert_ray.fusion import DynamicFusion
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
-from qbert_ray.pipelines.tasks import Features, warm_items
+from qbert_ray.pipelines.tasks import Features
 from qbert_ray.rqvae import RQVAE
 from qbert_ray.semantic_ids import Resolved, resolve_collisions, resolve_given, to_tokens
 from qbert_ray.sources import join

@@ -11,10 +11,10 @@ import torch
 from qbert_ray import columns
 from qbert_ray.artifacts import ArtifactError, Manifest, RunDir
 from qbert_ray.pipelines.memorization import WeightsPart
-from qbert_ray.pipelines.ranker import Ranker
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, STAGES, redo_from, run_stage, status
 from qbert_ray.pipelines.tasks import RqvaeTask, SequencerTask
+from qbert_ray.ranker import Ranker
 from tests.pipelines.shop import SOURCE, small_config
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from qbert_ray import memory
 from qbert_ray.artifacts import RunDir
+from qbert_ray.catalog import catalog_codes, content_vectors, nearest_known, warm_items
 from qbert_ray.config import Memory
-from qbert_ray.pipelines.sharding import own_device
-from qbert_ray.pipelines.tasks import catalog_codes, content_vectors, load_sequencer, nearest_known, warm_items
-from qbert_ray.sequencer import next_item_queries
+from qbert_ray.sequencer import Sequencer, next_item_queries
 
 WEIGHTS, MIX = "memory/weights", "memory/mix"
 MOST_HISTORIES, MOST_SCORES = 256, 2**26  # of a batch
@@ -26,20 +25,23 @@ class Ranker:
     """The fine-tuned sequencer of a domain with its collaborative memory, where that is enabled.
 
     Args:
+        device: where the sequencer computes.
         mixed: false: without the mix, which is still to be fitted.
     """
 
-    def __init__(self, run: RunDir, domain: str, settings: Memory, mixed: bool = True) -> None:
-        self.domain, self.device = domain, torch.device(own_device())
-        self.model = load_sequencer(run, domain).to(self.device)
+    def __init__(self, run: RunDir, domain: str, settings: Memory, device: str = "cpu", mixed: bool = True) -> None:
+        self.domain, self.device = domain, torch.device(device)
+        content = content_vectors(run, domain) if run.parts("fusion/embeddings", domain) else None  # none: semantic IDs were given
+        known = warm_items(run, domain)
+        self.nearest = nearest_known(content, known) if content is not None and known < len(content) else None
+        self.model = _load_sequencer(run, domain, content, self.nearest).to(self.device)
         self.catalog = torch.from_numpy(catalog_codes(run, domain)).to(self.device)
         with torch.inference_mode():
             self.vectors, self.bias = self.model.catalog_vectors(self.catalog, domain)
-        self.memory = load_memory(run, domain, settings, self.model.max_items, len(self.catalog)) if settings.enabled else None
-        known = warm_items(run, domain)
-        content = self.memory.content if self.memory else None
-        self.nearest = nearest_known(content, known) if content is not None and known < len(content) else None
+        self.memory: memory.Memory | None = None
         self.mix: memory.Mix | None = None
+        if settings.enabled:
+            self.memory = _load_memory(run, domain, settings, self.model.max_items, len(self.catalog), content)
         if settings.enabled and mixed:
             self.use(memory.Mix(**run.load_model(f"{MIX}/{domain}")[0]))
 
@@ -81,12 +83,25 @@ def batches(users: int, num_items: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, users))
 
 
-def load_memory(run: RunDir, domain: str, settings: Memory, latest: int, num_items: int) -> memory.Memory:
+def _load_sequencer(run: RunDir, domain: str, content: Tensor | None, nearest: tuple[Tensor, Tensor] | None) -> Sequencer:
+    """The fine-tuned sequencer of a domain, ready to rank."""
+    tensors, description = run.load_model(f"finetune/{domain}/model")
+    model = Sequencer(**description)
+    model.load_state_dict(tensors)
+    if model.content is not None:
+        assert content is not None, "a model that reads content was trained on embeddings"
+        model.hold_content(domain, content)
+        if nearest is not None:
+            model.hold_neighbours(domain, *nearest)
+    return model.eval()
+
+
+def _load_memory(run: RunDir, domain: str, settings: Memory, latest: int, num_items: int, content: Tensor | None) -> memory.Memory:
     """The item-item weights of memory/weights, none for items that came later; and content, where stage 1 was run."""
     table = run.read(WEIGHTS, domain)
     matrices = [_matrix(table[f"{name}_items"], table[f"{name}_weights"], num_items) for name in ("ridge", "following")]
-    content = F.normalize(content_vectors(run, domain), dim=-1) if run.parts("fusion/embeddings", domain) else None
-    return memory.Memory(*matrices, (settings.decay, settings.following_decay), settings.scale, latest, content)
+    unit = None if content is None else F.normalize(content, dim=-1)
+    return memory.Memory(*matrices, (settings.decay, settings.following_decay), settings.scale, latest, unit)
 
 
 def _matrix(items: pa.ChunkedArray, weights: pa.ChunkedArray, num_items: int) -> sparse.csr_matrix:

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+
+from qbert_ray import columns
+from qbert_ray.artifacts import ArtifactError
+from qbert_ray.config import Memory
+from qbert_ray.pipelines import scoring
+from qbert_ray.recommender import Recommender
+from tests.small_run import COLD, ITEMS, USERS, make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def recommender(run):
+    return Recommender.load(run.uri)
+
+
+def histories_of(run, recommender):
+    sequences = columns.to_sequences(run.read("ingest/sequences", "shop"))
+    return [[recommender.ids[item] for item in sequences.history(user, "end")] for user in range(len(sequences.user_ids))]
+
+
+@pytest.mark.parametrize("remove_seen", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_it_ranks_as_the_scoring_stage_does(run, recommender, monkeypatch, remove_seen, enabled):
+    monkeypatch.setattr(scoring, "own_device", lambda: "cpu")  # which asks Ray otherwise
+    memory = Memory(enabled=enabled)
+    scoring.ScorePart(run, "shop", memory, 7, remove_seen)("shop-00000.parquet")
+    stored = run.read("recommendations").to_pylist()
+    if not enabled:
+        recommender = Recommender(type(recommender.ranker)(run, "shop", memory), recommender.ids)
+    found = recommender.recommend(histories_of(run, recommender), 7, remove_seen)
+    flat = [(f"user-{user}", rank, item, score) for user, best in enumerate(found) for rank, (item, score) in enumerate(best, 1)]
+    assert len(found) == USERS
+    assert flat == [(row["user_id"], row["rank"], row["item_id"], row["score"]) for row in stored]
+
+
+def test_batch_mates_never_matter(run, recommender):
+    histories = histories_of(run, recommender)
+    together = recommender.recommend(histories, ITEMS)
+    for history, best in zip(histories, together, strict=True):
+        alone = recommender.recommend([history], ITEMS)[0]
+        assert [item for item, _ in alone] == [item for item, _ in best]
+        np.testing.assert_allclose([score for _, score in alone], [score for _, score in best], atol=1e-4)
+
+
+def test_seen_items_are_left_out_and_cold_ones_are_not(recommender):
+    seen = recommender.ids[:3]
+    best = recommender.recommend([seen], k=ITEMS)[0]
+    assert {item for item, _ in best} == set(recommender.ids) - set(seen)
+    assert set(recommender.ids[-COLD:]) <= {item for item, _ in best}
+    assert [score for _, score in best] == sorted((score for _, score in best), reverse=True)
+    assert len(recommender.recommend([seen], k=ITEMS, remove_seen=False)[0]) == ITEMS
+
+
+def test_nothing_and_everything_as_history(recommender):
+    nothing, everything = recommender.recommend([[], recommender.ids], k=5)
+    assert len(nothing) == 5 and everything == []
+    assert recommender.recommend([]) == []
+
+
+def test_unknown_items_are_counted_or_refused(recommender):
+    known = recommender.ids[5]
+    assert known in recommender and "x" not in recommender
+    with pytest.warns(UserWarning, match="2 of 3 items of the histories are not in the catalog, such as 'x'"):
+        best = recommender.recommend([["x", known], ["y"]])
+    assert best == recommender.recommend([[known], []])
+    with pytest.raises(ValueError, match="1 of 1 items"):
+        recommender.recommend([["x"]], unknown="error")
+
+
+def test_mistakes_are_explained(run, recommender, tmp_path):
+    with pytest.raises(ValueError, match="write \\[history\\]"):
+        recommender.recommend(["shop-item-1"])
+    with pytest.raises(ValueError, match="at least 1"):
+        recommender.recommend([[]], k=0)
+    with pytest.raises(ArtifactError, match="no run in"):
+        Recommender.load(str(tmp_path))
+    with pytest.raises(ArtifactError, match="has no target domain 'toys'; it has shop"):
+        Recommender.load(run.uri, "toys")
+
+
+def test_several_domains_want_a_name(tmp_path):
+    run = make_run(tmp_path, ("shop", "toys"))
+    with pytest.raises(ArtifactError, match="name one of shop, toys"):
+        Recommender.load(run.uri)
+    assert "toys-item-0" in Recommender.load(run.uri, "toys")
+
+
+def test_given_ids_leave_no_content_and_ranking_works(tmp_path):
+    run = make_run(tmp_path, content_width=0)
+    run.delete("fusion")
+    assert len(Recommender.load(run.uri).recommend([["shop-item-1"]], 5)[0]) == 5
