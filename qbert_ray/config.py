@@ -87,7 +87,7 @@ class TextEncoder(Section):
     prompt: str = Field("{text}", description="what is encoded; {text} is the field's text")
     max_tokens: PositiveInt = Field(128, description="longer texts are cut")
     batch_size: PositiveInt = Field(64, description="texts per forward pass")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which the model computes")
 
     @model_validator(mode="after")
     def _prompt_holds_text(self) -> TextEncoder:
@@ -104,7 +104,7 @@ class ImageEncoder(Section):
     batch_size: PositiveInt = Field(32, description="images per forward pass")
     max_bytes: PositiveInt = Field(20_000_000, description="larger files are rejected")
     max_pixels: PositiveInt = Field(50_000_000, description="larger pictures are rejected (decompression bombs)")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which the model computes")
 
 
 class Structure(Section):
@@ -134,14 +134,14 @@ class Features(Section):
 class Training(Section):
     """What the three trainings share."""
 
-    epochs: PositiveInt = 20
+    epochs: PositiveInt = Field(20, description="passes over the training data; fewer where patience ends them")
     batch_size: PositiveInt = Field(512, description="global: over all workers")
     microbatches: PositiveInt = Field(
         2,
         description="pieces a batch is cut into, each with its own random state; workers share them out, so any number of workers that divides it gives the same model",
     )
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: NonNegativeFloat = 0.01
+    learning_rate: PositiveFloat = Field(1e-3, description="of AdamW, after the warm-up")
+    weight_decay: NonNegativeFloat = Field(0.01, description="of AdamW")
     warmup_steps: NonNegativeInt = Field(100, description="linear warm-up of the learning rate, in steps")
     patience: PositiveInt | None = Field(
         None, description="epochs without a better validation metric before stopping; None: run all epochs"
@@ -155,11 +155,11 @@ class Fusion(Training):
 
     epochs: PositiveInt = 30
     batch_size: PositiveInt = 512
-    width: PositiveInt = Field(256, description="D")
+    width: PositiveInt = Field(256, description="D, width of the model")
     num_layers: PositiveInt = Field(5, description="largest depth of the dynamic transformer (§4.1: 5)")
-    num_heads: PositiveInt = Field(4, description="H")
-    ffn_width: PositiveInt = 512
-    dropout: Share = 0.1
+    num_heads: PositiveInt = Field(4, description="H, attention heads")
+    ffn_width: PositiveInt = Field(512, description="hidden width of a layer's MLP")
+    dropout: Share = Field(0.1, description="share of activations that training drops")
     dynamic: bool = Field(True, description="false: every item runs through all layers (Table 5, traditional fusion)")
     halt_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.75, description="accumulated halting probability at which an item's depth ends"
@@ -189,9 +189,9 @@ class Rqvae(Training):
     learning_rate: PositiveFloat = Field(1e-3, description="§4.1: 0.001")
     weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
-    num_levels: PositiveInt = Field(4, description="K (§4.1: 4)")
-    codebook_size: Annotated[int, Field(ge=2)] = Field(256, description="M (§4.1: 256)")
-    codebook_dim: PositiveInt = Field(32, description="E (§4.1: 32)")
+    num_levels: PositiveInt = Field(4, description="K, codes of an ID (§4.1: 4)")
+    codebook_size: Annotated[int, Field(ge=2)] = Field(256, description="M, codewords of a level (§4.1: 256)")
+    codebook_dim: PositiveInt = Field(32, description="E, width of a codeword (§4.1: 32)")
     hidden: list[PositiveInt] = Field([512, 256, 128], description="widths of the encoder's hidden layers; the decoder mirrors them")
     commitment_weight: NonNegativeFloat = Field(0.25, description="beta of Eq. 8")
     shortcut: bool = Field(True, description="a linear path beside the MLPs that starts as the principal axes; paper: none")
@@ -201,11 +201,11 @@ class Rqvae(Training):
 class Sequencer(Section):
     """Stage 3, §3.5-3.6 and §4.1."""
 
-    width: PositiveInt = Field(256, description="D (from Table 6)")
-    num_layers: PositiveInt = Field(4, description="§4.1: 4")
-    num_heads: PositiveInt = Field(4, description="H (§4.1: 4)")
-    ffn_width: PositiveInt = Field(512, description="from Table 6")
-    dropout: Share = Field(0.2, description="§4.1: 0.2")
+    width: PositiveInt = Field(256, description="D, width of the model (from Table 6)")
+    num_layers: PositiveInt = Field(4, description="layers of the encoder (§4.1: 4)")
+    num_heads: PositiveInt = Field(4, description="H, attention heads (§4.1: 4)")
+    ffn_width: PositiveInt = Field(512, description="hidden width of a layer's MLP (from Table 6)")
+    dropout: Share = Field(0.2, description="share of activations that training drops (§4.1: 0.2)")
     max_items: Annotated[int, Field(ge=2)] = Field(
         50, description="T: latest items of a history that are read, the masked one included (from Table 6)"
     )
@@ -245,7 +245,7 @@ class SequenceTraining(Training):
 
 
 class Pretrain(SequenceTraining):
-    enabled: bool = True
+    enabled: bool = Field(True, description="false: fine-tuning starts from a fresh model")
     epochs: PositiveInt = 20
     batch_size: PositiveInt = Field(512, description="§4.1: 512 sequences")
     learning_rate: PositiveFloat = Field(5e-4, description="§4.1: 0.0005")
@@ -291,23 +291,23 @@ class Evaluation(Section):
 
 
 class Score(Section):
-    top_k: PositiveInt = 10
-    remove_seen: bool = True
+    top_k: PositiveInt = Field(10, description="items per user")
+    remove_seen: bool = Field(True, description="never recommend what the user has had")
 
 
 class Actors(Section):
     """Names as in Ray: ActorPoolStrategy and ray.remote."""
 
-    min_size: PositiveInt = 1
+    min_size: PositiveInt = Field(1, description="fewest actors; a cluster that cannot carry them is refused")
     max_size: PositiveInt | None = Field(None, description="None: one per GPU, or as many as the CPUs carry")
-    num_cpus: PositiveFloat = 1
+    num_cpus: PositiveFloat = Field(1, description="CPUs of each actor, and its threads")
     num_gpus: NonNegativeFloat | None = Field(None, description="None: 1 where the cluster has GPUs, else 0")
 
 
 class Workers(Section):
     """Names as in Ray: ScalingConfig."""
 
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt = Field(1, description="training processes; must divide microbatches")
     cpus_per_worker: PositiveFloat | None = Field(None, description="None: what the cluster has, shared out, at most 16; also the threads")
     use_gpu: bool | None = Field(None, description="None: where the cluster has one per worker")
     max_failures: int = Field(3, description="worker failures survived per training; -1: any number")
