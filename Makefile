@@ -34,7 +34,7 @@ clean: ## forget the environment; runs stay
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "qbert-ray needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt -e '.[test,jobs]'
+	$(PIP) install -c constraints.txt -e '.[test,jobs,export]'
 	@touch $@
 
 .venv/.linters: .venv/.installed

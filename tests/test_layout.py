@@ -61,12 +61,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the IDs of a finished run
     "id_lookup": {"artifacts", "columns", "quality", "semantic_ids"},
     "id_report": {"artifacts", "columns", "metrics", "quality", "semantic_ids", "id_lookup"},
+    "export": {"artifacts", "columns", "ranker", "recommender", "sequencer"},
     # what a person sees
     "console": {"artifacts"},
     "id_commands": {"id_lookup", "id_report"},
     "config_commands": {"overlays", "reference"},
+    "model_commands": {"export"},
     "describe": {"config", "sequencer"},
-    "cli": {"config", "overlays", "artifacts", "config_commands", "console", "describe", "demo", "id_commands"},
+    "cli": {"config", "overlays", "artifacts", "config_commands", "console", "describe", "demo", "id_commands", "model_commands"},
 }
 OVER_PIPELINES = {
     "cli",
