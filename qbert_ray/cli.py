@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qbert_ray import config_commands, id_commands, model_commands
+from qbert_ray import config_commands, data_commands, id_commands, model_commands
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config
 from qbert_ray.console import StageBar, metrics_table, stage_line
@@ -134,6 +134,7 @@ def describe(
 
 
 app.command(rich_help_panel="Looking")(config_commands.config)
+app.command(rich_help_panel="Data")(data_commands.fetch)
 app.command(rich_help_panel="Looking")(model_commands.export)
 app.add_typer(id_commands.app, rich_help_panel="Looking")
 

@@ -56,8 +56,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "catalog": {"artifacts", "columns"},
     "ranker": {"artifacts", "catalog", "config", "memory", "sequencer"},
     "recommender": {"artifacts", "catalog", "config", "ranker", "ranking"},
-    # the generated shop writes files and knows nothing of a run
+    # the generated shop and public data are files, and know nothing of a run
     "demo": set(),
+    "download": set(),
+    "public_data": {"columns", "download"},
     # the IDs of a finished run
     "id_lookup": {"artifacts", "columns", "quality", "semantic_ids"},
     "id_report": {"artifacts", "columns", "metrics", "quality", "semantic_ids", "id_lookup"},
@@ -66,9 +68,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "console": {"artifacts"},
     "id_commands": {"id_lookup", "id_report"},
     "config_commands": {"overlays", "reference"},
+    "data_commands": {"public_data"},
     "model_commands": {"export"},
     "describe": {"config", "sequencer"},
-    "cli": {"config", "overlays", "artifacts", "config_commands", "console", "describe", "demo", "id_commands", "model_commands"},
+    "cli": {
+        "config",
+        "overlays",
+        "artifacts",
+        "config_commands",
+        "console",
+        "data_commands",
+        "describe",
+        "demo",
+        "id_commands",
+        "model_commands",
+    },
 }
 OVER_PIPELINES = {
     "cli",
