@@ -37,6 +37,10 @@ class Domain(Section):
     format: Literal["auto", "amazon_2018", "amazon_2023"] = Field(
         "auto", description="raw Amazon review and metadata files, or the input contract"
     )
+    item_columns: dict[Literal["item_id"], str] = Field({}, description="what the items file calls it, where that is not item_id")
+    interaction_columns: dict[Literal["user_id", "item_id", "timestamp", "rating"], str] = Field(
+        {}, description="what the interactions file calls them, where it has other names"
+    )
     text_fields: list[str] = Field(["title"], description="text columns; each gives one of the J text vectors of an item (Eq. 3)")
     attributes: list[str] = Field([], description="columns kept for reports; each is also one more text vector")
     image_column: str | None = Field(None, description="path relative to the items file, URI, or bytes")

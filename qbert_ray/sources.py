@@ -159,20 +159,28 @@ def _choose_columns(
 ) -> dict[str, tuple[str, ...]]:
     """Contract name -> columns of the files; each wanted one is there."""
     required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP]
+    given = domain.item_columns if table == "items" else domain.interaction_columns
     wanted = _wanted(name, table, domain, needs_rating)
     anywhere = {column for file in files for column in file.columns}
     chosen = {}
     for column, key in wanted.items():
-        candidates = AMAZON.get(form, {}).get(column, [column])
+        candidates = [given[column]] if column in given else AMAZON.get(form, {}).get(column, [column])
         chosen[column] = tuple(candidate for candidate in candidates if candidate in anywhere)
         lacking = [file for file in files if column in required and not set(candidates) & set(file.columns)]
         if lacking or (key and not chosen[column]):
             file = (lacking or files)[0]
             raise SourceError(
                 f"{label}: {file.path} has no column {' or '.join(candidates)}, wanted for {column}; "
-                f"columns found: {', '.join(file.columns)}; rename it there, or change {key}"
+                f"columns found: {', '.join(file.columns)}; {_mend(name, table, column)}change {key}"
             )
     return chosen
+
+
+def _mend(name: str, table: Table, column: str) -> str:
+    """How to name a column of the contract that the file calls otherwise."""
+    if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
+        return "rename it there, or "
+    return f"say what the file calls it: data.domains.{name}.{table.removesuffix('s')}_columns.{column}=<column>, or "
 
 
 def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool) -> dict[str, str]:

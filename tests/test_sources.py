@@ -9,6 +9,7 @@ import pytest
 
 from qbert_ray.config import Domain
 from qbert_ray.readers import REASON, ROW, first_image, plain_text
+from qbert_ray.rows import normalise_interactions
 from qbert_ray.sources import POSITION, SourceError, join, open_source
 
 ITEMS = pl.DataFrame({"item_id": ["a", "b", "c"], "title": ["A", None, "C"]})
@@ -158,3 +159,26 @@ def test_a_rating_is_needed_only_to_filter_by_it(tmp_path):
     assert open_source(str(tmp_path), "shop", "interactions", Domain(interactions="log.csv")).columns["rating"] == ()
     with pytest.raises(SourceError, match=r"no column rating.*data\.min_rating"):
         open_source(str(tmp_path), "shop", "interactions", Domain(interactions="log.csv"), needs_rating=True)
+
+
+def test_columns_of_other_names_are_named_in_the_config(tmp_path):
+    pl.DataFrame({"sku": ["a"], "title": ["A"]}).write_parquet(tmp_path / "items.parquet")
+    pl.DataFrame({"customer": ["u"], "product": ["a"], "bought": [1], "stars": [2.0]}).write_csv(tmp_path / "sales.csv")
+    domain = Domain(
+        interactions="sales.csv",
+        item_columns={"item_id": "sku"},
+        interaction_columns={"user_id": "customer", "item_id": "product", "timestamp": "bought", "rating": "stars"},
+    )
+    items = open_source(str(tmp_path), "shop", "items", domain)
+    sales = open_source(str(tmp_path), "shop", "interactions", domain, needs_rating=True)
+    assert items.columns["item_id"] == ("sku",) and sales.columns["item_id"] == ("product",)
+    ((file, fragment),) = sales.fragments()
+    (raw,) = sales.read(file, fragment)
+    rows = normalise_interactions(raw, sales, None)
+    assert rows.select("user_id", "item_id", "timestamp", "rating").rows() == [("u", "a", 1, 2.0)]
+
+
+def test_a_missing_column_says_how_to_name_another(tmp_path):
+    pl.DataFrame({"sku": ["a"], "title": ["A"]}).write_parquet(tmp_path / "items.parquet")
+    with pytest.raises(SourceError, match="data.domains.shop.item_columns.item_id=<column>"):
+        open_source(str(tmp_path), "shop", "items", Domain())
