@@ -135,6 +135,7 @@ def describe(
 
 app.command(rich_help_panel="Looking")(config_commands.config)
 app.command(rich_help_panel="Data")(data_commands.fetch)
+app.command(rich_help_panel="Data")(data_commands.init)
 app.command(rich_help_panel="Looking")(model_commands.export)
 app.add_typer(id_commands.app, rich_help_panel="Looking")
 

@@ -1,4 +1,4 @@
-"""`qbert-ray fetch`: public data to try things on."""
+"""`qbert-ray fetch` and `qbert-ray init`: public data to try things on, and a first config for one's own."""
 
 from __future__ import annotations
 
@@ -48,6 +48,23 @@ def fetch(
             f"[green]✓[/green] {escape(file.name)}, {size:,} bytes{'' if file.name in came else ': was there, and is what came then'}"
         )
     console.print(f"next: qbert-ray init {escape(str(folder))} -o {escape(folder.name)}.yaml", soft_wrap=True)
+
+
+def init(
+    files: Annotated[list[Path], typer.Argument(metavar="FOLDER|FILES...", help="Items and interactions: Parquet, CSV, TSV or JSONL.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a config that is there.")] = False,
+) -> None:
+    """Look at files and write a commented config for them: IDs, texts, pictures, attributes and times, by name and content.
+
+    Example: qbert-ray init data/shop -o shop.yaml
+
+    Example: qbert-ray init catalog.csv.gz "sales/*.parquet" -o shop.yaml
+    """
+    from qbert_ray.starter_page import write_config  # brings polars
+
+    console.print(write_config(files, output, force), end="", markup=False, soft_wrap=True)
+    console.print(f"[green]✓[/green] {escape(str(output))}; next: qbert-ray validate -c {escape(str(output))}", soft_wrap=True)
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
             files = tuple(pool.map(lambda path: readers.describe(filesystem, path), paths))
     except FileError as error:
         raise SourceError(f"{label}: {error}; set {key}") from None
-    form = domain.format if domain.format != "auto" else _detect(files)
+    form = domain.format if domain.format != "auto" else detect_format(files)
     columns = _choose_columns(label, name, table, domain, form, files, needs_rating)
     return Source(label, uri, filesystem, files, form, columns, domain.image_column if table == "items" else None)
 
@@ -147,7 +147,8 @@ def _matches(found: list[str], wanted: list[str], fixed: int) -> bool:
     return not hidden and len(found) >= len(wanted) and all(map(fnmatch.fnmatchcase, found[fixed:], wanted[fixed:]))
 
 
-def _detect(files: tuple[File, ...]) -> str:
+def detect_format(files: tuple[File, ...]) -> str:
+    """contract, amazon_2018 or amazon_2023, by the columns of a table's files."""
     found = {name for file in files for name in file.columns}
     if ITEM_ID in found:
         return "contract"

@@ -52,6 +52,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": {"config", "columns", "artifacts", "readers"},
     "rows": {"config", "columns", "images", "readers", "sources"},
     "vectors": {"columns", "artifacts"},
+    # a first config for them
+    "profile": {"artifacts", "readers", "rows", "sources"},
+    "starter": {"columns", "profile", "rows", "sources"},
+    "starter_page": {"columns", "config", "profile", "sources", "starter"},
     # ranking by the models of a run
     "catalog": {"artifacts", "columns"},
     "ranker": {"artifacts", "catalog", "config", "memory", "sequencer"},
@@ -68,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "console": {"artifacts"},
     "id_commands": {"id_lookup", "id_report"},
     "config_commands": {"overlays", "reference"},
-    "data_commands": {"public_data"},
+    "data_commands": {"public_data", "starter_page"},
     "model_commands": {"export"},
     "describe": {"config", "sequencer"},
     "cli": {
