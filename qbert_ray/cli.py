@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qbert_ray import config_commands, data_commands, id_commands, model_commands
+from qbert_ray import completion, config_commands, data_commands, id_commands, model_commands
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config
 from qbert_ray.console import StageBar, metrics_table, stage_line
@@ -29,19 +29,33 @@ app = typer.Typer(
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-Files = Annotated[list[str], typer.Option("--config", "-c", help="YAML overlays, merged left to right.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Single values on top of the files.")]
+Files = Annotated[
+    list[str],
+    typer.Option("--config", "-c", metavar="FILE", help="YAML overlays, merged left to right.", autocompletion=completion.config_files),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.FIELD=VALUE", help="Single values on top of the files.", autocompletion=completion.overrides),
+]
+
+app.command(rich_help_panel="Data")(data_commands.fetch)
+app.command(rich_help_panel="Data")(data_commands.init)
 
 
 @app.command(rich_help_panel="Whole run")
 def run(
     config: Files,
     overrides: Overrides = None,
-    redo: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Redo this stage and all after it.")] = None,
+    redo: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Redo this stage and all after it.", autocompletion=lambda: list(_STAGES)),
+    ] = None,
 ) -> None:
     """Do every stage that is not done yet, and show the metrics.
 
-    Example: qbert-ray run -c configs/movielens.yaml data.root=/data/movielens run.dir=runs/movielens
+    Example: qbert-ray run -c shop.yaml
+
+    Example: qbert-ray run -c shop.yaml --from train-rqvae rqvae.num_levels=3
     """
     settings = load_config(list(config), list(overrides or []))
     _run_stages(settings, None, redo)
@@ -63,7 +77,7 @@ def _stage_command(name: str, help_text: str) -> Callable[..., None]:
         if name == "evaluate":
             _show_metrics(RunDir(settings.run.dir))
 
-    command.__doc__ = f"{help_text}\n\nExample: qbert-ray {name} -c configs/movielens.yaml data.root=/data/movielens run.dir=runs/movielens"
+    command.__doc__ = f"{help_text}\n\nExample: qbert-ray {name} -c shop.yaml"
     return command
 
 
@@ -77,7 +91,9 @@ def assign_ids(
 ) -> None:
     """Give every item its semantic ID, without collisions.
 
-    Example: qbert-ray assign-ids --append -c configs/movielens.yaml data.root=/data/movielens run.dir=runs/movielens
+    Example: qbert-ray assign-ids -c shop.yaml
+
+    Example: qbert-ray assign-ids --append -c shop.yaml
     """
     if append and redo:
         raise ConfigError("--append keeps every ID and --redo forgets them all: choose one")
@@ -87,24 +103,28 @@ def assign_ids(
         _stage_command("assign-ids", "")(config, overrides, redo)
 
 
-for _name, _help in {
-    "ingest": "Read the catalog and the interactions: k-core, leave-one-out, sequences.",
-    "features": "Encode texts and pictures; collaborative vectors from training interactions.",
-    "train-fusion": "Stage 1: train the dynamic cross-modal fusion, embed the catalog.",
-    "train-rqvae": "Stage 2: train the residual quantizer.",
-    "assign-ids": "",
-    "pretrain": "Stage 3: multi-mask pre-training over the source domains.",
-    "finetune": "Stage 3: fine-tune on each target domain.",
-    "train-memory": "Item-item weights of training interactions, and how to mix them with the sequencer's scores.",
-    "evaluate": "Rank every item for every user: hit rate and NDCG beside the floors.",
-    "score": "The k best items for every user.",
-}.items():
-    app.command(_name, rich_help_panel="Stages")(assign_ids if _name == "assign-ids" else _stage_command(_name, _help))
+_STAGES = {
+    "ingest": ("Stages: input", "Read the catalog and the interactions: k-core, leave-one-out, sequences."),
+    "features": ("Stages: input", "Encode texts and pictures; collaborative vectors from training interactions."),
+    "train-fusion": ("Stage 1: fusion", "Train the dynamic cross-modal fusion, embed the catalog."),
+    "train-rqvae": ("Stage 2: semantic IDs", "Train the residual quantizer."),
+    "assign-ids": ("Stage 2: semantic IDs", ""),
+    "pretrain": ("Stage 3: sequence model", "Multi-mask pre-training over the source domains."),
+    "finetune": ("Stage 3: sequence model", "Fine-tune on each target domain."),
+    "train-memory": ("Stages: ranking", "Item-item weights of training interactions, and how to mix them with the sequencer's scores."),
+    "evaluate": ("Stages: ranking", "Rank every item for every user: hit rate and NDCG beside the floors."),
+    "score": ("Stages: ranking", "The k best items for every user."),
+}
+for _name, (_panel, _help) in _STAGES.items():
+    app.command(_name, rich_help_panel=_panel)(assign_ids if _name == "assign-ids" else _stage_command(_name, _help))
 
 
-@app.command(rich_help_panel="Looking")
+@app.command(rich_help_panel="Data")
 def validate(config: Files, overrides: Overrides = None) -> None:
-    """Say in one page what is wrong with the input files; nothing is written."""
+    """Say in one page what is wrong with the input files; nothing is written.
+
+    Example: qbert-ray validate -c shop.yaml
+    """
     from qbert_ray.pipelines.session import session
     from qbert_ray.pipelines.validation import format_validation
     from qbert_ray.pipelines.validation import validate as check
@@ -134,18 +154,19 @@ def describe(
 
 
 app.command(rich_help_panel="Looking")(config_commands.config)
-app.command(rich_help_panel="Data")(data_commands.fetch)
-app.command(rich_help_panel="Data")(data_commands.init)
 app.command(rich_help_panel="Looking")(model_commands.export)
 app.add_typer(id_commands.app, rich_help_panel="Looking")
 
 
-@app.command("demo-data", rich_help_panel="Looking")
+@app.command("demo-data", rich_help_panel="Data")
 def demo_data(
     folder: Annotated[Path, typer.Argument(help="Where the shop's files go.")],
     seed: Annotated[int, typer.Option(help="Another seed, another shop.")] = 0,
 ) -> None:
-    """Generate the demo shop: a made-up catalog with pictures, and made-up shoppers."""
+    """Generate the demo shop: a made-up catalog with pictures, and made-up shoppers.
+
+    Example: qbert-ray demo-data runs/demo/data
+    """
     from qbert_ray.demo import generate
 
     if (folder / "interactions.parquet").exists():  # written last

@@ -11,17 +11,28 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from qbert_ray import reference
+from qbert_ray import completion, reference
 from qbert_ray.overlays import ConfigError, load_config
 
 console = Console(highlight=False)
 
 
+def _values(ctx: typer.Context, incomplete: str) -> list[str]:
+    return completion.prefixes(incomplete) if ctx.params.get("describe") else completion.overrides(incomplete)
+
+
 def config(
-    files: Annotated[list[str] | None, typer.Option("--config", "-c", help="YAML overlays, merged left to right.")] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Option("--config", "-c", metavar="FILE", help="YAML overlays, merged left to right.", autocompletion=completion.config_files),
+    ] = None,
     values: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SECTION.FIELD=VALUE | SECTION]...", help="Single values on top; with --describe, the sections or fields."),
+        typer.Argument(
+            metavar="SECTION.FIELD=VALUE|SECTION",
+            help="Single values on top; with --describe, the sections or fields.",
+            autocompletion=_values,
+        ),
     ] = None,
     describe: Annotated[
         bool, typer.Option("--describe", help="Explain the fields instead: type, default, what it is, the paper's value.")

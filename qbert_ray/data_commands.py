@@ -19,7 +19,7 @@ def fetch(
     name: Annotated[str | None, typer.Argument(help="movielens-1m, amazon-2023:CATEGORY or amazon-2018:CATEGORY; none: list them.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the files; data/NAME unless said otherwise.")] = None,
 ) -> None:
-    """Download a public data set; what is there already is checked and left alone, what broke off is gone on with.
+    """Download a public data set: checked, and gone on with after a break.
 
     Example: qbert-ray fetch movielens-1m -o data/movielens-1m
 
@@ -51,11 +51,11 @@ def fetch(
 
 
 def init(
-    files: Annotated[list[Path], typer.Argument(metavar="FOLDER|FILES...", help="Items and interactions: Parquet, CSV, TSV or JSONL.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FOLDER|FILE", help="Items and interactions: Parquet, CSV, TSV or JSONL.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace a config that is there.")] = False,
 ) -> None:
-    """Look at files and write a commented config for them: IDs, texts, pictures, attributes and times, by name and content.
+    """Write a first config for your files, with what is guessed of them as comments.
 
     Example: qbert-ray init data/shop -o shop.yaml
 

@@ -1,7 +1,13 @@
 """What the command line says, mostly when something is wrong. No command here gets as far as starting Ray."""
 
-import pytest
+import os
+import subprocess
+import sys
 
+import pytest
+import typer
+
+from qbert_ray import cli, completion
 from qbert_ray.cli import main
 from qbert_ray.pipelines.stages import STAGES
 
@@ -34,7 +40,7 @@ def test_describe_prints_the_counts_of_table_6(capsys):
         (["run", "-c", "configs/demo.yaml", "finetune.epoch=1"], "did you mean finetune.epochs?"),
         (["run", "-c", "configs/demo.yaml", "--from", "training"], "no such stage; the stages are ingest, features"),
         (["assign-ids", "-c", "configs/demo.yaml", "--append", "--redo"], "--append keeps every ID and --redo forgets them all"),
-        (["finetunes", "-c", "configs/demo.yaml"], "No such command 'finetunes'"),
+        (["finetunes", "-c", "configs/demo.yaml"], "No such command 'finetunes'. Did you mean 'finetune'"),
     ],
 )
 def test_mistakes_end_with_a_message_and_status_2(capsys, arguments, said):
@@ -57,3 +63,62 @@ def test_demo_data_is_generated_once(capsys, tmp_path, monkeypatch):
     (tmp_path / "interactions.parquet").touch()
     _, text = call(capsys, "demo-data", str(tmp_path))
     assert made == [0] and "already" in text
+
+
+def every_command():
+    root = typer.main.get_command(cli.app)
+    for name, command in root.commands.items():
+        if hasattr(command, "commands"):
+            yield from ([name, child] for child in command.commands)
+        else:
+            yield [name]
+
+
+@pytest.mark.parametrize("command", every_command(), ids=" ".join)
+def test_help_fits_80_columns_and_has_an_example_to_copy(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, text = call(capsys, *command, "--help")
+    assert status == 0
+    assert f"Example: qbert-ray {' '.join(command)}" in text
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_the_help_lists_every_command_under_its_stage(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, text = call(capsys, "--help")
+    assert list(cli._STAGES) == [stage.name for stage in STAGES]
+    panels = [line.split("─ ")[1].split(" ─")[0] for line in text.splitlines() if line.startswith("╭─ ")]
+    assert panels[1:3] == ["Data", "Whole run"] and panels[-1] == "Looking"
+    assert [panel for panel in panels if panel.startswith("Stage")] == list(dict.fromkeys(panel for panel, _ in cli._STAGES.values()))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fi"], ["finetune"]),
+        (["run", "--from", "train-"], ["train-fusion", "train-rqvae", "train-memory"]),
+        (["run", "-c", "configs/m"], ["configs/movielens.yaml"]),
+        (["run", "-c", "configs/demo.yaml", "finetune.ep"], ["finetune.epochs="]),
+        (["config", "--describe", "seq"], ["sequencer"]),
+    ],
+)
+def test_the_shell_completes_stages_files_and_fields(words, expected):
+    environment = os.environ | {
+        "_QBERT_RAY_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["qbert-ray", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    code = "from qbert_ray.cli import app; app(prog_name='qbert-ray')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == expected, done.stderr
+
+
+def test_completion_goes_into_folders_and_past_hidden_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    for name in ("a.yaml", "deep/b.yml", "deep/c.txt", "deep/.d.yaml"):
+        (tmp_path / name).touch()
+    assert completion.config_files("") == ["a.yaml", "deep/"]
+    assert completion.config_files("deep/") == ["deep/b.yml", "deep/down/"]
+    assert completion.config_files(str(tmp_path / "a")) == [str(tmp_path / "a.yaml")]
+    assert completion.prefixes("fusion.wi") == ["fusion.width"]
