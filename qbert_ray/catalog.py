@@ -47,10 +47,24 @@ def content_vectors(run: RunDir, domain: str) -> Tensor:
     return F.normalize(centred, dim=-1) * embedding.shape[1] ** 0.5
 
 
-def nearest_known(content: Tensor, known: int) -> tuple[Tensor, Tensor]:
-    """[C, n] nearest of the first `known` rows of content [N, D], by cosine, for each of the others; and their weights, summing to 1."""
+def modality_vectors(run: RunDir, domain: str, modality: str) -> Tensor | None:
+    """[N, D] mean vector of each item in one modality, centred on those that training may see, of length 1; None where no item has any.
+
+    Without centring, what is common to all texts hides what sets two apart, and the neighbours are far worse.
+    """
+    if not run.parts(f"features/{modality}", domain):
+        return None
+    table = run.read(f"features/{modality}", domain, ["vectors", "present"])
+    vectors, present = (torch.from_numpy(columns.to_numpy(table[name]).copy()) for name in ("vectors", "present"))
+    mean = (vectors * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp_min(1)
+    has = present.any(1)
+    warm = has & (torch.arange(len(mean)) < warm_items(run, domain))
+    return F.normalize((mean - mean[warm].mean(0)) * has[:, None], dim=-1) if warm.any() else None
+
+
+def nearest(content: Tensor, rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """[C, n] items of `among` nearest by cosine of content [N, D] to each of C rows; and their weights, summing to 1."""
     unit = F.normalize(content, dim=-1)
-    cosine, nearest = zip(
-        *(torch.topk(piece @ unit[:known].T, min(NEIGHBOURS, known), dim=1) for piece in unit[known:].split(CHUNK)), strict=True
-    )
-    return torch.cat(nearest), torch.softmax(torch.cat(cosine) / NEIGHBOUR_TEMPERATURE, dim=1)
+    count = min(NEIGHBOURS, len(among))
+    cosine, found = zip(*(torch.topk(unit[piece] @ unit[among].T, count, dim=1) for piece in rows.split(CHUNK)), strict=True)
+    return among[torch.cat(found)], torch.softmax(torch.cat(cosine) / NEIGHBOUR_TEMPERATURE, dim=1)

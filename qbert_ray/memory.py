@@ -3,15 +3,17 @@
 Beyond the paper. A sequence model of low rank cannot hold the tail of item pairs, so item-item weights stand beside it:
 the ridge regression of each item on the items it occurs with (EASE, Steck 2019, restricted to the strongest neighbours, so
 that it also serves where a dense inverse of the catalog does not fit), and which item tends to follow which. What content
-alone says, for items that no weights know, is how near the nearest item of the history is. A `Mix` of a few numbers, fitted on
-validation items, adds them to the sequencer's scores; its weights follow from the history.
+says is how near the nearest item of the history is, by the fused embedding, the text, the picture. A `Mix` of a few numbers,
+fitted on validation items, adds them to the sequencer's scores; its weights follow from the history, and are others for new
+items, that no training has seen: a share of the trained ones plays them when the mix is fitted.
 
 Shapes: N catalog, U users, B histories, C candidates, D width of content vectors, P numbers that describe a history, F signals:
-the sequencer's score, the two memories, content, and whether the history holds the item.
+the sequencer's score, the two memories, three kinds of content, and whether the history holds the item.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +22,17 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-SIGNALS = ("sequencer", "ridge", "following", "content", "seen")
-START = (0.35, 1.0, 0.6, 0.0, 0.0)  # weights of the signals where there is nothing to fit them on: what the real data sets gave, rounded
+CONTENTS = ("content", "text", "image")
+SIGNALS = ("sequencer", "ridge", "following", *CONTENTS, "seen")
+START = (
+    0.35,
+    1.0,
+    0.6,
+    0.0,
+    0.0,
+    0.0,
+    0.0,
+)  # weights of the signals where there is nothing to fit them on: what the real data sets gave, rounded
 
 
 def popularity(indptr: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
@@ -110,6 +121,9 @@ def following(
     return _from_rows([counts.indices[entries] for entries in best], [counts.data[entries] for entries in best], num_items)
 
 
+CONTENT_HISTORY = 20  # latest items of a history that content is compared with
+
+
 class Memory:
     """The item-item weights of a domain, ready to be asked.
 
@@ -119,7 +133,7 @@ class Memory:
         decays: weight of each further step back in a history, for either.
         scale: weights far below it count for nothing, since signals are log(1 + weight / scale).
         latest: items of a history that are asked.
-        content: [N, D] vectors of length 1 whose products say how alike items are; None: nothing is known of it.
+        contents: of some of `CONTENTS`, [N, D] vectors of length 1 whose products say how alike items are.
     """
 
     def __init__(
@@ -129,9 +143,9 @@ class Memory:
         decays: tuple[float, float],
         scale: float,
         latest: int,
-        content: Tensor | None = None,
+        contents: dict[str, Tensor] | None = None,
     ) -> None:
-        self.content = content
+        self.contents = contents or {}
         self.weights = (ridge.T.tocsr(), following.T.tocsr())
         self.decays, self.scale, self.latest = decays, scale, latest
 
@@ -139,19 +153,29 @@ class Memory:
         """[B, N] scores of the regression by itself, the linear floor."""
         return (self._aged(histories, 0) @ self.weights[0]).toarray()
 
-    def signals(self, histories: list[np.ndarray]) -> Tensor:
-        """[B, N, 4]: log(1 + weight / scale) of both memories, cosine to the nearest item of the history, 1 where it holds the item."""
-        result = np.zeros((len(histories), self.weights[0].shape[0], 4), dtype=np.float32)
+    @property
+    def known(self) -> list[int]:
+        """Places in `SIGNALS` of the scores that say something here, the sequencer's first."""
+        return [0, 1, 2, *(SIGNALS.index(name) for name in CONTENTS if name in self.contents)]
+
+    def signals(self, histories: list[np.ndarray], wanted: Collection[str] = SIGNALS) -> Tensor:
+        """[F - 1, B, N]: all `SIGNALS` but the sequencer's score; zeros for those that are not wanted.
+
+        Of both memories log(1 + weight / scale), of contents the cosine to the nearest of the latest items of the history, and 1
+        where the history holds the item.
+        """
+        result = np.zeros((len(SIGNALS) - 1, len(histories), self.weights[0].shape[0]), dtype=np.float32)
         for number in (0, 1):
             spoken = self._aged(histories, number) @ self.weights[number]
             spoken.data = np.log1p(np.maximum(spoken.data, 0) / self.scale)
-            result[:, :, number] = spoken.toarray()
-        for row, history in enumerate(histories if self.content is not None else []):
-            if len(history):
-                result[row, :, 2] = (self.content[history[-self.latest :]] @ self.content.T).amax(0)
+            result[number] = spoken.toarray()
+        for name, content in self.contents.items():
+            for row, history in enumerate(histories if name in wanted else []):
+                if len(history):
+                    result[SIGNALS.index(name) - 1, row] = (content[history[-CONTENT_HISTORY:]] @ content.T).amax(0)
         rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
         if len(rows):
-            result[rows, np.concatenate(histories), 3] = 1
+            result[-1, rows, np.concatenate(histories)] = 1
         return torch.from_numpy(result)
 
     def _aged(self, histories: list[np.ndarray], number: int) -> sparse.csr_matrix:
@@ -161,91 +185,122 @@ class Memory:
 class Mix(NamedTuple):
     """How far a history's ranking trusts each signal: weights that are linear in what describes the history."""
 
-    weights: Tensor  # [P, F]
+    weights: Tensor  # [P, 2 F + 1]: of the signals of trained items, of those of new items, and what new items have in advance
     centre: Tensor  # [P] of the descriptions it was fitted on
     spread: Tensor  # [P]
 
-    def scores(self, sequencer: Tensor, signals: Tensor, lengths: Tensor) -> Tensor:
+    def scores(self, sequencer: Tensor, signals: Tensor, lengths: Tensor, trained: int) -> Tensor:
         """[B, N] mixed scores.
 
         Args:
             sequencer: [B, N] scores of the sequencer; a constant per history changes no ranking.
-            signals: [B, N, 4] of `Memory.signals`.
+            signals: [F - 1, B, N] of `Memory.signals`.
             lengths: [B] items of each history.
+            trained: items that training has seen, the first of the catalog; the others are new.
         """
         weights = self.trust(describe(signals, lengths))
-        mixed = sequencer * weights[:, :1]
-        for number in range(signals.shape[2]):
-            mixed = mixed.addcmul(signals[:, :, number], weights[:, number + 1, None])
-        return mixed
+        count = len(signals) + 1
+        pieces = []
+        for begin, items in ((0, slice(None, trained)), (count, slice(trained, None))):
+            mixed = sequencer[:, items] * weights[:, begin, None]
+            for number in range(1, count):
+                if self.weights[:, begin + number].any():
+                    mixed = mixed.addcmul(signals[number - 1, :, items], weights[:, begin + number, None])
+            pieces.append(mixed)
+        pieces[1] = pieces[1] + weights[:, -1:]
+        return torch.cat(pieces, dim=1)
+
+    def wanted(self) -> list[str]:
+        """Names of the signals that some history trusts."""
+        used = self.weights[:, :-1].view(len(self.weights), 2, -1).any(1).any(0)
+        return [name for name, there in zip(SIGNALS, used.tolist(), strict=True) if there]
 
     def trust(self, description: Tensor) -> Tensor:
-        """[B, F] weights for histories that `describe` gave [B, P] for; all but that of items already had are not negative."""
-        description = ((description - self.centre) / self.spread).clamp(-3, 3)  # not further than what was fitted on
-        weights = description @ self.weights
-        return torch.cat([weights[:, :-1].clamp_min(0), weights[:, -1:]], dim=1)
+        """[B, 2 F + 1] weights for histories that `describe` gave [B, P] for."""
+        return ((description - self.centre) / self.spread).clamp(-3, 3) @ self.weights  # not further than what was fitted on
 
 
 def describe(signals: Tensor, lengths: Tensor) -> Tensor:
     """[B, P] of histories: one, the logarithm of the length, the strongest thing the regression says."""
-    return torch.stack(
-        [torch.ones(len(lengths), device=signals.device), lengths.float().clamp_min(1).log(), signals[:, :, 0].amax(1)], dim=1
-    )
+    return torch.stack([torch.ones(len(lengths), device=signals.device), lengths.float().clamp_min(1).log(), signals[0].amax(1)], dim=1)
 
 
-def candidates(sequencer: Tensor, signals: Tensor, target: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a mix is fitted on: the `count` best items by each of the four scores; C is four times as many.
+class Candidates(NamedTuple):
+    """What a mix is fitted on: of each of V validation histories the best C items by each score."""
+
+    signals: Tensor  # [V, C, F]
+    new: Tensor  # [V, C] whether an item plays a new one
+    repeated: Tensor  # [V, C] whether it stands there before
+    place: Tensor  # [V] of the target
+    description: Tensor  # [V, P]
+
+
+def nobody() -> Candidates:
+    """Of no history at all, for which `fit_mix` gives the start."""
+    rows = torch.zeros(0, 0, dtype=torch.bool)
+    return Candidates(torch.zeros(0, 0, len(SIGNALS)), rows, rows, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3))
+
+
+def candidates(
+    sequencer: Tensor, signals: Tensor, lengths: Tensor, target: Tensor, new: Tensor, known: list[int], count: int
+) -> Candidates:
+    """The `count` best items by each score, and half as many of the new ones; histories whose target is not there are left out.
 
     Args:
-        sequencer: [B, N] scores, signals: [B, N, 4] of `Memory.signals`, target: [B] item_index.
-
-    Returns:
-        [B, C, F] signals of the candidates, those of an item that is there twice at minus infinity for the sequencer;
-        [B] place of the target among them; [B] whether it is there.
+        sequencer: [B, N] scores, signals: [F - 1, B, N] of `Memory.signals`, lengths: [B], target: [B] item_index.
+        new: [N] whether an item plays one that training has not seen.
+        known: places in `SIGNALS` of the scores.
     """
-    signals = torch.cat([sequencer.log_softmax(1)[:, :, None], signals], dim=2)
-    count = min(count, signals.shape[1])
-    chosen = torch.cat([signals[:, :, number].topk(count, dim=1).indices for number in range(4)], dim=1).sort(dim=1).values
-    found = signals.gather(1, chosen[:, :, None].expand(-1, -1, signals.shape[2]))
-    found[:, 1:, 0].masked_fill_(chosen[:, 1:] == chosen[:, :-1], -torch.inf)
-    is_target = chosen == target[:, None]
-    return found, is_target.int().argmax(1), is_target.any(1)
+    description = describe(signals, lengths)
+    signals = torch.cat([sequencer.log_softmax(1)[None], signals])
+    best = [signals[number].topk(min(count, len(new)), dim=1).indices for number in known]
+    rows = new.nonzero()[:, 0]
+    if len(rows):
+        best += [rows[signals[number][:, rows].topk(min(count // 2, len(rows)), dim=1).indices] for number in known]
+    chosen = torch.cat(best, dim=1).sort(dim=1).values
+    found = signals.gather(2, chosen.expand(len(signals), -1, -1)).permute(1, 2, 0)
+    repeated = torch.zeros_like(chosen, dtype=torch.bool)
+    repeated[:, 1:] = chosen[:, 1:] == chosen[:, :-1]
+    is_target = (chosen == target[:, None]) & ~repeated
+    there = is_target.any(1)
+    return Candidates(*(each[there] for each in (found, new[chosen], repeated, is_target.int().argmax(1), description)))
 
 
-def fit_mix(signals: Tensor, description: Tensor, place: Tensor) -> Mix:
+def fit_mix(found: Candidates) -> Mix:
     """The mix under which targets stand out among their candidates: softmax regression, drawn towards `START` where data are few.
 
     Ranking the best candidates, rather than the likelihood over the whole catalog, is what hit rates at small k measure: fitted
     over the catalog, the mix serves the far tail (instruments, validation ndcg@10 .118 against .135).
-
-    Args:
-        signals: [V, C, F], description: [V, P], place: [V], of validation histories whose target is a candidate.
     """
-    start = torch.zeros(3, len(SIGNALS))
-    start[0] = torch.tensor(START)
-    users = len(place)
+    users, count = len(found.place), len(SIGNALS)
+    start = torch.zeros(3, 2 * count + 1)
+    start[0, :-1] = torch.tensor(START + START)
     if not users:
         return Mix(start, torch.zeros(3), torch.ones(3))
-    centre, spread = description.mean(0), description.std(0, unbiased=False)
+    centre, spread = found.description.mean(0), found.description.std(0, unbiased=False)
     centre[0], spread = 0, torch.where(spread > 1e-6, spread, 1)
-    repeated = signals[:, :, 0].isneginf()
-    signals = signals.masked_fill(repeated[:, :, None], 0)
-    unit = signals[~repeated].std(0, unbiased=False)  # signals of equal size make one penalty fit all
+    unit = found.signals[~found.repeated].std(0, unbiased=False)  # signals of equal size make one penalty fit all
     unit = torch.where(unit > 1e-6, unit, 1)
-    signals = signals / unit
+    new = found.new[:, :, None].float()
+    signals = found.signals / unit
+    signals = torch.cat([signals * (1 - new), signals * new, new], dim=2)
+    unit = torch.cat([unit, unit, torch.ones(1)])
     weights = (start * unit).clone().requires_grad_()
     mix = Mix(weights, centre, spread)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        scores = torch.einsum("vcf,vf->vc", signals, mix.trust(description)).masked_fill(repeated, -torch.inf)
-        value = F.cross_entropy(scores, place) + (1e-3 + 1 / users) * (weights - start * unit).square().sum()
+        scores = torch.einsum("vcf,vf->vc", signals, mix.trust(found.description)).masked_fill(found.repeated, -torch.inf)
+        value = F.cross_entropy(scores, found.place) + (1e-3 + 1 / users) * (weights - start * unit).square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    return Mix(weights.detach() / unit, centre, spread)
+    weights = weights.detach() / unit
+    silent = ~signals.any(0).any(0)  # a signal that says nothing here keeps its start, which is not to be computed for nothing
+    weights[:, silent] = torch.where(start[:, silent] != 0, start[:, silent], 0.0)
+    return Mix(weights, centre, spread)
 
 
 def _gram(indptr: np.ndarray, items: np.ndarray, num_items: int) -> sparse.csr_matrix:

@@ -154,15 +154,17 @@ class Sequencer(nn.Module):
         bias = self.code_bias[slots].sum(1)
         vectors = self.code_embedding(slots).flatten(1) if self.tokens == "flat" else self.compose(catalog, domain)
         vectors = F.normalize(vectors, dim=-1) if self.logits_kind == "cosine" else vectors
-        return self._borrow(vectors, bias, domain) if hasattr(self, f"nearest_{domain}") else (vectors, bias)
-
-    def _borrow(self, vectors: Tensor, bias: Tensor, domain: str) -> tuple[Tensor, Tensor]:
+        if not hasattr(self, f"nearest_{domain}"):
+            return vectors, bias
         nearest, weights = getattr(self, f"nearest_{domain}"), getattr(self, f"weights_{domain}")
-        known = len(vectors) - len(nearest)
+        return self.borrow(vectors, bias, torch.arange(len(vectors) - len(nearest), len(vectors), device=vectors.device), nearest, weights)
+
+    def borrow(self, vectors: Tensor, bias: Tensor, rows: Tensor, nearest: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The catalog's vectors and biases with those of `rows` [C] replaced by the weighted mean of their nearest, [C, n] each."""
         borrowed = F.embedding_bag(nearest, vectors, per_sample_weights=weights, mode="sum")
         if self.logits_kind == "cosine":
             borrowed = F.normalize(borrowed, dim=-1)
-        return torch.cat([vectors[:known], borrowed]), torch.cat([bias[:known], (bias[nearest] * weights).sum(1)])
+        return vectors.index_copy(0, rows, borrowed), bias.index_copy(0, rows, (bias[nearest] * weights).sum(1))
 
     def scores(self, query: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
         """[P, N] score of every item of the catalog for each query."""

@@ -87,7 +87,5 @@ def _write_memory(run: RunDir, domain: str, settings: Any, histories: list[np.nd
     names = pa.array([f"{domain}-item-{row}" for row in range(ITEMS - COLD)])
     keys = [pa.array([domain] * (ITEMS - COLD)), names, pa.array(np.arange(ITEMS - COLD), pa.int32())]
     run.write_part(WEIGHTS, f"{domain}-00000.parquet", pa.table([*keys, *lists], schema=columns.MEMORY))
-    weights = torch.zeros(3, len(memory.SIGNALS))
-    weights[0] = torch.tensor(memory.START)
-    mix = memory.Mix(weights, torch.zeros(3), torch.ones(3))
+    mix = memory.fit_mix(memory.nobody())
     run.save_model(f"{MIX}/{domain}", mix._asdict(), {})

@@ -5,14 +5,15 @@ import torch
 from qbert_ray.memory import (
     SIGNALS,
     START,
+    Candidates,
     Memory,
     RidgeRegression,
     candidates,
     co_occurrence,
     co_occurrence_scores,
-    describe,
     fit_mix,
     following,
+    nobody,
     popularity,
 )
 
@@ -82,7 +83,7 @@ def make_memory(rng, num_items=40):
     indptr, items = random_histories(rng, 300, num_items, 5)
     ridge = RidgeRegression(indptr, items, num_items, 5.0, 20).rows(np.arange(num_items))
     content = torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((num_items, 8))).float(), dim=-1)
-    return Memory(ridge, following(indptr, items, num_items, 3, 0.5, 1.0, 20), (0.8, 0.5), 0.01, latest=10, content=content)
+    return Memory(ridge, following(indptr, items, num_items, 3, 0.5, 1.0, 20), (0.8, 0.5), 0.01, latest=10, contents={"text": content})
 
 
 def test_signals_are_those_of_a_plain_loop():
@@ -93,57 +94,88 @@ def test_signals_are_those_of_a_plain_loop():
     for row, history in enumerate(histories):
         for number, decay in enumerate((0.8, 0.5)):
             told = sum(decay**age * memory.weights[number][[item]].toarray()[0] for age, item in enumerate(history[-10:][::-1]))
-            assert signals[row, :, number].numpy() == pytest.approx(np.log1p(np.maximum(told, 0) / 0.01), abs=1e-5)
-        cosines = (memory.content @ memory.content.T)[:, history[-10:]]
-        assert torch.allclose(signals[row, :, 2], cosines.max(1).values, atol=1e-6)
-        assert signals[row, :, 3].nonzero()[:, 0].tolist() == sorted(history)
+            assert signals[number, row].numpy() == pytest.approx(np.log1p(np.maximum(told, 0) / 0.01), abs=1e-5)
+        cosines = (memory.contents["text"] @ memory.contents["text"].T)[:, history[-20:]]
+        assert torch.allclose(signals[SIGNALS.index("text") - 1, row], cosines.max(1).values, atol=1e-6)
+        assert signals[-1, row].nonzero()[:, 0].tolist() == sorted(history)
     assert (memory.signals([np.zeros(0, dtype=np.int64)]) == 0).all()
-    memory.content = None
-    assert (memory.signals(histories)[:, :, 2] == 0).all()
+    assert memory.known == [0, 1, 2, SIGNALS.index("text")]
+    silent = memory.signals(histories, ["sequencer", "ridge"])[SIGNALS.index("text") - 1]
+    assert (silent == 0).all()
 
 
-def sample(rng, follows, users=400, num_items=40):
-    """Histories whose target `follows(scores, signals)` names, as the fit sees them."""
+def sample(rng, follows, users=400, num_items=40, new=0):
+    """Histories whose target `follows(scores, signals)` names, as the fit sees them; the last `new` items play new ones."""
     memory = make_memory(rng, num_items)
     histories = [rng.choice(num_items, 5, replace=False) for _ in range(users)]
     signals, scores = memory.signals(histories), torch.from_numpy(rng.standard_normal((users, num_items))).float()
     target = follows(scores, signals)
-    found, place, there = candidates(scores, signals, target, 20)
-    return found[there], describe(signals, torch.full((users,), 5))[there], place[there]
+    plays = torch.arange(num_items) >= num_items - new
+    return candidates(scores, signals, torch.full((users,), 5), target, plays, memory.known, 20)
+
+
+def only(found, users):
+    return Candidates(*(each[:users] for each in found))
+
+
+def by(name):
+    return lambda scores, signals: (signals[SIGNALS.index(name) - 1] - 100 * signals[-1]).argmax(1)
 
 
 def test_the_mix_trusts_what_predicts():
-    told = sample(np.random.default_rng(3), lambda scores, signals: (signals[:, :, 0] - 100 * signals[:, :, 3]).argmax(1))
-    drawn = sample(np.random.default_rng(3), lambda scores, signals: scores.argmax(1))
+    drawn = fit_mix(sample(np.random.default_rng(3), lambda scores, signals: scores.argmax(1)))
     ridge, sequencer = SIGNALS.index("ridge"), SIGNALS.index("sequencer")
-    assert fit_mix(*told).weights[0, ridge] > 3 * fit_mix(*drawn).weights[0, ridge]
-    assert fit_mix(*drawn).weights[0, sequencer] > 3 * fit_mix(*told).weights[0, sequencer]
-    assert fit_mix(*told).weights[0, SIGNALS.index("seen")] < -1  # nobody took an item twice
+    told = fit_mix(sample(np.random.default_rng(3), by("ridge")))
+    assert told.weights[0, ridge] > 3 * drawn.weights[0, ridge]
+    assert drawn.weights[0, sequencer] > 3 * told.weights[0, sequencer]
+    assert told.weights[0, SIGNALS.index("seen")] < -1  # nobody took an item twice
+    read = fit_mix(sample(np.random.default_rng(3), by("text")))
+    assert read.weights[0, SIGNALS.index("text")] > 3 > abs(told.weights[0, SIGNALS.index("text")])
+
+
+def test_new_items_have_weights_of_their_own():
+    """Targets are the trained item of the largest score or, for every other history, the new item with the nearest text."""
+
+    def follows(scores, signals):
+        trained, text = scores[:, :30].argmax(1), 30 + signals[SIGNALS.index("text") - 1, :, 30:].argmax(1)
+        return torch.where(torch.arange(len(scores)) % 2 == 0, trained, text)
+
+    mix = fit_mix(sample(np.random.default_rng(6), follows, users=1000, new=10))
+    trained, new = mix.weights[0, : len(SIGNALS)], mix.weights[0, len(SIGNALS) : -1]
+    sequencer, text = SIGNALS.index("sequencer"), SIGNALS.index("text")
+    assert trained[sequencer] > 3 * new[sequencer] and new[text] > 3 * abs(trained[text])
+
+
+def test_signals_that_are_not_there_cost_nothing():
+    mix = fit_mix(sample(np.random.default_rng(3), by("text")))
+    assert mix.wanted() == ["sequencer", "ridge", "following", "text", "seen"]
 
 
 def test_the_mix_of_a_batch_is_that_of_each_history():
     rng = np.random.default_rng(4)
-    mix = fit_mix(*sample(rng, lambda scores, signals: signals[:, :, 0].argmax(1)))
-    signals, scores, lengths = torch.rand(6, 9, 4), torch.randn(6, 9), torch.randint(1, 50, (6,))
-    together = mix.scores(scores, signals, lengths)
+    mix = fit_mix(sample(rng, by("ridge"), new=4))
+    signals, scores, lengths = torch.rand(len(SIGNALS) - 1, 6, 9), torch.randn(6, 9), torch.randint(1, 50, (6,))
+    together = mix.scores(scores, signals, lengths, 7)
     for row in range(6):
-        assert torch.allclose(together[row], mix.scores(scores[row : row + 1], signals[row : row + 1], lengths[row : row + 1])[0])
-    shifted = mix.scores(scores + 5, signals, lengths)
-    assert torch.equal(together.argsort(1), shifted.argsort(1))
+        alone = mix.scores(scores[row : row + 1], signals[:, row : row + 1], lengths[row : row + 1], 7)[0]
+        assert torch.allclose(together[row], alone, atol=1e-5)
+    shifted = mix.scores(scores + 5, signals, lengths, 9)
+    assert torch.equal(mix.scores(scores, signals, lengths, 9).argsort(1), shifted.argsort(1))
 
 
-@pytest.mark.parametrize("users", [0, 1])
-def test_without_data_the_mix_is_the_start(users):
-    found, description, place = sample(np.random.default_rng(5), lambda scores, signals: scores.argmax(1))
-    mix = fit_mix(found[:users], description[:users], place[:users])
-    assert torch.isfinite(mix.weights).all()
-    if not users:
-        assert mix.trust(description).unique(dim=0).tolist() == [pytest.approx(START)]
+def test_without_data_the_mix_is_the_start():
+    found = sample(np.random.default_rng(5), lambda scores, signals: scores.argmax(1))
+    assert torch.isfinite(fit_mix(only(found, 1)).weights).all()
+    for none in (only(found, 0), nobody()):
+        trust = fit_mix(none).trust(found.description)
+        assert trust.unique(dim=0).tolist() == [pytest.approx([*START, *START, 0])]
 
 
 def test_an_item_that_is_a_candidate_twice_counts_once():
-    scores, signals = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(1, 3, 4)
-    found, place, there = candidates(scores, signals, torch.tensor([1]), 3)
-    assert found.shape == (1, 12, 5) and there.tolist() == [True]
-    assert found[0, :, 0].isneginf().sum() == 9
-    assert not found[0, place[0], 0].isneginf()
+    scores, signals = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(len(SIGNALS) - 1, 1, 3)
+    found = candidates(scores, signals, torch.tensor([1]), torch.tensor([1]), torch.tensor([False, False, True]), [0, 1, 2], 3)
+    assert found.signals.shape == (1, 12, len(SIGNALS)) and len(found.place) == 1
+    assert (~found.repeated).sum() == 3 and found.new[~found.repeated].sum() == 1
+    assert not found.repeated[0, found.place[0]]
+    nowhere = candidates(scores, signals, torch.tensor([1]), torch.tensor([2]), torch.zeros(3, dtype=torch.bool), [0], 2)
+    assert len(nowhere.place) == 0  # its target is not among the two best

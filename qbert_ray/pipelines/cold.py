@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
-from qbert_ray.catalog import item_ids, warm_items
+from qbert_ray.catalog import item_ids, modality_vectors, warm_items
 from qbert_ray.config import Config, Memory
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
@@ -58,7 +58,7 @@ class ColdPart:
         self.ranker = Ranker(run, domain, memory, own_device())
         self.item_ids = item_ids(run, domain).to_pylist()
         self.warm = np.arange(warm_items(run, domain))
-        self.text = text_vectors(run, domain)
+        self.text = modality_vectors(run, domain, "text")
 
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:
@@ -99,18 +99,3 @@ class ColdPart:
             pa.array([num_items - len(self.warm)] * len(users), pa.int32()),
         ]
         return pa.table(arrays, schema=columns.COLD_RANKS)
-
-
-def text_vectors(run: RunDir, domain: str) -> Tensor | None:
-    """[N, D] mean text vector of each item, centred on those that training may see, of length 1; None where no item has text.
-
-    Without centring, what is common to all texts hides what sets two apart, and the neighbours are far worse.
-    """
-    if not run.parts("features/text", domain):
-        return None
-    table = run.read("features/text", domain, ["vectors", "present"])
-    vectors, present = (torch.from_numpy(columns.to_numpy(table[name]).copy()) for name in ("vectors", "present"))
-    mean = (vectors * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp_min(1)
-    has = present.any(1)
-    warm = has & (torch.arange(len(mean)) < warm_items(run, domain))
-    return F.normalize((mean - mean[warm].mean(0)) * has[:, None], dim=-1)

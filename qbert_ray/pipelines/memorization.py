@@ -13,14 +13,15 @@ from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config, Memory
 from qbert_ray.masking import uniform
-from qbert_ray.memory import SIGNALS, RidgeRegression, candidates, describe, fit_mix, following
+from qbert_ray.memory import SIGNALS, Candidates, RidgeRegression, candidates, fit_mix, following, nobody
 from qbert_ray.pipelines.session import Progress, available
 from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.pipelines.training import MOST_THREADS
 from qbert_ray.ranker import MIX, WEIGHTS, Ranker, batches
 from qbert_ray.ranking import ranks
 
-SAMPLE_STREAM = 7_000_003
+SAMPLE_STREAM, NEW_STREAM = 7_000_003, 7_000_009
+NEW_SHARE = 0.1  # of the trained items that play new ones while the mix is fitted
 
 
 def train_memory(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
@@ -71,18 +72,24 @@ def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, 
     users = users[np.argsort(uniform(SAMPLE_STREAM, 0, users, 1)[:, 0])[: settings.validation_users]]
     target = torch.from_numpy(sequences.valid[users])
     histories = [sequences.history(user, "valid") for user in users]
+    new = torch.zeros(ranker.trained, dtype=torch.bool)
+    if "content" in ranker.memory.contents:
+        new = torch.from_numpy(uniform(NEW_STREAM, 0, np.arange(ranker.trained), 1)[:, 0] < NEW_SHARE)
+    pretender = ranker.pretending(new.nonzero()[:, 0]) if new.any() else ranker
     samples = []
     with torch.inference_mode():
         for rows in batches(len(users), len(ranker.catalog)):
-            scores, signals, lengths = ranker.signals(histories[rows])
-            found, place, there = candidates(scores.cpu(), signals.cpu(), target[rows], settings.candidates)
-            samples.append((found[there], describe(signals.cpu(), lengths.cpu())[there], place[there]))
-    joined = [torch.cat(pieces).clone() for pieces in zip(*samples, strict=True)] if samples else _no_samples()
-    mix = fit_mix(*joined)
+            scores, signals, lengths = (each.cpu() for each in pretender.signals(histories[rows]))
+            trained = (scores[:, : ranker.trained], signals[:, :, : ranker.trained], lengths)
+            samples.append(candidates(*trained, target[rows], new, ranker.memory.known, settings.candidates))
+    joined = Candidates(*(torch.cat(pieces).clone() for pieces in zip(*samples, strict=True))) if samples else nobody()
+    mix = fit_mix(joined)
     run.save_model(f"{MIX}/{domain}", mix._asdict(), {"signals": list(SIGNALS)})
     ranker.use(mix)
-    result: dict[str, Any] = {"users": len(users), "fitted_on": len(joined[2])}
-    result["weights_of_signals"] = dict(zip(SIGNALS, mix.trust(mix.centre[None] + torch.tensor([[1.0, 0, 0]]))[0].tolist(), strict=True))
+    trust = mix.trust(mix.centre[None] + torch.tensor([[1.0, 0, 0]]))[0].tolist()
+    result: dict[str, Any] = {"users": len(users), "fitted_on": len(joined.place)}
+    result["weights_of_signals"] = dict(zip(SIGNALS, trust, strict=False))
+    result["weights_for_new_items"] = dict(zip((*SIGNALS, "new"), trust[len(SIGNALS) :], strict=True))
     found: dict[str, list[np.ndarray]] = {"model": [np.zeros(0, int)], "sequencer": [np.zeros(0, int)]}
     with torch.inference_mode():
         for rows in batches(len(users), len(ranker.catalog)):
@@ -91,7 +98,3 @@ def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, 
                 pieces.append(ranks(scores[name], target[rows]).numpy())
     ndcg = {name: metrics.interval(metrics.ndcg(np.concatenate(pieces), 10))["value"] for name, pieces in found.items()}
     return result | {f"{name}_ndcg@10": value for name, value in ndcg.items()}
-
-
-def _no_samples() -> list[torch.Tensor]:
-    return [torch.zeros(0, 0, len(SIGNALS)), torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)]

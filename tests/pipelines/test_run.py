@@ -79,15 +79,16 @@ def test_without_memory_the_model_is_the_sequencer(finished, shop, tmp_path):
 def test_cold_items_stand_in_the_memory_where_their_nearest_trained_items_do(finished):
     config, run = finished
     ranker = Ranker(run, "demo", config.memory)
-    items, weights = ranker.nearest
-    known = len(ranker.catalog) - len(items)
+    rows, items, weights = ranker.borrowed
+    known = ranker.trained
+    assert rows.tolist() == list(range(known, len(ranker.catalog)))
     assert known == int((~run.read("ingest/items", "demo")["cold"].to_numpy()).sum()) and items.max() < known
     _, signals, _ = ranker.signals([np.array([1, 2, 3]), np.array([4])])
-    plain = ranker.memory.signals([np.array([1, 2, 3]), np.array([4])])
-    assert not plain[:, known:, :2].any() and signals[:, known:, :2].any()
-    assert torch.equal(signals[:, :known], plain[:, :known]) and torch.equal(signals[:, :, 2:], plain[:, :, 2:])
-    expected = (plain[0, items[0], 0] * weights[0]).sum()
-    assert signals[0, known, 0] == pytest.approx(float(expected), abs=1e-5)
+    plain = ranker.memory.signals([np.array([1, 2, 3]), np.array([4])], ranker.mix.wanted())
+    assert not plain[:2, :, known:].any() and signals[:2, :, known:].any()
+    assert torch.equal(signals[:, :, :known], plain[:, :, :known]) and torch.equal(signals[2:], plain[2:])
+    expected = (plain[0, 0, items[0]] * weights[0]).sum()
+    assert signals[0, 0, known] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_cold_metrics_are_those_of_the_ranks(finished):
