@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,17 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths inside are relative: `run.read("ingest/items")`. Cheap to send to workers."""
+    """Paths inside are relative: `run.read("ingest/items")`. Cheap to send to workers.
+
+    Args:
+        uri: a local path, s3:// or gs://.
+        base: a run whose outputs are read in place of own ones, on the same file system.
+        shared: folders of `base` that are read there, such as "features"; they are never written to from here.
+    """
 
     uri: str
+    base: RunDir | None = None
+    shared: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if "://" not in self.uri:  # workers have working directories of their own
@@ -54,11 +63,12 @@ class RunDir:
     def _location(self) -> tuple[fs.FileSystem, str]:
         return resolve(self.uri)
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"uri": self.uri}
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        object.__setattr__(self, "uri", state["uri"])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
 
     @property
     def filesystem(self) -> fs.FileSystem:
@@ -66,7 +76,21 @@ class RunDir:
 
     def path(self, name: str = "") -> str:
         """Full path of a relative one, as `filesystem` takes it."""
+        if self.base and self._is_shared(name):
+            return self.base.path(name)
         return f"{self._location[1].rstrip('/')}/{name}".rstrip("/")
+
+    def inside(self, name: str) -> RunDir:
+        """A run directory below this one."""
+        place, mark, query = self.uri.partition("?")
+        return RunDir(f"{place.rstrip('/')}/{name}{mark}{query}")
+
+    def sharing(self, base: RunDir, folders: Iterable[str]) -> RunDir:
+        """This run directory, reading some folders from another one on the same file system."""
+        return replace(self, base=base, shared=frozenset(folders))
+
+    def _is_shared(self, name: str) -> bool:
+        return name.split("/")[0] in self.shared
 
     # files
 
@@ -78,6 +102,11 @@ class RunDir:
         selector = fs.FileSelector(self.path(folder), allow_not_found=True)
         names = (info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
         return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+
+    def folders(self, folder: str) -> list[str]:
+        """Sorted names of the folders in a folder; empty where there is none."""
+        selector = fs.FileSelector(self.path(folder), allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.Directory)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         self._publish(name, lambda path: self._write(path, content))
@@ -94,6 +123,7 @@ class RunDir:
 
     def delete(self, name: str) -> None:
         """Remove a file or folder; nothing happens where there is none."""
+        assert not self._is_shared(name), f"{name} belongs to {self.base}"
         kind = self.filesystem.get_file_info(self.path(name)).type
         if kind == fs.FileType.Directory:
             self.filesystem.delete_dir(self.path(name))
@@ -154,6 +184,7 @@ class RunDir:
             stream.write(content)
 
     def _publish(self, name: str, write: Any) -> None:
+        assert not self._is_shared(name), f"{name} belongs to {self.base}"
         final = self.path(name)
         if not isinstance(self.filesystem, fs.LocalFileSystem):
             write(final)

@@ -6,16 +6,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from qbert_ray import completion, config_commands, data_commands, id_commands, model_commands
-from qbert_ray.artifacts import RunDir
+from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.config import Config
-from qbert_ray.console import StageBar, metrics_table, stage_line
+from qbert_ray.console import StageBar, metrics_table, stage_line, sweep_table, trials_table
 from qbert_ray.overlays import ConfigError, load_config
 
 app = typer.Typer(
@@ -117,6 +117,63 @@ _STAGES = {
 }
 for _name, (_panel, _help) in _STAGES.items():
     app.command(_name, rich_help_panel=_panel)(assign_ids if _name == "assign-ids" else _stage_command(_name, _help))
+
+
+@app.command(rich_help_panel="Whole run")
+def sweep(
+    config: Files,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and what they will cost; run nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was begun; fail where there is none.")] = False,
+) -> None:
+    """Train once for each setting of some fields, on Ray Tune; a sweep that was cut goes on.
+
+    Example: qbert-ray sweep -c shop.yaml -c configs/sweeps/paper.yaml
+    """
+    settings = load_config(list(config), list(overrides or []))
+    console.print(f"[dim]sweep {escape(settings.sweep.name)} in {escape(settings.run.dir)}; starting Ray[/dim]")
+    from qbert_ray.pipelines import tuning
+    from qbert_ray.pipelines.session import session
+    from qbert_ray.pipelines.trials import Plan
+
+    plan = Plan(settings)
+    tuning.check_base(plan)
+    if resume and not plan.folder.exists(tuning.SWEEP):
+        raise ConfigError(f"--resume: no sweep {settings.sweep.name} in {settings.run.dir}; begin it without --resume")
+    if dry_run:
+        _show_trials(plan, tuning.estimate(plan))
+        return
+    with session(settings.compute.address):
+        for seed in plan.seeds:
+            for name in plan.to_prepare(seed):
+                started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)
+                with StageBar(console, name) as bar:
+                    manifest = tuning.prepare(plan, seed, name, bar)
+                if manifest is not None:
+                    console.print(stage_line(name, manifest, None if done else time.monotonic() - started), soft_wrap=True)
+        with StageBar(console, "trials") as bar:
+            best = tuning.search(plan, bar)
+    console.print(sweep_table(plan.folder.read_json(tuning.SWEEP), tuning.trial_rows(plan)))
+    console.print(f"trials   {escape(plan.folder.path(tuning.TRIALS))}\ncurves   {escape(plan.folder.path(tuning.CURVES))}", soft_wrap=True)
+    if best:
+        console.print(f"best     {escape(plan.folder.path(tuning.BEST))}: qbert-ray run -c <the same files> -c <this one>", soft_wrap=True)
+    else:
+        raise ArtifactError("no setting was finished under every seed: the errors of failed trials are in the table above")
+
+
+def _show_trials(plan: Any, seconds: list[float | None]) -> None:
+    if not plan.trials:
+        console.print(f"{plan.sweep.num_trials} trials that {plan.sweep.search} makes up as it goes")
+        return
+    shared = [(plan.shared(trial) or ["-"])[-1] for trial in plan.trials]
+    console.print(trials_table([(t.name, t.values, t.seed) for t in plan.trials], shared, seconds))
+    known = [cost for cost in seconds if cost is not None]
+    if known:
+        console.print(
+            f"{sum(known) / 60:.0f} minutes one after the other, judged by how long the stages of {escape(plan.config.run.dir)} took"
+        )
+    else:
+        console.print(f"how long they take is not known: {escape(plan.config.run.dir)} has not done the stages they repeat")
 
 
 @app.command(rich_help_panel="Data")

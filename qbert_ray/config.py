@@ -10,19 +10,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+from qbert_ray.sweeps import NonNegativeInt, PositiveFloat, PositiveInt, Section, Sweep
+
 Share = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Modality = Literal["text", "image", "structure"]
 MaskStrategy = Literal["span", "tail", "multi_region", "random"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class Run(Section):
@@ -350,4 +345,5 @@ class Config(Section):
     gates: Gates = Gates()
     evaluation: Evaluation = Evaluation()
     score: Score = Score()
+    sweep: Sweep = Sweep()
     compute: Compute = Compute()

@@ -54,6 +54,9 @@ class StageBar:
         self.bars.update(self.task, note=text)
         self._log()
 
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        self.note("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
+
     def _log(self) -> None:
         if not self.console.is_terminal and time.monotonic() - self.said > LOG_SECONDS:
             task = self.bars.tasks[self.task]
@@ -88,6 +91,33 @@ def metrics_table(domain: str, content: dict[str, Any], ranked: str = "every ite
         table.add_section()
     table.caption = f"±: half of the 95 % interval of {names[-1]} over users"
     return table
+
+
+def trials_table(trials: list[tuple[str, dict[str, Any], int]], shared: list[str], seconds: list[float | None]) -> Table:
+    """Trials (name, values, seed) that a sweep is going to run, the last stage each shares, and what it may cost."""
+    table = Table(title=f"{len(trials)} trials", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for name in ("trial", *trials[0][1], "seed", "shares\nup to", "minutes"):
+        table.add_column(name.replace(".", ".\n"), no_wrap=True)
+    for (name, values, seed), last, cost in zip(trials, shared, seconds, strict=True):
+        table.add_row(name, *map(_short, values.values()), str(seed), last, "?" if cost is None else f"{cost / 60:.1f}")
+    return table
+
+
+def sweep_table(description: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
+    """Trials of a sweep, the best first; those that failed with their error."""
+    metric, sign = description["metric"], -1 if description["mode"] == "max" else 1
+    table = Table(title=f"{len(rows)} trials by {metric}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    shown = [*description["parameters"], "seed", *description["objectives"], "epochs", "seconds", "status"]
+    for name in shown:
+        table.add_column(name.replace(".", ".\n"), no_wrap=name != "status")
+    for row in sorted(rows, key=lambda row: sign * row[metric] if row.get(metric) is not None else float("inf")):
+        status = f"failed: {row['error']}" if row["status"] == "failed" else row["status"]
+        table.add_row(*(_short(row.get(name)) for name in shown[:-1]), status)
+    return table
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _summary(manifest: Manifest) -> str:

@@ -30,6 +30,29 @@ def load_config(files: list[str | Path] = [], overrides: list[str] = []) -> Conf
         tree = merge(tree, _read_layer(Path(file)))
     for override in overrides:
         tree = merge(tree, _parse_override(override))
+    return _validate(tree)
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """The config with other values at some dotted paths.
+
+    Raises:
+        ConfigError: a path or a value is not valid.
+    """
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    for path, value in values.items():
+        tree = merge(tree, nest(path, value))
+    return _validate(tree)
+
+
+def nest(path: str, value: Any) -> dict[str, Any]:
+    """A nested mapping with one leaf at a dotted path."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -80,9 +103,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         tree: Any = yaml.safe_load(value)
     except yaml.YAMLError:
         tree = value
-    for key in reversed(path.split(".")):
-        tree = {key: tree}
-    return tree
+    return nest(path, tree)
 
 
 def _explain(problem: Any) -> str:

@@ -19,13 +19,16 @@ class Board:
     """Where rank 0 writes how far it is, and the driver reads it."""
 
     def __init__(self) -> None:
-        self.state = (0, 0, "")
+        self.total, self.done = 0, 0
+        self.lines: list[dict[str, Any]] = []
 
-    def write(self, total: int, done: int, note: str) -> None:
-        self.state = (total, done, note)
+    def write(self, total: int, done: int, line: dict[str, Any]) -> None:
+        self.total, self.done = total, done
+        self.lines.append(line)
 
-    def read(self) -> tuple[int, int, str]:
-        return self.state
+    def read(self, known: int) -> tuple[int, int, list[dict[str, Any]]]:
+        """Epochs in all, epochs done, and the metrics of each epoch that came after the first `known`."""
+        return self.total, self.done, self.lines[known:]
 
 
 class Watch:
@@ -44,18 +47,19 @@ class Watch:
         ray.kill(self.board)
 
     def _poll(self) -> None:
-        seen, started, said = 0, False, ""
-        while not self.stop.wait(0.5):
+        known, seen, last = 0, None, False
+        while not last:
+            last = self.stop.wait(0.5)  # once more after the end: the last epochs may not have been read
             try:
-                total, done, note = ray.get(self.board.read.remote())
+                total, done, lines = ray.get(self.board.read.remote(known))
             except ray.exceptions.RayError:
                 continue
-            if total and not started:
+            known += len(lines)
+            if lines and seen is None:
                 self.progress.start(total, done)
-                started, seen = True, done
-            if done > seen:
+                seen = done
+            if seen is not None and done > seen:
                 self.progress.advance(done - seen)
                 seen = done
-            if note != said:
-                self.progress.note(note)
-                said = note
+            for line in lines:
+                self.progress.epoch(line)

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 # Read by Ray when it is imported. A training costs 12 s less to start with these, and each worker's line prints once.
 for _name, _value in {
@@ -18,6 +18,7 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait steal the core from whoever works
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables; a sweep prints its own
 }.items():
     os.environ.setdefault(_name, _value)
 
@@ -34,6 +35,10 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None: ...
 
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """Metrics of an epoch of a training that just ended."""
+        ...
+
 
 class Quiet:
     """A `Progress` that says nothing."""
@@ -45,6 +50,9 @@ class Quiet:
         pass
 
     def note(self, text: str) -> None:
+        pass
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
         pass
 
 

@@ -163,7 +163,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     while not loop.finished:
         loop.run_epoch()
         if loop.rank == 0:
-            board.write.remote(epochs, epochs if loop.finished else loop.epoch, _line(loop.log[-1]))
+            written = board.write.remote(epochs, epochs if loop.finished else loop.epoch, loop.log[-1])
+            if loop.finished:  # who waits for the end of the training then reads all of it
+                ray.get(written)
         if not loop.finished and loop.agree(int(time.monotonic() - saved > config["checkpoint_seconds"])):
             with tempfile.TemporaryDirectory() as directory:
                 if loop.rank == 0:
@@ -178,10 +180,6 @@ def publish(loop: Loop, run: RunDir, folder: str) -> None:
     """Leave the trained model and the log of its epochs in the run directory."""
     run.write_bytes(f"{folder}/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in loop.log).encode())
     run.save_model(f"{folder}/model", loop.best or loop.weights(), loop.task.description())
-
-
-def _line(metrics: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float) and name != "seconds")
 
 
 class Loop:

@@ -1,0 +1,121 @@
+"""Sweeps on real Ray Tune: trials are ordinary trainings, go on after a cut, and say why they failed."""
+
+import shutil
+
+import polars as pl
+import pytest
+import torch
+
+from qbert_ray.artifacts import ArtifactError, RunDir
+from qbert_ray.overlays import load_config, with_values
+from qbert_ray.pipelines import tuning
+from qbert_ray.pipelines.session import Quiet
+from qbert_ray.pipelines.trials import Plan
+from tests.pipelines.shop import small_config
+
+RATE = "finetune.learning_rate"
+
+
+@pytest.fixture(scope="module")
+def swept(finished, tmp_path_factory):
+    """A sweep over the finished run's own learning rate and one that cannot work."""
+    config, run = finished
+    folder = tmp_path_factory.mktemp("swept") / "run"
+    shutil.copytree(run.path(), folder)
+    space = {"space": {RATE: [config.finetune.learning_rate, 1e9]}, "max_failures": 0}
+    plan = Plan(with_values(config, {"run.dir": str(folder), "sweep": space}))
+    best = tuning.search(plan, Quiet())
+    return plan, best
+
+
+def weights(run: RunDir) -> dict[str, torch.Tensor]:
+    return run.load_model("finetune/demo/model")[0]
+
+
+def test_a_trial_is_the_ordinary_training_on_shared_outputs(swept, finished):
+    plan, best = swept
+    good, _ = plan.trials
+    run = plan.trial_run(good)
+    assert plan.shared(good) == ["ingest", "features", "train-fusion", "train-rqvae", "assign-ids", "pretrain"]
+    assert not (plan.folder.exists(f"trials/{good.name}/features") or plan.folder.exists(f"trials/{good.name}/pretrain"))
+    expected = weights(finished[1])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
+    assert best["values"] == {RATE: plan.config.finetune.learning_rate}
+
+
+def test_tables_tell_of_every_trial_and_the_overlay_loads(swept):
+    plan, best = swept
+    trials = pl.read_parquet(plan.folder.path("trials.parquet"))
+    curves = pl.read_parquet(plan.folder.path("curves.parquet"))
+    assert dict(trials.select("trial_id", "status").iter_rows()) == {plan.trials[0].name: "done", plan.trials[1].name: "failed"}
+    done, failed = (trials.row(by_predicate=pl.col("status") == status, named=True) for status in ("done", "failed"))
+    assert "gradient is not finite" in failed["error"] and failed["ndcg@10"] is None
+    curve = curves.filter(pl.col("trial_id") == done["trial_id"])
+    assert curve["epoch"].to_list() == list(range(done["epochs"])) and curve["ndcg@10"].max() == done["ndcg@10"] == best["mean"]
+    assert load_config([plan.folder.path("best.yaml")]).finetune.learning_rate == best["values"][RATE]
+    assert plan.folder.folders("") == ["trials"]  # nothing of Tune's own stays
+
+
+def test_a_cut_sweep_repeats_only_what_is_missing(swept):
+    plan, _ = swept
+    before = pl.read_parquet(plan.folder.path("trials.parquet"))
+    good = plan.trials[0]
+    written = plan.folder.filesystem.get_file_info(plan.trial_run(good).path("result.json")).mtime
+    plan.folder.delete(f"trials/{plan.trials[1].name}")
+    assert tuning.unfinished(plan) == 1
+    tuning.search(Plan(plan.config), Quiet())
+    after = pl.read_parquet(plan.folder.path("trials.parquet"))
+    assert after.drop("seconds").equals(before.drop("seconds"))
+    assert plan.folder.filesystem.get_file_info(plan.trial_run(good).path("result.json")).mtime == written
+
+
+def test_a_sweep_on_another_config_is_refused(swept):
+    plan, _ = swept
+    tuning.check_base(plan)
+    with pytest.raises(ArtifactError, match="finetune.epochs: swept on 3, now 4"):
+        tuning.check_base(Plan(with_values(plan.config, {"finetune.epochs": 4})))
+
+
+def test_seeds_stand_on_runs_of_their_own_that_share_what_no_seed_changes(swept):
+    plan, _ = swept
+    seeds = Plan(with_values(plan.config, {"sweep": {"space": {RATE: [1e-3]}, "seeds": [0, 7]}}))
+    own, other = seeds.trials
+    assert seeds.seed_run(0) == seeds.run
+    assert seeds.trial_run(own).path("features/text") == seeds.trial_run(other).path("features/text") == seeds.run.path("features/text")
+    assert seeds.trial_run(other).path("pretrain") == seeds.folder.path("seeds/7/pretrain")
+    assert seeds.to_prepare(7)[-1] == "pretrain" and own.name != other.name
+
+
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        ({"space": {"sequencer.num_layer": [1]}}, "did you mean sequencer.num_layers"),
+        ({"space": {"sequencer.dropout": [0.1, 2]}}, "sequencer.dropout"),
+        ({"space": {"compute.address": ["x"]}}, "a sweep varies"),
+        ({"space": {"memory.decay": [0.5]}}, "set sweep.stage to a later one"),
+        ({"space": {RATE: [1.0]}, "scheduler": "asha", "stage": "train-rqvae"}, "no stage up to train-rqvae|compares the epochs"),
+        ({"space": {RATE: {"uniform": [0.1, 1.0]}}, "search": "optuna", "seeds": [0, 1]}, "give one seed"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_at_once(shop, tmp_path, sweep, said):
+    with pytest.raises(ValueError, match=said):
+        Plan(with_values(small_config(shop, tmp_path), {"sweep": sweep}))
+
+
+@pytest.mark.slow
+def test_optuna_and_asha_on_many_trials(swept):
+    plan, _ = swept
+    space = {RATE: {"loguniform": [1e-6, 1e-2]}}
+    drawn = {"name": "drawn", "space": space, "search": "optuna", "num_trials": 3, "objectives": {"ndcg@10": "max", "ms_per_user": "min"}}
+    optuna = Plan(with_values(plan.config, {"sweep": drawn}))
+    tuning.search(optuna, Quiet())
+    assert tuning.unfinished(optuna) == 0
+    assert all(row["ms_per_user"] > 0 and row["status"] == "done" for row in tuning.trial_rows(optuna))
+    more = Plan(with_values(optuna.config, {"sweep.num_trials": 4}))
+    tuning.search(more, Quiet())  # goes on with what it knows
+    assert len({row[RATE] for row in tuning.trial_rows(more)}) == 4
+    halving = {"name": "halving", "space": {RATE: [3e-3, 1e-3, 1e-7, 1e-8]}, "scheduler": "asha", "grace_epochs": 1, "max_concurrent": 1}
+    asha = Plan(with_values(plan.config, {"sweep": halving, "finetune.epochs": 4}))
+    tuning.search(asha, Quiet())
+    rows = {row[RATE]: row for row in tuning.trial_rows(asha)}
+    assert "stopped" in {rows[1e-7]["status"], rows[1e-8]["status"]} and rows[3e-3]["status"] == "done"
