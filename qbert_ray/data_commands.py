@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 console = Console(highlight=False)
@@ -32,9 +33,9 @@ def fetch(
             categories = public_data.CATEGORIES.get(kind, [])
             data = public_data.find(f"{kind}:{categories[0]}" if categories else kind)
             console.print(f"[bold]{kind}{':CATEGORY' if categories else ''}[/bold]  {escape(data.page)}", soft_wrap=True)
-            console.print(f"  {escape(data.terms)}", soft_wrap=True)
+            console.print(Padding(escape(data.terms), (0, 0, 0, 4)))
             if categories:
-                console.print(f"  {', '.join(categories)}")
+                console.print(Padding(", ".join(categories), (0, 0, 0, 4)), style="dim")
         return
     folder = output or Path("data") / name.replace(":", "-")
     data = public_data.find(name)

@@ -16,7 +16,7 @@ from pathlib import Path
 import requests
 
 CHUNK = 1 << 20
-TRIES, PAUSE = 5, 2.0  # without any progress; seconds, doubled each time
+TRIES, PAUSE = 4, 2.0  # without any progress; seconds, doubled each time
 TIMEOUT = (10, 60)  # seconds to connect, and without a byte
 TRANSIENT = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
@@ -124,4 +124,9 @@ def _size(path: Path) -> int:
 
 
 def _brief(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """What went wrong, from under requests' account of what it tried."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "(Caused by " in text:
+        text = text.rpartition("(Caused by ")[2].rpartition(": ")[2].rstrip(")\"' ")
+        text += ")" * (text.count("(") - text.count(")"))
+    return text[:200]
