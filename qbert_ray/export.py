@@ -39,6 +39,10 @@ class ExportError(ValueError):
 class DenseSequencer(nn.Module):
     """Scores of every item of a domain's catalog, from histories of one length, padded at the front."""
 
+    read: Tensor  # [N, K or 1, D] what stands for an item in a history
+    vectors: Tensor
+    bias: Tensor
+
     def __init__(self, ranker: Ranker) -> None:
         super().__init__()
         model = ranker.model

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -87,7 +88,7 @@ def fetch(name: str, folder: Path, report: Callable[[str], Report] = lambda name
     """
     data = find(name)
     receipt = folder / RECEIPT
-    known = json.loads(receipt.read_text()) if receipt.exists() else {"name": name, "files": {}}
+    known: dict[str, Any] = json.loads(receipt.read_text()) if receipt.exists() else {"name": name, "files": {}}
     if known["name"] != name:
         raise DownloadError(f"{folder} holds {known['name']}; choose another folder for {name}")
     came = []
