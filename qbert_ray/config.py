@@ -276,7 +276,7 @@ class Memory(Section):
     candidates: PositiveInt = Field(50, description="best items by each signal, among which the mix learns to rank validation items")
     validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation item the mix is fitted on")
     new_item_bonus: float = Field(
-        0.75,
+        0.5,
         description="added to the scores of items that no training has seen: fitted scores alone show them as rarely as they are bought",
     )
 

@@ -34,7 +34,7 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of a config file, with the `extends` that only files have."""
     schema = Config.model_json_schema()
     for model in _subclasses(Section):
-        for name, content in schema["$defs"].get(model.__name__, {"properties": {}})["properties"].items():
+        for name, content in schema["$defs"].get(model.__name__, {}).get("properties", {}).items():
             if description := _description(model, name):
                 content["description"] = description
     extends = {"type": "string", "description": "config file beside this one that this one is laid over"}
@@ -147,8 +147,8 @@ def _type(schema: dict[str, Any]) -> str:
         return " or ".join(filter(None, [", ".join(schema["enum"][:-1]), schema["enum"][-1]]))
     kind = schema.get("type", "any")
     if kind == "array":
-        return f"list of {_type(schema['items'])}"
-    if kind == "object":
+        return f"list of {_type(schema.get('items', {}))}"
+    if kind == "object" and "additionalProperties" in schema:
         return f"{{{_type(schema.get('propertyNames', {}))}: {_type(schema['additionalProperties'])}}}"
     bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
     return f"{kind} {bounds}".strip()

@@ -23,8 +23,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _or_list(schema: dict[str, Any]) -> None:
+    """A list by itself is a choice."""
+    itself = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"type": "array"}, itself]
+
+
 class Draw(Section):
     """Where a swept value comes from; exactly one of these."""
+
+    model_config = ConfigDict(json_schema_extra=_or_list)
 
     choice: list[Any] | None = Field(None, description="one of these; a list by itself means the same")
     uniform: tuple[float, float] | None = Field(None, description="between the two")
