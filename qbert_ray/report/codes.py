@@ -47,7 +47,7 @@ def usage(codes: np.ndarray, size: int, levels: list[dict[str, float]]) -> list[
     result = []
     for letter, count, level in zip("abcdefghijklmnopqrstuvwxyz", counts, levels, strict=False):
         plot = bars(list(range(1, size + 1)), count.tolist(), "codes, most used first", "items", bargap=0)
-        plot["layout"]["yaxis"] |= {"range": [0, most * 1.05]}
+        plot["layout"]["yaxis"] |= {"type": "log", "range": [-0.3, float(np.log10(most)) + 0.15], "dtick": 1}  # 10 ** -0.3: one item shows
         plot["data"][0]["hovertemplate"] = "code in place %{x}: %{y:,} items<extra></extra>"
         note = f"{level['usage']:.0%} of {size} codes in use; perplexity {level['perplexity']:.0f}"
         alt = f"Falling bars: {count[0]:,} items have the most used code, {count[size // 2]:,} the one in the middle; {note}."

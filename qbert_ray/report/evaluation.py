@@ -123,14 +123,14 @@ def groups(ranks: pl.DataFrame) -> list[Figure]:
     if ranks.is_empty():
         return []
     history = _group(
-        ranks, "history", "items in the history", "For whom does it work?", "Users in about equal groups by their history's length"
+        ranks, "history", "items in the history", "For whom does it work?", "Users in about equal groups by the length of their history"
     )
     known = _group(
         ranks,
         "popularity",
         "training interactions of the target",
         "For which items does it work?",
-        "Users in about equal groups by how well known",
+        "Users in about equal groups by how often their target occurs in training",
     )
     return [history, known]
 
@@ -155,11 +155,7 @@ def _group(ranks: pl.DataFrame, column: str, axis: str, title: str, note: str) -
         series.append(Series(model, names, y, low, high, hover=hover))
         alt.append(f"{label(model)} " + ", ".join(f"{value:.3f}" for value in y))
     plot = lines(series, axis, "ndcg@10", markers=True, yaxis={"rangemode": "tozero"}, xaxis={"type": "category"})
-    note = (
-        f"{note} it is; means with 95 % intervals, all items ranked."
-        if column == "popularity"
-        else f"{note}; 95 % intervals, all items ranked."
-    )
+    note = f"{note}; means with 95 % intervals, all items ranked."
     return Figure(title, note, f"{axis} {', '.join(names)}: " + "; ".join(alt), plot, 340)
 
 

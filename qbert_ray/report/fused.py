@@ -93,7 +93,9 @@ def views(run: RunDir, facts: Facts, catalog: Catalog) -> tuple[list[dict[str, A
         if len(cosine) > 1:
             others = (cosine.sum() - np.trace(cosine)) / (cosine.size - len(cosine))
             nearest = float((cosine.argmax(1) == np.arange(len(cosine))).mean())
-            agreement.append({"a": a, "b": b, "own": float(np.trace(cosine) / len(cosine)), "others": float(others), "nearest": nearest})
+            agreement.append(
+                {"a": a, "b": b, "own": float(np.trace(cosine) / len(cosine)), "others": round(float(others), 2) + 0.0, "nearest": nearest}
+            )
     return agreement, [_map(catalog, rows, arrays, there)] if len(rows) > 2 else []
 
 
@@ -143,10 +145,14 @@ def _first_query(run: RunDir, facts: Facts, domain: str) -> int:
 
 def _map(catalog: Catalog, rows: np.ndarray, arrays: dict[str, np.ndarray], there: dict[str, np.ndarray]) -> Figure:
     import plotly.graph_objects as go
-    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
 
-    principal = PCA(2, random_state=0).fit(np.concatenate([array[there[name]] for name, array in arrays.items()]))
-    places = {name: principal.transform(array) for name, array in arrays.items()}
+    stacked = np.concatenate([array[there[name]] for name, array in arrays.items()])
+    flat = TSNE(2, metric="cosine", perplexity=min(20, (len(stacked) - 1) / 3), random_state=0).fit_transform(stacked)
+    ends = np.cumsum([int(there[name].sum()) for name in arrays])
+    places = {name: np.zeros((len(rows), 2)) for name in arrays}
+    for name, piece in zip(arrays, np.split(flat, ends[:-1]), strict=True):
+        places[name][there[name]] = piece
     titles = [plain(catalog.title(row)) for row in rows]
     x: list[float | None] = []
     y: list[float | None] = []
@@ -158,19 +164,20 @@ def _map(catalog: Catalog, rows: np.ndarray, arrays: dict[str, np.ndarray], ther
     traces: list[Any] = [
         go.Scatter(x=x, y=y, mode="lines", line={"color": colour("random"), "width": 0.7}, opacity=0.55, hoverinfo="skip", showlegend=False)
     ]
-    for number, (name, place) in enumerate(places.items()):
+    for number, (name, place) in reversed(list(enumerate(places.items()))):  # the fused view on top
         here = there[name]
         traces.append(
             go.Scatter(
                 x=place[here, 0].tolist(), y=place[here, 1].tolist(), mode="markers", name=name,
-                marker={"color": colour(name), "size": 7, "symbol": SYMBOLS[number], "opacity": 0.85},
+                marker={"color": colour(name), "size": 6, "symbol": SYMBOLS[number], "opacity": 0.9},
                 text=[title for title, has in zip(titles, here, strict=True) if has], hovertemplate=f"%{{text}}<br>{name}<extra></extra>",
             )
         )  # fmt: skip
-    share = principal.explained_variance_ratio_.sum()
-    blank = {"showgrid": True, "zeroline": False, "showticklabels": False}
-    plot = finish(traces, "first principal component", "second principal component", showlegend=True, xaxis=blank, yaxis=blank)
-    note = f"{len(rows)} items drawn at random; lines join the views of one item. Short lines: the views agree. The plane holds {share:.0%} of the variance."
+    blank = {"zeroline": False, "showticklabels": False}
+    plot = finish(traces, "t-SNE, first dimension", "second dimension", showlegend=True, xaxis=blank, yaxis=blank)
+    note = (
+        f"{len(rows)} items drawn at random; lines join the views of one item. Short lines: the views agree. One cloud a view: they do not."
+    )
     alt = f"Scatter plot of {len(rows)} items in {len(arrays)} views each ({', '.join(arrays)}), lines from the fused view to the others."
     return Figure("Where do an item's views lie?", note, alt, plot, 430)
 

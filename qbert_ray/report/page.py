@@ -56,7 +56,7 @@ def gather(run: RunDir) -> dict[str, Any]:
 
     def overview() -> dict[str, Any]:
         judged = summary.verdicts(facts, ranked)
-        return {"verdicts": judged, "warnings": summary.warnings(facts, judged), "rejected": summary.rejected(facts)} | {
+        return {"verdicts": judged, "warnings": summary.warnings(run, facts, judged), "rejected": summary.rejected(facts)} | {
             "examples": summary.examples(run), "datasets": summary.datasets(facts), "stages": summary.stages(facts)}  # fmt: skip
 
     album = Album()

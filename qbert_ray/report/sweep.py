@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 from plotly.colors import sample_colorscale
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.report.figures import DASHES, SYMBOLS, Figure, Series, colour, finish, lines, plain
@@ -67,7 +67,7 @@ def summarise(trials: pl.DataFrame, parameters: list[str], metric: str, up: bool
 
 
 def _half(deviation: float | None, number: int) -> float | None:
-    return None if deviation is None or number < 2 else float(student.ppf(0.975, number - 1) * deviation / number**0.5)
+    return None if deviation is None or number < 2 else float(stdtrit(number - 1, 0.975) * deviation / number**0.5)
 
 
 def effect(trials: pl.DataFrame, name: str, metric: str) -> Figure:
