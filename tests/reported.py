@@ -114,7 +114,8 @@ def _fusion(run, random):
     run.save_model("fusion/model", model.state_dict(), description)
     tables = {name: run.read("features/" + name) for name in ("text", "structure")}
     given = [
-        {name: torch.from_numpy(columns.to_numpy(table[column])) for name, table in tables.items()} for column in ("vectors", "present")
+        {name: torch.from_numpy(columns.to_numpy(table[column]).copy()) for name, table in tables.items()}
+        for column in ("vectors", "present")
     ]
     with torch.inference_mode():
         fused = model(torch.arange(ITEMS), *given)

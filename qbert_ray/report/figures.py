@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from qbert_ray.overlays import merge
+
 # name -> on light, on dark: Okabe and Ito's hues, which the colour-blind tell apart, made 3 : 1 against the paper
 BLUE, GREEN, ORANGE, PURPLE, AMBER, BROWN, GREY = (
     ("#0072B2", "#5CB3F0"), ("#00875F", "#2CC295"), ("#D55E00", "#FF9359"), ("#A9518A", "#E39AC7"),
@@ -71,13 +73,10 @@ def plain(text: str) -> str:
 
 def finish(traces: list[Any], x: str, y: str, **layout: Any) -> dict[str, Any]:
     """The figure as JSON with its axes named; `layout` is plotly's."""
-    figure = go.Figure(traces)
-    figure.update_layout(template="none", margin={"l": 10, "r": 14, "t": 12, "b": 10}, showlegend=len(traces) > 1)
-    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, hovermode="closest")
-    figure.update_xaxes(title_text=x, automargin=True, title_standoff=8).update_yaxes(title_text=y, automargin=True, title_standoff=8)
-    content: dict[str, Any] = figure.update_layout(**layout).to_plotly_json()
-    content["layout"].pop("template", None)
-    return content
+    axes = {name: {"title": {"text": title, "standoff": 8}, "automargin": True} for name, title in (("xaxis", x), ("yaxis", y))}
+    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    base = {"margin": {"l": 10, "r": 14, "t": 12, "b": 10}, "showlegend": len(traces) > 1, "legend": legend, "hovermode": "closest", **axes}
+    return {"data": [trace.to_plotly_json() for trace in traces], "layout": merge(base, layout)}
 
 
 def bars(x: Sequence[Any], y: Sequence[float], x_title: str, y_title: str, name: str = "items", **layout: Any) -> dict[str, Any]:

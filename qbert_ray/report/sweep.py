@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import polars as pl
-from plotly.colors import sample_colorscale
 from scipy.special import stdtrit
 
 from qbert_ray.artifacts import ArtifactError, RunDir
@@ -39,7 +38,7 @@ def gather(run: RunDir) -> dict[str, Any]:
         "swept": swept,
         "best": settings.head(1).rows(named=True),
         "seeds": len(sweep.get("seeds") or []) or 1,
-        "effects": [effect(finished, name, metric) for name in swept] if len(finished) else [],
+        "effects": [effect(finished, name, sweep, settings.row(0, named=True)) for name in swept] if len(finished) else [],
         "curves": learning(curves, finished, metric, up) if len(curves) and len(finished) else [],
         "parallel": [parallel(finished, swept, metric, up)] if len(swept) > 1 and len(finished) > 1 else [],
         "pareto": [pareto(finished, pair, sweep) for pair in combinations(sweep.get("objectives") or {}, 2)] if len(finished) else [],
@@ -70,47 +69,59 @@ def _half(deviation: float | None, number: int) -> float | None:
     return None if deviation is None or number < 2 else float(stdtrit(number - 1, 0.975) * deviation / number**0.5)
 
 
-def effect(trials: pl.DataFrame, name: str, metric: str) -> Figure:
-    """The metric against one swept value, as the paper's Figs. 3-5: every trial, mean and 95 % band."""
-    numeric = trials[name].dtype.is_numeric()
-    rows = trials.drop_nulls(name) if numeric else trials.with_columns(pl.col(name).cast(pl.String).fill_null("none"))
+def effect(trials: pl.DataFrame, name: str, sweep: dict[str, Any], best: dict[str, Any]) -> Figure:
+    """The metric against one swept value, as the paper's Figs. 3-5: every trial, their mean and its 95 % band.
+
+    The other values are those of the best setting where trials of several values have them, so that the band is over seeds; else any.
+    """
+    metric = sweep["metric"]
+    others = [pl.col(other).eq_missing(pl.lit(best[other])) for other in sweep["parameters"] if other != name]
+    like_best = trials.filter(*others) if others else trials
+    alone = like_best[name].n_unique() > 1
+    rows = like_best if alone else trials
+    numeric = rows[name].dtype.is_numeric()
+    rows = rows.drop_nulls(name) if numeric else rows.with_columns(pl.col(name).cast(pl.String).fill_null("none"))
     means = rows.group_by(name).agg(mean=pl.col(metric).mean(), deviation=pl.col(metric).std(), number=pl.len()).sort(name)
-    x = means[name].to_list() if numeric else [plain(value) for value in means[name]]
-    half = [_half(deviation, number) or 0.0 for deviation, number in means.select("deviation", "number").rows()]
-    low, high = (means["mean"].to_numpy() + sign * np.array(half) for sign in (-1, 1))
-    shade = colour("model")
-    traces: list[Any] = []
-    if numeric and len(x) > 1 and any(half):
-        band = {"x": [*x, *x[::-1]], "y": [*high.tolist(), *low[::-1].tolist()], "fill": "toself", "fillcolor": shade, "opacity": 0.18}
-        traces.append(go.Scatter(**band, line={"width": 0}, hoverinfo="skip", name="95 % band of the mean", mode="lines"))
-    error = None if numeric or not any(half) else {"type": "data", "array": half, "width": 6}
-    hover = [f"{name} {value}<br>mean {mean:.4f} ± {wide:.4f}, {number} trials" for value, mean, wide, number in
-             zip(x, means["mean"], half, means["number"], strict=True)]  # fmt: skip
+    x, each = ([value if numeric else plain(value) for value in column] for column in (means[name], rows[name]))
+    half = np.array([_half(deviation, number) or 0.0 for deviation, number in means.select("deviation", "number").rows()])
+    shade, traces = colour("model"), []
+    if numeric and len(x) > 1 and half.any():
+        y = [*(means["mean"] + half), *(means["mean"] - half)[::-1]]
+        band = go.Scatter(x=[*x, *x[::-1]], y=y, fill="toself", fillcolor=shade, opacity=0.18, mode="lines", line={"width": 0})
+        traces.append(band.update(hoverinfo="skip", name="95 % band of the mean"))
+    bars = None if numeric or not half.any() else {"type": "data", "array": half.tolist(), "width": 6}
+    hover = [
+        f"{name} {one}<br>mean {row['mean']:.4f} ± {wide:.4f}, {row['number']} trials"
+        for one, wide, row in zip(x, half, means.rows(named=True), strict=True)
+    ]
+    middle = go.Scatter(
+        x=x, y=means["mean"].to_list(), error_y=bars, mode="lines+markers" if numeric else "markers", name="mean", text=hover
+    )
     traces.append(
-        go.Scatter(
-            x=x, y=means["mean"].to_list(), error_y=error, mode="lines+markers" if numeric else "markers", name="mean over trials", text=hover,
-            hovertemplate="%{text}<extra></extra>", line={"color": shade, "width": 2}, marker={"size": 9, "color": shade},
-        )
-    )  # fmt: skip
-    each = rows[name].to_list() if numeric else [plain(value) for value in rows[name]]
+        middle.update(line={"color": shade, "width": 2}, marker={"size": 9, "color": shade}, hovertemplate="%{text}<extra></extra>")
+    )
     dots = {"size": 7, "color": colour("popularity"), "symbol": "circle-open"}
-    tips = [plain(str(one)) for one in rows["trial_id"]]
-    scatter = go.Scatter(x=each, y=rows[metric].to_list(), mode="markers", name="trial", marker=dots, text=tips)
+    scatter = go.Scatter(
+        x=each, y=rows[metric].to_list(), mode="markers", name="trial", marker=dots, text=[plain(str(one)) for one in rows["trial_id"]]
+    )
     traces.append(scatter.update(hovertemplate="trial %{text}<br>%{y:.4f}<extra></extra>"))
-    spread = numeric and len(x) > 2 and min(x) > 0 and max(x) / min(x) >= 20
-    axis: dict[str, Any] = {"type": "log" if spread else "linear" if numeric else "category"}
+    axis: dict[str, Any] = {"type": ("log" if wide_range(x) else "linear") if numeric else "category"}
     axis |= {"tickvals": x, "ticktext": [f"{value:g}" for value in x]} if numeric and len(x) <= 8 else {}
-    best = means.sort("mean", descending=True).row(0, named=True)
     alt = "; ".join(f"{value}: {mean:.4f}" for value, mean in zip(x, means["mean"], strict=True))
-    note = f"{metric} over all trials of a value; highest at {best[name]}. Other settings vary along: compare with the table."
+    note = "All else as in the best setting." if alone else "Over all trials of a value: what else differs between them counts too."
     return Figure(name, note, f"{metric} by {name}: {alt}.", finish(traces, name, metric, xaxis=axis), 320)
+
+
+def wide_range(values: list[float]) -> bool:
+    """Whether positive values are better told apart by their logarithm."""
+    return len(values) > 2 and min(values) > 0 and max(values) / min(values) >= 20
 
 
 def learning(curves: pl.DataFrame, trials: pl.DataFrame, metric: str, up: bool) -> list[Figure]:
     """Curves of the best trials."""
     best = finished_first(trials, metric, up)["trial_id"].head(MOST_CURVES).to_list()
     result = []
-    for column in [name for name in ("train_loss", "ndcg@10", "hr@10") if name in curves.columns]:
+    for column in [name for name in ("train_loss", "ndcg@10", "hr@10") if name in curves.columns and curves[name].count()]:
         series = []
         for number, trial in enumerate(best):
             rows = curves.filter((pl.col("trial_id") == trial) & pl.col(column).is_not_null()).sort("epoch")
@@ -129,37 +140,33 @@ def learning(curves: pl.DataFrame, trials: pl.DataFrame, metric: str, up: bool) 
 
 def parallel(trials: pl.DataFrame, swept: list[str], metric: str, up: bool) -> Figure:
     """One line a trial, through its values and its metric; drawn as lines, so that it needs no WebGL."""
-    columns = [*swept, metric]
-    heights, ticks = {}, []
+    columns, heights, ticks = [*swept, metric], {}, []
     for name in columns:
         values = trials[name]
         if values.dtype.is_numeric():
-            low, high = float(values.min() or 0), float(values.max() or 0)  # type: ignore[arg-type]
-            heights[name] = [0.5 if value is None or high == low else (value - low) / (high - low) for value in values]
-            marks = sorted(values.drop_nulls().unique()) if values.n_unique() <= 6 and name != metric else [low, (low + high) / 2, high]
-            ticks += [(name, 0.5 if high == low else (mark - low) / (high - low), f"{mark:.4g}") for mark in marks]
+            scale = np.log10 if wide_range(values.drop_nulls().unique().to_list()) else np.asarray
+            place = scale(values.cast(pl.Float64).to_numpy())
+            low, size = np.nanmin(place), np.nanmax(place) - np.nanmin(place)
+            marks = values.drop_nulls().unique().to_list() if values.n_unique() <= 6 and name != metric else [values.min(), values.max()]
+            named = [(f"{mark:.4g}", (float(scale(mark)) - low) / (size or 1)) for mark in marks]
+            heights[name] = np.where(np.isnan(place), None, (place - low) / (size or 1)).tolist()
         else:
             names = sorted({str(value) for value in values})
+            named = [(plain(one), number / max(len(names) - 1, 1)) for number, one in enumerate(names)]
             heights[name] = [names.index(str(value)) / max(len(names) - 1, 1) for value in values]
-            ticks += [(name, number / max(len(names) - 1, 1), plain(one)) for number, one in enumerate(names)]
-    order = np.argsort(np.array(heights[metric]) * (1 if up else -1), kind="stable")  # the best are drawn last
-    share = (np.argsort(np.argsort(heights[metric])) / max(len(trials) - 1, 1)).tolist()
+        ticks += [{"x": name, "y": y, "text": text, "showarrow": False, "xanchor": "right", "xshift": -5} for text, y in named]
+    order = np.argsort(trials[metric].to_numpy() * (1 if up else -1), kind="stable")
+    leading = set(order[-max(1, len(order) // 10) :].tolist())  # drawn last, on top
     traces = []
     for row in order.tolist():
         tip = "<br>".join(f"{name}: {plain(str(trials[name][row]))}" for name in ["trial_id", *columns])
-        shade = sample_colorscale("Cividis", [0.08 + 0.84 * (share[row] if up else 1 - share[row])])[0]
-        y = [heights[name][row] for name in columns]
-        line = {"color": shade, "width": 2.2}
-        traces.append(go.Scatter(x=columns, y=y, mode="lines", line=line, text=[tip] * len(y), hovertemplate="%{text}<extra></extra>"))
-    plot = finish(
-        traces, "", "", showlegend=False, yaxis={"visible": False, "range": [-0.08, 1.08]}, xaxis={"type": "category", "showgrid": True}
-    )
-    plot["layout"]["annotations"] = [
-        {"x": name, "y": height, "text": text, "showarrow": False, "xanchor": "right", "xshift": -4, "font": {"size": 11}}
-        for name, height, text in ticks
-    ]
+        line = {"color": colour("model"), "width": 2.6} if row in leading else {"color": colour("popularity"), "width": 1}
+        trace = go.Scatter(x=columns, y=[heights[name][row] for name in columns], mode="lines", line=line, text=[tip] * len(columns))
+        traces.append(trace.update(hovertemplate="%{text}<extra></extra>", opacity=1 if row in leading else 0.55))
+    x_axis = {"type": "category", "range": [-0.4, len(columns) - 0.8], "tickangle": 0}
+    plot = finish(traces, "", "", showlegend=False, yaxis={"visible": False, "range": [-0.08, 1.08]}, xaxis=x_axis, annotations=ticks)
     alt = f"{len(trials)} lines through the values of {', '.join(swept)} to {metric}."
-    return Figure("Which settings lead where?", f"A line a trial; the yellower, the better its {metric}.", alt, plot, 380)
+    return Figure("Which settings lead where?", f"A line a trial; the tenth with the best {metric} in colour.", alt, plot, 380)
 
 
 def pareto(trials: pl.DataFrame, pair: tuple[str, str], sweep: dict[str, Any]) -> Figure:

@@ -47,7 +47,7 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", xaxis: axis, yaxis: axis,
       font: { color: ink, size: 13, family: getComputedStyle(document.body).fontFamily }, legend: { font: { size: 12.5 } },
       hoverlabel: { bgcolor: isDark ? "#232c38" : "#ffffff", bordercolor: axisLine, font: { color: ink, size: 13 } },
-      annotationdefaults: { font: { color: ink }, arrowcolor: axisLine },
+      annotationdefaults: { font: { color: ink, size: 12 }, arrowcolor: axisLine, bgcolor: isDark ? "#10151b" : "#ffffff" },
     } };
   };
   const draw = (isDark) => Promise.all(figures.map(([place, figure]) =>
