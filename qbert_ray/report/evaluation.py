@@ -13,7 +13,7 @@ from qbert_ray.columns import USER_ID, to_sequences
 from qbert_ray.masking import draw_masks
 from qbert_ray.report.catalog import Catalog
 from qbert_ray.report.facts import Facts
-from qbert_ray.report.figures import Figure, Series, bars, intervals, label, lines
+from qbert_ray.report.figures import Figure, Series, bars, by_epoch, intervals, label, lines
 from qbert_ray.report.summary import curve
 
 RANKED = 200_000  # users that the groups are made of
@@ -26,12 +26,11 @@ def gather(run: RunDir, facts: Facts, ranks: dict[str, pl.DataFrame]) -> dict[st
     content = run.read_json("evaluation/metrics.json") if run.exists("evaluation/metrics.json") else {}
     domains = []
     for domain in facts.targets:
-        curves = {"finetune": curve(run, f"finetune/{domain}/metrics.jsonl")}
         mix = facts.counts("train-memory").get(domain)
         domains.append(
             {
                 "name": domain,
-                "curves": training(curves),
+                "curves": training("finetune", curve(run, f"finetune/{domain}/metrics.jsonl")),
                 "metrics": content.get(domain),
                 "figures": comparison(content[domain]) if domain in content else [],
                 "groups": groups(ranks[domain]) if domain in ranks else [],
@@ -41,37 +40,26 @@ def gather(run: RunDir, facts: Facts, ranks: dict[str, pl.DataFrame]) -> dict[st
         )
     return {
         "missing": {stage: why for stage in ("pretrain", "finetune", "train-memory", "evaluate") if (why := facts.missing(stage))},
-        "pretraining": training({"pretrain": curve(run, "pretrain/metrics.jsonl")}),
+        "pretraining": training("pretrain", curve(run, "pretrain/metrics.jsonl")),
         "masks": masks(facts),
         "domains": domains,
     }
 
 
-def training(curves: dict[str, list[dict[str, Any]]]) -> list[Figure]:
+def training(name: str, epochs: list[dict[str, Any]]) -> list[Figure]:
     """Training loss and validation metrics by epoch, with the best epoch marked."""
-    result = []
-    for name, epochs in curves.items():
-        x = [line["epoch"] + 1 for line in epochs]
-        if not x:
-            continue
-        loss = [line.get("train_loss") for line in epochs]
-        plot = lines([Series(name, x, loss)], "epoch", "training loss")
-        alt = f"Line from {loss[0]:.3f} to {loss[-1]:.3f}."
-        result.append(Figure(f"{name}: training loss", "It should fall and flatten.", alt, plot, 250))
-        ndcg, hits = ([line.get(metric) for line in epochs] for metric in ("ndcg@10", "hr@10"))
-        if any(value is None for value in [*ndcg, *hits]):
-            continue
-        best = int(np.argmax(ndcg))
-        plot = lines(
-            [Series("hr@10", x, hits, colour=name, dash="dash"), Series("ndcg@10", x, ndcg, colour=name)], "epoch", "on validation items"
-        )
-        plot["layout"]["yaxis"] |= {"rangemode": "tozero"}
-        mark = {"x": x[best], "y": ndcg[best], "text": f"best: {ndcg[best]:.4f}", "showarrow": True, "arrowhead": 0, "ay": 26, "ax": 0}
-        plot["layout"]["annotations"] = [mark]
-        alt = f"ndcg@10 from {ndcg[0]:.4f} to {ndcg[-1]:.4f}, best {ndcg[best]:.4f} in epoch {x[best]} of {x[-1]}; hr@10 up to {max(hits):.4f}."
-        note = "A best epoch at the right end says that more epochs may help; far from it, that fewer do."
-        result.append(Figure(f"{name}: ranking of validation items", note, alt, plot, 250))
-    return result
+    if not epochs:
+        return []
+    x = [line["epoch"] + 1 for line in epochs]
+    loss, ndcg, hits = ([line[key] for line in epochs] for key in ("train_loss", "ndcg@10", "hr@10"))
+    best = int(np.argmax(ndcg))
+    mark = {"x": x[best], "y": ndcg[best], "text": f"best: {ndcg[best]:.4f}", "showarrow": True, "arrowhead": 0, "ay": 26, "ax": 0}
+    note = "A best epoch at the right end says that more epochs may help; far from it, that fewer do."
+    both = [Series("hr@10", x, hits, colour=name, dash="dash"), Series("ndcg@10", x, ndcg, colour=name)]
+    return [
+        by_epoch("Training loss", "It should fall and flatten.", "training loss", [Series(name, x, loss)]),
+        by_epoch("Ranking of validation items", note, "metric", both, annotations=[mark], yaxis={"rangemode": "tozero"}),
+    ]
 
 
 def comparison(content: dict[str, Any]) -> list[Figure]:
@@ -122,17 +110,12 @@ def groups(ranks: pl.DataFrame) -> list[Figure]:
     """ndcg@10 by what the user has had, and by how well the target is known."""
     if ranks.is_empty():
         return []
-    history = _group(
-        ranks, "history", "items in the history", "For whom does it work?", "Users in about equal groups by the length of their history"
-    )
-    known = _group(
-        ranks,
-        "popularity",
-        "training interactions of the target",
-        "For which items does it work?",
-        "Users in about equal groups by how often their target occurs in training",
-    )
-    return [history, known]
+    by_history = "Users in about equal groups by the length of their history"
+    by_target = "Users in about equal groups by how often their target occurs in training"
+    return [
+        _group(ranks, "history", "items in the history", "For whom does it work?", by_history),
+        _group(ranks, "popularity", "training interactions of the target", "For which items does it work?", by_target),
+    ]
 
 
 def _group(ranks: pl.DataFrame, column: str, axis: str, title: str, note: str) -> Figure:

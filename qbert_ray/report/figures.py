@@ -107,6 +107,12 @@ def lines(series: list[Series], x_title: str, y_title: str, markers: bool = Fals
     return finish(traces, x_title, y_title, **layout)
 
 
+def by_epoch(title: str, note: str, y_title: str, series: list[Series], **layout: Any) -> Figure:
+    """How values change while a model is trained; the words of it are made from its ends."""
+    alt = "; ".join(f"{one.name} from {one.y[0]:.4g} to {one.y[-1]:.4g} in epoch {one.x[-1]}" for one in series)
+    return Figure(title, note, f"{alt}.", lines(series, "epoch", y_title, **layout), 260)
+
+
 def intervals(rows: list[tuple[str, str, dict[str, float]]], x_title: str) -> dict[str, Any]:
     """Means with their 95 % intervals, one below the other.
 

@@ -15,7 +15,7 @@ from qbert_ray.artifacts import RunDir
 from qbert_ray.columns import COLD, ITEM_INDEX, to_numpy
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts
-from qbert_ray.report.figures import SYMBOLS, Figure, Series, bars, colour, finish, lines, plain
+from qbert_ray.report.figures import SYMBOLS, Figure, Series, bars, by_epoch, colour, finish, plain
 from qbert_ray.report.summary import curve
 
 MAPPED, MAPPED_PARTS = 120, 4  # items of the map, and parts they are read from
@@ -54,30 +54,17 @@ def depths(counts: dict[str, Any]) -> Figure:
 
 
 def training(epochs: list[dict[str, Any]]) -> list[Figure]:
+    """View distance and training loss by epoch."""
     x = [line["epoch"] + 1 for line in epochs]
-    distance, loss = [line.get("view_distance") for line in epochs], [line.get("train_loss") for line in epochs]
-    result = []
-    if any(value is not None for value in distance):
-        plot = lines([Series("view distance", x, distance, colour="fused")], "epoch", "mean squared distance")
-        plot["layout"]["yaxis"] |= {"range": [0, 2.2]}
-        plot["layout"]["shapes"] = [_level(2)]
-        note = (
-            "Between the unit vectors of an item's views; the dotted line, 2, is the distance of unrelated ones. It should fall well below."
-        )
-        alt = f"Line from {distance[0]:.2f} in epoch 1 to {distance[-1]:.2f} in epoch {x[-1]}."
-        result.append(Figure("Do fused vector, text and picture come together?", note, alt, plot, 270))
-    if any(value is not None for value in loss):
-        plot = lines([Series("training loss", x, loss, colour="fused")], "epoch", "training loss")
-        alt = f"Line from {loss[0]:.2f} in epoch 1 to {loss[-1]:.2f} in epoch {x[-1]}."
-        result.append(
-            Figure("Is stage 1 trained to the end?", "A curve that still falls at its right end asks for more epochs.", alt, plot, 270)
-        )
-    return result
-
-
-def _level(y: float) -> dict[str, Any]:
-    line = {"color": colour("shuffled"), "width": 1.5, "dash": "dot"}
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
+    distance, loss = ([line[key] for line in epochs] for key in ("view_distance", "train_loss"))
+    unrelated = {"line": {"color": colour("shuffled"), "width": 1.5, "dash": "dot"}, "xref": "paper", "x0": 0, "x1": 1, "y0": 2, "y1": 2}
+    note = "Between the unit vectors of an item's views; the dotted line, 2, is the distance of unrelated ones. It should fall well below."
+    return [
+        by_epoch("Do fused vector, text and picture come together?", note, "mean squared distance",
+                 [Series("view distance", x, distance, colour="fused")], yaxis={"range": [0, 2.2]}, shapes=[unrelated]),
+        by_epoch("Is stage 1 trained to the end?", "A curve that still falls at its right end asks for more epochs.", "training loss",
+                 [Series("training loss", x, loss, colour="fused")]),
+    ]  # fmt: skip
 
 
 def views(run: RunDir, facts: Facts, catalog: Catalog) -> tuple[list[dict[str, Any]], list[Figure]]:

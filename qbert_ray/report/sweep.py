@@ -26,7 +26,7 @@ def gather(run: RunDir) -> dict[str, Any]:
     sweep = run.read_json(SWEEP)
     if not run.exists("trials.parquet"):
         raise ArtifactError(f"{run.uri} has no trials.parquet yet; the sweep writes it when its first trials are done")
-    trials = pl.read_parquet(run.read_bytes("trials.parquet"))
+    trials = numbers(pl.read_parquet(run.read_bytes("trials.parquet")), sweep["parameters"])
     curves = pl.read_parquet(run.read_bytes("curves.parquet")) if run.exists("curves.parquet") else pl.DataFrame()
     metric, up = sweep["metric"], sweep["mode"] == "max"
     finished = trials.filter((pl.col("status") != "failed") & pl.col(metric).is_not_null())
@@ -52,6 +52,15 @@ def gather(run: RunDir) -> dict[str, Any]:
     }
 
 
+def numbers(trials: pl.DataFrame, parameters: list[str]) -> pl.DataFrame:
+    """Words that are numbers become numbers: YAML takes 1e-3 for a word."""
+    texts = [name for name in parameters if trials[name].dtype == pl.String]
+    parsed = {name: trials[name].str.strip_chars('"').cast(pl.Float64, strict=False) for name in texts}
+    return trials.with_columns(
+        values.alias(name) for name, values in parsed.items() if values.null_count() == trials[name].null_count() < len(trials)
+    )
+
+
 def finished_first(trials: pl.DataFrame, metric: str, up: bool) -> pl.DataFrame:
     return trials.sort(pl.col(metric), descending=up, nulls_last=True)
 
@@ -72,13 +81,18 @@ def _half(deviation: float | None, number: int) -> float | None:
 def effect(trials: pl.DataFrame, name: str, sweep: dict[str, Any], best: dict[str, Any]) -> Figure:
     """The metric against one swept value, as the paper's Figs. 3-5: every trial, their mean and its 95 % band.
 
-    The other values are those of the best setting where trials of several values have them, so that the band is over seeds; else any.
+    The other values are those of the best setting, or those that the config has anyway, where trials of several values have them, so that
+    the band is over seeds; else any.
     """
     metric = sweep["metric"]
-    others = [pl.col(other).eq_missing(pl.lit(best[other])) for other in sweep["parameters"] if other != name]
-    like_best = trials.filter(*others) if others else trials
-    alone = like_best[name].n_unique() > 1
-    rows = like_best if alone else trials
+    others = [other for other in sweep["parameters"] if other != name]
+    like = {
+        note: _like(trials, others, setting)
+        for note, setting in (("in the best setting", best), ("configured", sweep.get("as_is") or best))
+    }
+    alike = max(like, key=lambda note: like[note][name].n_unique())
+    alone = like[alike][name].n_unique() > 1
+    rows = like[alike] if alone else trials
     numeric = rows[name].dtype.is_numeric()
     rows = rows.drop_nulls(name) if numeric else rows.with_columns(pl.col(name).cast(pl.String).fill_null("none"))
     means = rows.group_by(name).agg(mean=pl.col(metric).mean(), deviation=pl.col(metric).std(), number=pl.len()).sort(name)
@@ -108,8 +122,14 @@ def effect(trials: pl.DataFrame, name: str, sweep: dict[str, Any], best: dict[st
     axis: dict[str, Any] = {"type": ("log" if wide_range(x) else "linear") if numeric else "category"}
     axis |= {"tickvals": x, "ticktext": [f"{value:g}" for value in x]} if numeric and len(x) <= 8 else {}
     alt = "; ".join(f"{value}: {mean:.4f}" for value, mean in zip(x, means["mean"], strict=True))
-    note = "All else as in the best setting." if alone else "Over all trials of a value: what else differs between them counts too."
+    note = f"All else as {alike}." if alone else "Over all trials of a value: what else differs between them counts too."
     return Figure(name, note, f"{metric} by {name}: {alt}.", finish(traces, name, metric, xaxis=axis), 320)
+
+
+def _like(trials: pl.DataFrame, names: list[str], setting: dict[str, Any]) -> pl.DataFrame:
+    return trials.filter(
+        pl.Series([all(row[name] == setting.get(name) for name in names) for row in trials.rows(named=True)], dtype=pl.Boolean)
+    )
 
 
 def wide_range(values: list[float]) -> bool:
@@ -125,10 +145,10 @@ def learning(curves: pl.DataFrame, trials: pl.DataFrame, metric: str, up: bool) 
         series = []
         for number, trial in enumerate(best):
             rows = curves.filter((pl.col("trial_id") == trial) & pl.col(column).is_not_null()).sort("epoch")
-            tips = [f"trial {plain(str(trial))}<br>epoch {epoch}: {value:.4f}" for epoch, value in rows.select("epoch", column).rows()]
+            tips = [f"trial {plain(str(trial))}<br>epoch {epoch + 1}: {value:.4f}" for epoch, value in rows.select("epoch", column).rows()]
             shade = "model" if number == 0 else "popularity"
             name = f"best trial, {trial}" if number == 0 else "other trials"
-            series.append(Series(name, rows["epoch"].to_list(), rows[column].to_list(), colour=shade, hover=tips))
+            series.append(Series(name, (rows["epoch"] + 1).to_list(), rows[column].to_list(), colour=shade, hover=tips))
         plot = lines(series[::-1], "epoch", column)  # the best on top
         for number, trace in enumerate(plot["data"][:-1]):
             trace |= {"opacity": 0.4, "line": trace["line"] | {"width": 1}, "showlegend": number == 0}
