@@ -64,6 +64,10 @@ def run(
     console.print(f"\nsemantic IDs     {escape(directory.path('semantic_ids'))}")
     console.print(f"recommendations  {escape(directory.path('recommendations'))}")
     console.print(f"metrics          {escape(directory.path('evaluation/metrics.json'))}", soft_wrap=True)
+    try:
+        _write_report(settings.run.dir)
+    except Exception as error:  # noqa: BLE001 - the run is done, whatever becomes of its report
+        console.print(f"[yellow]! no report: {escape(f'{type(error).__name__}: {error}')}[/yellow]", soft_wrap=True)
 
 
 def _stage_command(name: str, help_text: str) -> Callable[..., None]:
@@ -212,6 +216,19 @@ def describe(
 
 app.command(rich_help_panel="Looking")(config_commands.config)
 app.command(rich_help_panel="Looking")(model_commands.export)
+
+
+@app.command(rich_help_panel="Looking")
+def report(
+    directory: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The directory of a run, finished or not, or of a sweep.")],
+) -> None:
+    """Write one HTML file that shows how a run or a sweep went: figures, items, semantic IDs, recommendations.
+
+    Example: qbert-ray report runs/movielens
+    """
+    _write_report(directory)
+
+
 app.add_typer(id_commands.app, rich_help_panel="Looking")
 
 
@@ -264,6 +281,15 @@ def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
             console.print(stage_line(stage.name, manifest, None if known else time.monotonic() - started, why), soft_wrap=True)
             for warning in manifest.counts.get("warnings", []) if manifest else []:
                 console.print(f"[yellow]! {escape(warning)}[/yellow]", soft_wrap=True)
+
+
+def _write_report(directory: str) -> None:
+    from qbert_ray.report.page import write  # brings plotly, which the other commands do without
+
+    path, problems = write(directory)
+    for problem in problems:
+        console.print(f"[yellow]! {escape(problem)}[/yellow]", soft_wrap=True)
+    console.print(f"report           {escape(path)}", soft_wrap=True)
 
 
 def _append(config: Config) -> None:

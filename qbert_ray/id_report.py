@@ -41,7 +41,7 @@ def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> dict[str,
     ids = read_ids(run, parts)
     items = sum(run.read_part("ingest/items", part, [ITEM_INDEX]).num_rows for part in run.parts("ingest/items", domain))
     titles = read_titles(run, parts)
-    attributes = _attributes(run, parts)
+    attributes = read_attributes(run, parts)
     first = (ids.codes != ids.nearest)[ids.moved].argmax(1) if ids.moved.any() else np.zeros(0, dtype=int)
     codes = ids.codes
     spread = {
@@ -87,7 +87,7 @@ def _neighbours(run: RunDir, parts: list[str], ids: Ids) -> dict[str, Any] | Non
     return {"sampled": len(queries), "k": NEIGHBOURS} | found.result()
 
 
-def _attributes(run: RunDir, parts: list[str]) -> pl.DataFrame:
+def read_attributes(run: RunDir, parts: list[str]) -> pl.DataFrame:
     """A column for each attribute, in the order of item_index; of several values of an item, the first."""
     names = [name for name in run.column_names("ingest/items", parts[0]) if name.startswith(ATTRIBUTE_PREFIX)]
     rows = pl.concat([pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, *names])) for part in parts]).sort(ITEM_INDEX)
@@ -130,14 +130,15 @@ def _examples(ids: Ids, titles: pl.Series, attributes: pl.DataFrame, popularity:
             {
                 "prefix": to_tokens(ids.codes[rows[:1], :1])[0],
                 "items": len(rows),
-                "typical": {column.name: value for column in attributes if (value := _typical(column, rows))},
+                "typical": {column.name: value for column in attributes if (value := typical_value(column, rows))},
                 "titles": titles[known].to_list(),
             }
         )
     return result
 
 
-def _typical(column: pl.Series, rows: np.ndarray) -> dict[str, Any] | None:
+def typical_value(column: pl.Series, rows: np.ndarray) -> dict[str, Any] | None:
+    """The value of an attribute that is most over-represented in some rows, with its share there and overall; None: none is."""
     names = column.drop_nulls().unique().sort()
     values = column.replace_strict(names, np.arange(len(names)), default=None) if len(names) else column.clear()
     found = typical(values.drop_nulls().to_numpy(), values[rows].drop_nulls().to_numpy())

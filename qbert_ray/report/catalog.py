@@ -1,0 +1,133 @@
+"""Items as a person knows them: title, picture, semantic ID; and the album of all the pictures that a report shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from qbert_ray.artifacts import ArtifactError, RunDir, resolve
+from qbert_ray.columns import ITEM_ID, ITEM_INDEX, to_sequences
+from qbert_ray.id_lookup import IDS, Ids, read_ids, read_titles
+from qbert_ray.semantic_ids import to_tokens
+
+SIDE, QUALITY = 88, 68  # pixels and JPEG quality of a thumbnail
+BUDGET = 5_500_000  # bytes of all thumbnails, as base64
+READERS = 8
+MOST_BYTES, MOST_PIXELS = 20_000_000, 50_000_000
+LONGEST = 90  # characters of a title
+
+
+class Catalog:
+    """The items of one domain, in the order of item_index."""
+
+    def __init__(self, run: RunDir, domain: str) -> None:
+        """Read the names.
+
+        Raises:
+            ArtifactError: the domain was not ingested.
+        """
+        self.run, self.domain, self.parts = run, domain, run.parts("ingest/items", domain)
+        if not self.parts:
+            raise ArtifactError(f"no table ingest/items for {domain} in {run.uri}; run the stage that makes it: qbert-ray ingest")
+        self.titles = read_titles(run, self.parts)
+
+    def __len__(self) -> int:
+        return len(self.titles)
+
+    @cached_property
+    def item_ids(self) -> pl.Series:
+        rows = [pl.DataFrame(self.run.read_part("ingest/items", part, [ITEM_INDEX, ITEM_ID])) for part in self.parts]
+        return pl.concat(rows).sort(ITEM_INDEX)[ITEM_ID]
+
+    @cached_property
+    def ids(self) -> Ids | None:
+        parts = self.run.parts(IDS, self.domain)
+        return read_ids(self.run, parts) if parts and self.run.exists(f"{IDS}/manifest.json") else None
+
+    @cached_property
+    def popularity(self) -> np.ndarray:
+        """[N] training interactions of each item."""
+        counts = np.zeros(len(self), dtype=np.int64)
+        for part in self.run.parts("ingest/sequences", self.domain):
+            counts += np.bincount(to_sequences(self.run.read_part("ingest/sequences", part)).items, minlength=len(self))
+        return counts
+
+    def title(self, row: int) -> str:
+        title = str(self.titles[int(row)])
+        return title if len(title) <= LONGEST else title[: LONGEST - 1] + "…"
+
+    def item(self, row: int) -> dict[str, Any]:
+        """An item as the page shows it."""
+        tokens = to_tokens(self.ids.codes[[row]])[0] if self.ids is not None and row < len(self.ids.codes) else None
+        return {"key": f"{self.domain}/{row}", "title": self.title(row), "item_id": str(self.item_ids[int(row)]), "semantic_id": tokens}
+
+
+class Album:
+    """Thumbnails within a budget: those that were wanted first come first."""
+
+    def __init__(self) -> None:
+        self.wanted: dict[tuple[str, int], None] = {}
+        self.left_out = 0
+
+    def want(self, catalog: Catalog, rows: Iterable[int]) -> None:
+        self.wanted |= {(catalog.domain, int(row)): None for row in rows}
+
+    def pictures(self, catalogs: dict[str, Catalog]) -> dict[str, str]:
+        """{"<domain>/<item_index>": data URI} of the wanted items that have a picture which can be read."""
+        found: dict[tuple[str, int], bytes | None] = {}
+        most = BUDGET // 1500  # more would never fit, so they are not read
+        wanted = list(self.wanted)[:most]
+        for domain in dict.fromkeys(domain for domain, _ in wanted):
+            rows = [row for name, row in wanted if name == domain]
+            for part in catalogs[domain].parts:
+                found |= {(domain, row): picture for row, picture in _thumbnails(catalogs[domain].run, part, rows)}
+        result: dict[str, str] = {}
+        spent = 0
+        for key in wanted:
+            picture = found.get(key)
+            if picture is not None:
+                uri = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+                spent += len(uri)
+                if spent > BUDGET:
+                    break
+                result["/".join(map(str, key))] = uri
+        self.left_out = len(self.wanted) - len(wanted) + sum(found.get(key) is not None for key in wanted) - len(result)
+        return result
+
+
+def _thumbnails(run: RunDir, part: str, rows: list[int]) -> list[tuple[int, bytes | None]]:
+    if not {"image_path", "image_bytes"} <= set(run.column_names("ingest/items", part)):
+        return []
+    table = pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, "image_path", "image_bytes"]))
+    given = table.filter(pl.col(ITEM_INDEX).is_in(rows) & (pl.col("image_path").is_not_null() | pl.col("image_bytes").is_not_null()))
+    with ThreadPoolExecutor(READERS) as threads:
+        return list(threads.map(lambda row: (row[0], thumbnail(row[1], row[2])), given.rows()))
+
+
+def thumbnail(path: str | None, content: bytes | None) -> bytes | None:
+    """A small JPEG of a picture; None where it cannot be had. The web is never asked: a report opens and is made without it."""
+    from PIL import Image
+
+    from qbert_ray.encoders import ImageRejected, decode_image  # brings torch
+
+    try:
+        if content is None:
+            if path is None or path.startswith(("http://", "https://")):
+                return None
+            filesystem, place = resolve(path)
+            with filesystem.open_input_stream(place) as stream:
+                content = stream.read(MOST_BYTES + 1)
+        picture = decode_image(content, MOST_BYTES, MOST_PIXELS)
+    except (ImageRejected, ArtifactError, OSError, ValueError):
+        return None
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    kept = io.BytesIO()
+    picture.save(kept, "JPEG", quality=QUALITY, optimize=True)
+    return kept.getvalue()

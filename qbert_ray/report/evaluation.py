@@ -1,0 +1,174 @@
+"""Stage 3: did training converge, is the model better than the floors, and for whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from qbert_ray import metrics
+from qbert_ray.artifacts import RunDir
+from qbert_ray.columns import USER_ID, to_sequences
+from qbert_ray.masking import draw_masks
+from qbert_ray.report.catalog import Catalog
+from qbert_ray.report.facts import Facts
+from qbert_ray.report.figures import Figure, Series, bars, by_epoch, intervals, label, lines
+from qbert_ray.report.summary import curve
+
+RANKED = 200_000  # users that the groups are made of
+GROUPS = 5
+MASKED_LENGTH, DRAWS = 20, 3  # items of the example history, draws of each strategy
+
+
+def gather(run: RunDir, facts: Facts, ranks: dict[str, pl.DataFrame]) -> dict[str, Any]:
+    """The section; what is not done yet says so within it."""
+    content = run.read_json("evaluation/metrics.json") if run.exists("evaluation/metrics.json") else {}
+    domains = []
+    for domain in facts.targets:
+        mix = facts.counts("train-memory").get(domain)
+        domains.append(
+            {
+                "name": domain,
+                "curves": training("finetune", curve(run, f"finetune/{domain}/metrics.jsonl")),
+                "metrics": content.get(domain),
+                "figures": comparison(content[domain]) if domain in content else [],
+                "groups": groups(ranks[domain]) if domain in ranks else [],
+                "cold": cold(content.get(domain, {})),
+                "mix": {"counts": mix, "figure": memory(mix)} if mix else None,
+            }
+        )
+    return {
+        "missing": {stage: why for stage in ("pretrain", "finetune", "train-memory", "evaluate") if (why := facts.missing(stage))},
+        "pretraining": training("pretrain", curve(run, "pretrain/metrics.jsonl")),
+        "masks": masks(facts),
+        "domains": domains,
+    }
+
+
+def training(name: str, epochs: list[dict[str, Any]]) -> list[Figure]:
+    """Training loss and validation metrics by epoch, with the best epoch marked."""
+    if not epochs:
+        return []
+    x = [line["epoch"] + 1 for line in epochs]
+    loss, ndcg, hits = ([line[key] for line in epochs] for key in ("train_loss", "ndcg@10", "hr@10"))
+    best = int(np.argmax(ndcg))
+    mark = {"x": x[best], "y": ndcg[best], "text": f"best: {ndcg[best]:.4f}", "showarrow": True, "arrowhead": 0, "ay": 26, "ax": 0}
+    note = "A best epoch at the right end says that more epochs may help; far from it, that fewer do."
+    both = [Series("hr@10", x, hits, colour=name, dash="dash"), Series("ndcg@10", x, ndcg, colour=name)]
+    return [
+        by_epoch("Training loss", "It should fall and flatten.", "training loss", [Series(name, x, loss)]),
+        by_epoch("Ranking of validation items", note, "metric", both, annotations=[mark], yaxis={"rangemode": "tozero"}),
+    ]
+
+
+def comparison(content: dict[str, Any]) -> list[Figure]:
+    """The model beside the floors, for both protocols."""
+    first = next(iter(next(iter(content["protocols"].values())).values()))
+    shown = [name for name in ("ndcg@10", "hr@10") if name in first] or list(first)[-2:]
+    result = []
+    for metric in shown:
+        rows = [
+            (model, protocol, content["protocols"][protocol][model][metric])
+            for model in next(iter(content["protocols"].values()))
+            for protocol in content["protocols"]
+        ]
+        alt = "; ".join(
+            f"{label(model)} {values['value']:.3f} ({values['low']:.3f} to {values['high']:.3f}), {protocol}"
+            for model, protocol, values in rows
+        )
+        result.append(
+            Figure(metric, f"Mean and 95 % interval over {content['users']:,} users; right is better.", alt, intervals(rows, metric), 320)
+        )
+    return result
+
+
+def cold(content: dict[str, Any]) -> dict[str, Any] | None:
+    """As the comparison, for items that no training saw; None where none were held out."""
+    if "cold" not in content:
+        return None
+    return {"metrics": content["cold"], "figures": comparison(content["cold"])}
+
+
+def read_ranks(run: RunDir, domain: str, catalog: Catalog) -> pl.DataFrame:
+    """Ranks of at most RANKED users, with the length of each history and the training interactions of each target."""
+    pieces, users = [], 0
+    popularity = pl.DataFrame({"target": catalog.item_ids, "popularity": catalog.popularity})
+    for part in run.parts("evaluation/ranks", domain):
+        sequences = to_sequences(run.read_part("ingest/sequences", part))
+        length = np.diff(sequences.indptr) + (sequences.valid >= 0)
+        histories = pl.DataFrame({USER_ID: sequences.user_ids, "history": length}, {USER_ID: pl.String, "history": pl.Int64})
+        rows = pl.DataFrame(run.read_part("evaluation/ranks", part, [USER_ID, "model", "target", "rank_all", "rank_unseen"]))
+        pieces.append(rows.join(histories, on=USER_ID, how="left").join(popularity, on="target", how="left"))
+        users += len(sequences.user_ids)
+        if users >= RANKED:
+            break
+    return pl.concat(pieces) if pieces else pl.DataFrame()
+
+
+def groups(ranks: pl.DataFrame) -> list[Figure]:
+    """ndcg@10 by what the user has had, and by how well the target is known."""
+    if ranks.is_empty():
+        return []
+    by_history = "Users in about equal groups by the length of their history"
+    by_target = "Users in about equal groups by how often their target occurs in training"
+    return [
+        _group(ranks, "history", "items in the history", "For whom does it work?", by_history),
+        _group(ranks, "popularity", "training interactions of the target", "For which items does it work?", by_target),
+    ]
+
+
+def _group(ranks: pl.DataFrame, column: str, axis: str, title: str, note: str) -> Figure:
+    values = ranks.filter(pl.col("model") == "model")[column].drop_nulls().to_numpy()
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, GROUPS + 1)[1:], method="inverted_cdf"))  # last value of each group
+    starts = np.concatenate([[values.min()], edges[:-1] + 1])
+    names = [f"{first:,}" if first == last else f"{first:,}–{last:,}" for first, last in zip(starts, edges, strict=True)]
+    series, alt = [], []
+    for model in ranks["model"].unique(maintain_order=True):
+        rows = ranks.filter((pl.col("model") == model) & pl.col(column).is_not_null())
+        group = np.searchsorted(edges, rows[column].to_numpy())
+        gain = metrics.ndcg(rows["rank_all"].to_numpy(), 10)
+        found = [metrics.interval(gain[group == number]) for number in range(len(names))]
+        y, low, high = ([one[key] for one in found] for key in ("value", "low", "high"))
+        sizes = [int((group == number).sum()) for number in range(len(names))]
+        hover = [
+            f"{label(model)}, {axis}: {name}<br>ndcg@10 {one['value']:.4f} ({one['low']:.4f} to {one['high']:.4f})<br>{size:,} users"
+            for name, one, size in zip(names, found, sizes, strict=True)
+        ]
+        series.append(Series(model, names, y, low, high, hover=hover))
+        alt.append(f"{label(model)} " + ", ".join(f"{value:.3f}" for value in y))
+    plot = lines(series, axis, "ndcg@10", markers=True, yaxis={"rangemode": "tozero"}, xaxis={"type": "category"})
+    note = f"{note}; means with 95 % intervals, all items ranked."
+    return Figure(title, note, f"{axis} {', '.join(names)}: " + "; ".join(alt), plot, 340)
+
+
+def memory(counts: dict[str, Any]) -> Figure | None:
+    """How much the mix trusts each signal."""
+    weights = counts.get("weights_of_signals")
+    if not weights:
+        return None
+    plot = bars(list(weights), [round(value, 4) for value in weights.values()], "signal", "weight", "model")
+    plot["data"][0] |= {"text": [f"{value:.2f}" for value in weights.values()], "textposition": "outside", "cliponaxis": False}
+    alt = "; ".join(f"{name} {value:.2f}" for name, value in weights.items())
+    note = "Weights of the mix for a history of average length. A negative weight of seen pushes down what the user has had."
+    return Figure("How far is each signal trusted?", note, f"Bars: {alt}.", plot, 280)
+
+
+def masks(facts: Facts) -> list[dict[str, Any]]:
+    """Masks of every strategy that trains, drawn on a history of some items as training draws them."""
+    rows = []
+    lengths, samples = np.full(DRAWS, MASKED_LENGTH), np.arange(DRAWS)
+    for training_name in ("pretrain", "finetune"):
+        settings = facts.config[training_name]
+        if training_name == "pretrain" and not settings["enabled"]:
+            continue
+        total = sum(settings["masks"].values())
+        for strategy, weight in settings["masks"].items():
+            ratio = settings["mask_ratio"].get(strategy, 0.0)
+            drawn = draw_masks(lengths, samples, facts.config["run"]["seed"], 0, {strategy: 1.0}, {strategy: ratio})
+            share = weight / total * (1 - settings["last_item_share"])
+            rows.append({"training": training_name, "strategy": strategy, "share": share, "draws": drawn.tolist()})
+        last = draw_masks(lengths[:1], samples[:1], 0, 0, {"tail": 1.0}, {"tail": 0.0}, 1.0)
+        if settings["last_item_share"]:
+            rows.append({"training": training_name, "strategy": "last", "share": settings["last_item_share"], "draws": last.tolist()})
+    return rows

@@ -1,0 +1,80 @@
+"""What a run directory says of itself without a table being opened: its config, and which stages are done."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from qbert_ray.artifacts import ArtifactError, Manifest, RunDir
+from qbert_ray.config import Config, Domain
+from qbert_ray.overlays import flatten, merge
+
+# stage -> its folder, as pipelines/stages.py has them
+FOLDERS = {
+    "ingest": "ingest", "features": "features", "train-fusion": "fusion", "train-rqvae": "rqvae", "assign-ids": "semantic_ids",
+    "pretrain": "pretrain", "finetune": "finetune", "train-memory": "memory", "evaluate": "evaluation", "score": "recommendations",
+}  # fmt: skip
+
+
+class Facts:
+    """A run's config, merged on the defaults but not validated, since another version may have written it; and its manifests."""
+
+    def __init__(self, run: RunDir) -> None:
+        """Read them.
+
+        Raises:
+            ArtifactError: there is no run in that directory.
+        """
+        if not run.exists("config.yaml"):
+            raise ArtifactError(f"no run in {run.uri}: neither config.yaml nor sweep.json is there; name the run.dir of a qbert-ray run")
+        self.given: dict[str, Any] = yaml.safe_load(run.read_bytes("config.yaml")) or {}
+        self.config = merge(Config().model_dump(mode="json"), self.given)
+        self.domains: dict[str, Any] = (self.given.get("data") or {}).get("domains") or self.config["data"]["domains"]
+        loaded = {stage: Manifest.load(run, folder) for stage, folder in FOLDERS.items()}
+        self.manifests = {stage: manifest for stage, manifest in loaded.items() if manifest}
+        self.started = {stage for stage, folder in FOLDERS.items() if run.exists(f"{folder}/started.json")} - set(self.manifests)
+
+    @property
+    def targets(self) -> list[str]:
+        return [name for name, domain in self.domains.items() if (domain or {}).get("role", "target") == "target"]
+
+    def counts(self, stage: str) -> dict[str, Any]:
+        return self.manifests[stage].counts if stage in self.manifests else {}
+
+    def left_out(self, stage: str) -> str | None:
+        """Why the config leaves a stage out; None where it does not."""
+        if stage in ("features", "train-fusion", "train-rqvae") and self.config["data"]["semantic_ids"]:
+            return "semantic IDs are given"
+        for name, section in (("pretrain", "pretrain"), ("train-memory", "memory")):
+            if stage == name and not self.config[section]["enabled"]:
+                return f"{section}.enabled is false"
+        return None
+
+    def missing(self, stage: str) -> str | None:
+        """Why a stage's outputs are not there; None where they are."""
+        if stage in self.manifests:
+            return None
+        why = self.left_out(stage)
+        if why:
+            return f"Left out: {why}."
+        return f"Not finished yet: {stage} has started." if stage in self.started else f"Not done yet: qbert-ray {stage} makes it."
+
+    def differences(self) -> list[dict[str, str]]:
+        """Keys of the config that are not at their default: the key, its value, the default."""
+        defaults = flatten(Config().model_dump(mode="json"))
+        domain = flatten(Domain().model_dump(mode="json"))
+        result = []
+        for path, value in flatten(self.given).items():
+            short = re.sub(r"^data\.domains\.[^.]+\.", "", path)
+            default = domain.get(short) if short != path else defaults.get(path)
+            if value != default and path != "run.dir":
+                result.append({"path": path, "value": redact(value), "default": redact(default)})
+        return result
+
+
+def redact(value: Any) -> str:
+    """A config value as text, without the keys that an object store's URI may hold."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
+    return re.sub(r"(\w+://)[^/@\s]+@", r"\1…@", re.sub(r"\?\S*", "?…", text) if "://" in text else text)

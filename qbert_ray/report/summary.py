@@ -1,0 +1,171 @@
+"""The first screen: is the run good, what went in, what was thrown away, what took the time, what was configured."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from qbert_ray.artifacts import RunDir
+from qbert_ray.metrics import NORMAL_95, ndcg
+from qbert_ray.report.facts import FOLDERS, Facts
+from qbert_ray.report.figures import label
+
+OWN = ("model", "sequencer")  # all other rankings are floors
+PROTOCOLS = ("unseen", "all")
+LEVELS = ("bad", "unclear", "good")
+MANY_REJECTED = 0.05
+EXAMPLE = 160  # characters of a rejected row
+
+
+def verdicts(facts: Facts, ranks: dict[str, pl.DataFrame]) -> list[dict[str, Any]]:
+    """Per target domain, whether the model beats the best floor: ndcg@10, all items ranked and unseen ones alone."""
+    result = []
+    for domain in facts.targets:
+        users = ranks.get(domain, pl.DataFrame())
+        rows = [row for protocol in PROTOCOLS if not users.is_empty() and (row := _compare(users, protocol))]
+        if rows:
+            level = min((row["level"] for row in rows), key=LEVELS.index)  # the harder protocol decides
+            worst = next(row for row in rows if row["level"] == level)
+            says = {
+                "good": "The model beats every floor, whether all items are ranked or unseen ones alone.",
+                "unclear": f"The model does not clearly beat {worst['best']}, which needs no sequence model ({worst['protocol']} items ranked).",
+                "bad": f"The model is worse than {worst['best']}, which needs no sequence model ({worst['protocol']} items ranked).",
+            }[level]
+            result.append({"domain": domain, "level": level, "says": says, "rows": rows})
+    return result
+
+
+def _compare(users: pl.DataFrame, protocol: str) -> dict[str, Any] | None:
+    """The model and the best floor under one protocol, and their difference paired over users; None where one is missing."""
+    gains = users.with_columns(gain=ndcg(users[f"rank_{protocol}"].to_numpy(), 10)).pivot("model", index="user_id", values="gain")
+    means = {name: float(np.mean(gains[name].to_numpy())) for name in gains.columns if name != "user_id"}
+    best = max((name for name in means if name not in OWN), key=lambda name: means[name], default=None)
+    if best is None or "model" not in means:
+        return None
+    difference = (gains["model"] - gains[best]).to_numpy()
+    mean = float(difference.mean())
+    half = NORMAL_95 * float(difference.std(ddof=1)) / len(difference) ** 0.5 if len(difference) > 1 else float("inf")
+    level = "good" if mean > half else "bad" if mean < -half else "unclear"
+    return {
+        "protocol": protocol, "level": level, "model": means["model"], "best": label(best), "floor": means[best],
+        "difference": mean, "half": half, "users": len(gains),
+    }  # fmt: skip
+
+
+def warnings(run: RunDir, facts: Facts, judged: list[dict[str, Any]]) -> list[str]:
+    """What a person should know before anything else."""
+    found = [f"{one['domain']}: {one['says']}" for one in judged if one["level"] != "good"]
+    for stage in FOLDERS:
+        found += [f"{stage}: {warning}" for warning in facts.counts(stage).get("warnings", [])]
+    undone = [stage for stage in FOLDERS if stage not in facts.manifests and not facts.left_out(stage)]
+    if undone:
+        found.append(f"The run is not finished; still to do: {', '.join(undone)}. The same qbert-ray run goes on.")
+    for row in rejected(facts):
+        if row["share"] is not None and row["share"] > MANY_REJECTED:
+            found.append(
+                f"{row['domain']}: {row['rows']:,} {row['table']} ({row['share']:.0%} of those read) were rejected: {row['reason']}."
+            )
+    for domain in facts.targets:
+        epochs = [line.get("ndcg@10", 0.0) for line in curve(run, f"finetune/{domain}/metrics.jsonl")]
+        if len(epochs) > 1 and int(np.argmax(epochs)) == len(epochs) - 1:
+            found.append(f"{domain}: fine-tuning was best in its last epoch; more finetune.epochs may help.")
+    return found
+
+
+def rejected(facts: Facts) -> list[dict[str, Any]]:
+    """Rows per domain, table and reason, as the manifests count them."""
+    rows = []
+    for domain, counts in facts.counts("ingest").items():
+        for table in ("items", "interactions", "images") if isinstance(counts, dict) else ():
+            read = counts.get(f"{table}_read")
+            for reason, number in (counts.get(f"{table}_rejected") or {}).items():
+                rows.append(_rejected(domain, table, reason, number, read))
+    for modality, counts in facts.counts("features").items():
+        if isinstance(counts, dict):
+            for name, number in counts.items():
+                table, marker, reason = name.partition("_rejected.")
+                if marker:
+                    read = counts.get(table, 0) + counts.get(f"{table}_rejected", 0)
+                    rows.append(_rejected("all", table if table == "images" else f"{modality} {table}", reason, number, read or None))
+    return rows
+
+
+def _rejected(domain: str, table: str, reason: str, number: int, read: int | None) -> dict[str, Any]:
+    return {"domain": domain, "table": table, "reason": reason, "rows": number, "share": number / read if read else None}
+
+
+def examples(run: RunDir) -> list[dict[str, str]]:
+    """One rejected row for each reason, so that a person sees what was thrown away."""
+    found: dict[tuple[str, str, str], str] = {}
+    for table in ("ingest/rejected", "features/rejected"):
+        for part in run.parts(table)[:50]:
+            for row in pl.DataFrame(run.read_part(table, part)).unique(["domain", "table", "reason"], maintain_order=True).rows(named=True):
+                found.setdefault((row["domain"], row["table"], row["reason"]), str(row["row"])[:EXAMPLE])
+    return [{"domain": key[0], "table": key[1], "reason": key[2], "row": row} for key, row in found.items()]
+
+
+def datasets(facts: Facts) -> list[dict[str, Any]]:
+    rows = []
+    for domain, counts in facts.counts("ingest").items():
+        if isinstance(counts, dict):
+            cells = counts["items"] * counts["users"]
+            mean = counts["interactions"] / max(counts["users"], 1)
+            role = "target" if domain in facts.targets else "source"
+            rows.append(counts | {"domain": domain, "role": role, "mean": mean, "density": counts["interactions"] / max(cells, 1)})
+    return rows
+
+
+def stages(facts: Facts) -> list[dict[str, Any]]:
+    """State, seconds and throughput of every stage."""
+    longest = max([manifest.seconds for manifest in facts.manifests.values()], default=0.0)
+    rows = []
+    for stage in FOLDERS:
+        manifest = facts.manifests.get(stage)
+        row: dict[str, Any] = {"name": stage, "seconds": None, "work": "", "rate": "", "share": 0.0}
+        if manifest is None:
+            row["state"] = (facts.missing(stage) or "").partition(":")[0].rstrip(".").lower()
+            row["work"] = facts.left_out(stage) or ""
+        else:
+            amount, unit = _work(facts, stage)
+            row |= {"state": "done", "seconds": manifest.seconds, "share": manifest.seconds / max(longest, 1e-9)}
+            row["work"] = f"{amount:,} {unit}" if amount else ""
+            row["rate"] = f"{amount / manifest.seconds:,.0f} / s" if amount and manifest.seconds else ""
+        rows.append(row)
+    return rows
+
+
+def _work(facts: Facts, stage: str) -> tuple[int, str]:
+    """What a stage went through, in the unit that its time depends on."""
+    counts = facts.counts(stage)
+    per_domain = [figures for figures in counts.values() if isinstance(figures, dict)]
+    users = {row["domain"]: row["users"] for row in datasets(facts)}
+    match stage:
+        case "ingest":
+            return sum(figures.get("interactions_read", 0) for figures in per_domain), "interactions"
+        case "features":
+            made = [figures.get(name, 0) for figures in per_domain for name in ("images", "text_vectors", "structure_vectors")]
+            return sum(made), "pictures and vectors"
+        case "train-fusion":
+            return counts["items"] * (counts["metrics"]["epoch"] + 1), "items × epochs"
+        case "train-rqvae":
+            return counts["metrics"]["items"], "items"
+        case "assign-ids":
+            return counts["items"], "items"
+        case "pretrain":
+            return sum(users.get(name, 0) for name in counts["domains"]) * (counts["metrics"]["epoch"] + 1), "histories × epochs"
+        case "finetune":
+            return sum(users.get(name, 0) * (one["epoch"] + 1) for name, one in counts["metrics"].items()), "histories × epochs"
+        case "train-memory":
+            return sum(figures.get("weights", 0) for figures in per_domain), "item-item weights"
+    return sum(figures.get("users", 0) for figures in per_domain), "users"
+
+
+def curve(run: RunDir, name: str) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, the last of each epoch; none where there is no such file."""
+    if not run.exists(name):
+        return []
+    lines = [json.loads(line) for line in run.read_bytes(name).decode().splitlines() if line.strip()]
+    return [line for _, line in sorted({line["epoch"]: line for line in lines}.items())]
