@@ -66,6 +66,12 @@ class Nodes:
     def add(self, cpus: int) -> None:
         self._start("--address", self.address, cpus=cpus)
 
+    def replace(self, node: int, cpus: int) -> None:
+        """Another node in the place of one that was killed."""
+        self._end(self.processes[node])
+        self.add(cpus)
+        self.processes[node] = self.processes.pop()
+
     def _start(self, *options: object, cpus: int) -> None:
         more = ["--num-cpus", cpus, "--object-store-memory", 200 * 2**20, "--dashboard-agent-listen-port", free_port(), "--block"]
         command = [*RAY, "start", "--node-ip-address", "127.0.0.1", *map(str, [*options, *more])]
@@ -86,17 +92,21 @@ class Nodes:
 
     def stop(self) -> None:
         for process in reversed(self.processes):
-            tree = descendants(process.pid)
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            for pid in tree:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self._end(process)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        tree = descendants(process.pid)
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for pid in tree:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _answers(url: str) -> bool:
