@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+KILLS ?= 20
+SEED ?= 0
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow lint chaos audit clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +24,12 @@ lint: .venv/.linters ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy qbert_ray
+
+chaos: .venv/.installed ## kills, stops, full disks and failing stores in random stages; KILLS=20 SEED=0
+	$(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED) --out runs/chaos.md
+
+audit: .venv/.linters ## known vulnerabilities of the versions in constraints.txt
+	$(BIN)/python -m tests.audit
 
 clean: ## forget the environment; runs stay
 	rm -rf .venv
