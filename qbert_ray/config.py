@@ -28,6 +28,8 @@ class Section(BaseModel):
 class Run(Section):
     dir: str = Field("runs/run", description="run directory: a local path or an s3:// or gs:// URI")
     seed: int = Field(0, description="seeds initialisation, batch order, masks and dropout")
+    tensorboard: bool = Field(True, description="each training also leaves its epochs in <folder>/tensorboard")
+    mlflow: str | None = Field(None, description="tracking URI of an MLflow server (needs mlflow-skinny); each training is a run there")
 
 
 class Domain(Section):

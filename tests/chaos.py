@@ -78,8 +78,8 @@ class Chaos:
         environment = self.nodes.environment | {"RAY_ADDRESS": self.nodes.address}
         return subprocess.Popen(program, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def whole_run(self) -> None:
-        for stage in STAGES:
+    def whole_run(self, last: str) -> None:
+        for stage in STAGES[: STAGES.index(BY_NAME[last]) + 1]:
             started = time.monotonic()
             status, said = self.end(self.command(stage.name, str(self.folder / "whole")))
             assert status == 0, said
@@ -225,33 +225,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="so many cases, drawn at random; 0: every stage with every fault")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="+", default=list(BY_NAME), choices=list(BY_NAME), metavar="STAGE", help="only these stages")
     parser.add_argument("--minutes", type=float, default=600, help="start no further case after so long")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
     options = parser.parse_args()
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     chaos = Chaos(folder, options.seed)
-    cases = [Case(stage.name, fault) for stage, fault in itertools.product(STAGES, FAULTS) if fault != "disk full" or os.geteuid() == 0]
-    cases = chaos.random.sample(cases, options.kills) if options.kills else cases
+    stages = [name for name in BY_NAME if name in options.stages]
+    cases = [Case(stage, fault) for stage, fault in itertools.product(stages, FAULTS) if fault != "disk full" or os.geteuid() == 0]
+    chaos.random.shuffle(cases)
+    cases = cases[: options.kills or None]
     rows: list[str] = []
     try:
-        chaos.whole_run()
+        chaos.whole_run(stages[-1])
         for case in cases:
             if time.monotonic() - began > options.minutes * 60:
                 break
             rows.append(chaos.play(case).row(chaos.undisturbed[case.stage]))
             print(rows[-1], flush=True)
+            if options.out:
+                write(options.out, rows, len(cases))
     finally:
         chaos.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    heads = ["stage", "fault", "after, s", "outcome", "the same command again", "seconds lost", "outputs"]
-    table = "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows])
-    command = f"python -m tests.chaos --kills {options.kills} --seed {options.seed}"
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(f"# What faults do to a run\n\n`{command}`, {len(rows)} of {len(cases)} cases.\n\n{table}\n")
     if any("DIFFER" in row for row in rows):
         sys.exit("outputs differ")
+
+
+def write(path: Path, rows: list[str], of: int) -> None:
+    """The table so far."""
+    heads = ["stage", "fault", "after, s", "outcome", "the same command again", "seconds lost", "outputs"]
+    order = sorted(rows, key=lambda row: (list(BY_NAME).index(row.split(" | ")[0].removeprefix("| ")), row))
+    lines = [
+        f"`python -m tests.chaos {' '.join(sys.argv[1:])}`: {len(rows)} of {of} cases.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, *order]) + "\n")
 
 
 if __name__ == "__main__":

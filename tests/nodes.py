@@ -29,7 +29,13 @@ def free_port() -> int:
 def clean_environment(**more: str) -> dict[str, str]:
     """What a driver or node gets: nothing of a Ray that is already there."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    ours = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "120",
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # a job's `python` is the first there
     return kept | ours | {"HF_HUB_OFFLINE": "1", "PATH": path} | more
 

@@ -124,3 +124,13 @@ def test_the_image_holds_what_the_package_needs():
     ]
     assert {"pyproject.toml", "constraints.txt", "qbert_ray", "jobs", "configs"} <= set(copied)
     assert [name for name in copied if not (ROOT / name).exists()] == []
+
+
+def test_the_dashboard_asks_for_metrics_that_are_written():
+    """Ray puts ray_ before a metric's name, and _total after a counter's."""
+    board = json.loads((ROOT / "cluster" / "grafana.json").read_text())
+    asked = {name for panel in board["panels"] for target in panel["targets"] for name in re.findall(r"ray_qbert_\w+", target["expr"])}
+    source = (ROOT / "qbert_ray" / "pipelines" / "tracking.py").read_text()
+    written = dict(re.findall(r'return (Gauge|Counter)\(\s*"(\w+)"', source))
+    assert asked == {f"ray_{written['Gauge']}", f"ray_{written['Counter']}_total"}
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

@@ -18,6 +18,7 @@ from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Actors
 from qbert_ray.pipelines.capacity import pool
 from qbert_ray.pipelines.session import Progress
+from qbert_ray.pipelines.tracking import count_items
 
 PART = "part"
 ERROR = "error"
@@ -84,5 +85,7 @@ class _Publisher:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name in [] if self.error else batch[PART]:
-            self.run.write_json(f"{self.output}/.counts/{name}.json", self.worker(str(name)))
+            counts = self.worker(str(name))
+            self.run.write_json(f"{self.output}/.counts/{name}.json", counts)
+            count_items(self.output, int(counts.get("items", counts.get("users", 0))))
         return {PART: batch[PART], ERROR: np.full(len(batch[PART]), self.error, dtype=object)}

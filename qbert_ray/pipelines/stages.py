@@ -18,7 +18,7 @@ from pyarrow import fs
 from qbert_ray.artifacts import ArtifactError, Manifest, RunDir, resolve
 from qbert_ray.config import Config
 from qbert_ray.overlays import flatten
-from qbert_ray.pipelines import capacity, tokenization
+from qbert_ray.pipelines import capacity, tokenization, tracking
 from qbert_ray.pipelines.evaluation import evaluate
 from qbert_ray.pipelines.features import extract_features
 from qbert_ray.pipelines.ingest import ingest
@@ -260,6 +260,7 @@ def run_stage(stage: Stage, config: Config, run: RunDir, progress: Progress) -> 
     run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
     started = time.monotonic()
     manifest.counts = stage.work(config, run, progress)
+    tracking.measure(stage.name, manifest.counts)
     manifest.seconds = round(time.monotonic() - started, 2)
     manifest.save(run, stage.folder)
     run.delete(f"{stage.folder}/{_STARTED}")

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Training, Workers
+from qbert_ray.pipelines import tracking
 from qbert_ray.pipelines.board import Board, Watch
 from qbert_ray.pipelines.capacity import nodes, one_worker, worker_bundle
 from qbert_ray.pipelines.session import Progress
@@ -95,7 +96,10 @@ def fit(
         ),
     )
     run.filesystem.create_dir(run.path(folder), recursive=True)
-    with Watch(board, progress):
+    with (
+        tracking.trackers(arguments["config"], run, folder) as track,
+        Watch(board, progress, lambda metrics: track(metrics["epoch"], tracking.numbers(metrics))),
+    ):
         trainer.fit()
     run.delete(f"{folder}/checkpoints")
     return _last_metrics(run, folder)
@@ -147,7 +151,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     while not loop.finished:
         loop.run_epoch()
         if loop.rank == 0:
-            board.write.remote(epochs, epochs if loop.finished else loop.epoch, _line(loop.log[-1]))
+            board.write.remote(epochs, epochs if loop.finished else loop.epoch, _line(loop.log[-1]), loop.log[-1])
         if not loop.finished and loop.agree(int(time.monotonic() - saved > config["checkpoint_seconds"])):
             with tempfile.TemporaryDirectory() as directory:
                 if loop.rank == 0:

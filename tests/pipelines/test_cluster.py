@@ -60,7 +60,7 @@ def wait_for(process: subprocess.Popen[str], there) -> None:
 
 def submit(nodes: Nodes, *command: str) -> subprocess.CompletedProcess[str]:
     program = [*RAY, "job", "submit", "--address", nodes.jobs, "--working-dir", ".", "--", *command]
-    return subprocess.run(program, env=nodes.environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(program, env=nodes.environment, cwd=ROOT, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.mark.timeout(400)
