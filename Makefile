@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+KILLS ?= 20
+SEED ?= 0
 
-.PHONY: help demo test test-slow lint docs clean
+.PHONY: help demo test test-slow lint docs chaos audit clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +27,12 @@ lint: .venv/.linters ## style and types
 
 docs: .venv/.installed ## write docs/config.md and its schema anew from qbert_ray/config.py
 	$(BIN)/python -m qbert_ray.reference docs
+
+chaos: .venv/.installed ## kills, stops, full disks and failing stores in random stages; KILLS=20 SEED=0
+	$(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED) --out runs/chaos.md
+
+audit: .venv/.linters ## known vulnerabilities of the versions in constraints.txt
+	$(BIN)/python -m tests.audit
 
 clean: ## forget the environment; runs stay
 	rm -rf .venv

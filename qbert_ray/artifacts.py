@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 MANIFEST = "manifest.json"
+S3_ATTEMPTS = 8  # of one request, further and further apart: 50 seconds in all
 
 
 class ArtifactError(ValueError):
@@ -36,9 +37,16 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     try:
-        return fs.FileSystem.from_uri(uri)
+        filesystem, path = fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ArtifactError(f"cannot open {uri}: {error}; use a local path, s3:// or gs://") from None
+    return (_patient(filesystem) if filesystem.type_name == "s3" else filesystem), path
+
+
+def _patient(store: fs.S3FileSystem) -> fs.S3FileSystem:
+    """The same store, asked again for longer while it answers with errors of its own: Arrow gives up after 6 seconds."""
+    rebuild, (options,) = store.__reduce__()
+    return rebuild(options | {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)})
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class RunDir:
         selector = fs.FileSelector(self.path(folder), allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.Directory)
 
-    def write_bytes(self, name: str, content: bytes) -> None:
+    def write_bytes(self, name: str, content: bytes | pa.Buffer) -> None:
         self._publish(name, lambda path: self._write(path, content))
 
     def read_bytes(self, name: str) -> bytes:
@@ -138,7 +146,9 @@ class RunDir:
 
     def write_part(self, table: str, name: str, rows: pa.Table) -> None:
         text = [field.name for field in rows.schema if pa.types.is_string(field.type)]  # vectors never repeat: trying costs 4 x
-        self._publish(f"{table}/{name}", lambda path: pq.write_table(rows, path, filesystem=self.filesystem, use_dictionary=text))
+        whole = pa.BufferOutputStream()  # before anything is sent: a writer that fails half-way publishes that half on an object store
+        pq.write_table(rows, whole, use_dictionary=text)
+        self.write_bytes(f"{table}/{name}", whole.getvalue())
 
     def read_part(self, table: str, name: str, columns: list[str] | None = None) -> pa.Table:
         return pq.ParquetFile(self.path(f"{table}/{name}"), filesystem=self.filesystem).read(columns=columns)
@@ -179,7 +189,7 @@ class RunDir:
             raise ArtifactError(f"no model in {self.uri}/{folder}; run the stage that trains it: qbert-ray run")
         return load(self.read_bytes(f"{folder}/model.safetensors")), self.read_json(f"{folder}/model.json")
 
-    def _write(self, path: str, content: bytes) -> None:
+    def _write(self, path: str, content: bytes | pa.Buffer) -> None:
         with self.filesystem.open_output_stream(path) as stream:
             stream.write(content)
 

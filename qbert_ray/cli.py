@@ -254,8 +254,8 @@ def demo_data(
 
 def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
     console.print(f"[dim]run directory {escape(config.run.dir)}; starting Ray[/dim]")
-    from qbert_ray.pipelines.session import session
-    from qbert_ray.pipelines.stages import BY_NAME, STAGES, redo_from, run_stage, status
+    from qbert_ray.pipelines.session import Terminated, session
+    from qbert_ray.pipelines.stages import BY_NAME, STAGES, preflight, redo_from, run_stage, status
 
     if redo is not None and redo not in BY_NAME:
         raise ConfigError(f"--from {redo}: no such stage; the stages are {', '.join(BY_NAME)}")
@@ -267,20 +267,22 @@ def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
             status(stage, config, directory)
     if redo is not None:
         redo_from(redo, directory)
-    with session(config.compute.address):
-        for stage in [BY_NAME[only]] if only else STAGES:
-            why = stage.skipped(config)
-            known = None if why else status(stage, config, directory)
-            started = time.monotonic()
-            with StageBar(console, stage.name) as bar:
-                try:
+    stages = [BY_NAME[only]] if only else list(STAGES)
+    try:
+        with session(config.compute.address):
+            preflight(stages, config, directory)
+            for stage in stages:
+                why = stage.skipped(config)
+                known = None if why else status(stage, config, directory)
+                started = time.monotonic()
+                with StageBar(console, stage.name) as bar:
                     manifest = run_stage(stage, config, directory, bar)
-                except KeyboardInterrupt:
-                    errors.print("stopped; the same command goes on from here")
-                    raise typer.Exit(130) from None
-            console.print(stage_line(stage.name, manifest, None if known else time.monotonic() - started, why), soft_wrap=True)
-            for warning in manifest.counts.get("warnings", []) if manifest else []:
-                console.print(f"[yellow]! {escape(warning)}[/yellow]", soft_wrap=True)
+                console.print(stage_line(stage.name, manifest, None if known else time.monotonic() - started, why), soft_wrap=True)
+                for warning in manifest.counts.get("warnings", []) if manifest else []:
+                    console.print(f"[yellow]! {escape(warning)}[/yellow]", soft_wrap=True)
+    except KeyboardInterrupt as stop:
+        errors.print("stopped; the same command goes on from here")
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
 
 
 def _write_report(directory: str) -> None:

@@ -23,6 +23,8 @@ MaskStrategy = Literal["span", "tail", "multi_region", "random"]
 class Run(Section):
     dir: str = Field("runs/run", description="run directory: a local path or an s3:// or gs:// URI")
     seed: int = Field(0, description="seeds initialisation, batch order, masks and dropout")
+    tensorboard: bool = Field(True, description="each training also leaves its epochs in <folder>/tensorboard")
+    mlflow: str | None = Field(None, description="tracking URI of an MLflow server (needs mlflow-skinny); each training is a run there")
 
 
 class Domain(Section):
@@ -305,6 +307,7 @@ class Actors(Section):
     max_size: PositiveInt | None = Field(None, description="None: one per GPU, or as many as the CPUs carry")
     num_cpus: PositiveFloat = Field(1, description="CPUs of each actor, and its threads")
     num_gpus: NonNegativeFloat | None = Field(None, description="None: 1 where the cluster has GPUs, else 0")
+    accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
 
 
 class Workers(Section):
@@ -314,10 +317,15 @@ class Workers(Section):
     cpus_per_worker: PositiveFloat | None = Field(None, description="None: what the cluster has, shared out, at most 16; also the threads")
     use_gpu: bool | None = Field(None, description="None: where the cluster has one per worker")
     max_failures: int = Field(3, description="worker failures survived per training; -1: any number")
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
 
 
 class Compute(Section):
     address: str | None = Field(None, description="Ray cluster; None: RAY_ADDRESS, or a local one that ends with the run")
+    autoscaling: bool = Field(
+        False, description="the cluster adds nodes on demand but does not tell Ray how many: ask for what it does not have yet"
+    )
     checkpoint_seconds: NonNegativeFloat = Field(
         20.0, description="a training checkpoints at the end of an epoch when this long has passed since the last"
     )

@@ -96,5 +96,11 @@ def _is_own(host: str | None) -> bool:
             number = ipaddress.ip_address(socket.inet_aton(name))  # also 2130706433 and 0x7f.1
         except OSError:
             return False
+    return is_own_address(str(number))
+
+
+def is_own_address(address: str) -> bool:
+    """Whether an IP address is of this machine or its link."""
+    number = ipaddress.ip_address(address.partition("%")[0])
     number = getattr(number, "ipv4_mapped", None) or number
     return number.is_loopback or number.is_link_local or number.is_unspecified

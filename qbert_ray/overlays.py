@@ -6,6 +6,7 @@ config = load_config(["configs/movielens.yaml"], ["data.root=/data/movielens", "
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def nest(path: str, value: Any) -> dict[str, Any]:
 
 
 def _validate(tree: dict[str, Any]) -> Config:
+    for path, value in flatten(tree).items():
+        if isinstance(value, str) and re.match(r"\w+://[^/?]*@", value):  # the value is not repeated: this message is logged too
+            raise ConfigError(
+                f"{path} holds credentials, which would end up in manifests and logs; write {value.partition('://')[0]}://bucket/path and "
+                "give them by the environment of every node (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
+            )
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

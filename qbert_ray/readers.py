@@ -26,6 +26,7 @@ ROW_LENGTH = 2000  # characters of a rejected row that are kept
 KINDS = {
     ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
 }  # fmt: skip
+MOST_NESTED = 64  # lists and mappings inside each other in a line of JSONL
 SAMPLED_LINES = 10_000  # JSONL names its columns line by line; those of so many lines are known when a file is described
 FRAGMENT_ROWS, FRAGMENT_BYTES = 1 << 18, 128 << 20  # Parquet row groups are read together up to this
 BATCH_ROWS, BATCH_BYTES = 1 << 16, 64 << 20
@@ -220,7 +221,18 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    deep = line.count(b"[") + line.count(b"{") > MOST_NESTED and _is_deep(record)
+    return record if isinstance(record, dict) and not deep else None
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value is nested past `MOST_NESTED`; by a number, since how much Python's stack bears depends on who calls."""
+    level = [value]
+    for _ in range(MOST_NESTED):
+        level = [
+            inner for outer in level if isinstance(outer, dict | list) for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:

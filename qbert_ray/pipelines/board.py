@@ -6,6 +6,7 @@ A module of its own, so that the process of the board imports neither torch nor 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -32,10 +33,11 @@ class Board:
 
 
 class Watch:
-    """Carries the board's state to the progress while a training runs."""
+    """Carries the board's state to the progress, and each epoch's metrics to a tracker, while a training runs."""
 
-    def __init__(self, board: Any, progress: Progress) -> None:
-        self.board, self.progress, self.stop = board, progress, threading.Event()
+    def __init__(self, board: Any, progress: Progress, tracker: Callable[[dict[str, Any]], None]) -> None:
+        self.board, self.progress, self.tracker, self.stop = board, progress, tracker, threading.Event()
+        self.tracked, self.seen, self.started, self.said = 0, 0, False, ""
         self.thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> None:
@@ -62,4 +64,5 @@ class Watch:
                 self.progress.advance(done - seen)
                 seen = done
             for line in lines:
+                self.tracker(line)
                 self.progress.epoch(line)

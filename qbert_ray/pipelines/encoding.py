@@ -6,11 +6,15 @@ J vectors per item, D width, S pixels per side.
 from __future__ import annotations
 
 import json
+import re
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, build_opener
 
 import numpy as np
@@ -22,6 +26,7 @@ from qbert_ray import config
 from qbert_ray.artifacts import ArtifactError, RunDir, resolve
 from qbert_ray.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
 from qbert_ray.encoders import ImageEncoder, ImageRejected, TextEncoder, decode_image
+from qbert_ray.images import is_own_address
 from qbert_ray.pipelines.sharding import own_device
 from qbert_ray.vectors import features_table
 
@@ -146,15 +151,28 @@ def read_bytes(uri: str, max_bytes: int) -> bytes:
     """
     try:
         if uri.startswith(("http://", "https://")):
+            _check_host(uri)
             with build_opener(_NoRedirect).open(uri, timeout=DOWNLOAD_SECONDS) as response:
                 return response.read(max_bytes + 1)
         filesystem, path = _open(uri)
         with filesystem.open_input_stream(path) as stream:
             return stream.read(max_bytes + 1)
+    except ImageRejected:
+        raise
     except FileNotFoundError:
         raise ImageRejected("file not found") from None
     except (OSError, ArtifactError, pa.ArrowException, ValueError):
         raise ImageRejected("cannot be read") from None
+
+
+def _check_host(uri: str) -> None:
+    """Raise where a host's name leads to this machine or its link; addresses in numbers were judged by the ingest."""
+    host = urlsplit(uri).hostname or ""
+    if re.fullmatch(r"[\d.]+|.*:.*", host):
+        return
+    with suppress(socket.gaierror):  # unknown here, perhaps known to a proxy
+        if any(is_own_address(str(found[4][0])) for found in socket.getaddrinfo(host, None)):
+            raise ImageRejected("unsafe path")
 
 
 def write_rejected(run: RunDir, name: str, modality: str, table: str, rows: list[tuple[str, dict[str, Any]]]) -> None:

@@ -11,12 +11,12 @@ import torch
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
-from qbert_ray.config import Config, Memory
+from qbert_ray.config import Config, Memory, Workers
 from qbert_ray.masking import uniform
 from qbert_ray.memory import SIGNALS, Candidates, RidgeRegression, candidates, fit_mix, following, nobody
-from qbert_ray.pipelines.session import Progress, available
+from qbert_ray.pipelines.capacity import nodes, worker_bundle
+from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
-from qbert_ray.pipelines.training import MOST_THREADS
 from qbert_ray.ranker import MIX, WEIGHTS, Ranker, batches
 from qbert_ray.ranking import ranks
 
@@ -27,13 +27,13 @@ NEW_SHARE = 0.1  # of the trained items that play new ones while the mix is fitt
 def train_memory(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Write memory/weights and memory/mix/<domain>; the mix's weights and what it gains on validation items."""
     counts: dict[str, Any] = {}
-    resources = available()
+    resources = worker_bundle(Workers(), nodes())
     for domain in config.data.targets:
         progress.note(domain)
         arguments = {"run": run, "domain": domain, "settings": config.memory}
         done = map_parts(run, WeightsPart, arguments, run.parts("ingest/items", domain), WEIGHTS, config.compute.memory, progress)
-        threads = max(1, int(min(MOST_THREADS, resources["node_CPU"])))
-        fit = _fit.options(num_cpus=threads, num_gpus=1 if resources["GPU"] >= 1 else 0, name=f"mix {domain}")
+        threads = int(resources["CPU"])
+        fit = _fit.options(num_cpus=threads, num_gpus=resources["GPU"], name=f"mix {domain}")
         counts[domain] = dict(done) | ray.get(fit.remote(run, domain, config.memory, threads))
     return counts
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -56,6 +58,14 @@ class Quiet:
         pass
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: how `ray job stop`, a scheduler or a machine that goes down ends a run."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 @contextmanager
 def session(address: str | None = None) -> Iterator[None]:
     """Ray, connected to a cluster or started on this machine; one that was already there stays."""
@@ -69,18 +79,15 @@ def session(address: str | None = None) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if in_main else None  # Ray's own handler ends the process without a word
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     try:
         yield
     finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
         if owner:
             ray.shutdown()
-
-
-def available() -> dict[str, float]:
-    """CPUs and GPUs of the whole cluster, and the CPUs of its largest node."""
-    resources = ray.cluster_resources()
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    return {"CPU": resources.get("CPU", 0.0), "GPU": resources.get("GPU", 0.0), "node_CPU": largest}

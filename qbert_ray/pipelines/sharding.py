@@ -16,7 +16,9 @@ import ray
 
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Actors
-from qbert_ray.pipelines.session import Progress, available
+from qbert_ray.pipelines.capacity import pool
+from qbert_ray.pipelines.session import Progress
+from qbert_ray.pipelines.tracking import count_items
 
 PART = "part"
 ERROR = "error"
@@ -44,15 +46,14 @@ def map_parts(
     missing = [name for name in parts if f"{name}.json" not in done]
     progress.start(len(parts), len(parts) - len(missing))
     if missing:
-        pool = pool_size(actors, len(missing))
+        resources = pool(actors, len(missing))
         dataset = ray.data.from_items([{PART: name} for name in missing], override_num_blocks=len(missing))
         results = dataset.map_batches(
             _Publisher,
             fn_constructor_args=(worker, arguments, run, output),
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=pool["size"]),
-            num_cpus=pool["num_cpus"],
-            num_gpus=pool["num_gpus"],
+            compute=ray.data.ActorPoolStrategy(size=resources.pop("size")),
+            **resources,
         )
         for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
             for error in filter(None, batch[ERROR]):
@@ -62,20 +63,6 @@ def map_parts(
     for name in parts:
         total.update(run.read_json(f"{output}/.counts/{name}.json"))
     return total
-
-
-def pool_size(actors: Actors, tasks: int) -> dict[str, Any]:
-    """Actors that the cluster carries now: one per GPU, or as many as the CPUs hold, at most one per task."""
-    resources = available()
-    gpus = actors.num_gpus if actors.num_gpus is not None else (1 if resources["GPU"] >= 1 else 0)
-    carried = min(resources["CPU"] / actors.num_cpus, resources["GPU"] / gpus if gpus else np.inf)
-    if carried < actors.min_size:
-        raise ValueError(
-            f"compute asks for {actors.min_size} actors of {actors.num_cpus:g} CPU and {gpus:g} GPU; "
-            f"the cluster has {resources['CPU']:g} CPU and {resources['GPU']:g} GPU"
-        )
-    size = max(actors.min_size, min(int(carried), actors.max_size or int(carried), tasks))
-    return {"size": size, "num_cpus": actors.num_cpus, "num_gpus": gpus}
 
 
 def own_device() -> str:
@@ -98,5 +85,7 @@ class _Publisher:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name in [] if self.error else batch[PART]:
-            self.run.write_json(f"{self.output}/.counts/{name}.json", self.worker(str(name)))
+            counts = self.worker(str(name))
+            self.run.write_json(f"{self.output}/.counts/{name}.json", counts)
+            count_items(self.output, int(counts.get("items", counts.get("users", 0))))
         return {PART: batch[PART], ERROR: np.full(len(batch[PART]), self.error, dtype=object)}

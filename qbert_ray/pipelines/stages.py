@@ -7,7 +7,7 @@ stage and all after it. What a stage depends on is a list of config sections: `c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,7 +18,7 @@ from pyarrow import fs
 from qbert_ray.artifacts import ArtifactError, Manifest, RunDir, resolve
 from qbert_ray.config import Config
 from qbert_ray.overlays import flatten
-from qbert_ray.pipelines import tokenization
+from qbert_ray.pipelines import capacity, tokenization, tracking
 from qbert_ray.pipelines.evaluation import evaluate
 from qbert_ray.pipelines.features import extract_features
 from qbert_ray.pipelines.ingest import ingest
@@ -38,6 +38,7 @@ class Stage:
         folder: where its outputs are, in the run directory.
         config: sections, or dotted paths, that its outputs depend on.
         inputs: stages whose outputs it reads.
+        compute: keys of `compute` that say what it runs on.
         keeps: restarts part by part or from a checkpoint, so what is there stays; others start over.
         skipped: why there is nothing to do under a config; None where there is.
     """
@@ -47,6 +48,7 @@ class Stage:
     work: Callable[[Config, RunDir, Progress], dict[str, Any]]
     config: tuple[str, ...]
     inputs: tuple[str, ...]
+    compute: tuple[str, ...] = ()
     keeps: bool = True
     skipped: Callable[[Config], str | None] = lambda config: None
 
@@ -63,9 +65,9 @@ def _fit(
     task: Callable[..., Any], name: str, config: Config, run: RunDir, progress: Progress, folder: str = "", **arguments: Any
 ) -> dict[str, Any]:
     """Train one section of the config on its workers."""
-    workers, settings = getattr(config.compute, name), getattr(config, name)
+    workers = getattr(config.compute, name)
     arguments = {"config": config, "run": run} | arguments
-    return fit(task, arguments, workers, settings.microbatches, run, folder or name, progress, config.compute.checkpoint_seconds)
+    return fit(task, arguments, workers, run, folder or name, progress, config.compute.checkpoint_seconds)
 
 
 def train_fusion(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
@@ -163,29 +165,38 @@ _INGEST = (
 _SEQUENCER = ("run.seed", "sequencer", "pretrain")
 STAGES = (
     Stage("ingest", "ingest", ingest, _INGEST, (), keeps=False),
-    Stage("features", "features", extract_features, ("features",), ("ingest",), skipped=_given_ids),
-    Stage("train-fusion", "fusion", train_fusion, ("run.seed", "fusion"), ("features",), skipped=_given_ids),
-    Stage("train-rqvae", "rqvae", train_rqvae, ("run.seed", "rqvae"), ("train-fusion",), skipped=_given_ids),
-    Stage("assign-ids", "semantic_ids", assign_ids, ("data.semantic_ids",), ("ingest", "train-rqvae")),
+    Stage("features", "features", extract_features, ("features",), ("ingest",), ("features",), skipped=_given_ids),
+    Stage("train-fusion", "fusion", train_fusion, ("run.seed", "fusion"), ("features",), ("fusion", "assign"), skipped=_given_ids),
+    Stage("train-rqvae", "rqvae", train_rqvae, ("run.seed", "rqvae"), ("train-fusion",), ("rqvae",), skipped=_given_ids),
+    Stage("assign-ids", "semantic_ids", assign_ids, ("data.semantic_ids",), ("ingest", "train-rqvae"), ("assign",)),
     Stage(
         "pretrain",
         "pretrain",
         pretrain,
         _SEQUENCER,
         ("assign-ids",),
+        ("pretrain",),
         skipped=lambda config: None if config.pretrain.enabled else "pretrain.enabled is false",
     ),
-    Stage("finetune", "finetune", finetune, ("run.seed", "sequencer", "finetune", "pretrain.enabled"), ("assign-ids", "pretrain")),
+    Stage(
+        "finetune",
+        "finetune",
+        finetune,
+        ("run.seed", "sequencer", "finetune", "pretrain.enabled"),
+        ("assign-ids", "pretrain"),
+        ("finetune",),
+    ),
     Stage(
         "train-memory",
         "memory",
         train_memory,
         ("memory",),
         ("ingest", "finetune"),
+        ("memory",),
         skipped=lambda config: None if config.memory.enabled else "memory.enabled is false",
     ),
-    Stage("evaluate", "evaluation", evaluate, ("evaluation", "memory.enabled"), ("finetune", "train-memory")),
-    Stage("score", "recommendations", score, ("score", "memory.enabled"), ("finetune", "train-memory")),
+    Stage("evaluate", "evaluation", evaluate, ("evaluation", "memory.enabled"), ("finetune", "train-memory"), ("evaluate",)),
+    Stage("score", "recommendations", score, ("score", "memory.enabled"), ("finetune", "train-memory"), ("score",)),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 
@@ -243,15 +254,29 @@ def run_stage(stage: Stage, config: Config, run: RunDir, progress: Progress) -> 
         source = BY_NAME[name]
         if not source.skipped(config) and Manifest.load(run, source.folder) is None:
             raise ArtifactError(f"{stage.name} needs {name}, which is not done in {run.uri}; run it first: qbert-ray {name}")
+    capacity.check(config, stage.compute)
     manifest = Manifest(stage.name, depends_on(stage, config), _input_fingerprints(stage, config, run), _version())
     _forget_unfinished(stage, manifest, run)
     run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
     started = time.monotonic()
     manifest.counts = stage.work(config, run, progress)
+    tracking.measure(stage.name, manifest.counts)
     manifest.seconds = round(time.monotonic() - started, 2)
     manifest.save(run, stage.folder)
     run.delete(f"{stage.folder}/{_STARTED}")
     return manifest
+
+
+def preflight(stages: Sequence[Stage], config: Config, run: RunDir) -> None:
+    """Refuse, before the first of some stages starts, what the cluster has no room for in any that is still to do.
+
+    Raises:
+        ValueError: what is asked for and what there is.
+    """
+    todo = [stage for stage in stages if not stage.skipped(config) and status(stage, config, run) is None]
+    if todo:
+        capacity.check(config, [key for stage in todo for key in stage.compute])
+        capacity.check_reachable(config, run)
 
 
 def redo_from(name: str, run: RunDir) -> None:

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Training, Workers
+from qbert_ray.pipelines import tracking
 from qbert_ray.pipelines.board import Board, Watch
-from qbert_ray.pipelines.session import Progress, available
-
-MOST_THREADS = 16  # more do not speed up models of this size
+from qbert_ray.pipelines.capacity import nodes, one_worker, worker_bundle
+from qbert_ray.pipelines.session import Progress
 
 
 class Task(Protocol):
@@ -71,20 +71,15 @@ def fit(
     make_task: Callable[..., Task],
     arguments: dict[str, Any],
     workers: Workers,
-    microbatches: int,
     run: RunDir,
     folder: str,
     progress: Progress,
     checkpoint_seconds: float = 20.0,
 ) -> dict[str, Any]:
-    """Train on Ray and leave `<folder>/model` and `<folder>/metrics.jsonl` in the run directory; the last epoch's metrics.
-
-    Raises:
-        ValueError: more workers than microbatches, or than the cluster carries.
-    """
+    """Train on Ray and leave `<folder>/model` and `<folder>/metrics.jsonl` in the run directory; the last epoch's metrics."""
     if run.exists(f"{folder}/model/model.json"):  # an earlier try was cut after the training
         return _last_metrics(run, folder)
-    scaling = scaling_config(workers, microbatches, folder)
+    scaling = scaling_config(workers)
     board = Board.remote()
     config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
     config |= {"threads": scaling.resources_per_worker["CPU"], "checkpoint_seconds": checkpoint_seconds}
@@ -101,20 +96,19 @@ def fit(
         ),
     )
     run.filesystem.create_dir(run.path(folder), recursive=True)
-    with Watch(board, progress):
+    with (
+        tracking.trackers(arguments["config"], run, folder) as track,
+        Watch(board, progress, lambda metrics: track(metrics["epoch"], tracking.numbers(metrics))),
+    ):
         trainer.fit()
     run.delete(f"{folder}/checkpoints")
     return _last_metrics(run, folder)
 
 
 def build(make_task: Callable[..., Task], arguments: dict[str, Any], workers: Workers, run: RunDir, folder: str) -> dict[str, Any]:
-    """What `fit` leaves, of a task whose model needs no training once it is built; one Ray task, no Ray Train.
-
-    Raises:
-        ValueError: more CPUs than the cluster carries.
-    """
+    """What `fit` leaves, of a task whose model needs no training once it is built; one Ray task, no Ray Train."""
     if not run.exists(f"{folder}/model/model.json"):
-        cpus = scaling_config(workers.model_copy(update={"num_workers": 1, "use_gpu": False}), 1, folder).resources_per_worker["CPU"]
+        cpus = worker_bundle(one_worker(workers), nodes())["CPU"]
         ray.get(_build.options(num_cpus=cpus).remote(make_task, arguments, cpus, run, folder))
     return _last_metrics(run, folder)
 
@@ -131,21 +125,15 @@ def _last_metrics(run: RunDir, folder: str) -> dict[str, Any]:
     return json.loads(run.read_bytes(f"{folder}/metrics.jsonl").splitlines()[-1])
 
 
-def scaling_config(workers: Workers, microbatches: int, folder: str) -> ScalingConfig:
-    """Ray's ScalingConfig, checked against the cluster so that a run fails at once rather than waits for ever."""
-    if workers.num_workers > microbatches:
-        raise ValueError(
-            f"{folder}: {workers.num_workers} workers share {microbatches} microbatches of a batch; raise microbatches to at least that"
-        )
-    resources = available()
-    use_gpu = workers.use_gpu if workers.use_gpu is not None else resources["GPU"] >= workers.num_workers
-    cpus = workers.cpus_per_worker or max(1, min(MOST_THREADS, resources["node_CPU"], resources["CPU"] // workers.num_workers))
-    needed = {"CPU": workers.num_workers * cpus, "GPU": workers.num_workers * use_gpu}
-    lacking = [f"{amount:g} {name} (the cluster has {resources[name]:g})" for name, amount in needed.items() if amount > resources[name]]
-    if lacking:
-        raise ValueError(f"{folder}: compute asks for {workers.num_workers} workers, in all {' and '.join(lacking)}")
+def scaling_config(workers: Workers) -> ScalingConfig:
+    """Ray's ScalingConfig of workers that `capacity.check` found room for."""
+    bundle = worker_bundle(workers, nodes())
     return ScalingConfig(
-        num_workers=workers.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+        num_workers=workers.num_workers,
+        use_gpu=bool(bundle["GPU"]),
+        resources_per_worker={name: amount for name, amount in bundle.items() if amount and not name.startswith("accelerator_type")},
+        placement_strategy=workers.placement_strategy,
+        accelerator_type=workers.accelerator_type,
     )
 
 

@@ -19,7 +19,7 @@ import torch
 
 from qbert_ray import columns
 from qbert_ray.artifacts import RunDir
-from qbert_ray.config import Config
+from qbert_ray.config import Actors, Compute, Config, Workers
 from qbert_ray.overlays import with_values
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, STAGES, Stage, depends_on, run_stage
@@ -29,7 +29,6 @@ from qbert_ray.sweeps import objectives, settings
 BEGUN, RESULT, CURVE = "trial.json", "result.json", "curve.jsonl"  # in the folder of a trial
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 TIMED_USERS = 512
-WORKERS, ACTORS = ("fusion", "rqvae", "pretrain", "finetune"), ("features", "assign", "memory", "evaluate")
 FIXED = ("run", "data", "compute", "gates", "sweep")
 
 
@@ -87,11 +86,20 @@ class Plan:
             )
 
     def trial_config(self, trial: Trial) -> Config:
-        """The run of a trial; where the config leaves sizes open, small ones, since trials share the cluster."""
+        """The run of a trial."""
+        values = trial.values | {"run.seed": trial.seed, "run.dir": self._trial_folder(trial).uri}
+        return with_values(self.config.model_copy(update={"compute": self.small_compute()}), values)
+
+    def small_compute(self) -> Compute:
+        """Where the config leaves sizes open, the smallest: trials share the cluster."""
         compute = self.config.compute
-        sizes = {f"compute.{name}.cpus_per_worker": 1 for name in WORKERS if getattr(compute, name).cpus_per_worker is None}
-        sizes |= {f"compute.{name}.max_size": getattr(compute, name).min_size for name in ACTORS if getattr(compute, name).max_size is None}
-        return with_values(self.config, sizes | trial.values | {"run.seed": trial.seed, "run.dir": self._trial_folder(trial).uri})
+        sizes: dict[str, Any] = {}
+        for name, asked in compute:
+            if isinstance(asked, Workers) and asked.cpus_per_worker is None:
+                sizes[name] = asked.model_copy(update={"cpus_per_worker": 1.0})
+            elif isinstance(asked, Actors) and asked.max_size is None:
+                sizes[name] = asked.model_copy(update={"max_size": asked.min_size})
+        return compute.model_copy(update=sizes)
 
     def trial_run(self, trial: Trial) -> RunDir:
         folders = [BY_NAME[name].folder for name in self.shared(trial)]

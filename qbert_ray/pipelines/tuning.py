@@ -19,8 +19,10 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from qbert_ray.artifacts import ArtifactError, Manifest
+from qbert_ray.config import Workers
 from qbert_ray.overlays import merge, nest
-from qbert_ray.pipelines.session import Progress, Quiet, available
+from qbert_ray.pipelines import capacity
+from qbert_ray.pipelines.session import Progress, Quiet
 from qbert_ray.pipelines.stages import BY_NAME, run_stage
 from qbert_ray.pipelines.trials import DONE, FAILED, STOPPED, Plan, Trial, run_trial
 from qbert_ray.sweeps import Draw
@@ -104,23 +106,17 @@ def concurrent(plan: Plan) -> int:
     """Trials that the cluster carries at the same time.
 
     Raises:
-        ValueError: not even one.
+        CapacityError: not even one.
     """
-    resources = available()
-    cpus, gpus = 1.0, 0.0
-    for stage in plan.stages:
-        workers = getattr(plan.config.compute, stage.folder, None)
-        if workers is None or not hasattr(workers, "num_workers") or all(stage.name in plan.to_prepare(seed) for seed in plan.seeds):
-            continue
-        cpus = max(cpus, workers.num_workers * (workers.cpus_per_worker or 1))
-        if workers.use_gpu or (workers.use_gpu is None and resources["GPU"] >= workers.num_workers):
-            gpus = max(gpus, workers.num_workers)
-    if cpus > resources["CPU"] or gpus > resources["GPU"]:
-        raise ValueError(
-            f"a trial asks for {cpus:g} CPU and {gpus:g} GPU; the cluster has {resources['CPU']:g} CPU and {resources['GPU']:g} GPU"
-        )
-    fit = int(min(resources["CPU"] // cpus, resources["GPU"] // gpus if gpus else np.inf))
-    return min(fit, plan.sweep.max_concurrent or fit)
+    compute = plan.small_compute()
+    own = [stage for stage in plan.stages if not all(stage.name in plan.to_prepare(seed) for seed in plan.seeds)]
+    capacity.check(plan.config, [name for stage in own for name in stage.compute])
+    there, fit = capacity.nodes(), plan.sweep.max_concurrent or capacity.MOST_NODES
+    for name in {name for stage in own for name in stage.compute}:
+        asked = getattr(compute, name)
+        if isinstance(asked, Workers):
+            fit = min(fit, capacity.room(there, capacity.worker_bundle(asked, there)) // asked.num_workers)
+    return max(1, fit)
 
 
 def estimate(plan: Plan) -> list[float | None]:

@@ -7,7 +7,7 @@ from qbert_ray.config import Workers
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, run_stage
 from qbert_ray.pipelines.tasks import FusionTask, RqvaeTask, SequencerTask
-from qbert_ray.pipelines.training import Loop, fit, scaling_config
+from qbert_ray.pipelines.training import Loop, fit
 
 CPU = torch.device("cpu")
 BOUND = 1e-5  # of a weight after training, where workers compute with equally many threads
@@ -48,7 +48,7 @@ def test_two_workers_give_the_model_of_one(finished, name, task, tmp_path):
     models = []
     for number in (1, 2):
         folder = f"parity/{name}-{number}"
-        fit(task, arguments, Workers(num_workers=number, cpus_per_worker=1), 2, run, folder, Quiet())
+        fit(task, arguments, Workers(num_workers=number, cpus_per_worker=1), run, folder, Quiet())
         models.append(run.load_model(f"{folder}/model")[0])
     start = task(**arguments).build().state_dict()
     moved = max(float((start[key] - models[0][key]).abs().max()) for key in start)
@@ -58,17 +58,10 @@ def test_two_workers_give_the_model_of_one(finished, name, task, tmp_path):
     assert apart <= BOUND
 
 
-def test_a_cluster_that_is_too_small_is_said_at_once(ray_session):
-    with pytest.raises(ValueError, match="50 CPU \\(the cluster has 4\\)"):
-        scaling_config(Workers(num_workers=2, cpus_per_worker=25), 2, "fusion")
-    with pytest.raises(ValueError, match="3 workers share 2 microbatches"):
-        scaling_config(Workers(num_workers=3), 2, "fusion")
-
-
 def test_a_finished_training_is_not_repeated(finished):
     config, run = finished
     before = run.read_json("fusion/model/model.json")
-    metrics = fit(FusionTask, {}, config.compute.fusion, 2, run, "fusion", Quiet())  # would fail if it built a task
+    metrics = fit(FusionTask, {}, config.compute.fusion, run, "fusion", Quiet())  # would fail if it built a task
     assert metrics["epoch"] == config.fusion.epochs - 1
     assert run.read_json("fusion/model/model.json") == before
 

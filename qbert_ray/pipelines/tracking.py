@@ -1,0 +1,110 @@
+"""Where the figures of a run go while it runs: TensorBoard, MLflow, and Ray's metrics for Prometheus and Grafana.
+
+All are written by the driver, from what rank 0 tells it at the end of each epoch and what a stage counted; none is ever read back.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from pyarrow import fs
+from ray.util.metrics import Counter, Gauge
+
+from qbert_ray.artifacts import RunDir
+from qbert_ray.config import Config
+from qbert_ray.overlays import flatten
+
+EXPERIMENT = "qbert-ray"
+
+
+class Tracker(Protocol):
+    """Takes the metrics of one epoch."""
+
+    def __call__(self, epoch: int, metrics: dict[str, float]) -> None: ...
+
+
+@contextmanager
+def trackers(config: Config, run: RunDir, folder: str) -> Iterator[Tracker]:
+    """What the config names, as one tracker, for the length of a training."""
+    with ExitStack() as stack:
+        found: list[Tracker] = [lambda epoch, metrics: measure(folder, metrics)]
+        if config.run.tensorboard:
+            found.append(stack.enter_context(_tensorboard(run, f"{folder}/tensorboard")))
+        if config.run.mlflow:
+            found.append(stack.enter_context(_mlflow(config, config.run.mlflow, folder)))
+
+        def every(epoch: int, metrics: dict[str, float]) -> None:
+            for tracker in found:
+                tracker(epoch, metrics)
+
+        yield every
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The numbers among nested metrics by dotted name; those of a list by their place."""
+    leaves: dict[str, float] = {}
+    for name, value in flatten(metrics).items():
+        values = {f"{name}.{place}": inner for place, inner in enumerate(value)} if isinstance(value, list) else {name: value}
+        leaves |= {key: float(inner) for key, inner in values.items() if isinstance(inner, int | float) and not isinstance(inner, bool)}
+    return leaves
+
+
+def measure(stage: str, metrics: dict[str, Any]) -> None:
+    """Show the latest figures of a stage in Ray's metrics, as `ray_qbert_value{stage, name}`."""
+    for name, value in numbers(metrics).items():
+        _gauge().set(value, {"stage": stage, "name": name})
+
+
+def count_items(table: str, items: int) -> None:
+    """Count items that an actor has done, as `ray_qbert_items_total{table}`; its rate is items per second."""
+    if items:
+        _counter().inc(items, {"table": table})
+
+
+@cache
+def _gauge() -> Gauge:
+    return Gauge(
+        "qbert_value", "Latest figures of a run: loss, metrics, rows kept and rejected, codebook usage", tag_keys=("stage", "name")
+    )
+
+
+@cache
+def _counter() -> Counter:
+    return Counter("qbert_items", "Items done, by the table they are written to", tag_keys=("table",))
+
+
+@contextmanager
+def _tensorboard(run: RunDir, folder: str) -> Iterator[Tracker]:
+    """An event file in the run directory: written as it grows on a local path, when the training ends on an object store."""
+    from tensorboardX import SummaryWriter  # comes with Ray Train
+
+    local = isinstance(run.filesystem, fs.LocalFileSystem)
+    with tempfile.TemporaryDirectory() as scratch:
+        writer = SummaryWriter(run.path(folder) if local else scratch, flush_secs=10)
+        try:
+            yield lambda epoch, metrics: [writer.add_scalar(name, value, epoch) for name, value in metrics.items()] and None
+        finally:
+            writer.close()
+            for file in [] if local else Path(scratch).iterdir():
+                run.write_bytes(f"{folder}/{file.name}", file.read_bytes())
+
+
+@contextmanager
+def _mlflow(config: Config, uri: str, folder: str) -> Iterator[Tracker]:
+    try:
+        import mlflow
+    except ImportError:
+        raise ValueError(f"run.mlflow is {uri}, and MLflow is not installed; pip install mlflow-skinny, or leave run.mlflow out") from None
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment(EXPERIMENT)
+    section = folder.partition("/")[0]
+    with mlflow.start_run(run_name=f"{config.run.dir} {folder}"):
+        settings = {"run.seed": config.run.seed} | flatten({section: getattr(config, section).model_dump(mode="json")})
+        mlflow.log_params({name: str(value)[:250] for name, value in settings.items()})
+        # MLflow's names hold no @
+        yield lambda epoch, metrics: mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in metrics.items()}, step=epoch)

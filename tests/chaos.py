@@ -1,0 +1,271 @@
+"""Kills, stops, full disks and failing stores in the middle of each stage: does the same command end with the same outputs?
+
+python -m tests.chaos --kills 20 --seed 0 --out docs/chaos.md      (make chaos)
+
+Real processes throughout: a head and a second node by `ray start`, the command line as driver. Every case starts from the finished
+stages before its own, is hit once at a random moment, and is given the same command again until that succeeds, three times at most. Its
+outputs are then compared with those of a run that nothing happened to. The disk is a small tmpfs (root only), the store is moto's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from safetensors.numpy import load
+
+from qbert_ray import columns
+from qbert_ray.artifacts import Manifest, RunDir
+from qbert_ray.pipelines.stages import BY_NAME, STAGES, redo_from
+from tests.nodes import ROOT, Nodes
+from tests.pipelines.shop import SMALL, make_shop
+from tests.store import BUCKET, Store
+
+FAULTS = ("driver killed", "driver stopped", "worker killed", "node killed", "disk full", "store fails 20 s")
+TRIES, SECONDS = 4, 400
+SLACK = 24 * 1024  # bytes that the full disk still takes
+
+
+@dataclass
+class Case:
+    """One stage, one fault, and what became of it."""
+
+    stage: str
+    fault: str
+    after: float = 0.0  # seconds into the stage
+    hit: bool = False
+    ends: list[tuple[int, str]] = field(default_factory=list)  # exit status and last line of each try
+    seconds: float = 0.0
+    same: str = ""
+
+    def row(self, undisturbed: float) -> str:
+        if not self.hit:
+            return f"| {self.stage} | {self.fault} | – | the stage was over before | | | |"
+        first, said = self.ends[0]
+        outcome = "went on by itself" if first == 0 else f"ended with status {first}" + (f": {said}" if said else "")
+        again = "" if first == 0 else "finished" if self.ends[-1][0] == 0 else f"status {self.ends[-1][0]}: {self.ends[-1][1]}"
+        return f"| {self.stage} | {self.fault} | {self.after:.1f} | {outcome} | {again} | {self.seconds - undisturbed:.0f} | {self.same} |"
+
+
+class Chaos:
+    """A cluster, a store and an undisturbed run to compare with."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.random = folder, random.Random(seed)
+        self.store = Store().start()
+        os.environ.update(self.store.environment)
+        self.nodes = Nodes(2, 2, RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3", **self.store.environment)
+        self.shop = make_shop(folder / "shop")
+        self.undisturbed: dict[str, float] = {}
+
+    def command(self, stage: str, run: str) -> subprocess.Popen[str]:
+        overrides = [f"data.root={self.shop}", f"run.dir={run}", *SMALL, "compute.checkpoint_seconds=0", "data.rows_per_part=10"]
+        program = [sys.executable, "-m", "qbert_ray.cli", stage, "-c", str(ROOT / "configs" / "demo.yaml"), *overrides]
+        environment = self.nodes.environment | {"RAY_ADDRESS": self.nodes.address}
+        return subprocess.Popen(program, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def whole_run(self, last: str) -> None:
+        for stage in STAGES[: STAGES.index(BY_NAME[last]) + 1]:
+            started = time.monotonic()
+            status, said = self.end(self.command(stage.name, str(self.folder / "whole")))
+            assert status == 0, said
+            self.undisturbed[stage.name] = time.monotonic() - started
+            print(f"{stage.name}: {self.undisturbed[stage.name]:.0f} s undisturbed", flush=True)
+
+    def end(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        try:
+            said, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return 124, f"still running after {SECONDS} s"
+        errors = [line.strip() for line in said.splitlines() if line.startswith(("error:", "stopped")) or "Error" in line]
+        return process.returncode, (errors or [""])[-1][:160].replace("|", "/")
+
+    def play(self, case: Case) -> Case:
+        with self.place(case) as (run, restore):
+            redo_from(case.stage, run)
+            case.after = self.random.uniform(0.1, 0.6) * self.undisturbed[case.stage]
+            started = time.monotonic()
+            process = self.command(case.stage, run.uri)
+            self.hit(case, process, run)
+            case.ends.append(self.end(process))
+            restore()
+            while case.ends[-1][0] != 0 and len(case.ends) < TRIES:
+                case.ends.append(self.end(self.command(case.stage, run.uri)))
+            case.seconds = time.monotonic() - started
+            case.same = "the same" if case.ends[-1][0] == 0 and not (lines := self.differences(case.stage, run)) else f"DIFFER: {lines[:3]}"
+        if case.fault == "node killed":
+            self.nodes.replace(1, 2)
+        return case
+
+    def hit(self, case: Case, process: subprocess.Popen[str], run: RunDir) -> None:
+        marker = f"{BY_NAME[case.stage].folder}/started.json"
+        while process.poll() is None and not run.exists(marker) and Manifest.load(run, BY_NAME[case.stage].folder) is None:
+            time.sleep(0.1)
+        until = time.monotonic() + case.after - 0.1 * self.undisturbed[case.stage]
+        while process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        if case.fault == "disk full":  # full from the beginning
+            case.hit, case.after = True, 0.0
+            return
+        case.hit = (
+            process.poll() is None
+            and {
+                "driver killed": lambda: self.signal([process.pid], signal.SIGKILL),
+                "driver stopped": lambda: self.signal([process.pid], signal.SIGTERM),
+                "worker killed": lambda: self.signal(self.busy(), signal.SIGKILL),
+                "node killed": lambda: self.signal(self.nodes.pids(1, "raylet/raylet"), signal.SIGKILL),
+                "store fails 20 s": lambda: self.store.fail(20) is None,
+            }[case.fault]()
+        )
+
+    def busy(self) -> list[int]:
+        """One worker that is doing something for the driver."""
+        for _ in range(200):
+            found = [pid for node in range(2) for pid in self.nodes.pids(node, "ray::")]
+            busy = [pid for pid in found if b"IDLE" not in _command(pid) and b"Board" not in _command(pid)]
+            if busy:
+                return [self.random.choice(busy)]
+            time.sleep(0.05)
+        return []
+
+    @staticmethod
+    def signal(pids: list[int], number: int) -> bool:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return bool(pids)
+
+    @contextlib.contextmanager
+    def place(self, case: Case) -> Iterator[tuple[RunDir, Callable[[], None]]]:
+        """A run directory with the undisturbed run's stages, and what mends the disk."""
+        name = f"{case.stage}-{case.fault.replace(' ', '-')}"
+        if case.fault.startswith("store"):
+            self.store.upload(self.folder / "whole", name)
+            yield RunDir(f"s3://{BUCKET}/{name}"), lambda: None
+            return
+        place = self.folder / name
+        if case.fault != "disk full":
+            shutil.copytree(self.folder / "whole", place)
+            yield RunDir(str(place)), lambda: None
+            shutil.rmtree(place)
+            return
+        place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(place)], check=True)
+        try:
+            shutil.copytree(self.folder / "whole", place, dirs_exist_ok=True)
+            redo_from(case.stage, RunDir(str(place)))
+            used = shutil.disk_usage(place).used
+            subprocess.run(["mount", "-o", f"remount,size={(used + SLACK) // 1024}k", str(place)], check=True)
+            yield RunDir(str(place)), lambda: subprocess.run(["mount", "-o", "remount,size=1g", str(place)], check=True) and None
+        finally:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+
+    def differences(self, stage: str, run: RunDir) -> list[str]:
+        """Names of tables and models of a stage that are not those of the undisturbed run."""
+        whole, folder = RunDir(str(self.folder / "whole")), Path(BY_NAME[stage].folder)
+        found = []
+        for path in sorted((self.folder / "whole" / folder).rglob("*")):
+            name = str(path.relative_to(self.folder / "whole"))
+            if path.suffix == ".parquet" and not any(part.startswith(".") for part in Path(name).parts):
+                same = run.exists(name) and _equal_tables(*(place.read_part(*os.path.split(name)) for place in (whole, run)))
+            elif path.suffix == ".safetensors":
+                same = run.exists(name) and _equal_tensors(*(load(place.read_bytes(name)) for place in (whole, run)))
+            else:
+                continue
+            found += [] if same else [name]
+        for left in ("checkpoints", "started.json"):
+            found += [f"{folder}/{left} is left"] if run.exists(f"{folder}/{left}") else []
+        return found
+
+    def stop(self) -> None:
+        self.nodes.stop()
+        self.store.stop()
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b"IDLE"
+
+
+def _equal_tables(a: pa.Table, b: pa.Table) -> bool:
+    def equal(name: str) -> bool:
+        kind = a.schema.field(name).type
+        inner = kind.value_type if pa.types.is_fixed_size_list(kind) else kind
+        inner = inner.value_type if pa.types.is_fixed_size_list(inner) else inner
+        if pa.types.is_floating(inner) and not a[name].null_count:
+            return np.allclose(columns.to_numpy(a[name]), columns.to_numpy(b[name]), atol=1e-4)
+        return bool(a[name].equals(b[name])) or name.endswith("weights")
+
+    return a.schema.equals(b.schema) and a.num_rows == b.num_rows and all(equal(name) for name in a.column_names)
+
+
+def _equal_tensors(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=0, help="so many cases, drawn at random; 0: every stage with every fault")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="+", default=list(BY_NAME), choices=list(BY_NAME), metavar="STAGE", help="only these stages")
+    parser.add_argument("--minutes", type=float, default=600, help="start no further case after so long")
+    parser.add_argument("--out", type=Path, help="Markdown file for the table")
+    options = parser.parse_args()
+    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="chaos"))
+    chaos = Chaos(folder, options.seed)
+    stages = [name for name in BY_NAME if name in options.stages]
+    cases = [Case(stage, fault) for stage, fault in itertools.product(stages, FAULTS) if fault != "disk full" or os.geteuid() == 0]
+    chaos.random.shuffle(cases)
+    cases = cases[: options.kills or None]
+    rows: list[str] = []
+    try:
+        chaos.whole_run(stages[-1])
+        for case in cases:
+            if time.monotonic() - began > options.minutes * 60:
+                break
+            rows.append(chaos.play(case).row(chaos.undisturbed[case.stage]))
+            print(rows[-1], flush=True)
+            if options.out:
+                write(options.out, rows, len(cases))
+    finally:
+        chaos.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    if any("DIFFER" in row for row in rows):
+        sys.exit("outputs differ")
+
+
+def write(path: Path, rows: list[str], of: int) -> None:
+    """The table so far."""
+    heads = ["stage", "fault", "after, s", "outcome", "the same command again", "seconds lost", "outputs"]
+    order = sorted(rows, key=lambda row: (list(BY_NAME).index(row.split(" | ")[0].removeprefix("| ")), row))
+    lines = [
+        f"`python -m tests.chaos {' '.join(sys.argv[1:])}`: {len(rows)} of {of} cases.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, *order]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""A Ray cluster of several `ray start` nodes on this machine, each ended by its own process ids."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+UP_SECONDS = 120
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """What a driver or node gets: nothing of a Ray that is already there."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+    ours = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "120",
+    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # a job's `python` is the first there
+    return kept | ours | {"HF_HUB_OFFLINE": "1", "PATH": path} | more
+
+
+class Nodes:
+    """A head and further nodes.
+
+    Args:
+        cpus: logical CPUs of each node; the first is the head.
+        environment: further variables of every node.
+    """
+
+    def __init__(self, *cpus: int, dashboard: bool = False, **environment: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="qn", dir="/tmp"))  # short, since it holds sockets
+        self.environment = clean_environment(**environment)
+        self.port, self.dashboard_port = free_port(), free_port()
+        self.address, self.jobs = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        try:
+            self._start_head(cpus[0], dashboard)
+            for number in cpus[1:]:
+                self.add(number)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start_head(self, cpus: int, dashboard: bool) -> None:
+        ports = ["--port", self.port, "--dashboard-port", self.dashboard_port, "--ray-client-server-port", free_port()]
+        places = ["--temp-dir", self.folder, "--dashboard-host", "127.0.0.1", "--include-dashboard", str(dashboard).lower()]
+        self._start("--head", *ports, *places, cpus=cpus)
+        if dashboard:
+            self._wait("the dashboard", lambda: _answers(f"{self.jobs}/api/version"))
+
+    def add(self, cpus: int) -> None:
+        self._start("--address", self.address, cpus=cpus)
+
+    def replace(self, node: int, cpus: int) -> None:
+        """Another node in the place of one that was killed."""
+        self._end(self.processes[node])
+        self.add(cpus)
+        self.processes[node] = self.processes.pop()
+
+    def _start(self, *options: object, cpus: int) -> None:
+        more = ["--num-cpus", cpus, "--object-store-memory", 200 * 2**20, "--dashboard-agent-listen-port", free_port(), "--block"]
+        command = [*RAY, "start", "--node-ip-address", "127.0.0.1", *map(str, [*options, *more])]
+        with (self.folder / f"node{len(self.processes)}.log").open("wb") as log:
+            self.processes.append(subprocess.Popen(command, env=self.environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT))
+        self._wait(f"node {len(self.processes) - 1}", lambda: "Ray runtime started" in Path(log.name).read_text())
+
+    def _wait(self, what: str, there: Callable[[], bool]) -> None:
+        until = time.monotonic() + UP_SECONDS
+        while not there():
+            logs = "\n".join(path.read_text() for path in self.folder.glob("node*.log"))
+            assert time.monotonic() < until and self.processes[-1].poll() is None, f"{what} did not come up:\n{logs}"
+            time.sleep(0.2)
+
+    def pids(self, node: int, name: str) -> list[int]:
+        """Processes of a node whose command line holds a name: `raylet`, or what Ray calls a busy worker, such as `ray::_Publisher`."""
+        return [pid for pid, command in descendants(self.processes[node].pid).items() if name in command]
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            self._end(process)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        tree = descendants(process.pid)
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for pid in tree:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Process id -> command line, of all that a process started and of what these started."""
+    rows = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
+    processes = [
+        (int(child), int(parent), command) for child, parent, command in (row.split(None, 2) for row in rows if len(row.split()) > 2)
+    ]
+    found: dict[int, str] = {}
+    family = {pid}
+    while family:
+        family = {child for child, parent, _ in processes if parent in family} - set(found)
+        found |= {child: command for child, _, command in processes if child in family}
+    return found

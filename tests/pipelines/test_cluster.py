@@ -1,0 +1,192 @@
+"""Two `ray start` nodes, real drivers and jobs, real kills: the outputs of an undisturbed run, or a clear reason."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qbert_ray import columns
+from qbert_ray.artifacts import Manifest, RunDir
+from tests.nodes import RAY, ROOT, Nodes, clean_environment
+from tests.pipelines.shop import SMALL, make_shop
+from tests.pipelines.test_kill import compare
+from tests.store import BUCKET, KEY, SECRET, Store
+
+WAIT = 240
+TEXT = ["features.modalities=[text]", "data.rows_per_part=4", "compute.features={min_size: 2, max_size: 2}"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return make_shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """One CPU each, so that two actors have to be on both."""
+    nodes = Nodes(1, 1, dashboard=True)
+    yield nodes
+    nodes.stop()
+
+
+def overrides(shop: Path | str, run: Path | str, *more: str) -> list[str]:
+    return ["-c", str(ROOT / "configs" / "demo.yaml"), f"data.root={shop}", f"run.dir={run}", *SMALL, *more]
+
+
+def start(command: str, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    program = [sys.executable, "-m", "qbert_ray.cli", command, *arguments]
+    return subprocess.Popen(program, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    said, _ = process.communicate(timeout=WAIT)
+    assert process.returncode == status, said
+    return said
+
+
+def wait_for(process: subprocess.Popen[str], there) -> None:
+    until = time.monotonic() + WAIT
+    while not there():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def submit(nodes: Nodes, *command: str) -> subprocess.CompletedProcess[str]:
+    program = [*RAY, "job", "submit", "--address", nodes.jobs, "--working-dir", ".", "--", *command]
+    return subprocess.run(program, env=nodes.environment, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["finetune.epoch=1"], "did you mean finetune.epochs?"),
+        (["run.dir={tmp}/run", "data.root={tmp}", "compute.features.min_size=3"], "compute.features asks for 3 actors of 1 CPU and 0 GPU"),
+        (["data.root={tmp}"], "run.dir is runs/demo, inside the copy of the code that ends with the job; give a full path or a URI"),
+    ],
+)
+def test_a_job_that_cannot_succeed_ends_with_the_reason(nodes, tmp_path, given, said):
+    job = submit(nodes, "python", "-m", "jobs.run_pipeline", "-c", "configs/demo.yaml", *(text.format(tmp=tmp_path) for text in given))
+    assert job.returncode == 1
+    last = "\n".join(job.stdout.strip().splitlines()[-3:])
+    assert said in last and "error:" in last, job.stdout
+    assert "exit code 2" in job.stdout
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.timeout(600)
+def test_stopped_and_killed_in_every_way_the_vectors_are_those_of_one_process(nodes, shop, tmp_path):
+    """SIGTERM and kill -9 of the driver, kill -9 of an actor, kill -9 of a node: one stage, one try after the other."""
+    environment = nodes.environment | {"RAY_ADDRESS": nodes.address}
+    run = RunDir(str(tmp_path / "run"))
+    arguments = overrides(shop, run.uri, *TEXT)
+    finish(start("ingest", arguments, environment))
+
+    def parts() -> int:
+        return len(run.names("features/text/.counts"))
+
+    process = start("features", arguments, environment)
+    wait_for(process, lambda: parts() > 0)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, 143).endswith("stopped; the same command goes on from here\n")
+
+    done = parts()
+    process = start("features", arguments, environment)
+    wait_for(process, lambda: parts() > done)
+    process.kill()
+    process.wait()
+
+    done = parts()
+    assert 2 <= done < len(run.parts("ingest/items"))
+    process = start("features", arguments, environment)
+    wait_for(process, lambda: parts() > done and nodes.pids(0, "_Publisher"))
+    for pid in nodes.pids(0, "_Publisher"):
+        os.kill(pid, signal.SIGKILL)
+    for pid in nodes.pids(1, "raylet/raylet"):
+        os.kill(pid, signal.SIGKILL)
+    finish(process)
+    assert Manifest.load(run, "features") is not None
+    assert_vectors_are_those_of_one_process(run, shop, tmp_path)
+
+
+def assert_vectors_are_those_of_one_process(run: RunDir, shop: Path, tmp_path: Path) -> None:
+    from qbert_ray.overlays import load_config
+    from qbert_ray.pipelines import features
+    from qbert_ray.pipelines.encoding import TextPart
+
+    config = load_config([ROOT / "configs" / "demo.yaml"], [f"data.root={shop}", *SMALL])
+    fields = {"demo": features._text_columns(config.data.domains["demo"])}
+    alone = RunDir(str(tmp_path / "alone"))
+    for part in run.parts("ingest/items"):
+        alone.write_part("ingest/items", part, run.read_part("ingest/items", part))
+    work = TextPart(run=alone, settings=config.features.text, num_vectors=len(fields["demo"]), fields=fields)
+    for part in alone.parts("ingest/items"):
+        work(part)
+    assert run.parts("features/text") == alone.parts("features/text")
+    a, b = run.read("features/text"), alone.read("features/text")
+    assert a["item_id"].equals(b["item_id"])
+    assert np.allclose(columns.to_numpy(a["vectors"]), columns.to_numpy(b["vectors"]), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_submitted_as_a_job_and_one_that_was_stopped_give_the_same(shop, tmp_path):
+    """The default sizes, on two nodes of one CPU each."""
+    sizes = [f"compute.{key}.max_size=null" for key in ("features", "assign", "memory", "evaluate", "score")]
+    sizes += [f"compute.{key}.cpus_per_worker=null" for key in ("fusion", "rqvae", "pretrain", "finetune")]
+    nodes = Nodes(1, 1, dashboard=True)
+    try:
+        job = submit(nodes, "python", "-m", "jobs.run_pipeline", *overrides(shop, tmp_path / "job", *sizes))
+        assert job.returncode == 0, job.stdout + job.stderr
+        assert re.search(r"metrics +\S+/job/evaluation/metrics.json", job.stdout) and "succeeded" in job.stdout
+        environment = nodes.environment | {"RAY_ADDRESS": nodes.address}
+        arguments = overrides(shop, tmp_path / "stopped", *sizes, "compute.checkpoint_seconds=0")
+        for folder in ("fusion", "finetune/demo"):
+            process = start("run", arguments, environment)
+            wait_for(process, lambda folder=folder: any((tmp_path / "stopped" / folder / "checkpoints").glob("*/*.json")))
+            process.send_signal(signal.SIGTERM)
+            assert "stopped; the same command goes on from here" in finish(process, 143)
+        finish(start("run", arguments, environment))
+    finally:
+        nodes.stop()
+    compare(RunDir(str(tmp_path / "job")), RunDir(str(tmp_path / "stopped")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_on_s3_with_a_store_that_fails_for_a_while(shop, tmp_path, monkeypatch):
+    """All of it on the store, nothing left on this machine, credentials nowhere; the same command again does nothing."""
+    store = Store().start()
+    try:
+        store.upload(shop, "data")
+        environment = clean_environment(**store.environment, TMPDIR=str(tmp_path))
+        arguments = overrides(f"s3://{BUCKET}/data", f"s3://{BUCKET}/run", "compute.checkpoint_seconds=0")
+        process = start("run", arguments, environment)
+        for table in ("run/features/text/", "run/fusion/checkpoints/", "run/evaluation/"):
+            wait_for(process, lambda table=table: store.objects(table))
+            store.fail(8)
+        said = finish(process)
+        assert store.refused > 3
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        run = RunDir(f"s3://{BUCKET}/run")
+        made = store.objects("run/")
+        assert not [key for key in made if "checkpoints" in key or "started.json" in key or "reachable" in key]
+        assert not [key for key, content in made.items() if KEY.encode() in content or SECRET.encode() in content]
+        served = {key for key in made if key.endswith("manifest.json")}
+        again = finish(start("run", arguments, environment))
+        assert again.count("done before") == len(served) and store.objects("run/").keys() == made.keys()
+        assert KEY not in said + again and SECRET not in said + again
+        left = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(tmp_path / "ray")]
+        assert left == []
+        finish(start("run", overrides(shop, tmp_path / "local"), environment))
+        compare(RunDir(str(tmp_path / "local")), run)
+    finally:
+        store.stop()

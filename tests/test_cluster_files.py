@@ -1,0 +1,136 @@
+"""What is in cluster/: as KubeRay's and Ray's own schemas have it, and naming only what exists."""
+
+import copy
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from qbert_ray.overlays import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+KUBERAY, LAUNCHER = ["rayjob", "raycluster"], ["aws", "hosts"]
+FILES = sorted((ROOT / "cluster").glob("*.yaml"))
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load((ROOT / "cluster" / f"{name}.yaml").read_text())
+
+
+def problems(document: dict) -> list[str]:
+    schema = json.loads((ROOT / "tests" / "kuberay_schema.json").read_text())
+    validator = jsonschema.Draft202012Validator({"$ref": f"#/$defs/{document['kind']}", "$defs": schema["$defs"]})
+    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in validator.iter_errors(document)]
+
+
+def cluster_spec(document: dict) -> dict:
+    return document["spec"].get("rayClusterSpec", document["spec"])
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_files_fit_the_published_schema(name):
+    assert problems(read(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["spec", "headGroupSpec", "rayStartParam"], {}),
+        (["spec", "headGroupSpec", "rayStartParams", "num-cpus"], 0),
+        (["spec", "authOptions", "mode"], "on"),
+        (["spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resources", "limits", "memory"], "64 GB"),
+        (["spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resource"], {}),
+        (["spec", "workerGroupSpecs", 1, "maxReplicas"], "4"),
+        (["apiVersion"], "ray.io/v1alpha1"),
+    ],
+)
+def test_the_schema_refuses_what_is_wrong(path, value):
+    document = copy.deepcopy(read("raycluster"))
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    assert len(problems(document)) == 1
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_nodes_of_kuberay_are_guarded_and_grow(name):
+    spec = cluster_spec(read(name))
+    assert spec["authOptions"]["mode"] == "token" and spec["enableInTreeAutoscaling"] is True
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    assert groups["gpu"]["minReplicas"] == 0 < groups["gpu"]["maxReplicas"]
+    limits = {key: group["template"]["spec"]["containers"][0]["resources"]["limits"] for key, group in groups.items()}
+    assert limits["gpu"]["nvidia.com/gpu"] == "1" and "nvidia.com/gpu" not in limits["data"]
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_launcher_files_are_accepted_by_ray(name):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(read(name))
+    validate_config(prepared)
+    types = prepared["available_node_types"]
+    workers = {key: kind for key, kind in types.items() if key != prepared["head_node_type"]} or types
+    assert sum(kind["max_workers"] for kind in workers.values()) >= 3
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config({**prepared, "max_worker": 3})
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_dashboards_of_launched_clusters_listen_on_loopback_behind_a_token(name):
+    config = read(name)
+    start = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    starts = [line for line in start if "ray start" in line]
+    assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in line for line in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+
+
+def test_one_version_of_ray_everywhere():
+    version = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    files = [*FILES, ROOT / "cluster" / "Dockerfile"]
+    named = {
+        found for file in files for found in re.findall(r"(?:rayproject/ray:|rayVersion: |ray\[default\]==)([\d.]+)", file.read_text())
+    }
+    assert named == {version}
+    own = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert {found for file in files for found in re.findall(r"qbert-ray:([\d.]+\d)", file.read_text())} == {own}
+
+
+@pytest.mark.parametrize("file", [*FILES, ROOT / "cluster" / "Dockerfile"], ids=lambda file: file.name)
+def test_each_file_opens_with_how_to_use_it_and_names_what_exists(file):
+    text = file.read_text()
+    comment = "\n".join(line for line in text.split("\n\n")[0].splitlines() if line.startswith("#"))
+    assert text.startswith("# ") and re.search(rf"^#   (ray up|kubectl apply|docker build) .*{file.name}", comment, re.MULTILINE)
+    for name in re.findall(r"\b(?:configs|cluster)/[\w./-]+\w", text):
+        assert (ROOT / name).exists() or name == "cluster/*.yaml", name
+    for module in re.findall(r"python -m jobs\.(\w+)", text):
+        assert (ROOT / "jobs" / f"{module}.py").exists()
+    for line in re.findall(r"python -m jobs\.\w+ -c (.*)", re.sub(r"(\\\n#|\n)\s+(?=data\.root|compute)", " ", text)):
+        config, *overrides = line.split()
+        load_config([ROOT / config], overrides)
+
+
+def test_the_image_holds_what_the_package_needs():
+    """Every path that is copied exists, and no folder of the code is forgotten."""
+    copied = [
+        word
+        for line in re.findall(r"^COPY (.*)$", (ROOT / "cluster" / "Dockerfile").read_text(), re.MULTILINE)
+        for word in line.split()[1:-1]
+    ]
+    assert {"pyproject.toml", "constraints.txt", "qbert_ray", "jobs", "configs"} <= set(copied)
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+
+
+def test_the_dashboard_asks_for_metrics_that_are_written():
+    """Ray puts ray_ before a metric's name, and _total after a counter's."""
+    board = json.loads((ROOT / "cluster" / "grafana.json").read_text())
+    asked = {name for panel in board["panels"] for target in panel["targets"] for name in re.findall(r"ray_qbert_\w+", target["expr"])}
+    source = (ROOT / "qbert_ray" / "pipelines" / "tracking.py").read_text()
+    written = dict(re.findall(r'return (Gauge|Counter)\(\s*"(\w+)"', source))
+    assert asked == {f"ray_{written['Gauge']}", f"ray_{written['Counter']}_total"}
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
