@@ -317,7 +317,9 @@ class Workers(Section):
     cpus_per_worker: PositiveFloat | None = Field(None, description="None: what the cluster has, shared out, at most 16; also the threads")
     use_gpu: bool | None = Field(None, description="None: where the cluster has one per worker")
     max_failures: int = Field(3, description="worker failures survived per training; -1: any number")
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="workers on few nodes or on many"
+    )
     accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
 
 

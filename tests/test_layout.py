@@ -355,7 +355,9 @@ def test_readme_config_keys_exist() -> None:
     sections = {path.split(".")[0] for path in known}
     named = {word for code in _code(README) for word in re.findall(r"(?<![\w./:])([a-z_]+(?:\.[\w<>]+)+)", code)}
     named = {
-        word for word in named if word.split(".")[0] in sections and not word.endswith((".yaml", ".json", ".jsonl", ".parquet", ".py"))
+        word
+        for word in named
+        if word.split(".")[0] in sections and not word.endswith((".yaml", ".json", ".jsonl", ".parquet", ".py", ".onnx"))
     }
     assert named
     for word in named:
