@@ -4,6 +4,7 @@ Needs Debian's chromium; skipped where there is none.
 """
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from qbert_ray.report.page import write
 from tests.reported import EVIL, TITLES, write_run, write_sweep
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+WAIT = 120_000  # milliseconds: plotly's script is large, and the machine may be busy
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine: apt-get install chromium")
 
 
@@ -42,6 +44,7 @@ def visit(browser):
 
     def open_page(path, scheme="light"):
         context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+        context.set_default_timeout(WAIT)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
@@ -49,7 +52,7 @@ def visit(browser):
         page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith(("file:", "data:", "blob:")) else None)
         page.goto(f"file://{path}")
-        page.wait_for_function("document.body.dataset.drawn", timeout=60_000)
+        page.wait_for_selector("body[data-drawn=light], body[data-drawn=dark]")
         return page
 
     yield open_page
@@ -63,7 +66,10 @@ def test_every_figure_is_drawn_and_fits_a_phone(visit, request, kind):
     page = visit(request.getfixturevalue(kind))
     for width in (1280, 390):
         page.set_viewport_size({"width": width, "height": 844})
-        page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
+        deadline = time.monotonic() + WAIT / 1000
+        while page.evaluate("document.documentElement.scrollWidth") > width and time.monotonic() < deadline:
+            page.wait_for_timeout(100)  # figures follow the window; the page's policy forbids Playwright's own waiting for a condition
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         sizes = page.eval_on_selector_all(".plot", DRAWN)
         assert len(sizes) >= 7 and all(wide > 150 and high > 100 and traces > 0 for wide, high, traces in sizes), sizes
 
@@ -79,9 +85,10 @@ def test_a_script_that_got_in_would_not_run(browser, run_page, tmp_path):
     text = Path(run_page).read_text(encoding="utf-8").replace("</main>", "<script>window.ran = 1</script></main>")
     (tmp_path / "index.html").write_text(text, encoding="utf-8")
     context = browser.new_context()
+    context.set_default_timeout(WAIT)
     page = context.new_page()
     page.goto(f"file://{tmp_path}/index.html")
-    page.wait_for_function("document.body.dataset.drawn", timeout=60_000)
+    page.wait_for_selector("body[data-drawn=light], body[data-drawn=dark]")
     assert page.evaluate("window.ran") is None
     context.close()
 
@@ -122,7 +129,7 @@ def test_the_theme_follows_the_system_until_somebody_chooses(visit, run_page):
     bar = "getComputedStyle(document.querySelector('.plot .bars path')).fill"
     dark = [page.evaluate(ink), page.evaluate(bar), page.evaluate("getComputedStyle(document.body).backgroundColor")]
     page.click("#theme")
-    page.wait_for_function("document.body.dataset.drawn === 'light'")
+    page.wait_for_selector("body[data-drawn=light]")
     light = [page.evaluate(ink), page.evaluate(bar), page.evaluate("getComputedStyle(document.body).backgroundColor")]
     assert all(one != other for one, other in zip(dark, light, strict=True))
     assert light[2] == "rgb(255, 255, 255)" and page.get_attribute("#theme", "aria-pressed") == "false"
@@ -140,7 +147,7 @@ def test_headings_labels_and_contrast(visit, request, kind):
     assert len(ids) == len(set(ids))
     assert page.evaluate(CONTRAST) == []
     page.click("#theme")
-    page.wait_for_function("document.body.dataset.drawn === 'dark'")
+    page.wait_for_selector("body[data-drawn=dark]")
     assert page.evaluate(CONTRAST) == []
 
 

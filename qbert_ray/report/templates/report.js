@@ -105,7 +105,7 @@
       element.setAttribute("aria-selected", "false");
       element.tabIndex = -1;
       if (!leaf) element.setAttribute("aria-expanded", "false");
-      const hint = leaf ? data.titles[items[0]] : prefix.length === 1 ? (data.hints[prefix[0]] || []).join(", ") : "";
+      const hint = items.length === 1 ? data.titles[items[0]] : prefix.length === 1 ? (data.hints[prefix[0]] || []).join(", ") : "";
       row.append(make("span", "twist", leaf ? "" : "▸"), make("code", "", `<${LETTERS[prefix.length - 1]}_${prefix[prefix.length - 1]}>`),
         make("span", "hint", hint), make("span", "count", leaf ? "" : items.length.toLocaleString("en")));
       row.firstChild.setAttribute("aria-hidden", "true");
