@@ -69,7 +69,6 @@ def submit(nodes: Nodes, *command: str) -> subprocess.CompletedProcess[str]:
     [
         (["finetune.epoch=1"], "did you mean finetune.epochs?"),
         (["run.dir={tmp}/run", "data.root={tmp}", "compute.features.min_size=3"], "compute.features asks for 3 actors of 1 CPU and 0 GPU"),
-        (["data.root={tmp}"], "run.dir is runs/demo, inside the copy of the code that ends with the job; give a full path or a URI"),
     ],
 )
 def test_a_job_that_cannot_succeed_ends_with_the_reason(nodes, tmp_path, given, said):
