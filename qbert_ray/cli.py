@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -252,9 +253,17 @@ def demo_data(
     )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: how `ray job stop`, a scheduler or a machine that goes down ends a run."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
     console.print(f"[dim]run directory {escape(config.run.dir)}; starting Ray[/dim]")
-    from qbert_ray.pipelines.session import Terminated, session
+    from qbert_ray.pipelines.session import session
     from qbert_ray.pipelines.stages import BY_NAME, STAGES, preflight, redo_from, run_stage, status
 
     if redo is not None and redo not in BY_NAME:
@@ -268,6 +277,7 @@ def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
     if redo is not None:
         redo_from(redo, directory)
     stages = [BY_NAME[only]] if only else list(STAGES)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         with session(config.compute.address):
             preflight(stages, config, directory)
@@ -283,6 +293,8 @@ def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
     except KeyboardInterrupt as stop:
         errors.print("stopped; the same command goes on from here")
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _write_report(directory: str) -> None:

@@ -66,11 +66,11 @@ class Chaos:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
+        self.undisturbed: dict[str, float] = {}
         self.store = Store().start()
         os.environ.update(self.store.environment)
         self.nodes = Nodes(2, 2, RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3", **self.store.environment)
         self.shop = make_shop(folder / "shop")
-        self.undisturbed: dict[str, float] = {}
 
     def command(self, stage: str, run: str) -> subprocess.Popen[str]:
         overrides = [f"data.root={self.shop}", f"run.dir={run}", *SMALL, "compute.checkpoint_seconds=0", "data.rows_per_part=10"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-UP_SECONDS = 120
+UP_SECONDS = 300
 
 
 def free_port() -> int:
@@ -34,7 +34,7 @@ def clean_environment(**more: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "120",
+        "RAY_raylet_start_wait_time_s": "240",
     }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # a job's `python` is the first there
     return kept | ours | {"HF_HUB_OFFLINE": "1", "PATH": path} | more

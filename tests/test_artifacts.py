@@ -1,4 +1,7 @@
+import os
 import pickle
+import shutil
+import subprocess
 
 import pyarrow as pa
 import pytest
@@ -34,6 +37,24 @@ def _fail_half_way(path):
     with open(path, "wb") as file:
         file.write(b"ne")
     raise RuntimeError("disk full")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounts a tmpfs")
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=False).returncode:
+        pytest.skip("no tmpfs may be mounted here")
+    try:
+        run, rows = RunDir(str(tmp_path / "run")), pa.table({"x": torch.randn(20_000).numpy()})
+        with pytest.raises(OSError, match="No space left"):
+            run.write_part("table", "a-00000.parquet", rows)
+        with pytest.raises(OSError, match="No space left"):
+            run.save_model("model", {"x": torch.randn(20_000)}, {})
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        subprocess.run(["mount", "-o", "remount,size=1m", str(tmp_path)], check=True)
+        run.write_part("table", "a-00000.parquet", rows)
+        assert run.read("table").equals(rows)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_models_come_back_as_they_were(run):

@@ -1,8 +1,10 @@
 """What the command line says, mostly when something is wrong. No command here gets as far as starting Ray."""
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import typer
@@ -54,6 +56,16 @@ def test_missing_input_files_are_named(capsys, tmp_path, ray_session):
     status, text = call(capsys, "run", "-c", "configs/scientific.yaml", f"data.root={tmp_path}", f"run.dir={tmp_path / 'run'}")
     assert status == 2
     assert "items.parquet" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_a_word_and_its_status(capsys, tmp_path, monkeypatch, number, expected):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("qbert_ray.pipelines.session.session", lambda address: nullcontext())
+    monkeypatch.setattr("qbert_ray.pipelines.stages.preflight", lambda *_: signal.raise_signal(number))
+    status, text = call(capsys, "run", "-c", "configs/demo.yaml", f"run.dir={tmp_path / 'run'}")
+    assert status == expected and text.endswith("stopped; the same command goes on from here\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_demo_data_is_generated_once(capsys, tmp_path, monkeypatch):

@@ -157,9 +157,10 @@ def check_reachable(config: Config, run: RunDir) -> None:
         on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in alive if local]
         for node, missing in zip(alive, ray.get([_missing.options(scheduling_strategy=there).remote(local) for there in on]), strict=False):
             for key in missing:
+                given = config.run.dir if key == "run.dir" else config.data.root
                 raise CapacityError(
-                    f"{key} is {dict([('run.dir', config.run.dir), ('data.root', config.data.root)])[key]}, which the node "
-                    f"{node['NodeManagerAddress']} does not see; give a folder that all nodes share, or a URI such as s3://bucket/folder"
+                    f"{key} is {given}, which the node {node['NodeManagerAddress']} does not see; "
+                    "give a folder that all nodes share, or a URI such as s3://bucket/folder"
                 )
     finally:
         run.delete(probe)

@@ -58,14 +58,6 @@ class Quiet:
         pass
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: how `ray job stop`, a scheduler or a machine that goes down ends a run."""
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
 @contextmanager
 def session(address: str | None = None) -> Iterator[None]:
     """Ray, connected to a cluster or started on this machine; one that was already there stays."""
@@ -73,21 +65,21 @@ def session(address: str | None = None) -> Iterator[None]:
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)  # what a user should know is in our own lines
     if owner:
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(
             address=address,
             include_dashboard=None if address or os.environ.get("RAY_ADDRESS") else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if in_main else None  # Ray's own handler ends the process without a word
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process without a word
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # so that the command line sees what it can explain
     context.execution_options.verbose_progress = False
     try:
         yield
     finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
         if owner:
             ray.shutdown()

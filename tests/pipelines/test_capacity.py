@@ -2,6 +2,7 @@
 
 import pytest
 
+from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Actors, Workers
 from qbert_ray.overlays import load_config
 from qbert_ray.pipelines import capacity
@@ -93,6 +94,28 @@ def test_a_cluster_that_grows_is_not_refused(monkeypatch, ray_session):
     capacity.check(load_config([], ["compute.features={min_size: 3, num_gpus: 1, num_cpus: 8}"]), KEYS)
     with pytest.raises(capacity.CapacityError, match="room for 3"):
         capacity.check(load_config([], ["compute.features={min_size: 4, num_gpus: 1, num_cpus: 8}"]), KEYS)
+
+
+def test_a_job_that_would_lose_its_results_is_refused(monkeypatch, tmp_path, ray_session):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://code.zip"}}')
+    with pytest.raises(capacity.CapacityError, match="run.dir is runs/run, inside the copy of the code that ends with the job"):
+        capacity.check_reachable(load_config(), RunDir("runs/run"))
+    capacity.check_reachable(load_config([], [f"run.dir={tmp_path}"]), RunDir(str(tmp_path)))
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    capacity.check_reachable(load_config(), RunDir("runs/run"))
+
+
+def test_a_folder_that_a_node_does_not_see_is_named(monkeypatch, tmp_path, ray_session):
+    """The second of two nodes; here the same one twice, with an input folder that is nowhere."""
+    (node,) = ray_session.nodes()
+    monkeypatch.setattr(capacity.ray, "nodes", lambda: [node, node])
+    run = RunDir(str(tmp_path / "run"))
+    capacity.check_reachable(load_config([], [f"data.root={tmp_path}"]), run)
+    with pytest.raises(
+        capacity.CapacityError, match=f"data.root is {tmp_path}/none, which the node .* does not see; give a folder that all"
+    ):
+        capacity.check_reachable(load_config([], [f"data.root={tmp_path}/none"]), run)
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_every_key_of_compute_belongs_to_a_stage():
