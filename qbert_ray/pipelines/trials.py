@@ -62,9 +62,9 @@ class Plan:
         self._check()
         self.as_is = {path: _at(config, path) for path in config.sweep.space}
         chosen = settings(config.sweep, self.as_is, config.run.seed)
+        # as the config reads them, such as 1e-3 for YAML's text; a value that is not valid fails here, before anything runs
+        chosen = [{path: _at(with_values(config, values), path) for path in values} for values in chosen]
         self.trials = [Trial(values, seed) for seed in self.seeds for values in chosen]
-        for trial in self.trials:  # a value that is not valid fails here, before anything runs
-            self.trial_config(trial)
 
     def _check(self) -> None:
         sweep = self.sweep
