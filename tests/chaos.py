@@ -66,7 +66,8 @@ class Chaos:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
-        self.undisturbed: dict[str, float] = {}
+        self.undisturbed: dict[str, float] = {}  # seconds of each stage's command
+        self.working: dict[str, float] = {}  # seconds of each stage itself
         self.store = Store().start()
         os.environ.update(self.store.environment)
         self.nodes = Nodes(2, 2, RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3", **self.store.environment)
@@ -84,6 +85,8 @@ class Chaos:
             status, said = self.end(self.command(stage.name, str(self.folder / "whole")))
             assert status == 0, said
             self.undisturbed[stage.name] = time.monotonic() - started
+            done = Manifest.load(RunDir(str(self.folder / "whole")), stage.folder)
+            self.working[stage.name] = done.seconds if done else 0.0
             print(f"{stage.name}: {self.undisturbed[stage.name]:.0f} s undisturbed", flush=True)
 
     def end(self, process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -99,7 +102,7 @@ class Chaos:
     def play(self, case: Case) -> Case:
         with self.place(case) as (run, restore):
             redo_from(case.stage, run)
-            case.after = self.random.uniform(0.1, 0.6) * self.undisturbed[case.stage]
+            case.after = self.random.uniform(0.05, 0.7) * self.working[case.stage]
             started = time.monotonic()
             process = self.command(case.stage, run.uri)
             self.hit(case, process, run)
@@ -117,7 +120,7 @@ class Chaos:
         marker = f"{BY_NAME[case.stage].folder}/started.json"
         while process.poll() is None and not run.exists(marker) and Manifest.load(run, BY_NAME[case.stage].folder) is None:
             time.sleep(0.1)
-        until = time.monotonic() + case.after - 0.1 * self.undisturbed[case.stage]
+        until = time.monotonic() + case.after
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
         if case.fault == "disk full":  # full from the beginning
