@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,10 +66,7 @@ def run(
     console.print(f"\nsemantic IDs     {escape(directory.path('semantic_ids'))}")
     console.print(f"recommendations  {escape(directory.path('recommendations'))}")
     console.print(f"metrics          {escape(directory.path('evaluation/metrics.json'))}", soft_wrap=True)
-    try:
-        _write_report(settings.run.dir)
-    except Exception as error:  # noqa: BLE001 - the run is done, whatever becomes of its report
-        console.print(f"[yellow]! no report: {escape(f'{type(error).__name__}: {error}')}[/yellow]", soft_wrap=True)
+    _write_report_or_say(settings.run.dir)
 
 
 def _stage_command(name: str, help_text: str) -> Callable[..., None]:
@@ -148,7 +146,7 @@ def sweep(
     if dry_run:
         _show_trials(plan, tuning.estimate(plan))
         return
-    with session(settings.compute.address):
+    with _stoppable(), session(settings.compute.address):
         for seed in plan.seeds:
             for name in plan.to_prepare(seed):
                 started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)
@@ -159,6 +157,7 @@ def sweep(
         with StageBar(console, "trials") as bar:
             best = tuning.search(plan, bar)
     console.print(sweep_table(plan.folder.read_json(tuning.SWEEP), tuning.trial_rows(plan)))
+    _write_report_or_say(plan.folder.uri)
     console.print(f"trials   {escape(plan.folder.path(tuning.TRIALS))}\ncurves   {escape(plan.folder.path(tuning.CURVES))}", soft_wrap=True)
     if best:
         console.print(f"best     {escape(plan.folder.path(tuning.BEST))}: qbert-ray run -c <the same files> -c <this one>", soft_wrap=True)
@@ -277,24 +276,38 @@ def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
     if redo is not None:
         redo_from(redo, directory)
     stages = [BY_NAME[only]] if only else list(STAGES)
+    with _stoppable(), session(config.compute.address):
+        preflight(stages, config, directory)
+        for stage in stages:
+            why = stage.skipped(config)
+            known = None if why else status(stage, config, directory)
+            started = time.monotonic()
+            with StageBar(console, stage.name) as bar:
+                manifest = run_stage(stage, config, directory, bar)
+            console.print(stage_line(stage.name, manifest, None if known else time.monotonic() - started, why), soft_wrap=True)
+            for warning in manifest.counts.get("warnings", []) if manifest else []:
+                console.print(f"[yellow]! {escape(warning)}[/yellow]", soft_wrap=True)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM end what is inside with one line and the usual exit status."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with session(config.compute.address):
-            preflight(stages, config, directory)
-            for stage in stages:
-                why = stage.skipped(config)
-                known = None if why else status(stage, config, directory)
-                started = time.monotonic()
-                with StageBar(console, stage.name) as bar:
-                    manifest = run_stage(stage, config, directory, bar)
-                console.print(stage_line(stage.name, manifest, None if known else time.monotonic() - started, why), soft_wrap=True)
-                for warning in manifest.counts.get("warnings", []) if manifest else []:
-                    console.print(f"[yellow]! {escape(warning)}[/yellow]", soft_wrap=True)
+        yield
     except KeyboardInterrupt as stop:
         errors.print("stopped; the same command goes on from here")
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _write_report_or_say(directory: str) -> None:
+    """What it tells of is done, whatever becomes of the report."""
+    try:
+        _write_report(directory)
+    except Exception as error:  # noqa: BLE001
+        console.print(f"[yellow]! no report: {escape(f'{type(error).__name__}: {error}')}[/yellow]", soft_wrap=True)
 
 
 def _write_report(directory: str) -> None:
