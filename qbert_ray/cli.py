@@ -18,6 +18,7 @@ from qbert_ray import completion, config_commands, data_commands, id_commands, m
 from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.config import Config
 from qbert_ray.console import StageBar, metrics_table, stage_line, sweep_table, trials_table
+from qbert_ray.failures import root_cause
 from qbert_ray.overlays import ConfigError, load_config
 
 app = typer.Typer(
@@ -341,23 +342,12 @@ def _show_metrics(directory: RunDir) -> None:
             console.print(metrics_table(domain, content["cold"], "items that no training saw"))
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    """The error that a worker raised, from under Ray's wrappers."""
-    while True:
-        failures = getattr(error, "worker_failures", None)
-        inner = getattr(error, "cause", None) or (next(iter(failures.values())) if failures else None)
-        inner = inner or getattr(error, "_base_exc", None)
-        if not isinstance(inner, BaseException) or inner is error:
-            return error
-        error = inner
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line; errors of the user end with one message and exit status 2, others with their traceback."""
     try:
         app(args=arguments)
     except Exception as error:
-        cause = _root_cause(error)
+        cause = root_cause(error)
         if not isinstance(cause, (ValueError, FloatingPointError, OSError)):
             raise
         errors.print(f"[red]error:[/red] {escape(str(cause))}", soft_wrap=True)

@@ -20,6 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from qbert_ray.artifacts import ArtifactError, Manifest
 from qbert_ray.config import Workers
+from qbert_ray.failures import root_cause
 from qbert_ray.overlays import merge, nest
 from qbert_ray.pipelines import capacity
 from qbert_ray.pipelines.session import Progress, Quiet
@@ -130,8 +131,13 @@ def estimate(plan: Plan) -> list[float | None]:
 
 
 def _trainable(config: dict[str, Any], plan: Plan) -> None:
-    trial = _trial(plan, config)
-    metrics = run_trial(plan, trial, tune.report)
+    trial, started = _trial(plan, config), time.monotonic()
+    try:
+        metrics = run_trial(plan, trial, tune.report)
+    except Exception as error:
+        cause = root_cause(error)
+        plan.conclude(trial, FAILED, time.monotonic() - started, {}, f"{type(cause).__name__}: {cause}")
+        raise
     tune.report(metrics | {"epoch": len(plan.curve(trial)), "whole": True})
 
 
@@ -229,7 +235,9 @@ class _Watch(tune.Callback):
         self.progress.note(f"{self.plan.metric} {value:.4f}, best {self.best:.4f}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.plan.conclude(_trial(self.plan, trial.config), FAILED, self._seconds(trial), {}, _last_line(trial))
+        mine = _trial(self.plan, trial.config)
+        if self.plan.result(mine).get("status") != FAILED:
+            self.plan.conclude(mine, FAILED, self._seconds(trial), {}, "the trial's process died")
         self.progress.advance()
 
     def _seconds(self, trial: Any) -> float:
@@ -242,12 +250,6 @@ class _Watch(tune.Callback):
 def _is_last(result: dict[str, Any]) -> bool:
     """Whether a report is that of a whole trial rather than of an epoch."""
     return "whole" in result
-
-
-def _last_line(trial: Any) -> str:
-    """What the trial's error says, without the tracebacks around it."""
-    file = trial.get_error()
-    return str(file).strip().splitlines()[-1] if file else "no error was recorded"
 
 
 def write_tables(plan: Plan) -> dict[str, Any] | None:
