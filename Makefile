@@ -15,7 +15,7 @@ demo: .venv/.installed ## every stage on a generated shop; outputs in runs/demo
 	$(BIN)/qbert-ray run -c configs/demo.yaml
 
 test: .venv/.installed ## the tests; QBERT_REAL_DATA=<folder> adds those on real data
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations 15
 
 test-slow: .venv/.installed ## also the tests that take minutes
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1800

@@ -1,6 +1,7 @@
 """Sweeps on real Ray Tune: trials are ordinary trainings, go on after a cut, and say why they failed."""
 
 import shutil
+import signal
 
 import polars as pl
 import pytest
@@ -41,6 +42,7 @@ def test_a_trial_is_the_ordinary_training_on_shared_outputs(swept, finished):
     expected = weights(finished[1])
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
     assert best["values"] == {RATE: plan.config.finetune.learning_rate}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # what ends a process still does
 
 
 def test_tables_tell_of_every_trial_and_the_overlay_loads(swept):
@@ -56,6 +58,7 @@ def test_tables_tell_of_every_trial_and_the_overlay_loads(swept):
     assert plan.folder.folders("") == ["trials"]  # nothing of Tune's own stays
 
 
+@pytest.mark.slow
 def test_a_cut_sweep_repeats_only_what_is_missing(swept):
     plan, _ = swept
     before = pl.read_parquet(plan.folder.path("trials.parquet"))
