@@ -23,7 +23,14 @@ def ray_session():
 
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)  # else every debug line is formatted for pytest's report
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
+    for attempt in range(3):  # Ray gives a node 30 s to start, which a busy machine does not always keep
+        try:
+            ray.init(num_cpus=4, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
+            break
+        except Exception as error:
+            ray.shutdown()
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
     yield ray
     ray.shutdown()
 
