@@ -109,7 +109,7 @@ def sweep_table(description: dict[str, Any], rows: list[dict[str, Any]]) -> Tabl
     table = Table(title=f"{len(rows)} trials by {metric}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     shown = [*description["parameters"], "seed", *description["objectives"], "epochs", "seconds", "status"]
     for name in shown:
-        table.add_column(name.replace(".", ".\n"), no_wrap=name != "status")
+        table.add_column(name.replace(".", ".\n"), no_wrap=name != "status", min_width=len("stopped") if name == "status" else None)
     for row in sorted(rows, key=lambda row: sign * row[metric] if row.get(metric) is not None else float("inf")):
         status = f"failed: {row['error']}" if row["status"] == "failed" else row["status"]
         table.add_row(*(_short(row.get(name)) for name in shown[:-1]), status)
