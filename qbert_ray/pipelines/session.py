@@ -20,7 +20,7 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait steal the core from whoever works
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # its handler stays after the sweep and swallows what should end the process
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends a run
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables; a sweep prints its own
 }.items():
     os.environ.setdefault(_name, _value)

@@ -83,7 +83,7 @@ def fit(
     board = Board.remote()
     config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
     config |= {"threads": scaling.resources_per_worker["CPU"], "checkpoint_seconds": checkpoint_seconds}
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _train_worker,
         train_loop_config=config,
         scaling_config=scaling,
@@ -103,6 +103,13 @@ def fit(
         trainer.fit()
     run.delete(f"{folder}/checkpoints")
     return _last_metrics(run, folder)
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C alone: Train's handler stays when the training is over, and then swallows what should end the run."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def build(make_task: Callable[..., Task], arguments: dict[str, Any], workers: Workers, run: RunDir, folder: str) -> dict[str, Any]:
