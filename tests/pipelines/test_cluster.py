@@ -83,6 +83,7 @@ def test_a_job_that_cannot_succeed_ends_with_the_reason(nodes, tmp_path, given, 
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_stopped_and_killed_in_every_way_the_vectors_are_those_of_one_process(nodes, shop, tmp_path):
     """SIGTERM and kill -9 of the driver, kill -9 of an actor, kill -9 of a node: one stage, one try after the other."""
     environment = nodes.environment | {"RAY_ADDRESS": nodes.address}
