@@ -65,6 +65,6 @@ def modality_vectors(run: RunDir, domain: str, modality: str) -> Tensor | None:
 def nearest(content: Tensor, rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     """[C, n] items of `among` nearest by cosine of content [N, D] to each of C rows; and their weights, summing to 1."""
     unit = F.normalize(content, dim=-1)
-    count = min(NEIGHBOURS, len(among))
-    cosine, found = zip(*(torch.topk(unit[piece] @ unit[among].T, count, dim=1) for piece in rows.split(CHUNK)), strict=True)
+    others, count = unit[among].T, min(NEIGHBOURS, len(among))
+    cosine, found = zip(*(torch.topk(unit[piece] @ others, count, dim=1) for piece in rows.split(CHUNK)), strict=True)
     return among[torch.cat(found)], torch.softmax(torch.cat(cosine) / NEIGHBOUR_TEMPERATURE, dim=1)

@@ -148,6 +148,7 @@ def sweep(
         _show_trials(plan, tuning.estimate(plan))
         return
     with _stoppable(), session(settings.compute.address):
+        tuning.check_room(plan)
         for seed in plan.seeds:
             for name in plan.to_prepare(seed):
                 started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)

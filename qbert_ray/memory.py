@@ -24,15 +24,9 @@ from torch import Tensor
 
 CONTENTS = ("content", "text", "image")
 SIGNALS = ("sequencer", "ridge", "following", *CONTENTS, "seen")
-START = (
-    0.35,
-    1.0,
-    0.6,
-    0.0,
-    0.0,
-    0.0,
-    0.0,
-)  # weights of the signals where there is nothing to fit them on: what the real data sets gave, rounded
+# weights of the signals where there is nothing to fit them on: what the real data sets gave, rounded
+START = (0.35, 1.0, 0.6, 0.0, 0.0, 0.0, 0.0)
+CONTENT_HISTORY = 20  # latest items of a history that content is compared with
 
 
 def popularity(indptr: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
@@ -119,9 +113,6 @@ def following(
     kept = [slice(*counts.indptr[row : row + 2]) for row in range(num_items)]
     best = [np.argsort(-counts.data[row], kind="stable")[:neighbours] + row.start for row in kept]
     return _from_rows([counts.indices[entries] for entries in best], [counts.data[entries] for entries in best], num_items)
-
-
-CONTENT_HISTORY = 20  # latest items of a history that content is compared with
 
 
 class Memory:

@@ -273,9 +273,9 @@ def preflight(stages: Sequence[Stage], config: Config, run: RunDir) -> None:
     Raises:
         ValueError: what is asked for and what there is.
     """
-    todo = [stage for stage in stages if not stage.skipped(config) and status(stage, config, run) is None]
-    if todo:
-        capacity.check(config, [key for stage in todo for key in stage.compute])
+    pending = [stage for stage in stages if not stage.skipped(config) and status(stage, config, run) is None]
+    if pending:
+        capacity.check(config, [key for stage in pending for key in stage.compute])
         capacity.check_reachable(config, run)
 
 

@@ -28,6 +28,7 @@ from qbert_ray.sweeps import objectives, settings
 
 BEGUN, RESULT, CURVE = "trial.json", "result.json", "curve.jsonl"  # in the folder of a trial
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
+EPOCH_METRICS = ("ndcg@10", "hr@10", "train_loss")  # of pre-training and fine-tuning
 TIMED_USERS = 512
 FIXED = ("run", "data", "compute", "gates", "sweep")
 
@@ -80,6 +81,11 @@ class Plan:
             raise ValueError(f"no stage up to {sweep.stage} depends on {', '.join(unused)}; set sweep.stage to a later one")
         if sweep.scheduler != "none" and (sweep.stage not in ("pretrain", "finetune") or len(self.config.data.targets) > 1):
             raise ValueError(f"sweep.scheduler={sweep.scheduler} compares the epochs of one training: pretrain, or finetune of one target")
+        if sweep.scheduler != "none" and self.metric not in EPOCH_METRICS:
+            raise ValueError(
+                f"sweep.scheduler={sweep.scheduler} compares epochs, which have no {self.metric}; name one of {', '.join(EPOCH_METRICS)} first "
+                "in sweep.objectives"
+            )
         if sweep.search == "optuna" and len(self.seeds) > 1:
             raise ValueError(
                 "sweep.search=optuna tries each setting once: give one seed, and compare the best settings by grid over several"
@@ -161,8 +167,8 @@ class Plan:
     def base(self) -> dict[str, Any]:
         """Dotted path -> value of all that the trials have in common."""
         leaves = [depends_on(stage, self.config) for stage in self.stages]
-        swept = ("run.seed", *self.sweep.space)
-        return {path: value for common in leaves for path, value in common.items() if not path.startswith(swept)}
+        swept = tuple(f"{path}." for path in ("run.seed", *self.sweep.space))
+        return {path: value for common in leaves for path, value in common.items() if not f"{path}.".startswith(swept)}
 
 
 def _affects(path: str, stage: Stage) -> bool:

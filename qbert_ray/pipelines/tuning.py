@@ -37,6 +37,16 @@ def prepare(plan: Plan, seed: int, stage: str, progress: Progress) -> Manifest |
     return run_stage(BY_NAME[stage], plan.seed_config(seed), plan.seed_run(seed), progress)
 
 
+def check_room(plan: Plan) -> None:
+    """Refuse, before anything runs, what the cluster has no room for.
+
+    Raises:
+        CapacityError: what is asked for and what there is.
+    """
+    capacity.check(plan.config, [name for stage in plan.stages if not stage.skipped(plan.config) for name in stage.compute])
+    capacity.check_reachable(plan.config, plan.run)
+
+
 def is_prepared(plan: Plan, seed: int, stage: str) -> bool:
     return plan.seed_run(seed).exists(f"{BY_NAME[stage].folder}/manifest.json")
 
@@ -60,11 +70,7 @@ def unfinished(plan: Plan) -> int:
 
 
 def search(plan: Plan, progress: Progress) -> dict[str, Any] | None:
-    """Run the trials that are not finished, as many at a time as fit; what `write_tables` gives.
-
-    Raises:
-        ValueError: a trial asks for more than the cluster has.
-    """
+    """Run the trials that are not finished, as many at a time as fit; what `write_tables` gives."""
     left, total = unfinished(plan), len(plan.trials) or plan.sweep.num_trials
     most = concurrent(plan)
     plan.folder.write_json(SWEEP, _description(plan))
@@ -77,16 +83,18 @@ def search(plan: Plan, progress: Progress) -> dict[str, Any] | None:
 def _run(plan: Plan, left: int, most: int, progress: Progress) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's error is in the tables
     budget = _Budget(plan)
-    todo = [number for number, trial in enumerate(plan.trials) if plan.result(trial).get("status") not in (DONE, STOPPED)]
+    pending = [number for number, trial in enumerate(plan.trials) if plan.result(trial).get("status") not in (DONE, STOPPED)]
     name = f"tune-{uuid.uuid4().hex[:8]}"
     try:
         tune.Tuner(
             tune.with_resources(tune.with_parameters(_trainable, plan=plan), {"memory": TRIAL_MEMORY}),
-            param_space={"number": tune.grid_search(todo)} if todo else {path: _domain(draw) for path, draw in plan.sweep.space.items()},
+            param_space={"number": tune.grid_search(pending)}
+            if pending
+            else {path: _domain(draw) for path, draw in plan.sweep.space.items()},
             tune_config=tune.TuneConfig(
-                num_samples=1 if todo else left,
+                num_samples=1 if pending else left,
                 max_concurrent_trials=most,
-                search_alg=None if todo else _optuna(plan),
+                search_alg=None if pending else _optuna(plan),
                 scheduler=_scheduler(plan),
             ),
             run_config=tune.RunConfig(
@@ -104,14 +112,9 @@ def _run(plan: Plan, left: int, most: int, progress: Progress) -> None:
 
 
 def concurrent(plan: Plan) -> int:
-    """Trials that the cluster carries at the same time.
-
-    Raises:
-        CapacityError: not even one.
-    """
+    """Trials that the cluster carries at the same time, where `check_room` found room for one."""
     compute = plan.small_compute()
     own = [stage for stage in plan.stages if not all(stage.name in plan.to_prepare(seed) for seed in plan.seeds)]
-    capacity.check(plan.config, [name for stage in own for name in stage.compute])
     there, fit = capacity.nodes(), plan.sweep.max_concurrent or capacity.MOST_NODES
     for name in {name for stage in own for name in stage.compute}:
         asked = getattr(compute, name)
@@ -196,7 +199,7 @@ class _Budget(tune.Stopper):
         self.spent = self.epoch * sum(len(plan.curve(trial)) for trial in plan.begun())
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self.spent += 0 if _is_last(result) else self.epoch
+        self.spent += 0 if "whole" in result else self.epoch  # the report of a whole trial comes after those of its epochs
         return False
 
     def stop_all(self) -> bool:
@@ -245,11 +248,6 @@ class _Watch(tune.Callback):
 
     def _sign(self) -> int:
         return 1 if self.plan.objectives[self.plan.metric] == "max" else -1
-
-
-def _is_last(result: dict[str, Any]) -> bool:
-    """Whether a report is that of a whole trial rather than of an epoch."""
-    return "whole" in result
 
 
 def write_tables(plan: Plan) -> dict[str, Any] | None:

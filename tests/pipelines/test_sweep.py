@@ -97,6 +97,7 @@ def test_seeds_stand_on_runs_of_their_own_that_share_what_no_seed_changes(swept)
         ({"space": {"compute.address": ["x"]}}, "a sweep varies"),
         ({"space": {"memory.decay": [0.5]}}, "set sweep.stage to a later one"),
         ({"space": {RATE: [1.0]}, "scheduler": "asha", "stage": "train-rqvae"}, "no stage up to train-rqvae|compares the epochs"),
+        ({"space": {RATE: [1.0]}, "scheduler": "asha", "objectives": {"ms_per_user": "min"}}, "epochs, which have no ms_per_user"),
         ({"space": {RATE: {"uniform": [0.1, 1.0]}}, "search": "optuna", "seeds": [0, 1]}, "give one seed"),
     ],
 )
