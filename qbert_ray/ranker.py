@@ -13,7 +13,7 @@ from scipy import sparse
 from torch import Tensor
 
 from qbert_ray import memory
-from qbert_ray.artifacts import RunDir
+from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.catalog import catalog_codes, content_vectors, modality_vectors, nearest, warm_items
 from qbert_ray.config import Memory
 from qbert_ray.sequencer import Sequencer, next_item_queries
@@ -47,7 +47,7 @@ class Ranker:
             self.memory = _load_memory(run, domain, settings, self.model.max_items, len(self.catalog), content)
         self.bonus = settings.new_item_bonus
         if settings.enabled and mixed:
-            self.use(memory.Mix(**run.load_model(f"{MIX}/{domain}")[0]))
+            self.use(_load_mix(run, domain))
 
     def use(self, mix: memory.Mix) -> None:
         self.mix = memory.Mix(*(tensor.to(self.device) for tensor in mix))
@@ -130,6 +130,13 @@ def _load_memory(run: RunDir, domain: str, settings: Memory, latest: int, num_it
     contents["content"] = None if content is None else F.normalize(content, dim=-1)
     there = {name: vectors for name, vectors in contents.items() if vectors is not None}
     return memory.Memory(*matrices, (settings.decay, settings.following_decay), settings.scale, latest, there)
+
+
+def _load_mix(run: RunDir, domain: str) -> memory.Mix:
+    mix = memory.Mix(**run.load_model(f"{MIX}/{domain}")[0])
+    if mix.weights.shape[1] != 2 * len(memory.SIGNALS) + 1:
+        raise ArtifactError(f"the mix in {run.uri}/{MIX}/{domain} is of an older format; fit it again: qbert-ray train-memory --redo")
+    return mix
 
 
 def _matrix(items: pa.ChunkedArray, weights: pa.ChunkedArray, num_items: int) -> sparse.csr_matrix:

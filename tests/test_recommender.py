@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from qbert_ray import columns
 from qbert_ray.artifacts import ArtifactError
@@ -95,3 +96,10 @@ def test_given_ids_leave_no_content_and_ranking_works(tmp_path):
     run = make_run(tmp_path, content_width=0)
     run.delete("fusion")
     assert len(Recommender.load(run.uri).recommend([["shop-item-1"]], 5)[0]) == 5
+
+
+def test_a_mix_of_an_older_format_is_refused_by_name(tmp_path):
+    run = make_run(tmp_path)
+    run.save_model("memory/mix/shop", {"weights": torch.zeros(3, 5), "centre": torch.zeros(3), "spread": torch.ones(3)}, {})
+    with pytest.raises(ArtifactError, match="older format.*train-memory --redo"):
+        Recommender.load(run.uri)

@@ -74,7 +74,8 @@ def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, 
     histories = [sequences.history(user, "valid") for user in users]
     new = torch.zeros(ranker.trained, dtype=torch.bool)
     if "content" in ranker.memory.contents:
-        new = torch.from_numpy(uniform(NEW_STREAM, 0, np.arange(ranker.trained), 1)[:, 0] < NEW_SHARE)
+        drawn = torch.from_numpy(uniform(NEW_STREAM, 0, np.arange(ranker.trained), 1)[:, 0] < NEW_SHARE)
+        new = drawn & ~drawn.all()  # a catalog of a few items: somebody must stay to be near to
     pretender = ranker.pretending(new.nonzero()[:, 0]) if new.any() else ranker
     samples = []
     with torch.inference_mode():
