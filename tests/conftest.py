@@ -7,6 +7,7 @@ from pathlib import Path
 for name, value in {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: beside any other work on the machine a test would wait for minutes
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # threads that wait for each other make small tensors ten times slower
