@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from qbert_ray.config import Config, Data, Domain
 
+WHOLE = {"masks", "variants"}  # mappings whose keys are the choice itself, so merging would only ever add some
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the dotted path, what was given and what is valid."""
@@ -28,7 +30,7 @@ def load_config(files: list[str | Path] = [], overrides: list[str] = []) -> Conf
     """
     tree: dict[str, Any] = {}
     for file in files:
-        tree = merge(tree, _read_layer(Path(file)))
+        tree = merge(tree, read_layer(Path(file)))
     for override in overrides:
         tree = merge(tree, _parse_override(override))
     return _validate(tree)
@@ -66,7 +68,7 @@ def _validate(tree: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
 
 
-def _read_layer(file: Path) -> dict[str, Any]:
+def read_layer(file: Path) -> dict[str, Any]:
     """One YAML file, on top of the file beside it that its `extends` names."""
     try:
         layer = yaml.safe_load(file.read_text()) or {}
@@ -77,17 +79,17 @@ def _read_layer(file: Path) -> dict[str, Any]:
     if not isinstance(layer, dict):
         raise ConfigError(f"{file} must hold a mapping of sections, got {type(layer).__name__}")
     base = layer.pop("extends", None)
-    return merge(_read_layer(file.parent / base), layer) if base else layer
+    return merge(read_layer(file.parent / base), layer) if base else layer
 
 
 def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     """`base` with `overlay` on top: mappings merge key by key, anything else is replaced.
 
-    `masks` is replaced whole: its keys are the choice itself, so merging would only ever add strategies.
+    Those of `WHOLE` are replaced whole.
     """
     merged = dict(base)
     for key, value in overlay.items():
-        deep = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "masks"
+        deep = isinstance(value, dict) and isinstance(merged.get(key), dict) and key not in WHOLE
         merged[key] = merge(merged[key], value) if deep else value
     return merged
 
@@ -100,6 +102,16 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return leaves
+
+
+def settings_of(overlay: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value that an overlay sets, as `merge` would: what is replaced whole stays whole."""
+    found: dict[str, Any] = {}
+    for key, value in overlay.items():
+        path = f"{prefix}{key}"
+        deep = isinstance(value, dict) and value and key not in WHOLE
+        found |= settings_of(value, f"{path}.") if deep else {path: value}
+    return found
 
 
 def _parse_override(text: str) -> dict[str, Any]:

@@ -65,15 +65,21 @@ class Sweep(Section):
     space: dict[str, Draw] = Field(
         {}, description="field -> list of its values, or {uniform: [low, high]}, loguniform, randint for random and optuna"
     )
-    search: Literal["each", "grid", "random", "optuna"] = Field(
-        "each", description="one field at a time with the others as they are (Figures 3-5), every combination, random draws, or Optuna"
+    variants: dict[str, dict[str, Any]] = Field({}, description="name -> overlay on the config; what search: variants compares")
+    search: Literal["each", "grid", "random", "optuna", "variants"] = Field(
+        "each",
+        description="one field at a time with the others as they are (Figures 3-5), every combination, random draws, Optuna, or sweep.variants",
     )
     num_trials: PositiveInt = Field(20, description="settings that random and optuna draw")
     seeds: list[int] | None = Field(None, description="values of run.seed, each for every setting; None: that of the run")
     objectives: dict[str, Literal["max", "min"]] = Field(
         {}, description="metric -> direction; the first decides; also ms_per_user and parameters; {}: what suits the stage"
     )
-    scheduler: Literal["none", "asha"] = Field("none", description="asha stops poor trials early")
+    scheduler: Literal["none", "asha", "pbt"] = Field(
+        "none",
+        description="asha stops poor trials early; pbt lets them go on from good ones with changed values (population-based training)",
+    )
+    perturbation_epochs: PositiveInt = Field(5, description="epochs after which pbt compares its trials")
     grace_epochs: PositiveInt = Field(3, description="epochs before asha may stop a trial")
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="asha keeps one in so many")
     max_seconds: PositiveFloat | None = Field(None, description="stop all trials after this long; the same command goes on")

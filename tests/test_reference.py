@@ -67,7 +67,9 @@ def test_the_page_has_one_row_per_field():
     assert all(line.replace("\\|", "").count("|") == 6 for line in rows)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "tables"), ids=lambda path: path.name
+)
 def test_the_schema_takes_every_config_file(path):
     jsonschema.validate(as_editors_read(path), json_schema())
 

@@ -135,26 +135,35 @@ def check_collisions(config: Config, counts: dict[str, Any]) -> None:
         )
 
 
-def pretrain(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
-    """Stage 3, first half: multi-mask pre-training over the source domains."""
+def sequence_trainings(stage: str, config: Config) -> dict[str, dict[str, Any]]:
+    """Folder -> arguments of its `SequencerTask`, of the stage "pretrain" or "finetune".
+
+    Raises:
+        ValueError: pretrain.domains names what is not there.
+    """
+    if stage == "finetune":
+        start = "pretrain/model" if config.pretrain.enabled else None
+        return {f"finetune/{name}": {"domains": [name], "settings": config.finetune, "start": start} for name in config.data.targets}
     domains = config.pretrain.domains or config.data.sources or config.data.targets
     unknown = set(domains) - set(config.data.domains)
     if unknown:
         raise ValueError(f"pretrain.domains names {sorted(unknown)}; data.domains has {list(config.data.domains)}")
-    return {
-        "domains": domains,
-        "metrics": _fit(SequencerTask, "pretrain", config, run, progress, domains=domains, settings=config.pretrain),
-    }
+    return {"pretrain": {"domains": domains, "settings": config.pretrain}}
+
+
+def pretrain(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+    """Stage 3, first half: multi-mask pre-training over the source domains."""
+    ((folder, arguments),) = sequence_trainings("pretrain", config).items()
+    return {"domains": arguments["domains"], "metrics": _fit(SequencerTask, "pretrain", config, run, progress, folder, **arguments)}
 
 
 def finetune(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Stage 3, second half: each target domain from the pre-trained weights."""
-    start = "pretrain/model" if config.pretrain.enabled else None
     counts = {}
-    for domain in config.data.targets:
+    for folder, arguments in sequence_trainings("finetune", config).items():
+        (domain,) = arguments["domains"]
         progress.note(domain)
-        arguments = {"domains": [domain], "settings": config.finetune, "start": start}
-        counts[domain] = _fit(SequencerTask, "finetune", config, run, progress, f"finetune/{domain}", **arguments)
+        counts[domain] = _fit(SequencerTask, "finetune", config, run, progress, folder, **arguments)
     return {"metrics": counts}
 
 

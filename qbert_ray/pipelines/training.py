@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import ray
@@ -67,6 +67,16 @@ class Task(Protocol):
         ...
 
 
+class Segment(NamedTuple):
+    """Some epochs of a training, which leave the state of the loop in `<folder>/state`."""
+
+    until: int  # epoch before which it ends
+    start: str | None  # folder, in the run directory of the segment, of the one that it goes on from; None: the beginning
+
+
+STATE = ("state.safetensors", "state.json")  # of a loop
+
+
 def fit(
     make_task: Callable[..., Task],
     arguments: dict[str, Any],
@@ -75,14 +85,19 @@ def fit(
     folder: str,
     progress: Progress,
     checkpoint_seconds: float = 20.0,
+    segment: Segment | None = None,
 ) -> dict[str, Any]:
-    """Train on Ray and leave `<folder>/model` and `<folder>/metrics.jsonl` in the run directory; the last epoch's metrics."""
+    """Train on Ray and leave `<folder>/model` and `<folder>/metrics.jsonl` in the run directory; the last epoch's metrics.
+
+    Args:
+        segment: do only some of the epochs; the model left is then the best so far.
+    """
     if run.exists(f"{folder}/model/model.json"):  # an earlier try was cut after the training
         return _last_metrics(run, folder)
     scaling = scaling_config(workers)
     board = Board.remote()
     config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
-    config |= {"threads": scaling.resources_per_worker["CPU"], "checkpoint_seconds": checkpoint_seconds}
+    config |= {"threads": scaling.resources_per_worker["CPU"], "checkpoint_seconds": checkpoint_seconds, "segment": segment}
     trainer = _Trainer(
         _train_worker,
         train_loop_config=config,
@@ -152,23 +167,44 @@ def _train_worker(config: dict[str, Any]) -> None:
     if checkpoint:
         with checkpoint.as_directory() as directory:
             loop.restore(Path(directory))
-    run, folder, board = config["run"], config["folder"], config["board"]
+    run, folder, board, segment = config["run"], config["folder"], config["board"], config["segment"]
     epochs = loop.task.settings.epochs
+    if segment and segment.start and not checkpoint:
+        _restore_state(loop, run, segment.start)
+    until = segment.until if segment else epochs
     saved = time.monotonic()
-    while not loop.finished:
+    ended = loop.finished or loop.epoch >= until
+    while not ended:
         loop.run_epoch()
+        ended = loop.finished or loop.epoch >= until
         if loop.rank == 0:
             written = board.write.remote(epochs, epochs if loop.finished else loop.epoch, loop.log[-1])
-            if loop.finished:  # who waits for the end of the training then reads all of it
+            if ended:  # who waits for the end of the training then reads all of it
                 ray.get(written)
-        if not loop.finished and loop.agree(int(time.monotonic() - saved > config["checkpoint_seconds"])):
+        if not ended and loop.agree(int(time.monotonic() - saved > config["checkpoint_seconds"])):
             with tempfile.TemporaryDirectory() as directory:
                 if loop.rank == 0:
                     loop.save(Path(directory))
                 ray.train.report({"epoch": loop.epoch}, ray.train.Checkpoint.from_directory(directory) if loop.rank == 0 else None)
             saved = time.monotonic()
     if loop.rank == 0:
+        if segment:
+            _leave_state(loop, run, folder)
         publish(loop, run, folder)
+
+
+def _leave_state(loop: Loop, run: RunDir, folder: str) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        loop.save(Path(directory))
+        for name in STATE:
+            run.write_bytes(f"{folder}/state/{name}", (Path(directory) / name).read_bytes())
+
+
+def _restore_state(loop: Loop, run: RunDir, folder: str) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        for name in STATE:
+            (Path(directory) / name).write_bytes(run.read_bytes(f"{folder}/state/{name}"))
+        loop.restore(Path(directory))
 
 
 def publish(loop: Loop, run: RunDir, folder: str) -> None:

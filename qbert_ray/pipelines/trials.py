@@ -20,7 +20,7 @@ import torch
 from qbert_ray import columns
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Actors, Compute, Config, Workers
-from qbert_ray.overlays import with_values
+from qbert_ray.overlays import settings_of, with_values
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, STAGES, Stage, depends_on, run_stage
 from qbert_ray.ranker import Ranker, batches
@@ -31,6 +31,7 @@ DONE, STOPPED, FAILED = "done", "stopped", "failed"
 EPOCH_METRICS = ("ndcg@10", "hr@10", "train_loss")  # of pre-training and fine-tuning
 TIMED_USERS = 512
 FIXED = ("run", "data", "compute", "gates", "sweep")
+CHANGEABLE = {"sequencer.dropout", "sequencer.code_dropout", "sequencer.temperature"}  # in the middle of a training, beside its own section
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,28 @@ class Plan:
         self.run = RunDir(config.run.dir)
         self.folder = self.run.inside(config.sweep.name)
         self.stages = STAGES[: STAGES.index(BY_NAME[config.sweep.stage]) + 1]
+        self.variants = {name: settings_of(overlay) for name, overlay in config.sweep.variants.items()}
+        self.paths = list(dict.fromkeys(path for values in (config.sweep.space, *self.variants.values()) for path in values))
         self._check()
-        self.as_is = {path: _at(config, path) for path in config.sweep.space}
-        chosen = settings(config.sweep, self.as_is, config.run.seed)
+        self.as_is = {path: _at(config, path) for path in self.paths}
+        chosen = list(self.variants.values()) or settings(config.sweep, self.as_is, config.run.seed)
         # as the config reads them, such as 1e-3 for YAML's text; a value that is not valid fails here, before anything runs
         chosen = [{path: _at(with_values(config, values), path) for path in values} for values in chosen]
         self.trials = [Trial(values, seed) for seed in self.seeds for values in chosen]
+        self.names = {Trial(values, seed).name: name for seed in self.seeds for name, values in zip(self.variants, chosen, strict=False)}
 
     def _check(self) -> None:
         sweep = self.sweep
-        fixed = [path for path in sweep.space if path.split(".")[0] in FIXED]
+        if bool(sweep.variants) != (sweep.search == "variants") or (sweep.variants and sweep.space):
+            raise ValueError("sweep.search=variants compares sweep.variants, the other searches sweep.space: give what belongs together")
+        fixed = [path for path in self.paths if path.split(".")[0] in FIXED]
         if fixed:
             raise ValueError(
-                f"sweep.space names {', '.join(fixed)}: a sweep varies what features, trainings and memory do; seeds are sweep.seeds"
+                f"sweep.{'variants' if sweep.variants else 'space'} names {', '.join(fixed)}: a sweep varies what features, trainings and memory do; seeds are sweep.seeds"
             )
         for path, draw in sweep.space.items():
             with_values(self.config, {path: draw.examples()[0]})
-        unused = [path for path in sweep.space if not any(_affects(path, stage) for stage in self.stages)]
+        unused = [path for path in self.paths if not any(_affects(path, stage) for stage in self.stages)]
         if unused:
             raise ValueError(f"no stage up to {sweep.stage} depends on {', '.join(unused)}; set sweep.stage to a later one")
         if sweep.scheduler != "none" and (sweep.stage not in ("pretrain", "finetune") or len(self.config.data.targets) > 1):
@@ -86,9 +92,34 @@ class Plan:
                 f"sweep.scheduler={sweep.scheduler} compares epochs, which have no {self.metric}; name one of {', '.join(EPOCH_METRICS)} first "
                 "in sweep.objectives"
             )
+        if sweep.scheduler == "pbt":
+            self._check_population()
         if sweep.search == "optuna" and len(self.seeds) > 1:
             raise ValueError(
                 "sweep.search=optuna tries each setting once: give one seed, and compare the best settings by grid over several"
+            )
+
+    def _check_population(self) -> None:
+        """What a training can change on its way, with weights and the state of its optimizer as they are."""
+        sweep, section = self.sweep, f"{self.sweep.stage}."
+        fixed = {f"{section}{name}" for name in ("epochs", "patience", "enabled", "domains")}
+        rigid = [path for path in sweep.space if path in fixed or not (path.startswith(section) or path in CHANGEABLE)]
+        if rigid:
+            raise ValueError(
+                f"sweep.scheduler=pbt changes values while a model trains, and {', '.join(rigid)} cannot change then; "
+                f"it can sweep fields of {sweep.stage} and {', '.join(sorted(CHANGEABLE))}"
+            )
+        earlier = [stage.name for stage in self.stages[:-1] if not stage.skipped(self.config)]
+        shared = [path for path in sweep.space if any(_affects(path, BY_NAME[name]) for name in earlier)]
+        if shared:
+            raise ValueError(
+                f"sweep.scheduler=pbt changes values while {sweep.stage} trains, and {', '.join(shared)} also belongs to an earlier "
+                "training; set sweep.stage=pretrain or pretrain.enabled=false"
+            )
+        if sweep.search != "random" or len(self.seeds) > 1 or sweep.max_concurrent:
+            raise ValueError(
+                "sweep.scheduler=pbt begins with sweep.num_trials random settings under one seed, and trains as many at a time as fit: "
+                "give sweep.search=random, one seed, and no sweep.max_concurrent"
             )
 
     def trial_config(self, trial: Trial) -> Config:
@@ -121,7 +152,7 @@ class Plan:
     def to_prepare(self, seed: int) -> list[str]:
         """Stages that some trial of a seed reads from the run below it, in order; those that are left out too."""
         if not self.trials:
-            return self._unchanged(list(self.sweep.space))
+            return self._unchanged(self.paths)
         shared = {name for trial in self.trials if trial.seed == seed for name in self.shared(trial)}
         return [stage.name for stage in self.stages if stage.name in shared]
 
@@ -155,19 +186,43 @@ class Plan:
         run = self._trial_folder(trial)
         return run.read_json(RESULT) if run.exists(RESULT) else {}
 
-    def conclude(self, trial: Trial, status: str, seconds: float, metrics: dict[str, float], error: str | None = None) -> None:
-        content = {"status": status, "seconds": round(seconds, 1), "metrics": metrics, "error": error}
+    def conclude(
+        self,
+        trial: Trial,
+        status: str,
+        seconds: float,
+        metrics: dict[str, float],
+        error: str | None = None,
+        steps: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Write down what became of a trial; `steps` are the values of each segment that led to its model, where they changed."""
+        content = {"status": status, "seconds": round(seconds, 1), "metrics": metrics, "error": error, "steps": steps or []}
         self._trial_folder(trial).write_json(RESULT, content)
+
+    def check_objectives(self, metrics: dict[str, float]) -> None:
+        """Raise where a finished trial lacks what the sweep compares."""
+        lacking = [name for name in self.objectives if name not in metrics]
+        if lacking:
+            raise ValueError(
+                f"sweep.objectives names {', '.join(lacking)}; a trial up to {self.sweep.stage} has {', '.join(sorted(metrics))}"
+            )
 
     def curve(self, trial: Trial) -> list[dict[str, Any]]:
         """Metrics of each epoch of the trial's last stage that was seen."""
         run = self._trial_folder(trial)
         return [json.loads(line) for line in run.read_bytes(CURVE).splitlines()] if run.exists(CURVE) else []
 
+    def shown(self, trial: Trial) -> dict[str, Any]:
+        """What sets a trial apart: the name of its variant, or its values, the last of them where they changed on the way."""
+        if self.variants:
+            return {"variant": self.names[trial.name]}
+        steps = self.result(trial).get("steps")
+        return steps[-1]["values"] if steps else trial.values
+
     def base(self) -> dict[str, Any]:
         """Dotted path -> value of all that the trials have in common."""
         leaves = [depends_on(stage, self.config) for stage in self.stages]
-        swept = tuple(f"{path}." for path in ("run.seed", *self.sweep.space))
+        swept = tuple(f"{path}." for path in ("run.seed", *self.paths))
         return {path: value for common in leaves for path, value in common.items() if not f"{path}.".startswith(swept)}
 
 
@@ -208,9 +263,7 @@ def run_trial(plan: Plan, trial: Trial, report: Callable[[dict[str, Any]], None]
         if stage.folder not in run.shared:
             run_stage(stage, config, run, progress if stage is plan.stages[-1] else Quiet())
     metrics = trial_metrics(plan, config, run)
-    lacking = [name for name in plan.objectives if name not in metrics]
-    if lacking:
-        raise ValueError(f"sweep.objectives names {', '.join(lacking)}; a trial up to {plan.sweep.stage} has {', '.join(sorted(metrics))}")
+    plan.check_objectives(metrics)
     plan.conclude(trial, DONE, time.monotonic() - started, metrics)
     return metrics
 

@@ -12,24 +12,32 @@ import uuid
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import BasicVariantGenerator
 
 from qbert_ray.artifacts import ArtifactError, Manifest
 from qbert_ray.config import Workers
 from qbert_ray.failures import root_cause
 from qbert_ray.overlays import merge, nest
-from qbert_ray.pipelines import capacity
+from qbert_ray.pipelines import capacity, population
 from qbert_ray.pipelines.session import Progress, Quiet
 from qbert_ray.pipelines.stages import BY_NAME, run_stage
 from qbert_ray.pipelines.trials import DONE, FAILED, STOPPED, Plan, Trial, run_trial
-from qbert_ray.sweeps import Draw
+from qbert_ray.tables import Table, ranks_of
 
 TRIAL_MEMORY = 256 * 2**20  # what a trial asks for: its workers ask for CPUs themselves, and one that held a CPU would starve them
-SWEEP, TRIALS, CURVES, BEST = "sweep.json", "trials.parquet", "curves.parquet", "best.yaml"  # in the folder of a sweep
+SWEEP, TRIALS, CURVES, STEPS, BEST = (
+    "sweep.json",
+    "trials.parquet",
+    "curves.parquet",
+    "steps.parquet",
+    "best.yaml",
+)  # in the folder of a sweep
 
 
 def prepare(plan: Plan, seed: int, stage: str, progress: Progress) -> Manifest | None:
@@ -74,7 +82,7 @@ def search(plan: Plan, progress: Progress) -> dict[str, Any] | None:
     left, total = unfinished(plan), len(plan.trials) or plan.sweep.num_trials
     most = concurrent(plan)
     plan.folder.write_json(SWEEP, _description(plan))
-    progress.start(total, total - left)
+    progress.start(total, 0 if plan.sweep.scheduler == "pbt" else total - left)
     if left:
         _run(plan, left, most, progress)
     return write_tables(plan)
@@ -83,18 +91,17 @@ def search(plan: Plan, progress: Progress) -> dict[str, Any] | None:
 def _run(plan: Plan, left: int, most: int, progress: Progress) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's error is in the tables
     budget = _Budget(plan)
-    pending = [number for number, trial in enumerate(plan.trials) if plan.result(trial).get("status") not in (DONE, STOPPED)]
+    together = plan.sweep.scheduler == "pbt"  # all take part again, those that are done from what they left
+    pending = [n for n, trial in enumerate(plan.trials) if together or plan.result(trial).get("status") not in (DONE, STOPPED)]
     name = f"tune-{uuid.uuid4().hex[:8]}"
     try:
         tune.Tuner(
             tune.with_resources(tune.with_parameters(_trainable, plan=plan), {"memory": TRIAL_MEMORY}),
-            param_space={"number": tune.grid_search(pending)}
-            if pending
-            else {path: _domain(draw) for path, draw in plan.sweep.space.items()},
+            param_space=_space(plan, pending),
             tune_config=tune.TuneConfig(
-                num_samples=1 if pending else left,
-                max_concurrent_trials=most,
-                search_alg=None if pending else _optuna(plan),
+                num_samples=len(pending) if together else 1 if pending else left,
+                max_concurrent_trials=None if together else most,
+                search_alg=_members(plan) if together else None if pending else _optuna(plan),
                 scheduler=_scheduler(plan),
             ),
             run_config=tune.RunConfig(
@@ -109,6 +116,20 @@ def _run(plan: Plan, left: int, most: int, progress: Progress) -> None:
         ).fit()
     finally:
         plan.folder.delete(name)
+    if not unfinished(plan):
+        plan.folder.delete(population.SEGMENTS)
+
+
+def _space(plan: Plan, pending: list[int]) -> dict[str, Any]:
+    drawn = {path: population.domain(draw) for path, draw in plan.sweep.space.items()}
+    if plan.sweep.scheduler == "pbt":
+        return {"number": tune.choice(pending)} | drawn
+    return {"number": tune.grid_search(pending)} if pending else drawn
+
+
+def _members(plan: Plan) -> BasicVariantGenerator:
+    """The population as it begins."""
+    return BasicVariantGenerator(points_to_evaluate=[{"number": n} | trial.values for n, trial in enumerate(plan.trials)])
 
 
 def concurrent(plan: Plan) -> int:
@@ -135,30 +156,34 @@ def estimate(plan: Plan) -> list[float | None]:
 
 def _trainable(config: dict[str, Any], plan: Plan) -> None:
     trial, started = _trial(plan, config), time.monotonic()
+    together, known, told = plan.sweep.scheduler == "pbt", len(plan.curve(trial)), 0
+
+    def tell(line: dict[str, Any]) -> None:  # an epoch that lacks an objective is nothing that Tune could judge by
+        nonlocal told
+        if all(name in line for name in plan.objectives):
+            told += 1
+            tune.report(line)
+
     try:
-        metrics = run_trial(plan, trial, tune.report)
+        values = {path: config.get(path) for path in plan.sweep.space}
+        metrics = population.train_member(plan, trial, values, tune.report) if together else run_trial(plan, trial, tell)
     except Exception as error:
         cause = root_cause(error)
         plan.conclude(trial, FAILED, time.monotonic() - started, {}, f"{type(cause).__name__}: {cause}")
         raise
-    tune.report(metrics | {"epoch": len(plan.curve(trial)), "whole": True})
+    epochs = len(plan.curve(trial))
+    tune.report(metrics | {"whole": True} | ({} if together else {"epoch": epochs, "read": max(0, epochs - known - told)}))
 
 
 def _trial(plan: Plan, config: dict[str, Any]) -> Trial:
     return plan.trials[config["number"]] if plan.trials else Trial(dict(config), plan.seeds[0])
 
 
-def _domain(draw: Draw) -> Any:
-    if draw.choice is not None:
-        return tune.choice(draw.choice)
-    if draw.randint is not None:
-        return tune.randint(draw.randint[0], draw.randint[1] + 1)
-    return tune.uniform(*draw.uniform) if draw.uniform else tune.loguniform(*draw.loguniform)
-
-
 def _scheduler(plan: Plan) -> TrialScheduler | None:
     if plan.sweep.scheduler == "none":
         return None
+    if plan.sweep.scheduler == "pbt":
+        return population.Scheduler(plan)
     epochs = getattr(plan.config, plan.sweep.stage).epochs
     return ASHAScheduler(
         time_attr="epoch",
@@ -172,14 +197,24 @@ def _scheduler(plan: Plan) -> TrialScheduler | None:
 
 def _optuna(plan: Plan) -> Any:
     try:
-        import optuna  # noqa: F401 - Ray only notices when it searches
+        import optuna  # Ray only notices when it searches
         from ray.tune.search.optuna import OptunaSearch
     except ImportError:
         raise ValueError("sweep.search=optuna needs Optuna: pip install 'qbert-ray[sweep]'") from None
+
+    class Search(OptunaSearch):
+        """Ray's hands several objectives of a known trial to Optuna as if they were one."""
+
+        def add_evaluated_point(self, parameters: dict[str, Any], value: Any, **state: Any) -> None:
+            if isinstance(value, list):
+                self._ot_study.add_trial(optuna.trial.create_trial(values=value, params=parameters, distributions=self._space))
+            else:
+                super().add_evaluated_point(parameters, value, **state)
+
     known = [trial for trial in plan.begun() if plan.result(trial).get("status") == DONE]
     rewards = [[plan.result(trial)["metrics"][name] for name in plan.objectives] for trial in known]
     single = len(plan.objectives) == 1
-    return OptunaSearch(
+    return Search(
         metric=plan.metric if single else list(plan.objectives),
         mode=plan.objectives[plan.metric] if single else list(plan.objectives.values()),
         points_to_evaluate=[trial.values for trial in known] or None,
@@ -199,7 +234,7 @@ class _Budget(tune.Stopper):
         self.spent = self.epoch * sum(len(plan.curve(trial)) for trial in plan.begun())
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self.spent += 0 if "whole" in result else self.epoch  # the report of a whole trial comes after those of its epochs
+        self.spent += self.epoch * result.get("read", 0 if "whole" in result else 1)  # epochs that no report told of before
         return False
 
     def stop_all(self) -> bool:
@@ -261,7 +296,12 @@ def write_tables(plan: Plan) -> dict[str, Any] | None:
         for trial in plan.begun()
         for line in plan.curve(trial)
     ]
-    for name, content in ((TRIALS, rows), (CURVES, lines)):
+    steps = [
+        {"trial_id": trial.name, "until": step["until"]} | step["values"]
+        for trial in plan.begun()
+        for step in plan.result(trial).get("steps", [])
+    ]
+    for name, content in ((TRIALS, rows), (CURVES, lines), *([(STEPS, steps)] if steps else [])):
         sink = pa.BufferOutputStream()
         pq.write_table(_table(content), sink)
         plan.folder.write_bytes(name, sink.getvalue().to_pybytes())
@@ -271,6 +311,8 @@ def write_tables(plan: Plan) -> dict[str, Any] | None:
         for path, value in best["values"].items():
             overlay = merge(overlay, nest(path, value))
         head = f"# {plan.metric} {best['mean']:.4f} over {best['seeds']} seed(s), the best of {len(rows)} trials\n"
+        if best["model"]:
+            head += f"# with these values last; those before them are in {STEPS}, the model that came out in {best['model']}\n"
         plan.folder.write_bytes(BEST, (head + yaml.safe_dump(overlay, sort_keys=False)).encode())
     return best
 
@@ -283,11 +325,23 @@ def trial_rows(plan: Plan) -> list[dict[str, Any]]:
     return [
         {"trial_id": trial.name, "status": result["status"], "seed": trial.seed, "epochs": len(plan.curve(trial))}
         | {"seconds": result["seconds"], "error": result["error"]}
-        | {path: trial.values[path] for path in plan.sweep.space}
+        | plan.shown(trial)
         | {name: result["metrics"].get(name) for name in names}
         for trial, result in zip(trials, results, strict=True)
         if result
     ]
+
+
+def ranks(plan: Plan, table: Table) -> pl.DataFrame:
+    """What each user's target ranked in the trials that are done, as `Table` wants it."""
+    found = [
+        ranks_of(pl.DataFrame(plan.trial_run(trial).read("evaluation/ranks")), plan.names[trial.name], trial.seed, table)
+        for trial in plan.trials
+        if plan.result(trial).get("status") == DONE
+    ]
+    if not found:
+        raise ArtifactError(f"no trial of {plan.folder.uri} was finished: their errors are in {TRIALS} there")
+    return pl.concat(found)
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -303,16 +357,24 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def _best_setting(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    alone = plan.sweep.scheduler == "pbt"  # a setting is then how a model came to be, which no other trial repeats
     by_setting: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_setting.setdefault(json.dumps([row[path] for path in plan.sweep.space]), []).append(row)
+        by_setting.setdefault(row["trial_id"] if alone else json.dumps([row[name] for name in parameters(plan)]), []).append(row)
     complete = [each for each in by_setting.values() if len(each) == len(plan.seeds)]
     if not complete:
         return None
     means = [float(np.mean([row[plan.metric] for row in each])) for each in complete]
     chosen = int(np.argmax(means) if plan.objectives[plan.metric] == "max" else np.argmin(means))
-    values = {path: complete[chosen][0][path] for path in plan.sweep.space}
-    return {"values": values, "mean": means[chosen], "seeds": len(plan.seeds)}
+    won = {name: complete[chosen][0][name] for name in parameters(plan)}
+    values = plan.variants[won["variant"]] if plan.variants else won
+    model = plan.folder.path(f"trials/{complete[chosen][0]['trial_id']}/{plan.sweep.stage}") if alone else None
+    return {"values": values, "mean": means[chosen], "seeds": len(plan.seeds), "model": model}
+
+
+def parameters(plan: Plan) -> list[str]:
+    """Columns of the tables that set trials apart."""
+    return ["variant"] if plan.variants else list(plan.sweep.space)
 
 
 def _description(plan: Plan) -> dict[str, Any]:
@@ -320,11 +382,12 @@ def _description(plan: Plan) -> dict[str, Any]:
         "name": plan.sweep.name,
         "stage": plan.sweep.stage,
         "search": plan.sweep.search,
+        "scheduler": plan.sweep.scheduler,
         "metric": plan.metric,
         "mode": plan.objectives[plan.metric],
         "objectives": plan.objectives,
-        "parameters": list(plan.sweep.space),
-        "as_is": plan.as_is,
+        "parameters": parameters(plan),
+        "as_is": {} if plan.variants else plan.as_is,
         "seeds": plan.seeds,
         "base": plan.base(),
     }

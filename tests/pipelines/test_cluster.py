@@ -147,7 +147,7 @@ def test_a_run_submitted_as_a_job_and_one_that_was_stopped_give_the_same(shop, t
     try:
         job = submit(nodes, "python", "-m", "jobs.run_pipeline", *overrides(shop, tmp_path / "job", *sizes))
         assert job.returncode == 0, job.stdout + job.stderr
-        assert re.search(r"metrics +\S+/job/evaluation/metrics.json", job.stdout) and "succeeded" in job.stdout
+        assert re.search(r'"metrics": "\S+/job/evaluation/metrics.json"', job.stdout) and "succeeded" in job.stdout
         environment = nodes.environment | {"RAY_ADDRESS": nodes.address}
         arguments = overrides(shop, tmp_path / "stopped", *sizes, "compute.checkpoint_seconds=0")
         for folder in ("fusion", "finetune/demo"):

@@ -12,9 +12,12 @@ from qbert_ray.overlays import load_config, with_values
 from qbert_ray.pipelines import tuning
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.trials import Plan
+from qbert_ray.sweeps import Sweep
+from qbert_ray.tables import Table
 from tests.pipelines.shop import small_config
 
 RATE = "finetune.learning_rate"
+INTERRUPT = signal.getsignal(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,12 @@ def swept(finished, tmp_path_factory):
     plan = Plan(with_values(config, {"run.dir": str(folder), "sweep": space}))
     best = tuning.search(plan, Quiet())
     return plan, best
+
+
+def other(plan: Plan, sweep: dict, values: dict | None = None) -> Plan:
+    """Another sweep over the same run."""
+    alone = plan.config.model_copy(update={"sweep": Sweep()})
+    return Plan(with_values(alone, {"sweep": sweep} | (values or {})))
 
 
 def weights(run: RunDir) -> dict[str, torch.Tensor]:
@@ -42,7 +51,7 @@ def test_a_trial_is_the_ordinary_training_on_shared_outputs(swept, finished):
     expected = weights(finished[1])
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
     assert best["values"] == {RATE: plan.config.finetune.learning_rate}
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # what ends a process still does
+    assert signal.getsignal(signal.SIGINT) is INTERRUPT  # what ends a process still does
 
 
 def test_tables_tell_of_every_trial_and_the_overlay_loads(swept):
@@ -99,6 +108,9 @@ def test_seeds_stand_on_runs_of_their_own_that_share_what_no_seed_changes(swept)
         ({"space": {RATE: [1.0]}, "scheduler": "asha", "stage": "train-rqvae"}, "no stage up to train-rqvae|compares the epochs"),
         ({"space": {RATE: [1.0]}, "scheduler": "asha", "objectives": {"ms_per_user": "min"}}, "epochs, which have no ms_per_user"),
         ({"space": {RATE: {"uniform": [0.1, 1.0]}}, "search": "optuna", "seeds": [0, 1]}, "give one seed"),
+        ({"space": {"finetune.epochs": [1, 2]}, "scheduler": "pbt", "search": "random"}, "finetune.epochs cannot change then"),
+        ({"space": {"sequencer.dropout": [0.1]}, "scheduler": "pbt", "search": "random"}, "set sweep.stage=pretrain"),
+        ({"space": {RATE: [1e-3]}, "scheduler": "pbt"}, "give sweep.search=random"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_at_once(shop, tmp_path, sweep, said):
@@ -111,15 +123,72 @@ def test_optuna_and_asha_on_many_trials(swept):
     plan, _ = swept
     space = {RATE: {"loguniform": [1e-6, 1e-2]}}
     drawn = {"name": "drawn", "space": space, "search": "optuna", "num_trials": 3, "objectives": {"ndcg@10": "max", "ms_per_user": "min"}}
-    optuna = Plan(with_values(plan.config, {"sweep": drawn}))
+    optuna = other(plan, drawn)
     tuning.search(optuna, Quiet())
     assert tuning.unfinished(optuna) == 0
     assert all(row["ms_per_user"] > 0 and row["status"] == "done" for row in tuning.trial_rows(optuna))
-    more = Plan(with_values(optuna.config, {"sweep.num_trials": 4}))
+    more = other(plan, drawn | {"num_trials": 4})
     tuning.search(more, Quiet())  # goes on with what it knows
     assert len({row[RATE] for row in tuning.trial_rows(more)}) == 4
     halving = {"name": "halving", "space": {RATE: [3e-3, 1e-3, 1e-7, 1e-8]}, "scheduler": "asha", "grace_epochs": 1, "max_concurrent": 1}
-    asha = Plan(with_values(plan.config, {"sweep": halving, "finetune.epochs": 4}))
+    asha = other(plan, halving, {"finetune.epochs": 4})
     tuning.search(asha, Quiet())
     rows = {row[RATE]: row for row in tuning.trial_rows(asha)}
     assert "stopped" in {rows[1e-7]["status"], rows[1e-8]["status"]} and rows[3e-3]["status"] == "done"
+
+
+def test_a_table_ranks_every_user_by_every_variant(swept, finished):
+    plan, _ = swept
+    variants = {"whole": {}, "no memory": {"memory": {"enabled": False}}}
+    table = Table(title="T", reference="whole", variants=variants, rankings=["ridge"], seeds=[0])
+    plan = other(plan, {"name": "table", "stage": "evaluate", "search": "variants", "variants": variants, "seeds": [0]})
+    assert tuning.search(plan, Quiet())["values"] in ({}, {"memory.enabled": False})
+    assert [row["variant"] for row in tuning.trial_rows(plan)] == ["whole", "no memory"]
+    ranks = tuning.ranks(plan, table)
+    expected = (
+        pl.DataFrame(finished[1].read("evaluation/ranks")).filter(pl.col("model").is_in(["model", "sequencer"])).sort("model", "user_id")
+    )
+    found = ranks.filter(pl.col("row") != "ridge").sort(pl.col("row") == "no memory", "user_id")
+    assert found["rank_all"].equals(expected["rank_all"]) and found["rank_unseen"].equals(expected["rank_unseen"])
+    assert ranks["row"].unique().sort().to_list() == ["no memory", "ridge", "whole"]
+
+
+PBT = {"scheduler": "pbt", "search": "random", "perturbation_epochs": 2}
+
+
+@pytest.mark.slow
+def test_a_training_in_segments_is_the_whole_training(swept, finished):
+    plan, _ = swept
+    space = {RATE: [plan.config.finetune.learning_rate]}
+    same = other(plan, PBT | {"name": "same", "space": space, "num_trials": 2})
+    assert len(same.trials) == 1  # equal settings are one trial
+    tuning.search(same, Quiet())
+    expected = weights(finished[1])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(same.trial_run(same.trials[0])).items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_population_that_was_cut_ends_as_one_that_was_not(swept):
+    plan, _ = swept
+    space = {RATE: {"loguniform": [1e-5, 1e-2]}, "finetune.last_item_share": {"uniform": [0.0, 0.5]}}
+    sweep, longer = PBT | {"space": space, "num_trials": 3}, {"finetune.epochs": 4}
+    whole = other(plan, sweep | {"name": "whole"}, longer)
+    best = tuning.search(whole, Quiet())
+    rows = tuning.trial_rows(whole)
+    changed = [row for row, trial in zip(rows, whole.trials, strict=True) if row[RATE] != trial.values[RATE]]
+    assert [row["status"] for row in rows] == ["done"] * 3 and len(changed) == 1
+    assert all(1e-5 <= row[RATE] <= 1e-2 and 0 <= row["finetune.last_item_share"] <= 0.5 for row in rows)
+    steps = pl.read_parquet(whole.folder.path("steps.parquet"))
+    assert steps["until"].to_list() == [2, 4] * 3
+    assert best["mean"] == max(row["ndcg@10"] for row in rows)
+    assert load_config([whole.folder.path("best.yaml")]).finetune.learning_rate == best["values"][RATE]
+    assert whole.folder.folders("") == ["trials"]
+
+    epoch = tuning._Budget(whole).epoch
+    cut = other(plan, sweep | {"name": "cut", "max_tokens": 5 * epoch}, longer)
+    assert tuning.search(cut, Quiet()) is None and tuning.unfinished(cut) == 3
+    cut = other(plan, sweep | {"name": "cut"}, longer)
+    assert tuning.search(cut, Quiet())["mean"] == best["mean"]
+    lines = [{name: value for name, value in row.items() if name != "seconds"} for row in tuning.trial_rows(cut)]
+    assert lines == [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
