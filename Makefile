@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KILLS ?= 20
 SEED ?= 0
 
-.PHONY: help demo test test-slow lint docs chaos audit clean
+.PHONY: help demo test test-slow lint types docs chaos audit clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,9 +20,11 @@ test: .venv/.installed ## the tests; QBERT_REAL_DATA=<folder> adds those on real
 test-slow: .venv/.installed ## also the tests that take minutes
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
 
-lint: .venv/.linters ## style and types
+lint: .venv/.linters ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/.linters ## what mypy thinks
 	$(BIN)/mypy qbert_ray
 
 docs: .venv/.installed ## write docs/config.md and its schema anew from qbert_ray/config.py

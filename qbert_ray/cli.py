@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +15,10 @@ from rich.markup import escape
 from qbert_ray import completion, config_commands, data_commands, id_commands, model_commands
 from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.config import Config
-from qbert_ray.console import StageBar, metrics_table, stage_line, sweep_table, trials_table
-from qbert_ray.failures import root_cause
-from qbert_ray.overlays import ConfigError, load_config
+from qbert_ray.console import trials_table
+from qbert_ray.failures import root_cause, stoppable
+from qbert_ray.journal import Journal, Terminal, open_journal
+from qbert_ray.overlays import ConfigError, load_config, with_values
 
 app = typer.Typer(
     name="qbert-ray",
@@ -61,13 +60,13 @@ def run(
     Example: qbert-ray run -c shop.yaml --from train-rqvae rqvae.num_levels=3
     """
     settings = load_config(list(config), list(overrides or []))
-    _run_stages(settings, None, redo)
+    journal = _journal(settings, settings.run.dir)
+    _run_stages(settings, journal, None, redo)
     directory = RunDir(settings.run.dir)
-    _show_metrics(directory)
-    console.print(f"\nsemantic IDs     {escape(directory.path('semantic_ids'))}")
-    console.print(f"recommendations  {escape(directory.path('recommendations'))}")
-    console.print(f"metrics          {escape(directory.path('evaluation/metrics.json'))}", soft_wrap=True)
-    _write_report_or_say(settings.run.dir)
+    _show_metrics(directory, journal)
+    results = {"semantic IDs": "semantic_ids", "recommendations": "recommendations", "metrics": "evaluation/metrics.json"}
+    journal.files({name: directory.path(folder) for name, folder in results.items()})
+    _write_report_or_say(settings.run.dir, journal)
 
 
 def _stage_command(name: str, help_text: str) -> Callable[..., None]:
@@ -77,9 +76,10 @@ def _stage_command(name: str, help_text: str) -> Callable[..., None]:
         redo: Annotated[bool, typer.Option("--redo", help="Forget this stage and all after it first.")] = False,
     ) -> None:
         settings = load_config(list(config), list(overrides or []))
-        _run_stages(settings, name, name if redo else None)
+        journal = _journal(settings, settings.run.dir)
+        _run_stages(settings, journal, name, name if redo else None)
         if name == "evaluate":
-            _show_metrics(RunDir(settings.run.dir))
+            _show_metrics(RunDir(settings.run.dir), journal)
 
     command.__doc__ = f"{help_text}\n\nExample: qbert-ray {name} -c shop.yaml"
     return command
@@ -135,36 +135,77 @@ def sweep(
     Example: qbert-ray sweep -c shop.yaml -c configs/sweeps/paper.yaml
     """
     settings = load_config(list(config), list(overrides or []))
-    console.print(f"[dim]sweep {escape(settings.sweep.name)} in {escape(settings.run.dir)}; starting Ray[/dim]")
     from qbert_ray.pipelines import tuning
-    from qbert_ray.pipelines.session import session
     from qbert_ray.pipelines.trials import Plan
 
     plan = Plan(settings)
+    journal = _journal(settings, plan.folder.uri)
+    journal.begin(f"sweep {settings.sweep.name} in {settings.run.dir}")
     tuning.check_base(plan)
     if resume and not plan.folder.exists(tuning.SWEEP):
         raise ConfigError(f"--resume: no sweep {settings.sweep.name} in {settings.run.dir}; begin it without --resume")
     if dry_run:
         _show_trials(plan, tuning.estimate(plan))
         return
-    with _stoppable(), session(settings.compute.address):
+    best = _search(plan, journal)
+    _write_report_or_say(plan.folder.uri, journal)
+    results = {"trials": tuning.TRIALS, "curves": tuning.CURVES} | ({"best": tuning.BEST} if best else {})
+    journal.files({name: plan.folder.path(file) for name, file in results.items()})
+    if not best:
+        raise ArtifactError("no setting was finished under every seed: the errors of failed trials are in the table above")
+
+
+@app.command(rich_help_panel="Whole run")
+def reproduce(
+    table: Annotated[Path, typer.Argument(help="What to compare, such as configs/tables/fusion.yaml.")],
+    config: Files,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the table; further data sets add to it.")],
+    overrides: Overrides = None,
+) -> None:
+    """A table of the paper anew: variants of a config over seeds, with intervals, beside the published figures.
+
+    Example: qbert-ray reproduce configs/tables/fusion.yaml -c shop.yaml -o results/fusion
+    """
+    from qbert_ray import tables
+
+    what = tables.load_table(table)
+    settings = load_config(list(config), list(overrides or []))
+    seeds = settings.sweep.seeds or what.seeds
+    compared = {"name": table.stem, "stage": "evaluate", "search": "variants", "variants": what.variants, "seeds": seeds}
+    settings = with_values(settings, {"sweep": compared})
+    from qbert_ray.pipelines import tuning
+    from qbert_ray.pipelines.trials import Plan
+
+    plan = Plan(settings)
+    journal = _journal(settings, plan.folder.uri)
+    journal.begin(f"{what.title} in {settings.run.dir}")
+    tuning.check_base(plan)
+    _search(plan, journal)
+    ranks = tuning.ranks(plan, what)
+    journal.files({"table": str(tables.collect(output, ranks, what)), "ranks": str(output / tables.RANKS)})
+    failed = [plan.names[trial.name] for trial in plan.trials if plan.result(trial).get("status") != "done"]
+    if failed:
+        raise ArtifactError(f"the table lacks trials of {', '.join(sorted(set(failed)))}; the same command tries them again")
+
+
+def _search(plan: Any, journal: Journal) -> dict[str, Any] | None:
+    """Do what the trials of a sweep stand on, then the trials; what `tuning.search` gives."""
+    from qbert_ray.pipelines import tuning
+    from qbert_ray.pipelines.session import session
+
+    with stoppable(errors), session(plan.config.compute.address):
         tuning.check_room(plan)
         for seed in plan.seeds:
             for name in plan.to_prepare(seed):
                 started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)
-                with StageBar(console, name) as bar:
-                    manifest = tuning.prepare(plan, seed, name, bar)
+                with journal.stage(name) as progress:
+                    manifest = tuning.prepare(plan, seed, name, progress)
                 if manifest is not None:
-                    console.print(stage_line(name, manifest, None if done else time.monotonic() - started), soft_wrap=True)
-        with StageBar(console, "trials") as bar:
-            best = tuning.search(plan, bar)
-    console.print(sweep_table(plan.folder.read_json(tuning.SWEEP), tuning.trial_rows(plan)))
-    _write_report_or_say(plan.folder.uri)
-    console.print(f"trials   {escape(plan.folder.path(tuning.TRIALS))}\ncurves   {escape(plan.folder.path(tuning.CURVES))}", soft_wrap=True)
-    if best:
-        console.print(f"best     {escape(plan.folder.path(tuning.BEST))}: qbert-ray run -c <the same files> -c <this one>", soft_wrap=True)
-    else:
-        raise ArtifactError("no setting was finished under every seed: the errors of failed trials are in the table above")
+                    journal.done(name, manifest, None if done else time.monotonic() - started)
+        with journal.stage("trials") as progress:
+            best = tuning.search(plan, progress)
+    journal.trials(plan.folder.read_json(tuning.SWEEP), tuning.trial_rows(plan))
+    return best
 
 
 def _show_trials(plan: Any, seconds: list[float | None]) -> None:
@@ -228,7 +269,7 @@ def report(
 
     Example: qbert-ray report runs/movielens
     """
-    _write_report(directory)
+    _write_report(directory, Terminal(console))
 
 
 app.add_typer(id_commands.app, rich_help_panel="Looking")
@@ -254,16 +295,12 @@ def demo_data(
     )
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: how `ray job stop`, a scheduler or a machine that goes down ends a run."""
+def _journal(config: Config, folder: str) -> Journal:
+    return open_journal(config.run.log, console, folder, list(config.data.domains))
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
-def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
-    console.print(f"[dim]run directory {escape(config.run.dir)}; starting Ray[/dim]")
+def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | None) -> None:
+    journal.begin(f"run directory {config.run.dir}")
     from qbert_ray.pipelines.session import session
     from qbert_ray.pipelines.stages import BY_NAME, STAGES, preflight, redo_from, run_stage, status
 
@@ -278,56 +315,44 @@ def _run_stages(config: Config, only: str | None, redo: str | None) -> None:
     if redo is not None:
         redo_from(redo, directory)
     stages = [BY_NAME[only]] if only else list(STAGES)
-    with _stoppable(), session(config.compute.address):
+    with stoppable(errors), session(config.compute.address):
         preflight(stages, config, directory)
         for stage in stages:
             why = stage.skipped(config)
             known = None if why else status(stage, config, directory)
             started = time.monotonic()
-            with StageBar(console, stage.name) as bar:
-                manifest = run_stage(stage, config, directory, bar)
-            console.print(stage_line(stage.name, manifest, None if known else time.monotonic() - started, why), soft_wrap=True)
+            with journal.stage(stage.name) as progress:
+                manifest = run_stage(stage, config, directory, progress)
+            journal.done(stage.name, manifest, None if known else time.monotonic() - started, why)
             for warning in manifest.counts.get("warnings", []) if manifest else []:
-                console.print(f"[yellow]! {escape(warning)}[/yellow]", soft_wrap=True)
+                journal.warn(warning)
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end what is inside with one line and the usual exit status."""
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        errors.print("stopped; the same command goes on from here")
-        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _write_report_or_say(directory: str) -> None:
+def _write_report_or_say(directory: str, journal: Journal) -> None:
     """What it tells of is done, whatever becomes of the report."""
     try:
-        _write_report(directory)
+        _write_report(directory, journal)
     except Exception as error:  # noqa: BLE001
-        console.print(f"[yellow]! no report: {escape(f'{type(error).__name__}: {error}')}[/yellow]", soft_wrap=True)
+        journal.warn(f"no report: {type(error).__name__}: {error}")
 
 
-def _write_report(directory: str) -> None:
+def _write_report(directory: str, journal: Journal) -> None:
     from qbert_ray.report.page import write  # brings plotly, which the other commands do without
 
     path, problems = write(directory)
     for problem in problems:
-        console.print(f"[yellow]! {escape(problem)}[/yellow]", soft_wrap=True)
-    console.print(f"report           {escape(path)}", soft_wrap=True)
+        journal.warn(problem)
+    journal.files({"report": path})
 
 
 def _append(config: Config) -> None:
-    console.print(f"[dim]run directory {escape(config.run.dir)}; starting Ray[/dim]")
+    journal = _journal(config, config.run.dir)
+    journal.begin(f"run directory {config.run.dir}")
     from qbert_ray.pipelines.appending import append_ids
     from qbert_ray.pipelines.session import session
 
-    with session(config.compute.address), StageBar(console, "append") as bar:
-        version = append_ids(config, RunDir(config.run.dir), bar)
+    with session(config.compute.address), journal.stage("append") as progress:
+        version = append_ids(config, RunDir(config.run.dir), progress)
     console.print(
         f"[green]✓[/green] version {version['version']} ({version['fingerprint']}): {version['items']:,} semantic IDs, {version['added']:,} added; "
         f"of those before {version['unchanged']:,} items unchanged, {version['changed']:,} changed, {version['gone']:,} gone from the files",
@@ -335,12 +360,9 @@ def _append(config: Config) -> None:
     )
 
 
-def _show_metrics(directory: RunDir) -> None:
+def _show_metrics(directory: RunDir, journal: Journal) -> None:
     for domain, content in directory.read_json("evaluation/metrics.json").items():
-        console.print()
-        console.print(metrics_table(domain, content))
-        if "cold" in content:
-            console.print(metrics_table(domain, content["cold"], "items that no training saw"))
+        journal.metrics(domain, content)
 
 
 def main(arguments: list[str] | None = None) -> None:

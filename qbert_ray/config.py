@@ -23,6 +23,9 @@ MaskStrategy = Literal["span", "tail", "multi_region", "random"]
 class Run(Section):
     dir: str = Field("runs/run", description="run directory: a local path or an s3:// or gs:// URI")
     seed: int = Field(0, description="seeds initialisation, batch order, masks and dropout")
+    log: Literal["auto", "text", "json"] = Field(
+        "auto", description="what is printed: bars and tables, or a JSON object per event and line; auto: the first at a terminal"
+    )
     tensorboard: bool = Field(True, description="each training also leaves its epochs in <folder>/tensorboard")
     mlflow: str | None = Field(None, description="tracking URI of an MLflow server (needs mlflow-skinny); each training is a run there")
 
