@@ -30,7 +30,7 @@ from qbert_ray.artifacts import RunDir
 from qbert_ray.columns import ITEM_ID, ITEM_INDEX, TIMESTAMP, USER_ID
 from qbert_ray.overlays import load_config
 from qbert_ray.rows import mix, stable_hash
-from tests.benchmarks.process_tree import GIB, Peak, memory
+from tests.benchmarks.process_tree import GIB, Peak
 from tests.benchmarks.resampling import write_interactions
 from tests.benchmarks.table import Figure, main
 
