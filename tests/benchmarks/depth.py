@@ -36,9 +36,9 @@ def made_up() -> tuple[str, DynamicFusion, list[Batch]]:
     widths = {name: width for name, (_, width) in SHAPES.items()}
     model = DynamicFusion(ITEMS, widths, s.width, s.num_layers, s.num_heads, s.ffn_width, s.dropout, True, s.halt_threshold, s.temperature)
     with torch.no_grad():
-        for layer in model.layers:
-            layer.gate[3].weight[-1].mul_(8)  # items differ
-            layer.gate[3].bias[-1].add_(0.6)  # and half of them halt by the second layer
+        for number, layer in enumerate(model.layers):  # few halt at the first layer, most at the second, some later
+            layer.gate[3].weight[-1].mul_(2)
+            layer.gate[3].bias[-1] = 0.8 if number else -1.0
     batches = []
     for item in torch.arange(ITEMS).split(BATCH):
         features = {name: torch.randn(len(item), *shape) for name, shape in SHAPES.items()}
