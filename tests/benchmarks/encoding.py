@@ -1,6 +1,6 @@
 """Feature extraction on Ray against the bare encoder loop, texts and pictures, on one core and on two.
 
-    python -m tests.benchmarks.encoding            # 320 pictures, 1,280 items with two texts
+    python -m tests.benchmarks.encoding            # 320 pictures, 640 items with two texts
     python -m tests.benchmarks.encoding --full     # four times as many
 
 Pictures are the posters of `movielens` under QBERT_REAL_DATA, else made-up JPEGs of their size. The bare loop reads a part,
@@ -35,7 +35,7 @@ from tests.benchmarks.assignment import Clock
 from tests.benchmarks.table import Figure, main
 
 FIELDS = {"text.title": "", "text.description": ""}
-SIZES = {"image": (20, 16), "text": (80, 16)}  # items of a part, parts
+SIZES = {"image": (20, 16), "text": (40, 16)}  # items of a part, parts
 
 
 class Pinned:

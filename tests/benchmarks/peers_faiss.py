@@ -1,6 +1,6 @@
 """What the interpreter of `.venv-peers` runs for `codes`: faiss's residual quantizer, trained and timed on vectors from files.
 
-faiss_codes.py <folder> <levels> <bits>: trains on train.npy, then for each line "<beam>" of the input encodes items.npy with
+peers_faiss.py <folder> <levels> <bits>: trains on train.npy, then for each line "<beam>" of the input encodes items.npy with
 one thread and prints the seconds of CPU and the mean squared error. It imports nothing of ours.
 """
 
