@@ -6,13 +6,15 @@
 Pictures are the posters of `movielens` under QBERT_REAL_DATA, else made-up JPEGs of their size. The bare loop reads a part,
 decodes, encodes batch by batch and writes nothing; it runs in one process pinned to one core. One actor of Ray is pinned to
 that core too, reading threads included; two actors have both cores. Ray is timed from the moment each actor has done a part, so
-without its start and the loading of encoders.
+without its start and the loading of encoders. Two bare loops at once say what a second core is worth on the machine.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -121,11 +123,51 @@ def on_ray(run: RunDir, kind: str, worker: type, arguments: dict[str, Any], part
     return (len(parts) - actors) * SIZES[kind][0] / (clock.times[-1] - clock.times[actors - 1])
 
 
+def arguments_of(run: RunDir, kind: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"run": run, "settings": getattr(Features(), kind), "num_vectors": 4 if kind == "image" else len(FIELDS)}
+    return arguments | ({"fields": {"text": FIELDS}} if kind == "text" else {})
+
+
+WORKERS = {"text": TextPart, "image": ImagePart}
+
+
+def side_by_side(run: RunDir, kind: str, parts: list[str]) -> float:
+    """Items per second of two bare loops at once, each in a process pinned to a core of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.encoding", "--bare", run.uri, kind]
+    processes = [
+        subprocess.Popen(
+            [*command, str(core), *parts[core::2]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for core in (0, 1)
+    ]
+    for process in processes:
+        process.stdout.readline()  # ready
+    started = time.monotonic()
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.stdout.readline()
+    seconds = time.monotonic() - started
+    for process in processes:
+        process.communicate()
+    return len(parts) * SIZES[kind][0] / seconds
+
+
+def bare_process(folder: str, kind: str, core: str, *parts: str) -> None:
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, [int(core)])
+    run = RunDir(folder)
+    worker = WORKERS[kind](**arguments_of(run, kind))
+    bare(run, kind, worker, list(parts[:1]))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    bare(run, kind, worker, list(parts))
+    print("done", flush=True)
+
+
 def measure(run: RunDir, kind: str, what: str, parts: list[str]) -> Iterator[Figure]:
-    settings = getattr(Features(), kind)
-    arguments: dict[str, Any] = {"run": run, "settings": settings, "num_vectors": 4 if kind == "image" else len(FIELDS)}
-    arguments |= {"fields": {"text": FIELDS}} if kind == "text" else {}
-    worker = TextPart if kind == "text" else ImagePart
+    worker, arguments = WORKERS[kind], arguments_of(run, kind)
     everywhere = os.sched_getaffinity(0)
     with session():
         os.sched_setaffinity(0, [0])
@@ -133,15 +175,25 @@ def measure(run: RunDir, kind: str, what: str, parts: list[str]) -> Iterator[Fig
         bare(run, kind, local, parts[:1])
         seconds = [bare(run, kind, local, parts)]
         os.sched_setaffinity(0, everywhere)
-        one, two = (on_ray(run, kind, worker, arguments, parts, actors) for actors in (1, 2))
+        one = on_ray(run, kind, worker, arguments, parts, 1)
         os.sched_setaffinity(0, [0])
         seconds.append(bare(run, kind, local, parts))
         os.sched_setaffinity(0, everywhere)
+        two = on_ray(run, kind, worker, arguments, parts, 2)
+    both = side_by_side(run, kind, parts)
     alone = len(parts) * SIZES[kind][0] / float(np.mean(seconds))
     yield Figure(
         f"features of {what}, one core", f"{one:.1f} items/s", f"bare encoder loop: {alone:.1f}", one / alone, ">= .9 x", one >= 0.9 * alone
     )
     yield Figure(f"features of {what}, two cores", f"{two:.1f} items/s", f"one core: {one:.1f}", two / one, ">= 1.8 x", two >= 1.8 * one)
+    yield Figure(
+        f"features of {what}, two cores",
+        f"{two:.1f} items/s",
+        f"two bare loops at once: {both:.1f}",
+        two / both,
+        ">= .9 x",
+        two >= 0.9 * both,
+    )
 
 
 def figures(full: bool) -> Iterator[Figure]:
@@ -156,4 +208,7 @@ def figures(full: bool) -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    main(figures)
+    if "--bare" in sys.argv:
+        bare_process(*sys.argv[sys.argv.index("--bare") + 1 :])
+    else:
+        main(figures)

@@ -1,10 +1,10 @@
 """How the time of every stage grows with twice the users (and so twice the interactions), and with twice the items.
 
-    OMP_NUM_THREADS=2 python -m tests.benchmarks.growth            # 1,000 items, 2,000 users and twice as many of each
-    OMP_NUM_THREADS=2 python -m tests.benchmarks.growth --full     # 4,000 items, 8,000 users
+    python -m tests.benchmarks.growth            # 500 items, 1,000 users and twice as many of each
+    python -m tests.benchmarks.growth --full     # 4,000 items, 8,000 users
 
 Generated shops, the demo's config without pictures. The stages run in one process without Ray (`without_ray`), each shop in a
-process of its own, so there is next to nothing in a time that does not grow: what is told is the work. And whether memory stays
+process of its own with one thread, so there is next to nothing in a time that does not grow: what is told is seconds of CPU. And whether memory stays
 where the catalog streams through: peak of the process that assigns codes after some parts and after all.
 """
 
@@ -31,7 +31,7 @@ PARTS, EARLY = 32, 8  # of the catalog that streams
 
 
 def stages_of(items: int, users: int) -> dict[str, float]:
-    """Seconds of each stage on a shop of that size."""
+    """Seconds of CPU of each stage on a shop of that size."""
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder) / "shop", num_items=items, num_users=users)
         command = [
@@ -43,7 +43,12 @@ def stages_of(items: int, users: int) -> dict[str, float]:
             f"run.dir={folder}/run",
             *SETTINGS,
         ]
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        environment = os.environ | {
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "POLARS_MAX_THREADS": "1",
+        }
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -67,7 +72,7 @@ def streaming() -> dict[str, float]:
 
 
 def figures(full: bool) -> Iterator[Figure]:
-    items, users = (4000, 8000) if full else (1000, 2000)
+    items, users = (4000, 8000) if full else (500, 1000)
     base = stages_of(items, users)
     for what, size in (("users and interactions", (items, 2 * users)), ("items", (2 * items, users))):
         double = stages_of(*size)
@@ -87,7 +92,7 @@ def run_stages(given: list[str]) -> None:
     from qbert_ray.overlays import load_config
     from tests.benchmarks.without_ray import run_stages
 
-    print(json.dumps(run_stages(load_config([ROOT / "configs" / "demo.yaml"], given))))
+    print(json.dumps(run_stages(load_config([ROOT / "configs" / "demo.yaml"], given), threads=1)))
 
 
 if __name__ == "__main__":
