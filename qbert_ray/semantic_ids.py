@@ -27,7 +27,6 @@ from string import ascii_lowercase
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 CELLS = 2**19  # movers x codewords that are looked at together; bounds the memory
 ROWS = 2**13
@@ -109,10 +108,16 @@ def resolve_collisions(codes: np.ndarray, latents: np.ndarray, codebooks: np.nda
         norms = np.square(book).sum(1)
         reach = np.sqrt(np.square(left).sum(1)) + np.sqrt(norms.max())
         slack = 8 * (len(own) + 8) * EPSILON * np.square(reach)  # sums of E products, in any order
+
+        def exact(asked: np.ndarray) -> np.ndarray:
+            from scipy.spatial.distance import cdist  # rarely asked for, and every actor would import it
+
+            return cdist(left[asked], book, "sqeuclidean")
+
         # A matrix product is ten times as fast, but its rounding depends on how many rows there are, and ties would with it.
         distance = left @ (-2 * book.T)
         distance += norms
-        return Preference(distance, slack, lambda asked: cdist(left[asked], book, "sqeuclidean"))
+        return Preference(distance, slack, exact)
 
     def distance(rows: np.ndarray) -> np.ndarray:
         return np.square(residual(rows, codes[rows])).sum(1)
