@@ -108,7 +108,7 @@ class DynamicFusion(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             state, gate = layer(state, values, has)
             halting = gate.mean(-1)
-            ponder = ponder.index_add(0, active, going)
+            ponder.index_add_(0, active, going)
             left = going * (1 - halting)
             stop = torch.full_like(left, number == len(self.layers), dtype=torch.bool)
             if self.dynamic:
@@ -116,13 +116,16 @@ class DynamicFusion(nn.Module):
                 share = torch.where(stop, going, going * halting)  # the last layer takes what is left
             else:
                 share = stop.to(going.dtype)
-            outputs = outputs.index_add(0, active, share[:, None] * state)
-            depth[active[stop]] = number
-            gates = gates.index_copy(0, active[stop], halting[stop])
-            stay = ~stop
-            active, state, values, has, going = active[stay], state[stay], values[stay], has[stay], left[stay]
-            if not len(active):
-                break
+            outputs.index_add_(0, active, share[:, None] * state)
+            stopped, going = stop.nonzero()[:, 0], left
+            if len(stopped):
+                gone = active[stopped]
+                depth[gone] = number
+                gates.index_copy_(0, gone, halting[stopped])
+                stay = (~stop).nonzero()[:, 0]
+                if not len(stay):
+                    break
+                active, state, values, has, going = (tensor[stay] for tensor in (active, state, values, has, left))
         return F.layer_norm(outputs, outputs.shape[-1:]), depth, ponder, gates
 
 

@@ -68,7 +68,7 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
         _pick(raw, source, ITEM_ID, to_id),
         _pick(raw, source, TIMESTAMP, as_timestamp),
         _pick(raw, source, RATING, _as_rating),
-        _pick(raw, source, TIMESTAMP, as_text).alias("given_time"),
+        _pick(raw, source, TIMESTAMP, _is_given).alias("given_time"),
         *(POSITION, REASON, ROW),
     )
     reasons = [pl.when(pl.col(name).is_null()).then(pl.lit(f"missing {name}")) for name in (USER_ID, ITEM_ID)]
@@ -156,6 +156,12 @@ def as_text(value: pl.Expr, kind: Kind) -> pl.Expr:
         value = value.cast(pl.String, strict=False)
     text = value.str.strip_chars()
     return pl.when(text != "").then(text)
+
+
+def _is_given(value: pl.Expr, kind: Kind) -> pl.Expr:
+    """True where there is a value, null elsewhere."""
+    there = value if kind.is_integer() or kind.is_temporal() else as_text(value, kind)  # which are never written as nothing
+    return pl.when(there.is_not_null()).then(True)
 
 
 def _csv_id(value: pl.Expr, kind: Kind) -> pl.Expr:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CACHED = 512  # rows whose distances from a codebook stay in a core's cache
 PIECE = 65536  # rows of the catalog that are worked on at a time, where all at once would take a multiple of their memory
 
 
@@ -47,6 +48,17 @@ class ResidualQuantizer(nn.Module):
             residual = residual - codeword.detach()
         stacked = torch.stack(codewords, dim=1)
         return Quantized(stacked.sum(1), torch.stack(codes, dim=1), torch.stack(residuals, dim=1), stacked)
+
+    @torch.no_grad()
+    def codes(self, latent: Tensor) -> Tensor:
+        """[B, K] what `forward` gives as codes, without the rest."""
+        found = latent.new_empty(len(latent), len(self.codebooks), dtype=torch.int64)
+        for rows, codes in zip(latent.split(CACHED), found.split(CACHED), strict=True):
+            residual = rows
+            for level, codebook in enumerate(self.codebooks):
+                codes[:, level] = code = nearest(residual, codebook)
+                residual = residual - codebook[code]
+        return found
 
     @torch.no_grad()
     def start(self, latent: Tensor, seed: int) -> None:
@@ -188,8 +200,11 @@ class RQVAE(nn.Module):
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """[B] index of the codeword [M, E] nearest to each vector [B, E]; the first of equally near ones."""
-    return (codebook.square().sum(-1) - 2 * vectors @ codebook.T).argmin(-1)
+    """[B] index of the codeword [M, E] nearest to each vector [B, E]; the first of equally near ones. Without gradients."""
+    distance = torch.addmm(codebook.square().sum(-1), vectors, codebook.T, alpha=-2)  # up to a constant of the row
+    if distance.device.type == "cpu":  # where PyTorch's argmin takes ten times as long as NumPy's
+        return torch.from_numpy(distance.detach().numpy().argmin(-1))
+    return distance.argmin(-1)
 
 
 def _nearest_of_many(vectors: Tensor, codebook: Tensor) -> Tensor:

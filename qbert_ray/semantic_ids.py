@@ -11,9 +11,11 @@ The rule. Every item comes with its nearest codes and its distance from what the
 So codes change as low as possible, prefixes are independent of each other at every step, and rows, blocks and actors do not
 matter. Published IDs (`taken`) are never moved and never given again.
 
-How it is fast. Taking turns under a prefix is a stable matching in which all codes prefer items in the same order. That
-matching is unique, and deferred acceptance finds it for thousands of prefixes at once: everybody asks for the nearest code,
-a code keeps the first in order that it has room for, and only who is refused asks for the next one.
+How it is fast. On the last level thousands of prefixes take turns at once: the first mover of each, then the second, at most
+M turns. On the levels above a prefix may have any number of movers. There, turns are a stable matching in which all codes
+prefer items in the same order. It is unique, and deferred acceptance finds it: everybody asks for the nearest code, a code
+keeps the first in order that it has room for, and only who is refused asks for the next one. Distances are a matrix product;
+where its rounding could decide, they are computed again.
 
 Shapes: N items, K levels, M codewords per level, E codebook width, n movers looked at together, in g groups of one prefix.
 """
@@ -25,13 +27,46 @@ from string import ascii_lowercase
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 CELLS = 2**19  # movers x codewords that are looked at together; bounds the memory
-ROWS = 2**16
+ROWS = 2**13
+EPSILON = float(np.finfo(np.float64).eps)
 
-# Rows of items [n] and the codes chosen so far [n, level] -> distance from each codeword of that level [n, M].
-Distances = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+class Preference:
+    """Which codeword of a level each of n movers would rather have.
+
+    Args:
+        distance: [n, M] from each codeword, up to a constant of the row; inf: not to be had.
+        slack: [n] by how much a difference of two may be wrong; below 0: they are exact.
+        exact: rows of distance [m] -> [m, M] without rounding that depends on m.
+    """
+
+    def __init__(self, distance: np.ndarray, slack: np.ndarray, exact: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.distance, self.slack, self._exact = distance, slack, exact
+
+    def first(self, rows: np.ndarray, closed: np.ndarray | None = None) -> np.ndarray:
+        """[m] the nearest codeword to each of rows [m] that is to be had and not closed [m, M]; the first of equally near ones."""
+        distance = self._open(rows, closed)
+        choice = distance.argmin(1)
+        nearest = distance[np.arange(len(rows)), choice]
+        doubtful = np.flatnonzero(np.count_nonzero(distance <= (nearest + self.slack[rows])[:, None], axis=1) > 1)
+        if len(doubtful):
+            asked = rows[doubtful]
+            self.distance[asked] = np.where(np.isinf(self.distance[asked]), np.inf, self._exact(asked))
+            self.slack[asked] = -1
+            choice[doubtful] = self._open(asked, None if closed is None else closed[doubtful]).argmin(1)
+        return choice
+
+    def _open(self, rows: np.ndarray, closed: np.ndarray | None) -> np.ndarray:
+        distance = self.distance[rows]
+        if closed is not None:
+            np.copyto(distance, np.inf, where=closed)
+        return distance
+
+
+# Rows of items [n] and the codes chosen so far [n, level] -> what they would rather have at that level.
+Distances = Callable[[np.ndarray, np.ndarray], Preference]
 
 
 class CapacityError(ValueError):
@@ -67,10 +102,22 @@ def resolve_collisions(codes: np.ndarray, latents: np.ndarray, codebooks: np.nda
             result -= book[code]
         return result
 
-    def distances(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        level = chosen.shape[1]
-        # Not a matrix product: its rounding depends on how many rows there are, and ties would with it.
-        return cdist(residual(rows, chosen)[:, used[level]], books[level][:, used[level]], "sqeuclidean")
+    def distances(rows: np.ndarray, chosen: np.ndarray) -> Preference:
+        own = used[chosen.shape[1]]
+        book, left = books[chosen.shape[1]][:, own], residual(rows, chosen)[:, own]
+        norms = np.square(book).sum(1)
+        reach = np.sqrt(np.square(left).sum(1)) + np.sqrt(norms.max())
+        slack = 8 * (len(own) + 8) * EPSILON * np.square(reach)  # sums of E products, in any order
+
+        def exact(asked: np.ndarray) -> np.ndarray:
+            from scipy.spatial.distance import cdist  # rarely asked for, and every actor would import it
+
+            return cdist(left[asked], book, "sqeuclidean")
+
+        # A matrix product is ten times as fast, but its rounding depends on how many rows there are, and ties would with it.
+        distance = left @ (-2 * book.T)
+        distance += norms
+        return Preference(distance, slack, exact)
 
     def distance(rows: np.ndarray) -> np.ndarray:
         return np.square(residual(rows, codes[rows])).sum(1)
@@ -81,9 +128,10 @@ def resolve_collisions(codes: np.ndarray, latents: np.ndarray, codebooks: np.nda
 def resolve_given(codes: np.ndarray, codebook_size: int, taken: np.ndarray | None = None) -> Resolved:
     """Distinct codes where only codes are known: the first item by item_index keeps them, others take the next free number."""
 
-    def distances(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    def distances(rows: np.ndarray, chosen: np.ndarray) -> Preference:
         own = codes[rows, chosen.shape[1]].astype(np.int64)
-        return ((np.arange(codebook_size) - own[:, None]) % codebook_size).astype(np.float64)
+        distance = ((np.arange(codebook_size) - own[:, None]) % codebook_size).astype(np.float64)
+        return Preference(distance, np.full(len(rows), -1.0), lambda asked: distance[asked])
 
     return _resolve(codes, lambda rows: np.zeros(len(rows)), distances, codebook_size, taken)
 
@@ -136,14 +184,15 @@ def _check_capacity(num_items: int, published: int, num_levels: int, size: int) 
 
 def _movers(keys: np.ndarray, published: np.ndarray, distance: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Rows that cannot keep their codes, in order."""
-    order = np.argsort(keys, kind="stable")
-    same = keys[order][1:] == keys[order][:-1]
+    order = np.argsort(keys)
+    in_order = keys[order]
+    same = in_order[1:] == in_order[:-1]
     shared = np.zeros(len(keys), dtype=bool)
     shared[1:] |= same
     shared[:-1] |= same
     if len(published):
-        at = np.searchsorted(published, keys[order]).clip(max=len(published) - 1)
-        shared |= published[at] == keys[order]
+        at = np.searchsorted(published, in_order).clip(max=len(published) - 1)
+        shared |= published[at] == in_order
     rows = np.sort(order[shared])
     far = np.concatenate([np.zeros(0), *(distance(rows[piece]) for piece in _pieces(len(rows), ROWS))])
     order = np.lexsort((far, keys[rows]))  # stable, so equal ones stay in the order of item_index
@@ -182,28 +231,44 @@ def _choose(result: np.ndarray, movers: np.ndarray, level: int, used: np.ndarray
         distinct = prefix[piece][begin]
         goes_on = int(distinct[0] == last)
         room = np.concatenate([left[None][:goes_on], _room(distinct[goes_on:], used, below, size)])
-        result[rows[piece], level] = _match(distances(rows[piece], result[rows[piece], :level]), group, room)
+        match = _take_turns if below == 1 else _defer  # on the last level a prefix has at most M movers
+        result[rows[piece], level] = match(distances(rows[piece], result[rows[piece], :level]), group, room)
         last, left = distinct[-1], room[-1]
 
 
-def _match(distance: np.ndarray, group: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Deferred acceptance: a code for each mover; what they take is taken off room.
+def _take_turns(preference: Preference, group: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """A code for each mover: in all groups at once, the next mover takes the nearest free code.
 
     Args:
-        distance: [n, M]; overwritten.
         group: [n] prefix of each mover, ascending; in a group the movers are in order.
-        room: [g, M] how many movers a code can have.
+        room: [g, M] 1 where a code is free; what the movers take is taken off.
     """
-    distance[(room == 0)[group]] = np.inf
-    choice = distance.argmin(1)
+    closed = room == 0
+    choice = np.empty(len(group), dtype=np.int64)
+    begin, _ = _groups(group)
+    size = np.diff(begin, append=len(group))
+    largest = np.argsort(-size, kind="stable")
+    begin, waiting = begin[largest], np.searchsorted(-size[largest], -np.arange(size.max()))  # groups with more movers than turns so far
+    for turn, count in enumerate(waiting):
+        mine, movers = largest[:count], begin[:count] + turn
+        choice[movers] = code = preference.first(movers, closed[mine])
+        closed[mine, code] = True
+    room[:] = ~closed
+    return choice
+
+
+def _defer(preference: Preference, group: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """The same by deferred acceptance, for codes with much room: as many rounds as refusals, however many the movers are."""
+    preference.distance[(room == 0)[group]] = np.inf
+    choice = preference.first(np.arange(len(group)))
     live = np.arange(len(choice))  # movers under prefixes where somebody was refused
     while len(live):
         asked = group[live] * room.shape[1] + choice[live]
         order = np.argsort(asked, kind="stable")
         begin, run = _groups(asked[order])
         refused = live[order[np.arange(len(order)) - begin[run] >= room.ravel()[asked[order]]]]
-        distance[refused, choice[refused]] = np.inf
-        choice[refused] = distance[refused].argmin(1)
+        preference.distance[refused, choice[refused]] = np.inf
+        choice[refused] = preference.first(refused)
         busy = np.zeros(len(room), dtype=bool)
         busy[group[refused]] = True
         live = live[busy[group[live]]]

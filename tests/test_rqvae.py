@@ -125,3 +125,13 @@ def test_without_a_shortcut_there_are_the_papers_mlps_alone():
     assert {name for name in names if name.startswith("encoder.")} == {
         f"encoder.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")
     }
+
+
+def test_codes_alone_are_those_of_the_whole_pass_and_the_first_of_equally_near_ones():
+    quantizer = ResidualQuantizer(3, 16, 8)
+    with torch.no_grad():
+        quantizer.codebooks[:, 8:] = quantizer.codebooks[:, :8]  # every codeword twice
+    latent = torch.randn(1500, 8)
+    codes = quantizer.codes(latent)
+    assert torch.equal(codes, quantizer(latent).codes)
+    assert int(codes.max()) < 8

@@ -148,3 +148,13 @@ def test_given_codes_become_unique_and_those_that_are_stay():
 
 def test_tokens_are_written_as_in_the_paper():
     assert to_tokens(np.array([[2, 3, 1, 6]])) == ["<a_2><b_3><c_1><d_6>"]
+
+
+def test_rounding_of_the_matrix_product_decides_nothing():
+    """Latents far from the origin and codewords that repeat: differences of distances drown in the product's rounding."""
+    rng = np.random.default_rng(0)
+    books = np.repeat(rng.normal(size=(2, 4, 7)), 2, axis=1)[:, rng.permutation(8)].astype(np.float32)
+    latents = (np.repeat(rng.normal(size=(10, 7)), 6, axis=0) + 1e5).astype(np.float32)
+    codes = np.zeros((60, 2), dtype=np.int64)
+    expected = plain_rule(codes, latents, books, codes[:0])
+    assert resolve_collisions(codes, latents, books).codes.tolist() == expected

@@ -36,7 +36,7 @@ from qbert_ray.columns import (
     USER_ID,
 )
 from qbert_ray.config import Config
-from qbert_ray.pipelines.partitions import CODE, COLD_SALT, ITEM_SALT, USER, Core, Partition, core, partition, survivors
+from qbert_ray.pipelines.partitions import CODE, COLD_SALT, HASH, ITEM_SALT, USER, Core, Partition, core, partition, survivors
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.readers import REASON, ROW, Fragment
 from qbert_ray.rows import UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
@@ -88,7 +88,7 @@ def ingest_domain(
 
 
 def read_catalog(config: Config, name: str, source: Source) -> tuple[ray.data.Dataset, pa.Table]:
-    """Normalised rows of a domain's items files; and item_id and position of each item's first row, in order of a hash."""
+    """Normalised rows of a domain's items files; and item_id, position of the first row and hash of each item, in order of the hash."""
     rows = _read(source, read_items, domain=config.data.domains[name], root=_local(config.data.root))
     return rows, _catalog(source, rows.to_arrow_refs())
 
@@ -126,13 +126,13 @@ def _read(source: Source, reader: Callable[..., Iterator[pa.Table]], **arguments
 
 
 def _catalog(source: Source, blocks: list[ray.ObjectRef]) -> pa.Table:
-    """item_id and position of each item's first row, in order of a hash of item_id: an item's row is its code."""
+    """item_id, position of the first row and hash of each item, in order of the hash: an item's row is its code."""
     rows = pl.concat([pl.DataFrame(table) for table in ray.get([_ids.remote(block) for block in blocks])])
     if rows.is_empty():
         raise SourceError(f"{source.label}: no row of {source.uri} has an item_id")
     first = rows.group_by(ITEM_ID).agg(pl.col(POSITION).min())
-    hashed = first.with_columns(pl.Series("hash", stable_hash(first[ITEM_ID], ITEM_SALT)))
-    return hashed.sort("hash", ITEM_ID).drop("hash").to_arrow()
+    hashed = first.with_columns(pl.Series(HASH, stable_hash(first[ITEM_ID], ITEM_SALT)))
+    return hashed.sort(HASH, ITEM_ID).to_arrow()
 
 
 @ray.remote
@@ -260,8 +260,8 @@ def _write_users(
         items[ITEM_ID][rows[CODE]], items[ITEM_INDEX][rows[CODE]], items[COLD][rows[CODE]], pl.lit(domain).alias(DOMAIN)
     )
     cold = items[COLD].to_numpy()
-    left = survivors(rows, items[ITEM_INDEX].is_not_null().to_numpy() & ~cold, cold, min_user)
-    sequences, left = _sequences(left)
+    survives = survivors(kept, items[ITEM_INDEX].is_not_null().to_numpy() & ~cold, cold, min_user)
+    sequences, left = _sequences(rows.filter(survives))
     ends = [0, *sequences["rows"].cum_sum().to_list()]
     for offset in range(0, len(sequences), size):
         name, end = f"{domain}-{first_part + offset // size:05d}.parquet", min(offset + size, len(sequences))
@@ -269,7 +269,7 @@ def _write_users(
         run.write_part("ingest/sequences", name, _to_arrow(sequences[offset:end], SEQUENCES))
         if cold.any():
             run.write_part("ingest/cold", name, _to_arrow(sequences[offset:end].filter(pl.col("target").is_not_null()), COLD_SEQUENCES))
-    lost = rows.join(left, on=POSITION, how="anti")
+    lost = rows.filter(~survives)
     reason = (
         pl.when(pl.col(ITEM_INDEX).is_null())
         .then(pl.lit("item below min_item_interactions"))
@@ -282,30 +282,47 @@ def _write_users(
 
 
 def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """One row per user with train, valid, test and the last cold target with its history; and the rows with their split."""
-    length, place = pl.len().over(USER, COLD), pl.int_range(pl.len()).over(USER, COLD)
-    held_out = pl.when((length >= 3) & (length - place <= 2)).then(length - place)
-    split = pl.when(held_out == 1).then(pl.lit("test")).when(held_out == 2).then(pl.lit("valid")).otherwise(pl.lit("train"))
-    rows = rows.with_columns(
-        pl.when(COLD).then(pl.lit(COLD)).otherwise(split).alias("split"), (~pl.col(COLD)).cum_sum().over(USER).alias("before")
+    """One row per user with train, valid, test and the last cold target with its history; and the rows with their split.
+
+    Args:
+        rows: in order of user and time.
+    """
+    users, cold, items = rows[USER].to_numpy(), rows[COLD].to_numpy(), rows[ITEM_INDEX].to_numpy()
+    starts = np.flatnonzero(np.diff(users.astype(np.int64), prepend=-1))  # [U] first row of each user
+    sizes = np.diff(starts, append=len(rows))
+    above = np.cumsum(~cold) - ~cold  # [rows] warm rows above
+    first = above[starts]
+    length = np.diff(first, append=np.count_nonzero(~cold))  # [U] warm rows
+    warm, enough = items[~cold], length >= 3
+    train = np.where(enough, length - 2, length)
+    held = [np.where(enough, warm[np.maximum(first + length - back, 0)], -1) for back in (2, 1)] if len(warm) else [length - 1] * 2
+    place = above - np.repeat(first, sizes)  # [rows] warm ones above of the same user
+    later = cold & (place > 0)
+    target = np.full(len(starts), -1)
+    target[np.repeat(np.arange(len(starts)), sizes)[later]] = np.flatnonzero(later)  # of several the last
+    history = np.where(target >= 0, place[target], 0) if len(rows) else target
+    sequences = (
+        rows[starts]
+        .select(DOMAIN, USER_ID)
+        .with_columns(
+            pl.Series("rows", sizes),
+            _lists(warm, first, train).alias("train"),
+            *(pl.Series(name, values).replace(-1, None) for name, values in zip(("valid", "test"), held, strict=True)),
+            pl.Series("target", np.where(target >= 0, items[target], -1) if len(rows) else target).replace(-1, None),
+            _lists(warm, first, history).alias("history"),
+        )
     )
-    warm, cold = ~pl.col(COLD), pl.col(COLD) & (pl.col("before") > 0)
-    grouped = rows.group_by(USER, maintain_order=True).agg(
-        pl.first(DOMAIN, USER_ID),
-        pl.len().alias("rows"),
-        warm.sum().cast(pl.Int64).alias("length"),
-        pl.col(ITEM_INDEX).filter(warm),
-        pl.col(ITEM_INDEX).filter(cold).last().alias("target"),
-        pl.col("before").filter(cold).last(),
-    )
-    items, enough = pl.col(ITEM_INDEX), pl.col("length") >= 3
-    sequences = grouped.with_columns(
-        pl.when(enough).then(items.list.head(pl.col("length") - 2)).otherwise(items).alias("train"),
-        pl.when(enough).then(items.list.get(-2, null_on_oob=True)).alias("valid"),
-        pl.when(enough).then(items.list.get(-1, null_on_oob=True)).alias("test"),
-        items.list.head(pl.col("before")).alias("history"),
-    )
-    return sequences, rows
+    rank = place - np.repeat(train, sizes)  # 0: valid, 1: test
+    split = pl.when(COLD).then(pl.lit(COLD)).when(pl.Series(rank < 0) | ~pl.Series(np.repeat(enough, sizes))).then(pl.lit("train"))
+    return sequences, rows.with_columns(split.when(pl.Series(rank == 0)).then(pl.lit("valid")).otherwise(pl.lit("test")).alias("split"))
+
+
+def _lists(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> pl.Series:
+    """[U] lists of the `lengths` values from `starts` on."""
+    ends = np.cumsum(lengths)
+    flat = values[np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)]
+    offsets = np.concatenate([[0], ends]).astype(np.int64)
+    return pl.Series(pa.LargeListArray.from_arrays(offsets, pa.array(flat)))
 
 
 def _write_rejected(run: RunDir, domain: str, number: str, rows: pl.DataFrame) -> Counter[tuple[str, str]]:

@@ -48,10 +48,11 @@ def partition(blocks: list[ray.ObjectRef], catalog: ray.ObjectRef, count: int) -
 
     Args:
         blocks: tables as `normalise_interactions` gives them.
-        catalog: table of item_id; an item's code is its row.
+        catalog: table of item_id and its hash; an item's code is its row.
     """
-    split = [[block] if count == 1 else _split.options(num_returns=count).remote(block, count) for block in blocks]
-    merged = [_merge.options(num_returns=2).remote(catalog, *pieces) for pieces in zip(*split, strict=True)]
+    split = [_split.options(num_returns=count).remote(block, count) for block in blocks]
+    pieces = zip(*split, strict=True) if count > 1 else [split]
+    merged = [_merge.options(num_returns=2).remote(catalog, *rows) for rows in pieces]
     return [Partition(*refs) for refs in merged]
 
 
@@ -73,45 +74,57 @@ def core(partitions: list[Partition], cold: np.ndarray, min_user: int, min_item:
         items = left
 
 
-def survivors(kept: pl.DataFrame, items: np.ndarray, cold: np.ndarray, min_user: int) -> pl.DataFrame:
-    """Rows of the remaining and the cold items whose users still have `min_user` of the remaining ones."""
+def survivors(kept: pa.Table, items: np.ndarray, cold: np.ndarray, min_user: int) -> np.ndarray:
+    """[rows] whether a row is of the remaining or the cold items and its user still has `min_user` of the remaining ones."""
     codes, users = kept[CODE].to_numpy(), kept[USER].to_numpy()
-    enough = np.bincount(users, weights=items[codes]) >= max(min_user, 1)
-    return kept.filter((items | cold)[codes] & enough[users])
+    enough = np.bincount(users[items[codes]], minlength=1 + int(users.max(initial=0))) >= max(min_user, 1)
+    return (items | cold)[codes] & enough[users]
 
 
 @ray.remote
-def _split(block: pa.Table, count: int) -> list[pa.Table]:
+def _split(block: pa.Table, count: int) -> list[pa.Table] | pa.Table:
+    """Rows of each partition, with the hash of their user."""
     rows = pl.DataFrame(block)
+    hashes = stable_hash(rows[USER_ID], USER_SALT)
+    rows = rows.with_columns(pl.Series(HASH, hashes))
+    if count == 1:
+        return rows.to_arrow()
     # Contiguous ranges of the hash, so that partitions one after the other are in order of the hash.
-    number = ((stable_hash(rows[USER_ID], USER_SALT) >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
-    return [rows.filter(number == target).to_arrow() for target in range(count)]
+    number = ((hashes >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
+    rows = rows[np.argsort(number.astype(np.uint16), kind="stable")]
+    ends = np.cumsum(np.bincount(number.astype(np.int64), minlength=count))
+    return [rows[begin:end].to_arrow() for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 @ray.remote
 def _merge(catalog: pa.Table, *blocks: pa.Table) -> tuple[pa.Table, pa.Table]:
-    codes = pl.DataFrame(catalog).select(ITEM_ID).with_row_index(CODE)
+    items = pl.DataFrame(catalog)
+    codes = items.select(ITEM_ID).with_row_index(CODE)
     rows = pl.concat([pl.DataFrame(block) for block in blocks]).join(codes, on=ITEM_ID, how="left")
     unknown = pl.when(pl.col(CODE).is_null()).then(pl.lit("item not in items table"))
     rows = rows.with_columns(pl.coalesce(REASON, unknown).alias(REASON))
-    kept = _in_order(rows.filter(pl.col(REASON).is_null()))
+    kept = _in_order(rows.filter(pl.col(REASON).is_null()), items[HASH].to_numpy())
     same = pl.all_horizontal(pl.col(name) == pl.col(name).shift() for name in (USER, CODE, TIMESTAMP)).fill_null(False)
     repeated = kept.filter(same).with_columns(pl.lit("duplicate interaction").alias(REASON))
-    rejected = pl.concat([rows.filter(pl.col(REASON).is_not_null()).drop(CODE), repeated.select(*GIVEN, POSITION, REASON, ROW)])
+    rejected = pl.concat([table.select(*GIVEN, POSITION, REASON, ROW) for table in (rows.filter(pl.col(REASON).is_not_null()), repeated)])
     rejected = rejected.with_columns(pl.coalesce(ROW, as_json(rejected.select(GIVEN))).alias(ROW)).select(POSITION, REASON, ROW)
     return kept.filter(~same).drop(ITEM_ID, REASON, ROW).to_arrow(), rejected.to_arrow()
 
 
-def _in_order(rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows by user and time. Ties in time are broken by a hash: file order would leak how the file was made."""
-    users = stable_hash(rows[USER_ID], USER_SALT)
-    ties = mix(users ^ mix(stable_hash(rows[ITEM_ID], ITEM_SALT)), TIE_SALT)
-    rows = rows.with_columns(pl.Series(HASH, users), pl.Series("_tie", ties))
+def _in_order(rows: pl.DataFrame, items: np.ndarray) -> pl.DataFrame:
+    """Rows by user and time. Ties in time are broken by a hash: file order would leak how the file was made.
+
+    Args:
+        items: [catalog] hash of each item.
+    """
+    ties = mix(rows[HASH].to_numpy() ^ mix(items[rows[CODE].to_numpy()]), TIE_SALT)
+    rows = rows.with_columns(pl.Series("_tie", ties))
     rows = rows.sort(HASH, USER_ID, TIMESTAMP, "_tie", CODE, POSITION).drop(HASH, "_tie")
     return rows.with_columns(pl.col(USER_ID).rle_id().alias(USER))
 
 
 @ray.remote
 def _count(kept: pa.Table, masks: tuple[np.ndarray, np.ndarray], min_user: int) -> tuple[np.ndarray, int]:
-    rows = survivors(pl.DataFrame(kept), *masks, min_user)
-    return np.bincount(rows[CODE].to_numpy(), minlength=len(masks[0])), rows[USER].n_unique()
+    left = survivors(kept, *masks, min_user)
+    users = np.bincount(kept[USER].to_numpy()[left])
+    return np.bincount(kept[CODE].to_numpy()[left], minlength=len(masks[0])), int(np.count_nonzero(users))

@@ -153,7 +153,7 @@ class RqvaeTask:
 
     def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
         pieces = [piece.to(device) for piece in self.embeddings.split(SAMPLE)]
-        codes = torch.cat([model.quantizer(model.encode(piece)).codes for piece in pieces]).cpu().numpy()
+        codes = torch.cat([model.quantizer.codes(model.encode(piece)) for piece in pieces]).cpu().numpy()
         return {
             "items": len(codes),
             "reconstruction_error": float(normalised_error(model, pieces[0])),

@@ -27,7 +27,7 @@ from qbert_ray.rqvae import RQVAE
 from qbert_ray.semantic_ids import Resolved, resolve_collisions, resolve_given, to_tokens
 from qbert_ray.sources import join
 
-BATCH = 1024
+BATCH = 4096  # of the few items that go deep, enough to fill a layer
 ENCODED = "semantic_ids/.encoded"
 
 
@@ -111,7 +111,7 @@ class EncodePart:
         for batch in embeddings.split(BATCH):
             latent = self.model.encode(batch.to(self.device))
             latents.append(latent.cpu().numpy())
-            codes.append(self.model.quantizer(latent).codes.cpu().numpy().astype(np.int32))
+            codes.append(self.model.quantizer.codes(latent).cpu().numpy().astype(np.int32))
         table = table.select(columns.KEYS)
         table = table.append_column("latent", columns.to_fixed_lists(np.concatenate(latents)))
         table = table.append_column("codes", columns.to_fixed_lists(np.concatenate(codes)))

@@ -307,6 +307,37 @@ def held_out(tmp_path) -> tuple[dict, RunDir, pl.DataFrame]:
     return *ingested(write(tmp_path / "data", catalog, log), min_interactions=3, cold_share=0.3), log
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_sequences_are_those_of_a_plain_loop(seed):
+    rng = np.random.default_rng(seed)
+    size = [0, 1, 40, 400][seed]
+    user = np.sort(rng.integers(0, 1 + size // 5, size))
+    user = np.unique(user, return_inverse=True)[1].astype(np.uint32)
+    rows = pl.DataFrame({
+        "_user": user, "user_id": [f"u{number}" for number in user], "domain": ["shop"] * size, "cold": rng.random(size) < 0.3,
+        "item_index": rng.integers(0, 9, size).astype(np.int32),
+    }, schema_overrides={"_user": pl.UInt32, "user_id": pl.String, "domain": pl.String, "cold": pl.Boolean})  # fmt: skip
+    sequences, split = [], []
+    for number in range(len(np.unique(user))):
+        mine = [(item, cold) for item, cold, owner in zip(rows["item_index"], rows["cold"], user, strict=True) if owner == number]
+        warm = [item for item, cold in mine if not cold]
+        held = 2 if len(warm) >= 3 else 0
+        names = ["train"] * (len(warm) - held) + ["valid", "test"][:held]
+        seen, target, history = [], None, []
+        for item, cold in mine:
+            split.append("cold" if cold else names[len(seen)])
+            if not cold:
+                seen.append(item)
+            elif seen:
+                target, history = item, list(seen)
+        valid, test = warm[-2:] if held else (None, None)
+        sequences.append((f"u{number}", len(mine), warm[: len(warm) - held], valid, test, target, history))
+    found, labelled = stage._sequences(rows)
+    assert found.select("user_id", "rows", "train", "valid", "test", "target", "history").rows() == sequences
+    assert labelled["split"].to_list() == split
+    assert labelled.drop("split").equals(rows)
+
+
 def test_cold_items_are_in_no_sequence_and_no_row_is_lost(held_out):
     counts, run, log = held_out
     items, rows = table(run, "items"), table(run, "interactions")

@@ -1,0 +1,214 @@
+"""Feature extraction on Ray against the bare encoder loop, texts and pictures, on one core and on two.
+
+    python -m tests.benchmarks.encoding            # 320 pictures, 640 items with two texts
+    python -m tests.benchmarks.encoding --full     # four times as many
+
+Pictures are the posters of `movielens` under QBERT_REAL_DATA, else made-up JPEGs of their size. The bare loop reads a part,
+decodes, encodes batch by batch and writes nothing; it runs in one process pinned to one core. One actor of Ray is pinned to
+that core too, reading threads included; two actors have both cores. Ray is timed from the moment each actor has done a part, so
+without its start and the loading of encoders. Two bare loops at once say what a second core is worth on the machine.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from qbert_ray.artifacts import RunDir
+from qbert_ray.columns import ITEMS
+from qbert_ray.config import Actors, Features
+from qbert_ray.encoders import decode_image
+from qbert_ray.pipelines.encoding import ImagePart, TextPart
+from qbert_ray.pipelines.session import session
+from qbert_ray.pipelines.sharding import map_parts
+from tests.benchmarks.assignment import Clock
+from tests.benchmarks.table import Figure, main
+
+FIELDS = {"text.title": "", "text.description": ""}
+SIZES = {"image": (20, 16), "text": (40, 16)}  # items of a part, parts
+
+
+class Pinned:
+    """A worker of `map_parts` on one core, its threads included."""
+
+    def __init__(self, worker: Callable[..., Any], cores: list[int], arguments: dict[str, Any]) -> None:
+        os.sched_setaffinity(0, cores)
+        self.worker = worker(**arguments)
+
+    def __call__(self, name: str) -> dict[str, int]:
+        return self.worker(name)
+
+
+def pictures(count: int) -> tuple[str, list[bytes]]:
+    folder = Path(os.environ.get("QBERT_REAL_DATA") or "") / "movielens" / "images"
+    posters = sorted(folder.glob("*.jpg"))[:count] if os.environ.get("QBERT_REAL_DATA") else []
+    if posters:
+        found = [poster.read_bytes() for poster in posters]
+        return "posters of movielens", [found[number % len(found)] for number in range(count)]
+    rng = np.random.default_rng(0)
+    contents = []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (20, 14, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        coarse.resize((224, 330), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        contents.append(file.getvalue())
+    return "made-up pictures", contents
+
+
+def texts(count: int) -> list[list[str]]:
+    """Titles of about 5 words and descriptions of about 60."""
+    rng = np.random.default_rng(0)
+    words = [line.strip() for line in __doc__.replace("\n", " ").split() if line.isalpha()]
+    lengths = rng.poisson([[5], [60]], (2, count)) + 1
+    return [[" ".join(rng.choice(words, length)) for length in row] for row in lengths]
+
+
+def write_items(run: RunDir, scale: int) -> tuple[str, dict[str, list[str]]]:
+    """Parts of ingest/items, some with pictures and some with texts."""
+    names: dict[str, list[str]] = {}
+    what, contents = pictures(scale * SIZES["image"][0] * SIZES["image"][1])
+    schema = pa.schema([*ITEMS, *((name, pa.string()) for name in FIELDS)])
+    for kind, (size, count) in SIZES.items():
+        rows = scale * size * count
+        title, description = texts(rows) if kind == "text" else [[""] * rows] * 2
+        for number in range(scale * count):
+            piece = slice(number * size, (number + 1) * size)
+            index = range(*piece.indices(rows))
+            columns = [[kind] * size, [str(row) for row in index], list(index), [None] * size]
+            columns += [contents[piece] if kind == "image" else [None] * size, [False] * size, title[piece], description[piece]]
+            name = f"{kind}-{number:05d}.parquet"
+            run.write_part(
+                "ingest/items",
+                name,
+                pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema),
+            )
+            names.setdefault(kind, []).append(name)
+    return what, names
+
+
+def bare(run: RunDir, kind: str, worker: Any, parts: list[str]) -> float:
+    """Seconds of a loop over the parts: read, decode, encode."""
+    started = time.monotonic()
+    for part in parts:
+        items = run.read_part("ingest/items", part)
+        if kind == "text":
+            worker.encoder([text for name in FIELDS for text in items[name].to_pylist()])
+            continue
+        settings = worker.settings
+        decoded = (decode_image(content, settings.max_bytes, settings.max_pixels) for content in items["image_bytes"].to_pylist())
+        pixels = [worker.encoder.preprocess(image) for image in decoded]
+        for begin in range(0, len(pixels), settings.batch_size):
+            worker.encoder(torch.stack(pixels[begin : begin + settings.batch_size]))
+    return time.monotonic() - started
+
+
+def on_ray(run: RunDir, kind: str, worker: type, arguments: dict[str, Any], parts: list[str], actors: int) -> float:
+    """Items per second once every actor has done a part."""
+    run.delete(f"features/{kind}")
+    clock, cores = Clock(), [0] if actors == 1 else list(range(os.cpu_count() or 1))
+    pinned = {"worker": worker, "cores": cores, "arguments": arguments}
+    map_parts(run, Pinned, pinned, parts, f"features/{kind}", Actors(max_size=actors), clock)
+    return (len(parts) - actors) * SIZES[kind][0] / (clock.times[-1] - clock.times[actors - 1])
+
+
+def arguments_of(run: RunDir, kind: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"run": run, "settings": getattr(Features(), kind), "num_vectors": 4 if kind == "image" else len(FIELDS)}
+    return arguments | ({"fields": {"text": FIELDS}} if kind == "text" else {})
+
+
+WORKERS = {"text": TextPart, "image": ImagePart}
+
+
+def side_by_side(run: RunDir, kind: str, parts: list[str]) -> float:
+    """Items per second of two bare loops at once, each in a process pinned to a core of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.encoding", "--bare", run.uri, kind]
+    processes = [
+        subprocess.Popen(
+            [*command, str(core), *parts[core::2]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for core in (0, 1)
+    ]
+    for process in processes:
+        process.stdout.readline()  # ready
+    started = time.monotonic()
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.stdout.readline()
+    seconds = time.monotonic() - started
+    for process in processes:
+        process.communicate()
+    return len(parts) * SIZES[kind][0] / seconds
+
+
+def bare_process(folder: str, kind: str, core: str, *parts: str) -> None:
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, [int(core)])
+    run = RunDir(folder)
+    worker = WORKERS[kind](**arguments_of(run, kind))
+    bare(run, kind, worker, list(parts[:1]))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    bare(run, kind, worker, list(parts))
+    print("done", flush=True)
+
+
+def measure(run: RunDir, kind: str, what: str, parts: list[str]) -> Iterator[Figure]:
+    worker, arguments = WORKERS[kind], arguments_of(run, kind)
+    everywhere = os.sched_getaffinity(0)
+    with session():
+        os.sched_setaffinity(0, [0])
+        local = worker(**arguments)
+        bare(run, kind, local, parts[:1])
+        seconds = [bare(run, kind, local, parts)]
+        os.sched_setaffinity(0, everywhere)
+        one = on_ray(run, kind, worker, arguments, parts, 1)
+        os.sched_setaffinity(0, [0])
+        seconds.append(bare(run, kind, local, parts))
+        os.sched_setaffinity(0, everywhere)
+        two = on_ray(run, kind, worker, arguments, parts, 2)
+    both = side_by_side(run, kind, parts)
+    alone = len(parts) * SIZES[kind][0] / float(np.mean(seconds))
+    yield Figure(
+        f"features of {what}, one core", f"{one:.1f} items/s", f"bare encoder loop: {alone:.1f}", one / alone, ">= .9 x", one >= 0.9 * alone
+    )
+    yield Figure(f"features of {what}, two cores", f"{two:.1f} items/s", f"one core: {one:.1f}", two / one, ">= 1.8 x", two >= 1.8 * one)
+    yield Figure(
+        f"features of {what}, two cores",
+        f"{two:.1f} items/s",
+        f"two bare loops at once: {both:.1f}",
+        two / both,
+        ">= .9 x",
+        two >= 0.9 * both,
+    )
+
+
+def figures(full: bool) -> Iterator[Figure]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(folder)
+        what, parts = write_items(run, 4 if full else 1)
+        about = {"image": f"{len(parts['image']) * SIZES['image'][0]:,} {what}, efficientnet-lite0",
+                 "text": f"{len(parts['text']) * SIZES['text'][0]:,} items with two texts, minilm"}  # fmt: skip
+        for kind, described in about.items():
+            yield from measure(run, kind, described, parts[kind])
+
+
+if __name__ == "__main__":
+    if "--bare" in sys.argv:
+        bare_process(*sys.argv[sys.argv.index("--bare") + 1 :])
+    else:
+        main(figures)
