@@ -115,10 +115,9 @@ class Sequencer(nn.Module):
         for layer in self.layers[:-1]:
             states = layer(states, groups)
         places = self.num_levels if self.tokens == "flat" else 1  # of an item
-        if batch.ends:
-            states = self.layers[-1].at_the_ends(states, groups, places)
-        else:
-            states = self.layers[-1](states, groups, batch.masked.repeat_interleave(places))
+        last = self.layers[-1]
+        wanted = batch.masked.repeat_interleave(places)
+        states = last.at_the_ends(states, groups, places) if batch.ends else last(states, groups, wanted)
         queries = self.norm(states).view(-1, places * states.shape[1])  # K states of an item beside each other
         return queries if self.recall is None else queries + self._recall(items, batch)
 

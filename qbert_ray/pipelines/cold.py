@@ -25,6 +25,7 @@ from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.ranker import Ranker, batches
 from qbert_ray.ranking import ranks
+from qbert_ray.signals import SIGNALS
 
 PROTOCOLS = {"unseen": "rank_unseen", "cold": "rank_cold"}
 
@@ -66,7 +67,7 @@ class ColdPart:
         users, targets = table[columns.USER_ID].to_pylist(), table["target"].to_numpy()
         histories = [np.array(history, dtype=np.int64) for history in table["history"].to_pylist()]
         rows = []
-        for batch in batches(len(users), len(self.item_ids)):
+        for batch in batches(len(users), len(SIGNALS) * len(self.item_ids)):
             target = torch.from_numpy(targets[batch].astype(np.int64))
             cold = [self.warm] * len(target)
             for model, scores in self._scores(histories[batch]).items():
