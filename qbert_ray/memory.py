@@ -139,7 +139,7 @@ class Memory:
         self.contents = contents or {}
         self.weights = (ridge.T.tocsr(), following.T.tocsr())
         self.decays, self.scale, self.latest = decays, scale, latest
-        self._products: dict[str, Tensor] = {}
+        self._products: dict[str, np.ndarray] = {}
 
     @property
     def num_items(self) -> int:
@@ -174,12 +174,13 @@ class Memory:
         """[F - 1, B, N]: all `SIGNALS` but the sequencer's score; zeros for those that are not wanted."""
         return self.asked(histories, wanted).dense()
 
-    def _pairs(self, name: str) -> Tensor | None:
-        """[N, N] products of contents, kept where the catalog is small: the same few items are in many histories."""
-        if self.num_items**2 > MOST_PAIRS:
+    def _pairs(self, name: str) -> np.ndarray | None:
+        """[N, N] products of contents, kept by CPUs where the catalog is small: the same few items are in many histories."""
+        vectors = self.contents[name]
+        if self.num_items**2 > MOST_PAIRS or vectors.is_cuda:
             return None
         if name not in self._products:
-            self._products[name] = self.contents[name] @ self.contents[name].T
+            self._products[name] = (vectors @ vectors.T).numpy()
         return self._products[name]
 
 

@@ -23,11 +23,7 @@ class Alike(NamedTuple):
     """How alike items are in one kind of content."""
 
     vectors: Tensor  # [N, D] of length 1
-    pairs: Tensor | None  # [N, N] their products, where they are kept
-
-    def to(self, items: Tensor, block: slice) -> Tensor:
-        """[U, n] cosines of `items` [U] to a block of n items."""
-        return self.vectors[items] @ self.vectors[block].T if self.pairs is None else self.pairs[items, block]
+    pairs: np.ndarray | None  # [N, N] their products, where they are kept
 
 
 class Said:
@@ -58,7 +54,7 @@ class Said:
         seen.sum_duplicates()
         seen.data[:] = 1  # an item that was had twice is still seen once
         self.sparse = {1: weights[0], 2: weights[1], len(SIGNALS) - 1: seen}
-        latest = [history[-CONTENT_HISTORY:] for history in histories]
+        self._latest = latest = [history[-CONTENT_HISTORY:] for history in histories]
         lengths = np.array([len(items) for items in latest], dtype=np.int64)
         self._order = np.argsort(-lengths, kind="stable")
         joined, first = np.concatenate([*latest, np.zeros(0, np.int64)]), np.cumsum(lengths) - lengths
@@ -76,8 +72,14 @@ class Said:
 
     def nearest(self, number: int, block: slice) -> Tensor:
         """[B, n] cosine of each item of a block to the nearest of the history's latest; 0 for a history without items."""
-        alike = self.alike[number]
-        cosines = alike.to(torch.from_numpy(self._items).to(alike.vectors.device), block)  # [U, n]
+        vectors, pairs = self.alike[number]
+        if pairs is not None:
+            found = np.zeros((self.size, block.stop - block.start), np.float32)
+            for row, items in zip(found, self._latest, strict=True):
+                if len(items):
+                    np.maximum.reduce(pairs[items, block], axis=0, out=row)
+            return torch.from_numpy(found)
+        cosines = vectors[torch.from_numpy(self._items).to(vectors.device)] @ vectors[block].T  # [U, n]
         best = cosines.new_zeros(self.size, cosines.shape[1])  # the longest histories first
         for step, places in enumerate(self._steps):
             own, further = best[: len(places)], cosines[places.to(cosines.device)]
