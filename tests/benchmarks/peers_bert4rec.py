@@ -13,6 +13,7 @@ import types
 
 import numpy as np
 import pandas as pd
+import polars
 import torch
 
 WARM, STEPS = 3, 12
@@ -97,7 +98,7 @@ def recbole(sequences, s):
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])
     torch.set_num_threads(given["threads"])
-    lists = [np.array(items, dtype=np.int64) for items in pd.read_parquet(sys.argv[1])["items"] if len(items) > 1]
+    lists = [np.array(items, dtype=np.int64) for items in polars.read_parquet(sys.argv[1])["items"].to_list() if len(items) > 1]
     found = {}
     for name, measure in (("RecTools BERT4Rec", rectools), ("RecBole BERT4Rec", recbole)):
         try:
