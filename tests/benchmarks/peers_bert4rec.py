@@ -2,7 +2,7 @@
 
 python tests/benchmarks/peers_bert4rec.py sequences.parquet '{"width": 128, ...}'
 
-Prints one JSON object: library -> items a second, or why it does not run. Padding is not counted.
+Prints a JSON object after each library: library -> items a second, or why it does not run. Padding is not counted.
 """
 
 import json
@@ -16,7 +16,7 @@ import pandas as pd
 import polars
 import torch
 
-WARM, STEPS = 3, 12
+WARM, STEPS = 1, 4
 
 
 def rectools(sequences, s):
@@ -107,4 +107,4 @@ if __name__ == "__main__":
             traceback.print_exc()
             place = traceback.extract_tb(error.__traceback__)[-1]
             found[name] = f"{type(error).__name__}: {error} ({place.filename.split('site-packages/')[-1]}:{place.lineno})"
-    print(json.dumps(found))
+        print(json.dumps(found), flush=True)
