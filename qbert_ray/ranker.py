@@ -23,7 +23,7 @@ from qbert_ray.signals import SIGNALS, Mixture, Said, add, by_block
 
 WEIGHTS, MIX = "memory/weights", "memory/mix"
 MOST_HISTORIES, MOST_SCORES = 256, 2**26  # of a batch
-BLOCK = 4096  # items scored at once
+BLOCK = 8192  # items scored at once
 
 
 class Ranker:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GROUP = 64  # neighbouring items of which the largest score is taken first
+GROUP = 32  # neighbouring items of which the largest score is taken first
 
 
 def ranks(scores: Tensor, target: Tensor, seen: list[np.ndarray] | None = None) -> Tensor:

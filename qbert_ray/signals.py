@@ -102,13 +102,10 @@ Entries = tuple[Tensor, Tensor, Tensor]  # history, place in a block, and what i
 def by_block(blocks: list[slice], rows: np.ndarray, items: np.ndarray, values: np.ndarray, device: torch.device) -> dict[int, Entries]:
     """First item of each block -> what is added to its scores; the blocks are the catalog in order."""
     starts = np.array([block.start for block in blocks])
-    if len(blocks) > 1:
-        number = (np.searchsorted(starts, items, side="right") - 1).astype(np.uint16)
-        order = np.argsort(number, kind="stable")
-        rows, items, values = rows[order], items[order] - starts[number[order]], values[order]
-        bounds = [0, *np.cumsum(np.bincount(number, minlength=len(blocks))).tolist()]
-    else:
-        bounds = [0, len(items)]
+    number = (np.searchsorted(starts, items, side="right") - 1).astype(np.uint16)
+    order = np.argsort(number, kind="stable")
+    rows, items, values = rows[order], items[order] - starts[number[order]], values[order]
+    bounds = [0, *np.cumsum(np.bincount(number, minlength=len(blocks))).tolist()]
     pieces = [[torch.from_numpy(each[begin:end]).to(device) for each in (rows, items, values)] for begin, end in pairwise(bounds)]
     return {block.start: (row, item, value) for block, (row, item, value) in zip(blocks, pieces, strict=True)}
 
@@ -132,11 +129,17 @@ class Mixture:
 
     def __init__(self, said: Said, trust: Tensor, blocks: list[slice], trained: int, hidden: bool = False) -> None:
         self.said, self.trust, self.trained = said, trust, trained
-        parts = zip(*self._entries(trust.cpu().numpy(), hidden), strict=True)
-        self._added = by_block(blocks, *(np.concatenate(each) for each in parts), device=trust.device)
+        self._whole = list(self._weighted(trust.cpu().numpy(), hidden))
+        self._added: dict[int, Entries] = {}
+        if len(blocks) > 1:
+            counts = [np.diff(matrix.indptr) for matrix in self._whole]
+            rows = np.concatenate([np.repeat(np.arange(len(each)), each) for each in counts])
+            items = np.concatenate([matrix.indices for matrix in self._whole]).astype(np.int64)
+            values = np.concatenate([matrix.data for matrix in self._whole])
+            self._added = by_block(blocks, rows, items, values, trust.device)
 
-    def _entries(self, trust: np.ndarray, hidden: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """History, item and what is added to its score, for every sparse signal."""
+    def _weighted(self, trust: np.ndarray, hidden: bool) -> Iterator[sparse.csr_matrix]:
+        """[B, N] what every sparse signal adds."""
         for number, matrix in self.said.sparse.items():
             counts = np.diff(matrix.indptr)
             weights = np.repeat(trust[:, number], counts)
@@ -144,7 +147,7 @@ class Mixture:
                 new = np.repeat(trust[:, number + len(SIGNALS)], counts)
                 weights = np.where(matrix.indices < self.trained, weights, new)
             added = np.full_like(weights, -np.inf) if hidden and SIGNALS[number] == "seen" else matrix.data * weights
-            yield np.repeat(np.arange(len(counts)), counts), matrix.indices.astype(np.int64), added
+            yield sparse.csr_matrix((added, matrix.indices, matrix.indptr), shape=matrix.shape)
 
     def mixed(self, scores: Tensor, block: slice) -> Tensor:
         """[B, n] the sequencer's scores of a block, which are overwritten, with all signals."""
@@ -156,4 +159,8 @@ class Mixture:
                 scores.addcmul_(self.said.nearest(number, block), trust[:, number, None])
         if new:
             scores.add_(trust[:, -1:])
-        return add(scores, self._added[block.start])
+        if self._added:
+            return add(scores, self._added[block.start])
+        for matrix in self._whole:  # a block that is the whole catalog: no entry has to be looked for
+            scores.add_(torch.from_numpy(matrix.toarray()).to(scores.device))
+        return scores
