@@ -185,8 +185,8 @@ def _columns(borrowed: tuple[Tensor, Tensor, Tensor], num_items: int) -> sparse.
 def _load_memory(run: RunDir, domain: str, settings: Memory, latest: int, num_items: int, contents: dict[str, Tensor]) -> memory.Memory:
     """The item-item weights of memory/weights, none for items that came later; and what content there is."""
     table = run.read(WEIGHTS, domain)
-    matrices = [_matrix(table[f"{name}_items"], table[f"{name}_weights"], num_items) for name in ("ridge", "following")]
-    return memory.Memory(*matrices, (settings.decay, settings.following_decay), settings.scale, latest, contents)
+    ridge, following = (_matrix(table[f"{name}_items"], table[f"{name}_weights"], num_items) for name in ("ridge", "following"))
+    return memory.Memory(ridge, following, (settings.decay, settings.following_decay), settings.scale, latest, contents)
 
 
 def _load_mix(run: RunDir, domain: str) -> memory.Mix:

@@ -13,7 +13,7 @@ P masked positions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ class Sequencer(nn.Module):
         for layer in self.layers[:-1]:
             states = layer(states, groups)
         places = self.num_levels if self.tokens == "flat" else 1  # of an item
-        last = self.layers[-1]
+        last: Any = self.layers[-1]
         wanted = batch.masked.repeat_interleave(places)
         states = last.at_the_ends(states, groups, places) if batch.ends else last(states, groups, wanted)
         queries = self.norm(states).view(-1, places * states.shape[1])  # K states of an item beside each other
@@ -338,7 +338,8 @@ def next_item_queries(model: Sequencer, histories: list[np.ndarray], catalog: Te
 
 
 def to_device(packed: Packed, device: torch.device | str) -> Packed:
-    return Packed(*(tensor.to(device, non_blocking=True) for tensor in packed[:3]), *packed[3:])
+    items, masked, position = (tensor.to(device, non_blocking=True) for tensor in packed[:3])
+    return packed._replace(items=items, masked=masked, position=position)
 
 
 def complexity(num_items: int, width: int, num_layers: int, ffn_width: int, max_items: int, num_levels: int, codebook_size: int) -> dict:
