@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KILLS ?= 20
 SEED ?= 0
 
-.PHONY: help demo test test-slow lint types docs chaos audit clean
+.PHONY: help demo test test-slow lint types docs chaos audit peers bench bench-full clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +36,16 @@ chaos: .venv/.installed ## kills, stops, full disks and failing stores in random
 audit: .venv/.linters ## known vulnerabilities of the versions in constraints.txt
 	$(BIN)/python -m tests.audit
 
-clean: ## forget the environment; runs stay
-	rm -rf .venv
+peers: .venv-peers/.installed ## other libraries' BERT4Rec, in an environment of their own, for make bench
+
+bench: .venv/.installed ## time and memory beside other ways, one table; QBERT_REAL_DATA=<folder> for real data
+	$(BIN)/python -m tests.benchmarks
+
+bench-full: .venv/.installed ## the same with more users and rounds, and what takes long
+	$(BIN)/python -m tests.benchmarks --full
+
+clean: ## forget the environments; runs stay
+	rm -rf .venv .venv-peers
 
 # The stamps are written last, so an interrupted installation is taken up again.
 .venv/.installed: pyproject.toml constraints.txt
@@ -49,4 +57,9 @@ clean: ## forget the environment; runs stay
 
 .venv/.linters: .venv/.installed
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-peers/.installed: tests/benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip --disable-pip-version-check install -r tests/benchmarks/peers.txt
 	@touch $@

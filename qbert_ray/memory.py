@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-CONTENTS = ("content", "text", "image")
-SIGNALS = ("sequencer", "ridge", "following", *CONTENTS, "seen")
+from qbert_ray.signals import CONTENTS, SIGNALS, Alike, Said
+
 # weights of the signals where there is nothing to fit them on: what the real data sets gave, rounded
+MOST_PAIRS = 2**26  # of a catalog whose products of contents are kept: 256 MiB for each kind
 START = (0.35, 1.0, 0.6, 0.0, 0.0, 0.0, 0.0)
-CONTENT_HISTORY = 20  # latest items of a history that content is compared with
 
 
 def popularity(indptr: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
@@ -139,38 +139,49 @@ class Memory:
         self.contents = contents or {}
         self.weights = (ridge.T.tocsr(), following.T.tocsr())
         self.decays, self.scale, self.latest = decays, scale, latest
+        self._products: dict[str, np.ndarray] = {}
 
-    def ridge_scores(self, histories: list[np.ndarray]) -> np.ndarray:
-        """[B, N] scores of the regression by itself, the linear floor."""
-        return (self._aged(histories, 0) @ self.weights[0]).toarray()
+    @property
+    def num_items(self) -> int:
+        return self.weights[0].shape[0]
 
     @property
     def known(self) -> list[int]:
         """Places in `SIGNALS` of the scores that say something here, the sequencer's first."""
         return [0, 1, 2, *(SIGNALS.index(name) for name in CONTENTS if name in self.contents)]
 
-    def signals(self, histories: list[np.ndarray], wanted: Collection[str] = SIGNALS) -> Tensor:
-        """[F - 1, B, N]: all `SIGNALS` but the sequencer's score; zeros for those that are not wanted.
+    def asked(self, histories: list[np.ndarray], wanted: Collection[str] = SIGNALS, borrow: sparse.csr_matrix | None = None) -> Said:
+        """What this memory says of histories.
 
-        Of both memories log(1 + weight / scale), of contents the cosine to the nearest of the latest items of the history, and 1
-        where the history holds the item.
+        Args:
+            wanted: some of `SIGNALS`.
+            borrow: [N, N] with which items' weights are replaced by those of others, as a sum over the first axis.
         """
-        result = np.zeros((len(SIGNALS) - 1, len(histories), self.weights[0].shape[0]), dtype=np.float32)
-        for number in (0, 1):
-            spoken = self._aged(histories, number) @ self.weights[number]
-            spoken.data = np.log1p(np.maximum(spoken.data, 0) / self.scale)
-            result[number] = spoken.toarray()
-        for name, content in self.contents.items():
-            for row, history in enumerate(histories if name in wanted else []):
-                if len(history):
-                    result[SIGNALS.index(name) - 1, row] = (content[history[-CONTENT_HISTORY:]] @ content.T).amax(0)
-        rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-        if len(rows):
-            result[-1, rows, np.concatenate(histories)] = 1
-        return torch.from_numpy(result)
+        said = [
+            _aged(histories, decay, self.latest, self.num_items) @ matrix for matrix, decay in zip(self.weights, self.decays, strict=True)
+        ]
+        weights = [self._logarithm(matrix) for matrix in said]
+        weights = weights if borrow is None else [matrix @ borrow for matrix in weights]
+        alike = {SIGNALS.index(name): Alike(vectors, self._pairs(name)) for name, vectors in self.contents.items() if name in wanted}
+        return Said(said[0], weights, alike, histories)
 
-    def _aged(self, histories: list[np.ndarray], number: int) -> sparse.csr_matrix:
-        return _aged(histories, self.decays[number], self.latest, self.weights[0].shape[0])
+    def _logarithm(self, said: sparse.csr_matrix) -> sparse.csr_matrix:
+        result = said.copy()
+        result.data = np.log1p(np.maximum(said.data, 0) / self.scale)
+        return result
+
+    def signals(self, histories: list[np.ndarray], wanted: Collection[str] = SIGNALS) -> Tensor:
+        """[F - 1, B, N]: all `SIGNALS` but the sequencer's score; zeros for those that are not wanted."""
+        return self.asked(histories, wanted).dense()
+
+    def _pairs(self, name: str) -> np.ndarray | None:
+        """[N, N] products of contents, kept by CPUs where the catalog is small: the same few items are in many histories."""
+        vectors = self.contents[name]
+        if self.num_items**2 > MOST_PAIRS or vectors.is_cuda:
+            return None
+        if name not in self._products:
+            self._products[name] = (vectors @ vectors.T).numpy()
+        return self._products[name]
 
 
 class Mix(NamedTuple):
@@ -179,27 +190,6 @@ class Mix(NamedTuple):
     weights: Tensor  # [P, 2 F + 1]: of the signals of trained items, of those of new items, and what new items have in advance
     centre: Tensor  # [P] of the descriptions it was fitted on
     spread: Tensor  # [P]
-
-    def scores(self, sequencer: Tensor, signals: Tensor, lengths: Tensor, trained: int) -> Tensor:
-        """[B, N] mixed scores.
-
-        Args:
-            sequencer: [B, N] scores of the sequencer; a constant per history changes no ranking.
-            signals: [F - 1, B, N] of `Memory.signals`.
-            lengths: [B] items of each history.
-            trained: items that training has seen, the first of the catalog; the others are new.
-        """
-        weights = self.trust(describe(signals, lengths))
-        count = len(signals) + 1
-        pieces = []
-        for begin, items in ((0, slice(None, trained)), (count, slice(trained, None))):
-            mixed = sequencer[:, items] * weights[:, begin, None]
-            for number in range(1, count):
-                if self.weights[:, begin + number].any():
-                    mixed = mixed.addcmul(signals[number - 1, :, items], weights[:, begin + number, None])
-            pieces.append(mixed)
-        pieces[1] = pieces[1] + weights[:, -1:]
-        return torch.cat(pieces, dim=1)
 
     def wanted(self) -> list[str]:
         """Names of the signals that some history trusts."""
@@ -211,9 +201,9 @@ class Mix(NamedTuple):
         return ((description - self.centre) / self.spread).clamp(-3, 3) @ self.weights  # not further than what was fitted on
 
 
-def describe(signals: Tensor, lengths: Tensor) -> Tensor:
+def describe(strongest: Tensor, lengths: Tensor) -> Tensor:
     """[B, P] of histories: one, the logarithm of the length, the strongest thing the regression says."""
-    return torch.stack([torch.ones(len(lengths), device=signals.device), lengths.float().clamp_min(1).log(), signals[0].amax(1)], dim=1)
+    return torch.stack([torch.ones_like(strongest), lengths.float().clamp_min(1).log(), strongest], dim=1)
 
 
 class Candidates(NamedTuple):
@@ -242,7 +232,7 @@ def candidates(
         new: [N] whether an item plays one that training has not seen.
         known: places in `SIGNALS` of the scores.
     """
-    description = describe(signals, lengths)
+    description = describe(signals[0].amax(1), lengths)
     signals = torch.cat([sequencer.log_softmax(1)[None], signals])
     best = [signals[number].topk(min(count, len(new)), dim=1).indices for number in known]
     rows = new.nonzero()[:, 0]

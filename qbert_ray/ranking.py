@@ -2,7 +2,7 @@
 
 Equal scores are ordered by item_index, which is a permutation by hash: ties carry no information and never change.
 
-Shapes: B users, N catalog.
+Shapes: B users, N catalog, n items of a block of it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+
+GROUP = 32  # neighbouring items of which the largest score is taken first
 
 
 def ranks(scores: Tensor, target: Tensor, seen: list[np.ndarray] | None = None) -> Tensor:
@@ -20,23 +22,45 @@ def ranks(scores: Tensor, target: Tensor, seen: list[np.ndarray] | None = None) 
         target: [B] item_index.
         seen: item indices to leave out, one array per user; the target itself always stays in.
     """
-    if seen is not None:
-        scores = hide(scores, seen, keep=target)
     own = scores.gather(1, target[:, None])  # [B, 1]
-    index = torch.arange(scores.shape[1], device=scores.device)
-    better = (scores > own).sum(1) + ((scores == own) & (index < target[:, None])).sum(1)
-    return better + 1
+    better, equal = _count(scores > own), _count(scores >= own)
+    rows = (equal - better > 1).nonzero()[:, 0]  # where there is more than the target itself
+    if len(rows):
+        before = torch.arange(scores.shape[1], device=scores.device) < target[rows, None]
+        better[rows] += _count((scores[rows] == own[rows]) & before)
+    return better + 1 if seen is None else better + 1 - _better_among(scores, own, target, seen)
 
 
-def hide(scores: Tensor, seen: list[np.ndarray], keep: Tensor | None = None) -> Tensor:
-    """Scores with the items each user has seen at minus infinity, but for `keep` [B]."""
-    rows = torch.from_numpy(np.repeat(np.arange(len(seen)), [len(items) for items in seen]))
-    columns = torch.from_numpy(np.concatenate([np.asarray(items, dtype=np.int64) for items in seen])) if seen else rows
-    hidden = scores.clone()
-    hidden[rows.to(scores.device), columns.to(scores.device)] = -torch.inf
-    if keep is not None:
-        hidden.scatter_(1, keep[:, None], scores.gather(1, keep[:, None]))
-    return hidden
+def rank_pairs(scores: Tensor, target: Tensor, seen: list[np.ndarray]) -> Tensor:
+    """[B, 2] rank of each target among all items, and among the unseen ones."""
+    rank = ranks(scores, target)
+    return torch.stack([rank, rank - _better_among(scores, scores.gather(1, target[:, None]), target, seen)], dim=1)
+
+
+def _better_among(scores: Tensor, own: Tensor, target: Tensor, seen: list[np.ndarray]) -> Tensor:
+    """[B] how many different items of `seen` come before the target."""
+    rows, items = (torch.from_numpy(each).to(scores.device) for each in pairs(seen, scores.shape[1]))
+    theirs, own = scores[rows, items], own[rows, 0]
+    before = (theirs > own) | ((theirs == own) & (items < target[rows]))
+    return torch.zeros_like(target).index_add_(0, rows, before.to(target.dtype))
+
+
+def hide(scores: Tensor, seen: list[np.ndarray]) -> Tensor:
+    """Scores with the items each user has seen at minus infinity."""
+    rows, items = (torch.from_numpy(each).to(scores.device) for each in pairs(seen, scores.shape[1]))
+    return scores.index_put((rows, items), scores.new_tensor(-torch.inf))
+
+
+def pairs(seen: list[np.ndarray], num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """User and item of everything seen, each pair once."""
+    user = np.repeat(np.arange(len(seen)), [len(items) for items in seen])
+    pairs = np.unique(user * num_items + np.concatenate([*seen, np.zeros(0, np.int64)]).astype(np.int64))
+    return pairs // num_items, pairs % num_items
+
+
+def _count(true: Tensor) -> Tensor:
+    """[B] how many of each row [B, N] are true; on a CPU NumPy sums booleans several times as fast as PyTorch."""
+    return true.sum(1) if true.is_cuda else torch.from_numpy(true.numpy().sum(1, dtype=np.int32)).long()
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -44,7 +68,46 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Hidden items (minus infinity) come last; their index is -1.
     """
-    k = min(k, scores.shape[1])
+    values, indices = _best_of_groups(scores, min(k, scores.shape[1]))
+    return values, indices.masked_fill(values == -torch.inf, -1)
+
+
+def better(best: tuple[Tensor, Tensor] | None, scores: Tensor, first: int, k: int) -> tuple[Tensor, Tensor]:
+    """What `top_k` gives for a catalog of which it has seen what `best` came from, after a further block of it.
+
+    Args:
+        best: scores and indices [B, at most k] of the blocks before; None: there are none.
+        scores: [B, n] of the block whose first item is `first`.
+    """
+    if best is None:
+        values, indices = top_k(scores, k)
+        return values, torch.where(indices >= 0, indices + first, -1)
+    values, indices = best
+    full = values.shape[1] == k
+    # who finds something better here: equal scores go to the earlier item
+    rows = (scores.amax(1) > values[:, -1]).nonzero()[:, 0] if full else torch.arange(len(scores), device=scores.device)
+    more, places = top_k(scores[rows], k)
+    joined = torch.cat([indices[rows], torch.where(places >= 0, places + first, -1)], dim=1)
+    more, order = _best(torch.cat([values[rows], more], dim=1), min(k, joined.shape[1]))
+    found = more, joined.gather(1, order)
+    return (values.index_copy(0, rows, found[0]), indices.index_copy(0, rows, found[1])) if full else found
+
+
+def _best_of_groups(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `_best`, of long rows: the k best items lie in the k groups of neighbours with the largest scores, earlier groups first."""
+    groups = scores.shape[1] // GROUP
+    if groups <= 4 * k:
+        return _best(scores, k)
+    _, chosen = _best(scores[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amax(2), k)
+    places = (chosen.sort(dim=1).values[:, :, None] * GROUP + torch.arange(GROUP, device=scores.device)).flatten(1)
+    rest = torch.arange(groups * GROUP, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    places = torch.cat([places, rest], dim=1)  # in order of the index
+    values, order = _best(scores.gather(1, places), k)
+    return values, places.gather(1, order)
+
+
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and where they stand, the largest first, equal ones by place."""
     values, indices = scores.topk(k, dim=1)
     # topk picks freely among equal scores at the cut: where there are any, sort that row whole.
     tied = (scores >= values[:, -1:]).sum(1) > k
@@ -52,5 +115,4 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values[tied], indices[tied] = (x[:, :k] for x in scores[tied].sort(dim=1, descending=True, stable=True))
     by_index = indices.argsort(dim=1)
     order = by_index.gather(1, values.gather(1, by_index).argsort(dim=1, descending=True, stable=True))
-    values, indices = values.gather(1, order), indices.gather(1, order)
-    return values, indices.masked_fill(values == -torch.inf, -1)
+    return values.gather(1, order), indices.gather(1, order)

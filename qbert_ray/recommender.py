@@ -18,7 +18,6 @@ from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.catalog import item_ids
 from qbert_ray.config import Config
 from qbert_ray.ranker import Ranker, batches
-from qbert_ray.ranking import hide, top_k
 
 
 class Recommendation(NamedTuple):
@@ -79,10 +78,9 @@ class Recommender:
         known = self._indices(list(histories), unknown)
         result: list[list[Recommendation]] = []
         with torch.inference_mode():
-            for rows in batches(len(known), len(self.ids)):
-                scores = self.ranker.model_scores(known[rows])
-                best = top_k(hide(scores, known[rows]) if remove_seen else scores, k)
-                for values, items in zip(*(tensor.cpu().tolist() for tensor in best), strict=True):
+            for rows in batches(len(known)):
+                best = self.ranker.best(known[rows], k, remove_seen)
+                for values, items in zip(*(tensor.tolist() for tensor in best), strict=True):
                     result.append([Recommendation(self.ids[item], value) for value, item in zip(values, items, strict=True) if item >= 0])
         return result
 

@@ -13,7 +13,7 @@ P masked positions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Packed(NamedTuple):
     masked: Tensor  # [S]
     position: Tensor  # [S] 0 for the last item of a sequence
     groups: list[tuple[int, int, int]]  # (first item, sequences, length) of each run of equally long sequences
+    ends: bool = False  # masked is the last item of every sequence, and no other
 
 
 class Sequencer(nn.Module):
@@ -111,17 +112,23 @@ class Sequencer(nn.Module):
             states = torch.where(batch.masked[:, None], self.mask_embedding, items) + self.position_embedding(batch.position)
             groups = batch.groups
         states = self.dropout(states)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             states = layer(states, groups)
-        if self.tokens == "flat":
-            states = states.view(len(batch.items), -1)  # K states of an item beside each other
-            return self.norm(states[batch.masked].view(-1, self.norm.normalized_shape[0])).view(-1, states.shape[1])
-        queries = self.norm(states[batch.masked])
+        places = self.num_levels if self.tokens == "flat" else 1  # of an item
+        last: Any = self.layers[-1]
+        wanted = batch.masked.repeat_interleave(places)
+        states = last.at_the_ends(states, groups, places) if batch.ends else last(states, groups, wanted)
+        queries = self.norm(states).view(-1, places * states.shape[1])  # K states of an item beside each other
         return queries if self.recall is None else queries + self._recall(items, batch)
 
     def _recall(self, items: Tensor, batch: Packed) -> Tensor:
         """[P, D] mean of the items of a sequence that are not masked, the nearer the more, at the size of a query."""
         weight, decay = self.recall[0], F.logsigmoid(self.recall[1])
+        if batch.ends:  # only the direction of a mean counts, so its weights need not sum to 1
+            near = torch.exp(decay * (batch.position - 1)).masked_fill(batch.masked, 0)
+            sums = items.new_zeros(sum(count for _, count, _ in batch.groups), items.shape[1])
+            sums.index_add_(0, batch.masked.cumsum(0) - batch.masked.long(), items * near[:, None])
+            return weight * items.shape[1] ** 0.5 * F.normalize(sums, dim=-1)
         means = []
         sizes = [count * length for _, count, length in batch.groups]
         for vectors, masked, (_, count, length) in zip(items.split(sizes), batch.masked.split(sizes), batch.groups, strict=True):
@@ -223,9 +230,39 @@ class EncoderLayer(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), Dropout(dropout), nn.Linear(ffn_width, width))
         self.dropout = Dropout(dropout)
 
-    def forward(self, states: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
-        states = states + self.dropout(self.out(self._attend(self.query_key_value(self.norm_attention(states)), groups)))
-        return states + self.dropout(self.ffn(self.norm_ffn(states)))
+    def forward(self, states: Tensor, groups: list[tuple[int, int, int]], chosen: Tensor | None = None) -> Tensor:
+        """New states [S, D]; or [P, D] of the `chosen` places [S] alone, where nobody asks for the others."""
+        attended = self._attend(self.query_key_value(self.norm_attention(states)), groups)
+        if chosen is not None:
+            states, attended = states[chosen], attended[chosen]
+        states = states + self.dropout(self.out(attended), chosen)
+        hidden = self.ffn[2](self.ffn[1](self.ffn[0](self.norm_ffn(states))), chosen)
+        return states + self.dropout(self.ffn[3](hidden), chosen)
+
+    def at_the_ends(self, states: Tensor, groups: list[tuple[int, int, int]], places: int) -> Tensor:
+        """New states of the last `places` of each sequence, where nobody asks for the others: only keys and values of all."""
+        width = states.shape[1]
+        sizes = np.concatenate([np.full(count, length) for _, count, length in groups])
+        ends = torch.from_numpy((sizes.cumsum()[:, None] + np.arange(-places, 0)).ravel()).to(states.device)
+        normed = self.norm_attention(states)
+        query, key_value = (
+            F.linear(x, weight, bias)
+            for x, weight, bias in zip(
+                (normed[ends], normed),
+                self.query_key_value.weight.split([width, 2 * width]),
+                self.query_key_value.bias.split([width, 2 * width]),
+                strict=True,
+            )
+        )
+        parts = []
+        queries = query.split([count * places for _, count, _ in groups])
+        blocks = key_value.split([count * length for _, count, length in groups])
+        for asking, block, (_, count, length) in zip(queries, blocks, groups, strict=True):
+            key, value = block.view(count, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            asking = asking.view(count, places, self.num_heads, -1).transpose(1, 2)
+            parts.append(F.scaled_dot_product_attention(asking, key, value).transpose(1, 2).reshape(-1, width))
+        states = states[ends] + self.out(torch.cat(parts))
+        return states + self.ffn(self.norm_ffn(states))
 
     def _attend(self, projected: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
         """[S, D] from [S, 3 * D]: each sequence attends to itself; equally long ones in one call.
@@ -248,11 +285,14 @@ class Dropout(nn.Module):
         super().__init__()
         self.threshold = round(rate * 256)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Some of x [P, D] dropped; where x is the `chosen` places [S] of something, as they would be in the whole."""
         if not self.training or not self.threshold:
             return x
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
+        size = x.numel() if chosen is None else len(chosen) * x.shape[1]
+        words = torch.empty(-(-size // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        kept = words.view(torch.uint8)[:size].view(-1, x.shape[-1]) >= self.threshold
+        keep = kept.view(x.shape) if chosen is None else kept[chosen]
         return x * keep * (256 / (256 - self.threshold)) if self.threshold < 256 else x * 0
 
 
@@ -293,12 +333,13 @@ def next_item_queries(model: Sequencer, histories: list[np.ndarray], catalog: Te
     items[np.delete(np.arange(len(items)), ends - 1)] = np.concatenate(cut)
     masks = np.arange(lengths.max()) == lengths[:, None] - 1
     packed, order = pack(items, lengths, masks)
-    queries = model(to_device(packed, device), catalog, domain)
+    queries = model(to_device(packed._replace(ends=True), device), catalog, domain)
     return queries[torch.from_numpy(np.argsort(order)).to(device)]
 
 
 def to_device(packed: Packed, device: torch.device | str) -> Packed:
-    return Packed(*(tensor.to(device, non_blocking=True) for tensor in packed[:3]), packed.groups)
+    items, masked, position = (tensor.to(device, non_blocking=True) for tensor in packed[:3])
+    return packed._replace(items=items, masked=masked, position=position)
 
 
 def complexity(num_items: int, width: int, num_layers: int, ffn_width: int, max_items: int, num_levels: int, codebook_size: int) -> dict:

@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "semantic_ids": set(),
     "masking": set(),
     "sequencer": set(),
-    "memory": set(),
+    "signals": set(),
+    "memory": {"signals"},
     "ranking": set(),
     "structure": set(),
     "pretrained": set(),
@@ -61,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "starter_page": {"columns", "config", "profile", "sources", "starter"},
     # ranking by the models of a run
     "catalog": {"artifacts", "columns"},
-    "ranker": {"artifacts", "catalog", "config", "memory", "sequencer"},
+    "ranker": {"artifacts", "catalog", "config", "memory", "ranking", "sequencer", "signals"},
     "recommender": {"artifacts", "catalog", "config", "ranker", "ranking"},
     # the generated shop and public data are files, and know nothing of a run
     "demo": set(),

@@ -1,7 +1,11 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
+from qbert_ray import memory
 from qbert_ray.memory import (
     SIGNALS,
     START,
@@ -11,11 +15,14 @@ from qbert_ray.memory import (
     candidates,
     co_occurrence,
     co_occurrence_scores,
+    describe,
     fit_mix,
     following,
     nobody,
     popularity,
 )
+from qbert_ray.ranking import hide
+from qbert_ray.signals import Mixture
 
 INDPTR, ITEMS = np.array([0, 3, 5, 6]), np.array([0, 1, 2, 1, 2, 1])
 
@@ -88,30 +95,30 @@ def make_memory(rng, num_items=40):
 
 def test_signals_are_those_of_a_plain_loop():
     rng = np.random.default_rng(2)
-    memory = make_memory(rng)
+    asked = make_memory(rng)
     histories = [rng.choice(40, size, replace=False) for size in (1, 4, 12)]
-    signals = memory.signals(histories)
+    signals = asked.signals(histories)
     for row, history in enumerate(histories):
         for number, decay in enumerate((0.8, 0.5)):
-            told = sum(decay**age * memory.weights[number][[item]].toarray()[0] for age, item in enumerate(history[-10:][::-1]))
+            told = sum(decay**age * asked.weights[number][[item]].toarray()[0] for age, item in enumerate(history[-10:][::-1]))
             assert signals[number, row].numpy() == pytest.approx(np.log1p(np.maximum(told, 0) / 0.01), abs=1e-5)
-        cosines = (memory.contents["text"] @ memory.contents["text"].T)[:, history[-20:]]
+        cosines = (asked.contents["text"] @ asked.contents["text"].T)[:, history[-20:]]
         assert torch.allclose(signals[SIGNALS.index("text") - 1, row], cosines.max(1).values, atol=1e-6)
         assert signals[-1, row].nonzero()[:, 0].tolist() == sorted(history)
-    assert (memory.signals([np.zeros(0, dtype=np.int64)]) == 0).all()
-    assert memory.known == [0, 1, 2, SIGNALS.index("text")]
-    silent = memory.signals(histories, ["sequencer", "ridge"])[SIGNALS.index("text") - 1]
+    assert (asked.signals([np.zeros(0, dtype=np.int64)]) == 0).all()
+    assert asked.known == [0, 1, 2, SIGNALS.index("text")]
+    silent = asked.signals(histories, ["sequencer", "ridge"])[SIGNALS.index("text") - 1]
     assert (silent == 0).all()
 
 
 def sample(rng, follows, users=400, num_items=40, new=0):
     """Histories whose target `follows(scores, signals)` names, as the fit sees them; the last `new` items play new ones."""
-    memory = make_memory(rng, num_items)
+    asked = make_memory(rng, num_items)
     histories = [rng.choice(num_items, 5, replace=False) for _ in range(users)]
-    signals, scores = memory.signals(histories), torch.from_numpy(rng.standard_normal((users, num_items))).float()
+    signals, scores = asked.signals(histories), torch.from_numpy(rng.standard_normal((users, num_items))).float()
     target = follows(scores, signals)
     plays = torch.arange(num_items) >= num_items - new
-    return candidates(scores, signals, torch.full((users,), 5), target, plays, memory.known, 20)
+    return candidates(scores, signals, torch.full((users,), 5), target, plays, asked.known, 20)
 
 
 def only(found, users):
@@ -151,16 +158,50 @@ def test_signals_that_are_not_there_cost_nothing():
     assert mix.wanted() == ["sequencer", "ridge", "following", "text", "seen"]
 
 
-def test_the_mix_of_a_batch_is_that_of_each_history():
+def plainly_mixed(mix, sequencer, signals, lengths, trained):
+    """[B, N] scores by the definition: every signal as a dense array, its weights for each item and history."""
+    trust = mix.trust(describe(signals[0].amax(1), lengths))
+    new, count = torch.arange(signals.shape[2]) >= trained, len(SIGNALS)
+    each = torch.cat([sequencer[None], signals])  # [F, B, N]
+    weights = torch.where(new, trust[:, count : 2 * count, None], trust[:, :count, None]).transpose(0, 1)
+    return (each * weights).sum(0) + new * trust[:, -1:]
+
+
+def borrowing(num_items, trained):
+    """Each new item is the mean of two trained ones."""
+    matrix = np.eye(num_items, dtype=np.float32)
+    for item in range(trained, num_items):
+        matrix[:, item] = 0
+        matrix[[item - trained, item - trained + 1], item] = 0.5
+    return sparse.csr_matrix(matrix)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["pairs", "products"])
+@pytest.mark.parametrize("blocks", [[40], [7, 30, 40], [30, 33, 40]], ids=str)
+def test_the_mix_block_by_block_is_the_plain_one(blocks, kept, monkeypatch):
+    """Sparse and blocked against dense and whole: within 1e-5 of scores of size 10."""
+    monkeypatch.setattr(memory, "MOST_PAIRS", 40**2 if kept else 0)
     rng = np.random.default_rng(4)
-    mix = fit_mix(sample(rng, by("ridge"), new=4))
-    signals, scores, lengths = torch.rand(len(SIGNALS) - 1, 6, 9), torch.randn(6, 9), torch.randint(1, 50, (6,))
-    together = mix.scores(scores, signals, lengths, 7)
-    for row in range(6):
-        alone = mix.scores(scores[row : row + 1], signals[:, row : row + 1], lengths[row : row + 1], 7)[0]
-        assert torch.allclose(together[row], alone, atol=1e-5)
-    shifted = mix.scores(scores + 5, signals, lengths, 9)
-    assert torch.equal(mix.scores(scores, signals, lengths, 9).argsort(1), shifted.argsort(1))
+    mix = fit_mix(sample(rng, by("text"), new=4))
+    trained = 30 if len(blocks) > 1 else 40
+    histories = [rng.choice(40, size) for size in (1, 0, 25, 5, 12)]  # with repetitions
+    sequencer, lengths = torch.randn(5, 40), torch.tensor([len(history) for history in histories])
+    said = make_memory(np.random.default_rng(4)).asked(histories, borrow=borrowing(40, trained) if trained < 40 else None)
+    expected = plainly_mixed(mix, sequencer, said.dense(), lengths, trained)
+    slices = [slice(begin, end) for begin, end in pairwise([0, *blocks])]
+    for hidden in (False, True):
+        mixture = Mixture(said, mix.trust(describe(said.strongest, lengths)), slices, trained, hidden)
+        found = torch.cat([mixture.mixed(sequencer[:, block].clone(), block) for block in slices], dim=1)
+        torch.testing.assert_close(found, hide(expected, histories) if hidden else expected, atol=1e-5, rtol=0)
+
+
+def test_new_items_borrow_signals_of_trained_ones():
+    rng = np.random.default_rng(7)
+    asked, borrow = make_memory(rng), borrowing(40, 30)
+    histories = [rng.choice(30, 5, replace=False) for _ in range(3)]
+    plain, borrowed = (asked.asked(histories, borrow=each).dense() for each in (None, borrow))
+    assert torch.equal(plain[:2, :, :30], borrowed[:2, :, :30]) and torch.equal(plain[2:], borrowed[2:])
+    assert torch.allclose(borrowed[:2, :, 30:], (plain[:2, :, :10] + plain[:2, :, 1:11]) / 2)
 
 
 def test_without_data_the_mix_is_the_start():

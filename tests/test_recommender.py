@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from qbert_ray import columns
+from qbert_ray import columns, ranker
 from qbert_ray.artifacts import ArtifactError
 from qbert_ray.config import Memory
 from qbert_ray.pipelines import scoring
+from qbert_ray.ranking import hide, top_k
 from qbert_ray.recommender import Recommender
 from tests.small_run import COLD, ITEMS, USERS, make_run
 
@@ -38,6 +39,21 @@ def test_it_ranks_as_the_scoring_stage_does(run, recommender, monkeypatch, remov
     flat = [(f"user-{user}", rank, item, score) for user, best in enumerate(found) for rank, (item, score) in enumerate(best, 1)]
     assert len(found) == USERS
     assert flat == [(row["user_id"], row["rank"], row["item_id"], row["score"]) for row in stored]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_block_by_block_ranks_as_the_whole_matrix_does(run, recommender, monkeypatch, enabled):
+    histories = [np.array([recommender.index[item] for item in history]) for history in histories_of(run, recommender)]
+    whole = ranker.Ranker(run, "shop", Memory(enabled=enabled))
+    scores = whole.model_scores(histories)
+    monkeypatch.setattr(ranker, "BLOCK", 7)
+    blocked = ranker.Ranker(run, "shop", Memory(enabled=enabled))
+    torch.testing.assert_close(blocked.model_scores(histories), scores, atol=1e-5, rtol=1e-5)
+    for hidden in (True, False):
+        values, items = top_k(hide(scores, histories) if hidden else scores, 9)
+        found, places = blocked.best(histories, 9, hidden)
+        assert torch.equal(places, items)
+        torch.testing.assert_close(found, values, atol=1e-5, rtol=1e-5)
 
 
 def test_batch_mates_never_matter(run, recommender):

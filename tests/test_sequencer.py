@@ -117,6 +117,27 @@ def test_only_the_latest_items_of_a_long_history_are_read():
     assert torch.allclose(queries[0], queries[1])
 
 
+@LAYOUTS
+@pytest.mark.parametrize("recall", [True, False])
+def test_the_last_layer_at_the_ends_alone_gives_the_queries_of_all_places(tokens, recall):
+    model = build(tokens=tokens, recall=recall and tokens == "item").eval()
+    packed, _ = pack(ITEMS, LENGTHS, last_masked(LENGTHS))
+    ends = model(packed._replace(ends=True), CATALOG, "d")
+    torch.testing.assert_close(ends, model(packed, CATALOG, "d"), atol=1e-5, rtol=0)
+
+
+@LAYOUTS
+def test_dropping_at_chosen_places_is_that_of_the_whole(tokens):
+    """Losses under a fixed seed do not depend on how much of the last layer is computed."""
+    layer = build(tokens=tokens, dropout=0.3).train().layers[-1]
+    states, chosen = torch.randn(int(LENGTHS.sum()), 16), torch.from_numpy(np.arange(LENGTHS.sum()) % 3 == 0)
+    groups = [(0, 1, len(states))]
+    torch.manual_seed(1)
+    whole = layer(states, groups)[chosen]
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer(states, groups, chosen), whole, atol=1e-6, rtol=0)
+
+
 def test_queries_come_in_the_order_of_the_histories():
     model = build().eval()
     histories = [np.array([1, 2, 3]), np.array([4]), np.array([5, 6])]

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
-from qbert_ray.catalog import item_ids, modality_vectors, warm_items
+from qbert_ray.catalog import item_ids, modality_vectors
 from qbert_ray.config import Config, Memory
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.ranker import Ranker, batches
 from qbert_ray.ranking import ranks
+from qbert_ray.signals import SIGNALS
 
 PROTOCOLS = {"unseen": "rank_unseen", "cold": "rank_cold"}
 
@@ -57,7 +58,7 @@ class ColdPart:
         self.run, self.domain, self.latest = run, domain, latest
         self.ranker = Ranker(run, domain, memory, own_device())
         self.item_ids = item_ids(run, domain).to_pylist()
-        self.warm = np.arange(warm_items(run, domain))
+        self.warm = self.ranker.trained
         self.text = modality_vectors(run, domain, "text")
 
     @torch.inference_mode()
@@ -66,11 +67,10 @@ class ColdPart:
         users, targets = table[columns.USER_ID].to_pylist(), table["target"].to_numpy()
         histories = [np.array(history, dtype=np.int64) for history in table["history"].to_pylist()]
         rows = []
-        for batch in batches(len(users), len(self.item_ids)):
+        for batch in batches(len(users), len(SIGNALS) * len(self.item_ids)):
             target = torch.from_numpy(targets[batch].astype(np.int64))
-            cold = [self.warm] * len(target)
             for model, scores in self._scores(histories[batch]).items():
-                pair = (ranks(scores, target, seen=histories[batch]), ranks(scores, target, seen=cold))
+                pair = (ranks(scores, target, seen=histories[batch]), ranks(scores[:, self.warm :], target - self.warm))
                 rows.append(self._table(users[batch], model, targets[batch], *pair, histories[batch]))
         self.run.write_part("evaluation/cold", name, pa.concat_tables(rows) if rows else columns.COLD_RANKS.empty_table())
         return {"users": len(users)}
@@ -96,6 +96,6 @@ class ColdPart:
             pa.array(unseen.numpy().astype(np.int32)),
             pa.array(cold.numpy().astype(np.int32)),
             pa.array([num_items - len(np.unique(history)) for history in histories], pa.int32()),
-            pa.array([num_items - len(self.warm)] * len(users), pa.int32()),
+            pa.array([num_items - self.warm] * len(users), pa.int32()),
         ]
         return pa.table(arrays, schema=columns.COLD_RANKS)

@@ -22,9 +22,10 @@ from qbert_ray.pipelines.cold import evaluate_cold
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.ranker import Ranker, batches
-from qbert_ray.ranking import ranks
+from qbert_ray.ranking import rank_pairs
 
 MODEL = "model"
+MODELS = 5  # whose scores of a batch are held at once
 PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
 
 
@@ -77,13 +78,12 @@ class RankPart:
         sequences = columns.to_sequences(self.run.read_part("ingest/sequences", name))
         users = np.flatnonzero(sequences.test >= 0)
         found: dict[str, list[np.ndarray]] = {}
-        for rows in batches(len(users), len(self.item_ids)):
+        for rows in batches(len(users), MODELS * len(self.item_ids)):
             batch = users[rows]
             histories = [sequences.history(user, "test") for user in batch]
             target = torch.from_numpy(sequences.test[batch])
             for model, scores in self._scores(histories).items():
-                pair = [ranks(scores, target), ranks(scores, target, seen=histories)]
-                found.setdefault(model, []).append(torch.stack(pair, dim=1).numpy())
+                found.setdefault(model, []).append(rank_pairs(scores, target, histories).numpy())
         self._write(
             name,
             [sequences.user_ids[user] for user in users],

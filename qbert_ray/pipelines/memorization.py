@@ -79,8 +79,8 @@ def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, 
     pretender = ranker.pretending(new.nonzero()[:, 0]) if new.any() else ranker
     samples = []
     with torch.inference_mode():
-        for rows in batches(len(users), len(ranker.catalog)):
-            scores, signals, lengths = (each.cpu() for each in pretender.signals(histories[rows]))
+        for rows in batches(len(users), len(SIGNALS) * len(ranker.catalog)):
+            scores, signals, lengths = pretender.signals(histories[rows])
             trained = (scores[:, : ranker.trained], signals[:, :, : ranker.trained], lengths)
             samples.append(candidates(*trained, target[rows], new, ranker.memory.known, settings.candidates))
     joined = Candidates(*(torch.cat(pieces).clone() for pieces in zip(*samples, strict=True))) if samples else nobody()
@@ -93,7 +93,7 @@ def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, 
     result["weights_for_new_items"] = dict(zip((*SIGNALS, "new"), trust[len(SIGNALS) :], strict=True))
     found: dict[str, list[np.ndarray]] = {"model": [np.zeros(0, int)], "sequencer": [np.zeros(0, int)]}
     with torch.inference_mode():
-        for rows in batches(len(users), len(ranker.catalog)):
+        for rows in batches(len(users), len(SIGNALS) * len(ranker.catalog)):
             scores = ranker.scores(histories[rows])
             for name, pieces in found.items():
                 pieces.append(ranks(scores[name], target[rows]).numpy())

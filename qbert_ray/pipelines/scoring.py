@@ -15,7 +15,6 @@ from qbert_ray.config import Config, Memory
 from qbert_ray.pipelines.session import Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.ranker import Ranker, batches
-from qbert_ray.ranking import hide, top_k
 
 
 def score(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
@@ -42,12 +41,11 @@ class ScorePart:
     def __call__(self, name: str) -> dict[str, int]:
         sequences = columns.to_sequences(self.run.read_part("ingest/sequences", name))
         scores, items = [], []
-        for rows in batches(len(sequences.user_ids), len(self.item_ids)):
+        for rows in batches(len(sequences.user_ids)):
             histories = [sequences.history(user, "end") for user in range(rows.start, rows.stop)]
-            batch = self.ranker.model_scores(histories)
-            values, indices = top_k(hide(batch, histories) if self.remove_seen else batch, self.k)
-            scores.append(values.float().cpu().numpy())
-            items.append(indices.cpu().numpy())
+            values, indices = self.ranker.best(histories, self.k, self.remove_seen)
+            scores.append(values.numpy())
+            items.append(indices.numpy())
         table = self._table(sequences.user_ids, np.concatenate(scores), np.concatenate(items))
         self.run.write_part("recommendations", name, table)
         return {"users": len(sequences.user_ids), "rows": table.num_rows}

@@ -221,7 +221,9 @@ class Loop:
         settings = task.settings
         torch.manual_seed(task.seed)
         self.model = task.build().to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
         self.average: dict[str, Tensor] | None = None
         if settings.averaging:
             self.average = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -288,9 +290,8 @@ class Loop:
         self.step += 1
         if self.average is not None:
             decay = min(settings.averaging, self.step / (self.step + 10))  # short memory while there is little to remember
-            for name, tensor in self.model.state_dict().items():
-                if tensor.is_floating_point():
-                    self.average[name].lerp_(tensor, 1 - decay)
+            pairs = [(self.average[name], tensor) for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()]
+            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - decay)
         return loss_sum, weight
 
     def _sum_gradients(self, loss: float, weight: float) -> tuple[float, float]:

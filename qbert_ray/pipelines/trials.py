@@ -318,7 +318,7 @@ def milliseconds_per_user(config: Config, run: RunDir, domain: str) -> float:
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        for batch in batches(users, len(ranker.catalog)):
-            ranker.model_scores(histories[batch]).topk(min(config.score.top_k, len(ranker.catalog)))
+        for batch in batches(users):
+            ranker.best(histories[batch], config.score.top_k, config.score.remove_seen)
         seconds.append(time.perf_counter() - started)
     return float(np.median(seconds)) / users * 1e3
