@@ -19,7 +19,7 @@ from qbert_ray.catalog import item_ids
 from qbert_ray.config import Config, Memory
 from qbert_ray.memory import co_occurrence, co_occurrence_scores, popularity
 from qbert_ray.pipelines.cold import evaluate_cold
-from qbert_ray.pipelines.session import Progress
+from qbert_ray.pipelines.session import ANYWHERE, Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.ranker import Ranker, batches
 from qbert_ray.ranking import rank_pairs
@@ -57,7 +57,7 @@ def summarise(table: pa.Table, cutoffs: list[int]) -> dict[str, Any]:
     return {"users": int((model == MODEL).sum()), "protocols": protocols}
 
 
-@ray.remote
+@ray.remote(scheduling_strategy=ANYWHERE)
 def _floors(run: RunDir, domain: str) -> tuple[Any, np.ndarray]:
     sequences = columns.to_sequences(run.read("ingest/sequences", domain))
     size = run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows

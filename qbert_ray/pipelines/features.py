@@ -25,7 +25,7 @@ from qbert_ray.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX, to_n
 from qbert_ray.config import Config, Domain
 from qbert_ray.memory import co_occurrence
 from qbert_ray.pipelines.encoding import ImagePart, TextPart, load_image_encoder, load_text_encoder, write_rejected
-from qbert_ray.pipelines.session import Progress
+from qbert_ray.pipelines.session import ANYWHERE, Progress
 from qbert_ray.pipelines.sharding import map_parts
 from qbert_ray.sources import join
 from qbert_ray.structure import collaborative_vectors, neighbourhood_features
@@ -136,7 +136,9 @@ def _plan(config: Config, run: RunDir, modality: str) -> Plan | None:
     made = [name for name, domain in domains.items() if name not in own and _has_input(domain, modality)]
     if not own and not made:
         return None
-    shapes = dict(zip(own, _get([ray.remote(vectors_shape).remote(uri) for uri in own.values()]), strict=True))
+    shapes = dict(
+        zip(own, _get([ray.remote(scheduling_strategy=ANYWHERE)(vectors_shape).remote(uri) for uri in own.values()]), strict=True)
+    )
     widths = {f"{name} ({own[name]})": width for name, (_, width) in shapes.items()}
     if made and (own or modality == "structure"):
         widths[", ".join(made)] = _made_width(config, run, modality)
@@ -172,7 +174,7 @@ def _made_width(config: Config, run: RunDir, modality: str) -> int:
     return _get([_encoder_width.options(num_gpus=gpus).remote(config, modality)])[0]
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, scheduling_strategy=ANYWHERE)
 def _encoder_width(config: Config, modality: str) -> int:
     return (load_text_encoder(config.features.text) if modality == "text" else load_image_encoder(config.features.image)).width
 
@@ -204,7 +206,7 @@ def _map_domains(run: RunDir, modality: str, tasks: dict[str, Callable[..., Plac
     return total
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, scheduling_strategy=ANYWHERE)
 def _write_domain(run: RunDir, modality: str, domain: str, make: Callable[..., Placed]) -> None:
     items = run.read("ingest/items", domain, KEYS)
     placed = make(item_ids=items[ITEM_ID].combine_chunks())

@@ -15,7 +15,7 @@ from qbert_ray.config import Config, Memory, Workers
 from qbert_ray.masking import uniform
 from qbert_ray.memory import SIGNALS, Candidates, RidgeRegression, candidates, fit_mix, following, nobody
 from qbert_ray.pipelines.capacity import nodes, worker_bundle
-from qbert_ray.pipelines.session import Progress
+from qbert_ray.pipelines.session import ANYWHERE, Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.ranker import MIX, WEIGHTS, Ranker, batches
 from qbert_ray.ranking import ranks
@@ -62,7 +62,7 @@ class WeightsPart:
         return {"items": items.num_rows, "weights": sum(matrix.nnz for matrix in rows)}
 
 
-@ray.remote
+@ray.remote(scheduling_strategy=ANYWHERE)
 def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, Any]:
     """Fit the mix on validation items, save it, and rank them with it and without."""
     torch.set_num_threads(threads)

@@ -28,6 +28,8 @@ for _name, _value in {
 import ray  # noqa: E402
 from ray.data import DataContext  # noqa: E402
 
+ANYWHERE = "DEFAULT"  # strategy of tasks that a sweep's trial starts: else they would wait inside the trial's own placement group, which has no CPU
+
 
 class Progress(Protocol):
     """Where a stage tells how far it is; `cli` draws it, jobs log it."""

@@ -20,7 +20,7 @@ from qbert_ray.artifacts import ArtifactError, RunDir, resolve
 from qbert_ray.catalog import warm_items
 from qbert_ray.config import Config
 from qbert_ray.fusion import DynamicFusion
-from qbert_ray.pipelines.session import Progress
+from qbert_ray.pipelines.session import ANYWHERE, Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.pipelines.tasks import Features
 from qbert_ray.rqvae import RQVAE
@@ -119,7 +119,7 @@ class EncodePart:
         return {"items": table.num_rows}
 
 
-@ray.remote
+@ray.remote(scheduling_strategy=ANYWHERE)
 def _resolve_domain(run: RunDir, domain: str, parts: list[str]) -> dict[str, Any]:
     codes, latents = (
         np.concatenate([columns.to_numpy(run.read_part(ENCODED, part, [name])[name]) for part in parts]) for name in ("codes", "latent")

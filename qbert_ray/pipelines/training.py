@@ -32,7 +32,7 @@ from qbert_ray.config import Training, Workers
 from qbert_ray.pipelines import tracking
 from qbert_ray.pipelines.board import Board, Watch
 from qbert_ray.pipelines.capacity import nodes, one_worker, worker_bundle
-from qbert_ray.pipelines.session import Progress
+from qbert_ray.pipelines.session import ANYWHERE, Progress
 
 
 class Task(Protocol):
@@ -135,7 +135,7 @@ def build(make_task: Callable[..., Task], arguments: dict[str, Any], workers: Wo
     return _last_metrics(run, folder)
 
 
-@ray.remote
+@ray.remote(scheduling_strategy=ANYWHERE)
 def _build(make_task: Callable[..., Task], arguments: dict[str, Any], threads: float, run: RunDir, folder: str) -> None:
     torch.set_num_threads(max(1, int(threads)))
     loop = Loop(make_task(**arguments), torch.device("cpu"))

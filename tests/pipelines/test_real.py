@@ -38,12 +38,14 @@ def check_codes(run):
     assert counts["moved"] <= 0.03 * counts["items"]
 
 
+@pytest.mark.slow
 def test_movielens_uses_the_codebooks(real_data, ray_session, tmp_path):
     check_codes(stages_of("movielens", real_data, tmp_path, 5, QUICK))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.slow
 def test_movielens_uses_the_codebooks_with_every_modality(real_data, ray_session, tmp_path):
     run = stages_of("movielens", real_data, tmp_path, 5)
     check_codes(run)

@@ -153,6 +153,22 @@ def test_a_table_ranks_every_user_by_every_variant(swept, finished):
     assert ranks["row"].unique().sort().to_list() == ["no memory", "ridge", "whole"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "space", "values"),
+    [
+        ("train-rqvae", {"rqvae.num_levels": [2]}, {"rqvae.quantizer": "kmeans"}),
+        ("train-fusion", {"features.text.max_tokens": [8]}, {}),
+        ("train-memory", {"memory.decay": [0.5]}, {}),
+    ],
+)
+def test_trials_of_every_kind_of_stage_find_room(swept, stage, space, values):
+    """Their tasks run beside the trial, whose own placement group holds no CPU."""
+    plan = other(swept[0], {"name": stage, "stage": stage, "space": space}, values)
+    tuning.search(plan, Quiet())
+    assert [(row["status"], row["error"]) for row in tuning.trial_rows(plan)] == [("done", None)]
+
+
 PBT = {"scheduler": "pbt", "search": "random", "perturbation_epochs": 2}
 
 

@@ -41,7 +41,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(finished, name, tmp_path
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize(("name", "task"), [("fusion", FusionTask), ("finetune", SequencerTask)])
+@pytest.mark.parametrize(("name", "task"), [pytest.param("fusion", FusionTask, marks=pytest.mark.slow), ("finetune", SequencerTask)])
 def test_two_workers_give_the_model_of_one(finished, name, task, tmp_path):
     config, run = finished
     arguments = {"config": config, "run": run} | ({"domains": ["demo"], "settings": config.finetune} if name == "finetune" else {})
