@@ -119,6 +119,7 @@ def test_what_cannot_be_swept_is_refused_at_once(shop, tmp_path, sweep, said):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_optuna_and_asha_on_many_trials(swept):
     plan, _ = swept
     space = {RATE: {"loguniform": [1e-6, 1e-2]}}
