@@ -60,10 +60,14 @@ def test_missing_input_files_are_named(capsys, tmp_path, ray_session):
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_a_word_and_its_status(capsys, tmp_path, monkeypatch, number, expected):
-    before = signal.getsignal(signal.SIGTERM)
+    before, interrupt = (
+        signal.getsignal(signal.SIGTERM),
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # background jobs ignore it
     monkeypatch.setattr("qbert_ray.pipelines.session.session", lambda address: nullcontext())
     monkeypatch.setattr("qbert_ray.pipelines.stages.preflight", lambda *_: signal.raise_signal(number))
     status, text = call(capsys, "run", "-c", "configs/demo.yaml", f"run.dir={tmp_path / 'run'}")
+    signal.signal(signal.SIGINT, interrupt)
     assert status == expected and text.endswith("stopped; the same command goes on from here\n")
     assert signal.getsignal(signal.SIGTERM) is before
 
