@@ -23,6 +23,7 @@ from ray.tune.schedulers import PopulationBasedTraining
 
 from qbert_ray.artifacts import RunDir
 from qbert_ray.overlays import with_values
+from qbert_ray.pipelines import capacity
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, run_stage, sequence_trainings
 from qbert_ray.pipelines.tasks import SequencerTask
@@ -31,6 +32,7 @@ from qbert_ray.pipelines.trials import CURVE, DONE, Plan, Trial, trial_metrics
 from qbert_ray.sweeps import Draw
 
 SEGMENTS = "segments"  # in the folder of a sweep, until its last trial is done
+TRIAL_MEMORY = 256 * 2**20  # what a trial asks for: its workers ask for CPUs themselves, and one that held a CPU would starve them
 STEPS = "steps.json"  # what a member of the population hands to Tune: how its weights came to be
 
 
@@ -63,6 +65,15 @@ class Scheduler(PopulationBasedTraining):
         config, operations = super()._get_new_config(trial, trial_to_clone)
         inside = {path: within(draw, config[path]) for path, draw in self.space.items()}
         return config | inside | {"number": trial.config["number"]}, operations
+
+
+def memory(plan: Plan, most: int) -> float:
+    """What a trial asks for. Tune starts as many of a population as find room, so there each asks for so much that `most` do."""
+    if plan.sweep.scheduler != "pbt":
+        return TRIAL_MEMORY
+    there = capacity.nodes()
+    shares = {node.get("memory", 0.0) // number for node in there for number in range(1, most + 1)} - {0.0}
+    return max((share for share in shares if capacity.room(there, {"memory": share}) >= most), default=TRIAL_MEMORY)
 
 
 def domain(draw: Draw) -> Any:

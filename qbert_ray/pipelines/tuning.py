@@ -30,7 +30,6 @@ from qbert_ray.pipelines.stages import BY_NAME, run_stage
 from qbert_ray.pipelines.trials import DONE, FAILED, STOPPED, Plan, Trial, run_trial
 from qbert_ray.tables import Table, ranks_of
 
-TRIAL_MEMORY = 256 * 2**20  # what a trial asks for: its workers ask for CPUs themselves, and one that held a CPU would starve them
 SWEEP, TRIALS, CURVES, STEPS, BEST = (
     "sweep.json",
     "trials.parquet",
@@ -96,7 +95,7 @@ def _run(plan: Plan, left: int, most: int, progress: Progress) -> None:
     name = f"tune-{uuid.uuid4().hex[:8]}"
     try:
         tune.Tuner(
-            tune.with_resources(tune.with_parameters(_trainable, plan=plan), {"memory": TRIAL_MEMORY}),
+            tune.with_resources(tune.with_parameters(_trainable, plan=plan), {"memory": population.memory(plan, most)}),
             param_space=_space(plan, pending),
             tune_config=tune.TuneConfig(
                 num_samples=len(pending) if together else 1 if pending else left,

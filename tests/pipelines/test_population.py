@@ -7,7 +7,8 @@ import pytest
 from ray.tune.schedulers.pbt import _PBTTrialState
 
 from qbert_ray.overlays import with_values
-from qbert_ray.pipelines.population import Scheduler, within
+from qbert_ray.pipelines.population import TRIAL_MEMORY, Scheduler, within
+from qbert_ray.pipelines.population import memory as memory_of
 from qbert_ray.pipelines.trials import Plan
 from qbert_ray.sweeps import Draw
 from tests.pipelines.shop import small_config
@@ -65,3 +66,12 @@ def test_draws_follow_from_the_seed_and_stay_inside(plan):
 )
 def test_values_are_held_inside_their_bounds(draw, value, kept):
     assert within(draw, value) == kept
+
+
+@pytest.mark.parametrize(
+    ("nodes", "most", "memory"),
+    [([8], 1, 8), ([8], 3, 8 // 3), ([8, 8], 2, 8), ([8, 4], 3, 4), ([8, 8], 3, 4), ([], 2, TRIAL_MEMORY)],
+)
+def test_no_more_of_a_population_train_at_a_time_than_find_room(plan, monkeypatch, nodes, most, memory):
+    monkeypatch.setattr("qbert_ray.pipelines.capacity.nodes", lambda: [{"memory": float(size)} for size in nodes])
+    assert memory_of(plan, most) == memory
