@@ -24,6 +24,7 @@ from qbert_ray.artifacts import RunDir
 from qbert_ray.ranker import Ranker
 from qbert_ray.recommender import run_config, target_domain
 from qbert_ray.sequencer import EncoderLayer
+from qbert_ray.tokenizer_export import TOKENIZER, export_tokenizer
 
 MODEL, ITEMS, ABOUT, README = "sequencer.onnx", "items.parquet", "export.json", "README.md"
 TOLERANCE = 1e-4  # largest difference between scores, in units of their standard deviation
@@ -123,6 +124,7 @@ def export(run_dir: str, folder: Path, domain: str | None = None) -> dict[str, A
         "inputs": {"items": ["batch", dense.history, "int64"], "mask": ["batch", dense.history, "bool"]},
         "outputs": {"scores": ["batch", len(ranker.catalog), "float32"]},
         "largest_difference": _difference(session, ranker, dense.history, run, domain),
+        "tokenizer": export_tokenizer(run, domain, folder / TOKENIZER, onnxruntime, OPSET),
     }
     table = run.read("semantic_ids", domain, [*columns.KEYS[1:], "codes", "semantic_id"]).sort_by(columns.ITEM_INDEX)
     pq.write_table(table, folder / ITEMS)
@@ -197,6 +199,15 @@ def _note(memory: bool) -> str:
     )
 
 
+def _tokenizer_row(tokenizer: dict[str, Any] | None) -> str:
+    if tokenizer is None:
+        return ""
+    return (
+        f"| `{TOKENIZER}` | `embedding` [batch, {tokenizer['width']}] of float32, as in fusion/embeddings of a run -> `codes` [batch, {tokenizer['levels']}] "
+        "of int64: the nearest ones, before collisions are resolved (column nearest_codes of semantic_ids) |\n"
+    )
+
+
 def _readme(about: dict[str, Any]) -> str:
     return f"""# Sequence model of {about["domain"]}
 
@@ -205,7 +216,7 @@ def _readme(about: dict[str, Any]) -> str:
 | file | what |
 |---|---|
 | `{MODEL}` | `items` [batch, {about["history"]}] of int64 and `mask` [batch, {about["history"]}] of bool -> `scores` [batch, {about["items"]}] of float32 |
-| `{ITEMS}` | `item_id`, `item_index` (column of `scores`), `codes`, `semantic_id` |
+{_tokenizer_row(about["tokenizer"])}| `{ITEMS}` | `item_id`, `item_index` (column of `scores`), `codes`, `semantic_id` |
 | `{ABOUT}` | all this for programs |
 
 Histories are the latest {about["history"]} items in time order, padded at the front; `mask` is true where there is an item. On histories of the

@@ -7,10 +7,13 @@ import polars as pl
 import pytest
 import torch
 
+from qbert_ray import columns
 from qbert_ray.cli import main
 from qbert_ray.config import Memory
 from qbert_ray.export import ABOUT, ITEMS, MODEL, README, DenseSequencer, ExportError, export, padded
 from qbert_ray.ranker import Ranker
+from qbert_ray.rqvae import RQVAE
+from qbert_ray.tokenizer_export import TOKENIZER
 from tests import small_run
 from tests.small_run import make_run
 
@@ -47,6 +50,16 @@ def exported(tmp_path_factory):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     run = make_run(tmp_path_factory.mktemp("run"))
+    description = {
+        "width": small_run.WIDTH,
+        "hidden": [24],
+        "num_levels": small_run.LEVELS,
+        "codebook_size": small_run.SIZE,
+        "codebook_dim": 8,
+    }
+    model = RQVAE(**description)
+    model.start(torch.from_numpy(columns.to_numpy(run.read("fusion/embeddings")["embedding"]).copy()))
+    run.save_model("rqvae/model", model.state_dict(), description)
     folder = tmp_path_factory.mktemp("exported")
     export(run.uri, folder)
     return run, folder
@@ -62,6 +75,23 @@ def test_the_onnx_file_gives_the_scores_of_pytorch_for_any_batch(exported):
         items, mask = padded(histories, ranker.model.max_items - 1)
         (found,) = session.run(None, {"items": items, "mask": mask})
         np.testing.assert_allclose(found, ranker.model_scores(histories).numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_tokenizer_gives_the_codes_of_pytorch_for_any_batch(exported):
+    import onnxruntime
+
+    run, folder = exported
+    tensors, description = run.load_model("rqvae/model")
+    model = RQVAE(**description)
+    model.load_state_dict(tensors)
+    session = onnxruntime.InferenceSession(str(folder / TOKENIZER))
+    for size in (1, 7, 300):
+        embedding = torch.randn(size, small_run.WIDTH)
+        (codes,) = session.run(None, {"embedding": embedding.numpy()})
+        assert np.array_equal(codes, model.quantizer.codes(model.encode(embedding)).numpy())
+    about = json.loads((folder / ABOUT).read_text())["tokenizer"]
+    assert about == {"width": small_run.WIDTH, "levels": small_run.LEVELS, "apart": 0.0}
+    assert TOKENIZER in (folder / README).read_text()
 
 
 def test_the_table_translates_items(exported):
