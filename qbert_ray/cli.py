@@ -353,11 +353,7 @@ def _append(config: Config) -> None:
 
     with session(config.compute.address), journal.stage("append") as progress:
         version = append_ids(config, RunDir(config.run.dir), progress)
-    console.print(
-        f"[green]✓[/green] version {version['version']} ({version['fingerprint']}): {version['items']:,} semantic IDs, {version['added']:,} added; "
-        f"of those before {version['unchanged']:,} items unchanged, {version['changed']:,} changed, {version['gone']:,} gone from the files",
-        soft_wrap=True,
-    )
+    journal.appended(version)
 
 
 def _show_metrics(directory: RunDir, journal: Journal) -> None:

@@ -36,6 +36,10 @@ class Journal(Protocol):
         """What evaluation/metrics.json says of a domain."""
         ...
 
+    def appended(self, version: dict[str, Any]) -> None:
+        """The version of the semantic IDs that now is the latest."""
+        ...
+
     def trials(self, description: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """What became of each trial of a sweep."""
         ...
@@ -68,6 +72,13 @@ class Terminal:
         self.console.print(metrics_table(domain, content))
         if "cold" in content:
             self.console.print(metrics_table(domain, content["cold"], "items that no training saw"))
+
+    def appended(self, version: dict[str, Any]) -> None:
+        self.console.print(
+            f"[green]✓[/green] version {version['version']} ({version['fingerprint']}): {version['items']:,} semantic IDs, {version['added']:,} added; "
+            f"of those before {version['unchanged']:,} items unchanged, {version['changed']:,} changed, {version['gone']:,} gone from the files",
+            soft_wrap=True,
+        )
 
     def trials(self, description: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         self.console.print(sweep_table(description, rows))
@@ -112,6 +123,9 @@ class JsonLines:
 
     def metrics(self, domain: str, content: dict[str, Any]) -> None:
         self.log.info("metrics", domain=domain, **content)
+
+    def appended(self, version: dict[str, Any]) -> None:
+        self.log.info("appended", **version)
 
     def trials(self, description: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         for row in rows:

@@ -27,6 +27,7 @@ def tell(journal):
     journal.done("finetune", manifest, 1.234)
     journal.warn("a [bold] warning")
     journal.metrics("büro", METRICS)
+    journal.appended({"version": 1, "fingerprint": "ab", "items": 9, "added": 2, "unchanged": 7, "changed": 0, "gone": 0})
     journal.files({"semantic IDs": "runs/shop/semantic_ids"})
 
 
@@ -46,11 +47,13 @@ def test_each_event_is_a_line_of_json_that_says_where_it_belongs(capsys):
             "stage done",
             "warning",
             "metrics",
+            "appended",
             "files",
         )
     ]
     assert by_event["epoch"]["stage"] == "finetune" and by_event["epoch"]["domain"] == "büro" and by_event["epoch"]["train_loss"] == 2.5
     assert by_event["stage done"]["seconds"] == 1.2 and by_event["metrics"]["protocols"] == METRICS["protocols"]
+    assert by_event["appended"]["added"] == 2
     assert by_event["files"]["semantic_IDs"] == "runs/shop/semantic_ids"
 
 
@@ -65,7 +68,12 @@ def test_a_person_reads_lines_and_tables():
     console = Console(file=io.StringIO(), width=100)
     tell(Terminal(console))
     said = console.file.getvalue()
-    assert "✓ finetune" in said and "left out: pretrain.enabled is false" in said and "a [bold] warning" in said
+    assert (
+        "✓ finetune" in said
+        and "left out: pretrain.enabled is false" in said
+        and "a [bold] warning" in said
+        and "9 semantic IDs, 2 added" in said
+    )
     assert "semantic IDs     runs/shop/semantic_ids" in said and "{" not in said
 
 
