@@ -233,7 +233,7 @@ session = onnxruntime.InferenceSession("{MODEL}")
 
 history = [index[item] for item in ids[:3]][-{about["history"]}:]  # your item_id here
 items, mask = np.zeros((1, {about["history"]}), np.int64), np.zeros((1, {about["history"]}), bool)
-items[0, {about["history"]} - len(history):], mask[0, {about["history"]} - len(history):] = history, True
+items[0, {about["history"]} - len(history) :], mask[0, {about["history"]} - len(history) :] = history, True
 scores = session.run(None, {{"items": items, "mask": mask}})[0][0]
 scores[history] = -np.inf  # leave out what was seen
 best = [ids[number] for number in np.argsort(-scores, kind="stable")[:10]]
