@@ -6,7 +6,7 @@ One table is a YAML file that names its variants (overlays on a data set's confi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -28,9 +28,11 @@ class Table(Section):
     title: str
     reference: str = Field(description="row that the others are held against")
     variants: dict[str, dict[str, Any]] = Field(description="row -> overlay, or the path of one beside the table's file")
-    rankings: list[str] = Field([], description="further rows: rankings of the reference beside its model, such as ridge")
+    rankings: list[Literal["sequencer", "ridge", "co_occurrence", "popularity"]] = Field(
+        [], description="further rows: rankings of the reference beside its model"
+    )
     seeds: list[int] = [0, 1, 2, 3, 4]
-    metrics: list[str] = ["hr@10", "ndcg@10"]
+    metrics: list[Annotated[str, Field(pattern=r"^(hr|ndcg)@[1-9]\d*$")]] = ["hr@10", "ndcg@10"]
     paper: dict[str, dict[str, dict[str, float]]] = Field({}, description="domain -> row -> metric -> published value")
 
     @model_validator(mode="after")
@@ -99,7 +101,8 @@ def summarise(ranks: pl.DataFrame, table: Table) -> list[dict[str, Any]]:
                     }
                     line |= {"mean": float(np.mean(by_seed)), "half": _half(by_seed, users["value"].to_numpy())}
                     line["paper"] = table.paper.get(domain, {}).get(name, {}).get(metric)
-                    found.append(line | _difference(users, values[table.reference][0] if name != table.reference else None))
+                    reference = None if name == table.reference else values.get(table.reference)  # whose trials may all have failed
+                    found.append(line | _difference(users, reference[0] if reference else None))
     return found
 
 

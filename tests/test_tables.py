@@ -69,6 +69,11 @@ def test_equal_rows_differ_by_nothing():
     assert (line["difference"], line["low"], line["high"]) == (0.0, 0.0, 0.0)
 
 
+def test_rows_are_told_without_differences_where_every_trial_of_the_reference_failed(ranks):
+    summary = summarise(ranks.filter(pl.col("row") == "better"), TABLE)
+    assert all(line["difference"] is None for line in summary) and "| better | 0." in markdown(summary, TABLE)
+
+
 def test_data_sets_add_up_in_one_folder_and_a_repeated_one_is_replaced(ranks, tmp_path):
     collect(tmp_path, ranks, TABLE)
     other = pl.concat([ranks_of(evaluated(np.arange(1, 31), "books"), name, 0, TABLE) for name in ("base", "better")])
@@ -106,6 +111,8 @@ def test_every_table_that_comes_with_the_project_is_one_a_sweep_accepts(file, tm
         ({"title": "T", "reference": "a", "variants": {"a": "nowhere.yaml"}}, "no config file at"),
         ({"title": "T", "variants": {"a": {}}}, "reference: Field required"),
         ({"title": "T", "reference": "a", "variants": ["a"]}, "variants"),
+        ({"title": "T", "reference": "a", "variants": {"a": {}}, "metrics": ["mrr@10"]}, "metrics.0: String should match"),
+        ({"title": "T", "reference": "a", "variants": {"a": {}}, "rankings": ["bert"]}, "rankings.0: Input should be 'sequencer', 'ridge'"),
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path, content, said):
