@@ -164,11 +164,11 @@ def _cells(line: dict[str, Any], published: bool) -> list[str]:
 
 
 def collect(folder: Path, ranks: pl.DataFrame, table: Table) -> Path:
-    """Put ranks beside those of other domains in a folder, and write the table of them all; where it is."""
+    """Put ranks beside those of other domains and other rows in a folder, and write the table of them all; where it is."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / RANKS
     if file.exists():
-        ranks = pl.concat([pl.read_parquet(file).filter(~pl.col("domain").is_in(ranks["domain"].unique().implode())), ranks])
+        ranks = pl.concat([pl.read_parquet(file).join(ranks.select("domain", "row").unique(), on=["domain", "row"], how="anti"), ranks])
     ranks.write_parquet(file)
     (folder / MARKDOWN).write_text(markdown(summarise(ranks, table), table))
     return folder / MARKDOWN

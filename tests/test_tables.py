@@ -81,6 +81,9 @@ def test_data_sets_add_up_in_one_folder_and_a_repeated_one_is_replaced(ranks, tm
     page = collect(tmp_path, other, TABLE).read_text()
     assert "## shop, all items ranked: 400 users, 2 seeds" in page and "## books, unseen items ranked: 30 users, 1 seed\n" in page
     assert len(pl.read_parquet(tmp_path / RANKS)) == len(ranks) + len(other)
+    theirs = ranks.filter(pl.col("row") == "base").with_columns(row=pl.lit("another system"))  # added by hand
+    pl.concat([pl.read_parquet(tmp_path / RANKS), theirs]).write_parquet(tmp_path / RANKS)
+    assert "| another system |" in collect(tmp_path, ranks, TABLE).read_text()
 
 
 def test_published_figures_stand_beside_ours_for_the_protocol_they_follow():
