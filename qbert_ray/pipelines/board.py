@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from qbert_ray.pipelines.session import Progress
 
 
-@ray.remote(num_cpus=0)
+# With an environment of its own it starts a process of its own: else it takes one that has imported torch, and ends it.
+@ray.remote(num_cpus=0, runtime_env={"env_vars": {"QBERT_RAY_BOARD": "1"}})
 class Board:
     """Where rank 0 writes how far it is, and the driver reads it."""
 

@@ -51,12 +51,15 @@ def actor_bundle(actors: Actors, there: list[Resources]) -> Resources:
 
 
 def pool(actors: Actors, tasks: int) -> dict[str, Any]:
-    """Size and resources of an actor pool: one actor per GPU, or as many as the CPUs hold, at most one per task."""
+    """Sizes and resources of an actor pool: one actor per GPU, or as many as the CPUs hold now, and one per task as nodes are added."""
     there = nodes()
     bundle = actor_bundle(actors, there)
-    size = max(actors.min_size, min(room(there, bundle), actors.max_size or tasks, tasks))
+    most = max(actors.min_size, min(actors.max_size or tasks, tasks))
+    size = max(actors.min_size, min(room(there, bundle), most))
     options = {"num_cpus": bundle["CPU"], "num_gpus": bundle["GPU"]}
-    return {"size": size} | options | ({"accelerator_type": actors.accelerator_type} if actors.accelerator_type else {})
+    return (
+        {"min_size": size, "max_size": most} | options | ({"accelerator_type": actors.accelerator_type} if actors.accelerator_type else {})
+    )
 
 
 def worker_bundle(workers: Workers, there: list[Resources]) -> Resources:

@@ -28,6 +28,11 @@ for _name, _value in {
 import ray  # noqa: E402
 from ray.data import DataContext  # noqa: E402
 
+_started_here = False  # Ray, by `session`
+_ALONE = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away: a process less in each training
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",  # processes that have imported torch wait for the next stage
+}
 ANYWHERE = "DEFAULT"  # strategy of tasks that a sweep's trial starts: else they would wait inside the trial's own placement group, which has no CPU
 
 
@@ -61,22 +66,32 @@ class Quiet:
         pass
 
 
+def alone() -> bool:
+    """Whether this Ray is one machine's, and ends with this process."""
+    return _started_here
+
+
 @contextmanager
 def session(address: str | None = None) -> Iterator[None]:
     """Ray, connected to a cluster or started on this machine; one that was already there stays."""
+    global _started_here
     owner = not ray.is_initialized()
+    starts = owner and not address and not os.environ.get("RAY_ADDRESS")
+    own = {name: value for name, value in _ALONE.items() if name not in os.environ} if starts else {}
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)  # what a user should know is in our own lines
+    os.environ.update(own)
     if owner:
         before = signal.getsignal(signal.SIGTERM)
         ray.init(
             address=address,
-            include_dashboard=None if address or os.environ.get("RAY_ADDRESS") else False,
+            include_dashboard=False if starts else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process without a word
+        _started_here = starts
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # so that the command line sees what it can explain
@@ -85,4 +100,7 @@ def session(address: str | None = None) -> Iterator[None]:
         yield
     finally:
         if owner:
+            _started_here = False
             ray.shutdown()
+        for name in own:
+            del os.environ[name]

@@ -52,8 +52,11 @@ def test_workers_with_gpus_take_the_cpus_beside_them():
 def test_the_defaults_fit_everywhere(monkeypatch, there):
     monkeypatch.setattr(capacity, "nodes", lambda: there)
     capacity.check(load_config(), KEYS)
-    assert capacity.pool(Actors(), 100)["size"] == capacity.room(there, capacity.actor_bundle(Actors(), there)) >= 1
-    assert capacity.pool(Actors(max_size=1), 100)["size"] == 1
+    fits = capacity.room(there, capacity.actor_bundle(Actors(), there))
+    assert 1 <= fits < 100
+    everything, one, few = (capacity.pool(Actors(max_size=size), tasks) for size, tasks in ((None, 100), (1, 100), (50, 1)))
+    assert (everything["min_size"], everything["max_size"]) == (fits, 100)  # the rest when nodes are added
+    assert (one["min_size"], one["max_size"]) == (few["min_size"], few["max_size"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
