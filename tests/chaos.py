@@ -2,7 +2,8 @@
 
 python -m tests.chaos --kills 20 --seed 0 --out docs/chaos.md      (make chaos)
 
-Real processes throughout: a head and a second node by `ray start`, the command line as driver. Every case starts from the finished
+Real processes throughout: a head and a second node by `ray start`, the command line as driver. As root the second node is in a network
+of its own, whose link is cut. Every case starts from the finished
 stages before its own, is hit once at a random moment, and is given the same command again until that succeeds, three times at most. Its
 outputs are then compared with those of a run that nothing happened to. The disk is a small tmpfs (root only), the store is moto's.
 """
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +33,13 @@ from safetensors.numpy import load
 from qbert_ray import columns
 from qbert_ray.artifacts import Manifest, RunDir
 from qbert_ray.pipelines.stages import BY_NAME, STAGES, redo_from
-from tests.nodes import ROOT, Nodes
+from tests.nodes import ROOT, Link, Nodes
 from tests.pipelines.shop import SMALL, make_shop
 from tests.store import BUCKET, Store
 
-FAULTS = ("driver killed", "driver stopped", "worker killed", "node killed", "disk full", "store fails 20 s")
+ROOT_ONLY = ("link cut", "disk full")
+ON_STORE = ("store fails 20 s", "store hangs 20 s")
+FAULTS = ("driver killed", "driver stopped", "worker killed", "node killed", *ROOT_ONLY, *ON_STORE)
 TRIES, SECONDS = 4, 400
 SLACK = 24 * 1024  # bytes that the full disk still takes
 
@@ -68,16 +72,18 @@ class Chaos:
         self.folder, self.random = folder, random.Random(seed)
         self.undisturbed: dict[str, float] = {}  # seconds of each stage's command
         self.working: dict[str, float] = {}  # seconds of each stage itself
-        self.store = Store().start()
+        self.link = Link() if os.geteuid() == 0 else None
+        self.store = Store(self.link.here if self.link else "127.0.0.1").start()
         os.environ.update(self.store.environment)
-        self.nodes = Nodes(2, 2, RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3", **self.store.environment)
+        health = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+        self.nodes = Nodes(2, 2, link=self.link, **health, **self.store.environment)
         self.shop = make_shop(folder / "shop")
 
-    def command(self, stage: str, run: str) -> subprocess.Popen[str]:
+    def command(self, stage: str, run: str, said: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
         overrides = [f"data.root={self.shop}", f"run.dir={run}", *SMALL, "compute.checkpoint_seconds=0", "data.rows_per_part=10"]
         program = [sys.executable, "-m", "qbert_ray.cli", stage, "-c", str(ROOT / "configs" / "demo.yaml"), *overrides]
         environment = self.nodes.environment | {"RAY_ADDRESS": self.nodes.address}
-        return subprocess.Popen(program, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(program, env=environment, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, text=True)
 
     def whole_run(self, last: str) -> None:
         for stage in STAGES[: STAGES.index(BY_NAME[last]) + 1]:
@@ -96,8 +102,7 @@ class Chaos:
             process.kill()
             process.wait()
             return 124, f"still running after {SECONDS} s"
-        errors = [line.strip() for line in said.splitlines() if line.startswith(("error:", "stopped")) or "Error" in line]
-        return process.returncode, (errors or [""])[-1][:160].replace("|", "/")
+        return process.returncode, last_error(said)
 
     def play(self, case: Case) -> Case:
         with self.place(case) as (run, restore):
@@ -112,9 +117,15 @@ class Chaos:
                 case.ends.append(self.end(self.command(case.stage, run.uri)))
             case.seconds = time.monotonic() - started
             case.same = "the same" if case.ends[-1][0] == 0 and not (lines := self.differences(case.stage, run)) else f"DIFFER: {lines[:3]}"
-        if case.fault == "node killed":
-            self.nodes.replace(1, 2)
+        if case.fault in ("node killed", "link cut"):
+            self.replace_node()
         return case
+
+    def replace_node(self) -> None:
+        """Another node in the place of the second."""
+        if self.link:
+            self.link.mend()
+        self.nodes.replace(1, 2)
 
     def hit(self, case: Case, process: subprocess.Popen[str], run: RunDir) -> None:
         marker = f"{BY_NAME[case.stage].folder}/started.json"
@@ -126,16 +137,26 @@ class Chaos:
         if case.fault == "disk full":  # full from the beginning
             case.hit, case.after = True, 0.0
             return
-        case.hit = (
-            process.poll() is None
-            and {
-                "driver killed": lambda: self.signal([process.pid], signal.SIGKILL),
-                "driver stopped": lambda: self.signal([process.pid], signal.SIGTERM),
-                "worker killed": lambda: self.signal(self.busy(), signal.SIGKILL),
-                "node killed": lambda: self.signal(self.nodes.pids(1, "raylet/raylet"), signal.SIGKILL),
-                "store fails 20 s": lambda: self.store.fail(20) is None,
-            }[case.fault]()
-        )
+        case.hit = process.poll() is None and self.strike(case.fault, process)
+
+    def strike(self, fault: str, driver: subprocess.Popen[str]) -> bool:
+        """Whether there was something to hit."""
+        match fault:
+            case "driver killed":
+                return self.signal([driver.pid], signal.SIGKILL)
+            case "driver stopped":
+                return self.signal([driver.pid], signal.SIGTERM)
+            case "worker killed":
+                return self.signal(self.busy(), signal.SIGKILL)
+            case "node killed":
+                return self.signal(self.nodes.pids(1, "raylet/raylet"), signal.SIGKILL)
+            case "link cut" if self.link:
+                self.link.cut()
+            case "store fails 20 s":
+                self.store.fail(20)
+            case "store hangs 20 s":
+                self.store.hang(20)
+        return True
 
     def busy(self) -> list[int]:
         """One worker that is doing something for the driver."""
@@ -158,7 +179,7 @@ class Chaos:
     def place(self, case: Case) -> Iterator[tuple[RunDir, Callable[[], None]]]:
         """A run directory with the undisturbed run's stages, and what mends the disk."""
         name = f"{case.stage}-{case.fault.replace(' ', '-')}"
-        if case.fault.startswith("store"):
+        if case.fault in ON_STORE:
             self.store.upload(self.folder / "whole", name)
             yield RunDir(f"s3://{BUCKET}/{name}"), lambda: None
             return
@@ -199,6 +220,13 @@ class Chaos:
     def stop(self) -> None:
         self.nodes.stop()
         self.store.stop()
+        if self.link:
+            self.link.remove()
+
+
+def last_error(said: str) -> str:
+    errors = [line.strip() for line in said.splitlines() if line.startswith(("error:", "stopped")) or "Error" in line]
+    return (errors or [""])[-1][:160].replace("|", "/")
 
 
 def _command(pid: int) -> bytes:
@@ -236,7 +264,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     chaos = Chaos(folder, options.seed)
     stages = [name for name in BY_NAME if name in options.stages]
-    cases = [Case(stage, fault) for stage, fault in itertools.product(stages, FAULTS) if fault != "disk full" or os.geteuid() == 0]
+    cases = [Case(stage, fault) for stage, fault in itertools.product(stages, FAULTS) if fault not in ROOT_ONLY or os.geteuid() == 0]
     chaos.random.shuffle(cases)
     cases = cases[: options.kills or None]
     rows: list[str] = []

@@ -40,19 +40,55 @@ def clean_environment(**more: str) -> dict[str, str]:
     return kept | ours | {"HF_HUB_OFFLINE": "1", "PATH": path} | more
 
 
+class Link:
+    """A network of its own for all nodes but the head, with a cable to this machine's that can be cut; root only."""
+
+    def __init__(self) -> None:
+        self.name = f"q{os.getpid() % 100_000}"
+        subnet = f"10.{os.getpid() // 250 % 250}.{os.getpid() % 250}"
+        self.here, self.there = f"{subnet}.1", f"{subnet}.2"
+        self.inside = ["ip", "netns", "exec", self.name]
+        self._ip("netns", "add", self.name)
+        self._ip("link", "add", f"{self.name}a", "type", "veth", "peer", "name", f"{self.name}b", "netns", self.name)
+        self._ip("address", "add", f"{self.here}/24", "dev", f"{self.name}a")
+        self._ip("-n", self.name, "address", "add", f"{self.there}/24", "dev", f"{self.name}b")
+        self._ip("-n", self.name, "link", "set", "lo", "up")
+        self._ip("-n", self.name, "link", "set", f"{self.name}b", "up")
+        self.mend()
+
+    def cut(self) -> None:
+        self._ip("link", "set", f"{self.name}a", "down")
+
+    def mend(self) -> None:
+        self._ip("link", "set", f"{self.name}a", "up")
+
+    def remove(self) -> None:
+        self._ip("netns", "delete", self.name)  # and the cable with it
+
+    @staticmethod
+    def _ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+
 class Nodes:
     """A head and further nodes.
 
     Args:
         cpus: logical CPUs of each node; the first is the head.
+        link: where the nodes after the head are, instead of on loopback.
+        object_store: bytes of each node's.
         environment: further variables of every node.
     """
 
-    def __init__(self, *cpus: int, dashboard: bool = False, **environment: str) -> None:
+    def __init__(
+        self, *cpus: int, dashboard: bool = False, link: Link | None = None, object_store: int = 200 * 2**20, **environment: str
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="qn", dir="/tmp"))  # short, since it holds sockets
         self.environment = clean_environment(**environment)
-        self.port, self.dashboard_port = free_port(), free_port()
-        self.address, self.jobs = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
+        self.object_store = object_store
+        self.port, self.dashboard_port, self.link = free_port(), free_port(), link
+        self.host = link.here if link else "127.0.0.1"
+        self.address, self.jobs = f"{self.host}:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
         self.processes: list[subprocess.Popen[bytes]] = []
         try:
             self._start_head(cpus[0], dashboard)
@@ -79,8 +115,10 @@ class Nodes:
         self.processes[node] = self.processes.pop()
 
     def _start(self, *options: object, cpus: int) -> None:
-        more = ["--num-cpus", cpus, "--object-store-memory", 200 * 2**20, "--dashboard-agent-listen-port", free_port(), "--block"]
-        command = [*RAY, "start", "--node-ip-address", "127.0.0.1", *map(str, [*options, *more])]
+        more = ["--num-cpus", cpus, "--object-store-memory", self.object_store, "--dashboard-agent-listen-port", free_port(), "--block"]
+        there = self.link if self.processes else None
+        address = there.there if there else self.host
+        command = [*(there.inside if there else []), *RAY, "start", "--node-ip-address", address, *map(str, [*options, *more])]
         with (self.folder / f"node{len(self.processes)}.log").open("wb") as log:
             self.processes.append(subprocess.Popen(command, env=self.environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT))
         self._wait(f"node {len(self.processes) - 1}", lambda: "Ray runtime started" in Path(log.name).read_text())

@@ -1,4 +1,4 @@
-"""An S3 store on loopback, made by moto, that can be told to answer 500 for a while."""
+"""An S3 store on loopback, made by moto, that can be told to answer 500, or not at all, for a while."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ KEY, SECRET, BUCKET = "AKIDNOBODYSHOULDSEE", "secretthatnobodyshouldsee", "shop"
 class Store:
     """Runs from `start` to `stop`; `environment` is what a process needs to reach it."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self.moto, self.broken_until, self.refused, self.served = DomainDispatcherApplication(create_backend_app), 0.0, 0, 0
-        self.server = make_server("127.0.0.1", 0, self, threaded=True)
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.moto = DomainDispatcherApplication(create_backend_app)
+        self.broken_until = self.silent_until = 0.0
+        self.refused = self.kept_waiting = self.served = 0
+        self.server = make_server(host, 0, self, threaded=True)
+        self.endpoint = f"http://{host}:{self.server.server_port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -36,11 +38,18 @@ class Store:
             self.refused += 1
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return [b""]
+        if time.monotonic() < self.silent_until:
+            self.kept_waiting += 1
+            time.sleep(self.silent_until - time.monotonic())
         self.served += 1
         return self.moto(environ, start_response)
 
     def fail(self, seconds: float) -> None:
         self.broken_until = time.monotonic() + seconds
+
+    def hang(self, seconds: float) -> None:
+        """Take requests and answer none of them until then."""
+        self.silent_until = time.monotonic() + seconds
 
     def start(self) -> Store:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

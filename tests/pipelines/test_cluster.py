@@ -11,17 +11,20 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qbert_ray import columns
 from qbert_ray.artifacts import Manifest, RunDir
 from tests.nodes import RAY, ROOT, Nodes, clean_environment
+from tests.pipelines import slow_parts
 from tests.pipelines.shop import SMALL, make_shop
 from tests.pipelines.test_kill import compare
 from tests.store import BUCKET, KEY, SECRET, Store
 
 WAIT = 900  # seconds; a limit for what hangs
-TEXT = ["features.modalities=[text]", "data.rows_per_part=4", "compute.features={min_size: 2, max_size: 2}"]
+TEXT = ["features.modalities=[text]", "data.rows_per_part=2", "compute.features={min_size: 2, max_size: 2}"]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,52 @@ def test_a_job_that_cannot_succeed_ends_with_the_reason(nodes, tmp_path, given, 
     assert said in last and "error:" in last, job.stdout
     assert "exit code 2" in job.stdout
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_node_that_joins_during_a_pass_is_used(tmp_path):
+    nodes, parts = Nodes(1), 120
+    try:
+        command = [sys.executable, "-m", "tests.pipelines.slow_parts", nodes.address, str(tmp_path), str(parts)]
+        process = subprocess.Popen(command, env=nodes.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wait_for(process, lambda: RunDir(str(tmp_path)).names(f"{slow_parts.TABLE}/.counts"))
+        nodes.add(1)
+        finish(process)
+    finally:
+        nodes.stop()
+    places = RunDir(str(tmp_path)).read(slow_parts.TABLE)[slow_parts.NODE].to_pylist()
+    assert len(places) == parts and len(set(places)) == 2
+    assert min(map(places.count, set(places))) > parts / 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_object_store_too_small_for_the_interactions_spills_them(tmp_path):
+    """400,000 interactions of 10,000 users pass through a store of 80 MB, in many blocks that are larger together."""
+    random = np.random.default_rng(0)
+    count = 400_000
+    rows = {
+        "user_id": [f"user-{number:030}" for number in random.integers(0, 10_000, count)],
+        "item_id": [f"item-{number:030}" for number in random.integers(0, 2_000, count)],
+        "timestamp": random.integers(0, 10**9, count),
+    }
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "data" / "interactions.parquet", row_group_size=40_000)
+    pq.write_table(pa.table({"item_id": sorted(set(rows["item_id"]))}), tmp_path / "data" / "items.parquet")
+    config = ["data.domains.shop={items: items.parquet, interactions: interactions.parquet}", f"data.root={tmp_path / 'data'}"]
+    nodes = Nodes(2, object_store=80_000_000)
+    try:
+        finish(start("ingest", [*config, f"run.dir={tmp_path / 'small'}"], nodes.environment | {"RAY_ADDRESS": nodes.address}))
+        spilled = list(nodes.folder.rglob("ray_spilled_objects*"))
+    finally:
+        nodes.stop()
+    assert spilled
+    finish(start("ingest", [*config, f"run.dir={tmp_path / 'large'}"], clean_environment()))
+    small, large = RunDir(str(tmp_path / "small")), RunDir(str(tmp_path / "large"))
+    for table in ("ingest/items", "ingest/interactions", "ingest/sequences", "ingest/rejected"):
+        assert small.read(table).equals(large.read(table))
+    assert small.read("ingest/interactions").num_rows > count / 2
 
 
 @pytest.mark.timeout(600)
