@@ -6,6 +6,7 @@ Leave-one-out has one relevant item per user, so a user's hit is 0 or 1 and the 
 from __future__ import annotations
 
 import numpy as np
+from scipy.special import stdtrit
 
 NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
@@ -43,6 +44,11 @@ def interval(values: np.ndarray) -> dict[str, float]:
     mean = float(values.mean())
     half = NORMAL_95 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return {"value": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half)}
+
+
+def half_over_seeds(deviation: float | None, seeds: int) -> float | None:
+    """Half of the 95 % interval (Student's t) of a mean over seeds, from their standard deviation; None for a single seed."""
+    return None if deviation is None or seeds < 2 else float(stdtrit(seeds - 1, 0.975) * deviation / seeds**0.5)
 
 
 def collision_rate(codes: np.ndarray) -> float:

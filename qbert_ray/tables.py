@@ -117,7 +117,7 @@ def _per_user(rows: pl.DataFrame, column: str, metric: str) -> tuple[pl.DataFram
 
 def _half(by_seed: np.ndarray, by_user: np.ndarray) -> float:
     if len(by_seed) > 1:
-        return float(stats.t.ppf(0.975, len(by_seed) - 1) * by_seed.std(ddof=1) / len(by_seed) ** 0.5)
+        return metrics.half_over_seeds(float(by_seed.std(ddof=1)), len(by_seed)) or 0.0
     return float(metrics.NORMAL_95 * by_user.std(ddof=1) / len(by_user) ** 0.5) if len(by_user) > 1 else 0.0
 
 

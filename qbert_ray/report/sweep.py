@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import polars as pl
-from scipy.special import stdtrit
 
 from qbert_ray.artifacts import ArtifactError, RunDir
+from qbert_ray.metrics import half_over_seeds
 from qbert_ray.report.figures import DASHES, SYMBOLS, Figure, Series, colour, finish, lines, plain
 
 SWEEP, STEPS = "sweep.json", "steps.parquet"
@@ -73,12 +73,8 @@ def summarise(trials: pl.DataFrame, parameters: list[str], metric: str, up: bool
     grouped = trials.group_by(parameters, maintain_order=True).agg(
         mean=pl.col(metric).mean(), deviation=pl.col(metric).std(), seeds=pl.len(), seconds=pl.col("seconds").mean()
     )
-    half = [_half(row["deviation"], row["seeds"]) for row in grouped.rows(named=True)]
+    half = [half_over_seeds(row["deviation"], row["seeds"]) for row in grouped.rows(named=True)]
     return grouped.with_columns(half=pl.Series(half, dtype=pl.Float64)).sort("mean", descending=up)
-
-
-def _half(deviation: float | None, number: int) -> float | None:
-    return None if deviation is None or number < 2 else float(stdtrit(number - 1, 0.975) * deviation / number**0.5)
 
 
 def effect(trials: pl.DataFrame, name: str, sweep: dict[str, Any], best: dict[str, Any]) -> Figure:
@@ -100,7 +96,7 @@ def effect(trials: pl.DataFrame, name: str, sweep: dict[str, Any], best: dict[st
     rows = rows.drop_nulls(name) if numeric else rows.with_columns(pl.col(name).cast(pl.String).fill_null("none"))
     means = rows.group_by(name).agg(mean=pl.col(metric).mean(), deviation=pl.col(metric).std(), number=pl.len()).sort(name)
     x, each = ([value if numeric else plain(value) for value in column] for column in (means[name], rows[name]))
-    half = np.array([_half(deviation, number) or 0.0 for deviation, number in means.select("deviation", "number").rows()])
+    half = np.array([half_over_seeds(deviation, number) or 0.0 for deviation, number in means.select("deviation", "number").rows()])
     shade, traces = colour("model"), []
     if numeric and len(x) > 1 and half.any():
         y = [*(means["mean"] + half), *(means["mean"] - half)[::-1]]

@@ -6,7 +6,8 @@
 Pictures are the posters of `movielens` under QBERT_REAL_DATA, else made-up JPEGs of their size. The bare loop reads a part,
 decodes, encodes batch by batch and writes nothing; it runs in one process pinned to one core. One actor of Ray is pinned to
 that core too, reading threads included; two actors have both cores. Ray is timed from the moment each actor has done a part, so
-without its start and the loading of encoders. Two bare loops at once say what a second core is worth on the machine.
+without its start and the loading of encoders. Two bare loops at once say what a second core is worth on the machine; with --full
+twice as many actors as cores, half a core each, say what more actors do where there are no more cores.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from qbert_ray.artifacts import RunDir
 from qbert_ray.columns import ITEMS
 from qbert_ray.config import Actors, Features
 from qbert_ray.encoders import decode_image
+from qbert_ray.pipelines import sharding
 from qbert_ray.pipelines.encoding import ImagePart, TextPart
 from qbert_ray.pipelines.session import session
 from qbert_ray.pipelines.sharding import map_parts
@@ -114,12 +116,12 @@ def bare(run: RunDir, kind: str, worker: Any, parts: list[str]) -> float:
     return time.monotonic() - started
 
 
-def on_ray(run: RunDir, kind: str, worker: type, arguments: dict[str, Any], parts: list[str], actors: int) -> float:
+def on_ray(run: RunDir, kind: str, worker: type, arguments: dict[str, Any], parts: list[str], actors: int, num_cpus: float = 1) -> float:
     """Items per second once every actor has done a part."""
     run.delete(f"features/{kind}")
     clock, cores = Clock(), [0] if actors == 1 else list(range(os.cpu_count() or 1))
     pinned = {"worker": worker, "cores": cores, "arguments": arguments}
-    map_parts(run, Pinned, pinned, parts, f"features/{kind}", Actors(max_size=actors), clock)
+    map_parts(run, Pinned, pinned, parts, f"features/{kind}", Actors(max_size=actors, num_cpus=num_cpus), clock)
     return (len(parts) - actors) * SIZES[kind][0] / (clock.times[-1] - clock.times[actors - 1])
 
 
@@ -166,7 +168,7 @@ def bare_process(folder: str, kind: str, core: str, *parts: str) -> None:
     print("done", flush=True)
 
 
-def measure(run: RunDir, kind: str, what: str, parts: list[str]) -> Iterator[Figure]:
+def measure(run: RunDir, kind: str, what: str, parts: list[str], full: bool) -> Iterator[Figure]:
     worker, arguments = WORKERS[kind], arguments_of(run, kind)
     everywhere = os.sched_getaffinity(0)
     with session():
@@ -180,6 +182,7 @@ def measure(run: RunDir, kind: str, what: str, parts: list[str]) -> Iterator[Fig
         seconds.append(bare(run, kind, local, parts))
         os.sched_setaffinity(0, everywhere)
         two = on_ray(run, kind, worker, arguments, parts, 2)
+        four = on_ray(run, kind, worker, arguments, parts, 4, 0.5) if full else None
     both = side_by_side(run, kind, parts)
     alone = len(parts) * SIZES[kind][0] / float(np.mean(seconds))
     yield Figure(
@@ -194,17 +197,20 @@ def measure(run: RunDir, kind: str, what: str, parts: list[str]) -> Iterator[Fig
         ">= .9 x",
         two >= 0.9 * both,
     )
+    if four:
+        yield Figure(f"features of {what}, two cores, four actors", f"{four:.1f} items/s", f"two actors: {two:.1f}", four / two)
 
 
 def figures(full: bool) -> Iterator[Figure]:
     torch.set_num_threads(1)
+    sharding.FEW = 0  # actors, as larger catalogs have
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(folder)
         what, parts = write_items(run, 4 if full else 1)
         about = {"image": f"{len(parts['image']) * SIZES['image'][0]:,} {what}, efficientnet-lite0",
                  "text": f"{len(parts['text']) * SIZES['text'][0]:,} items with two texts, minilm"}  # fmt: skip
         for kind, described in about.items():
-            yield from measure(run, kind, described, parts[kind])
+            yield from measure(run, kind, described, parts[kind], full)
 
 
 if __name__ == "__main__":
