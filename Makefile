@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 KILLS ?= 20
+HITS ?= 100
 SEED ?= 0
 
 .PHONY: help demo test test-slow lint types docs chaos audit peers bench bench-full clean
@@ -30,8 +31,9 @@ types: .venv/.linters ## what mypy thinks
 docs: .venv/.installed ## write docs/config.md and its schema anew from qbert_ray/config.py
 	$(BIN)/python -m qbert_ray.reference docs
 
-chaos: .venv/.installed ## kills, stops, full disks and failing stores in random stages; KILLS=20 SEED=0
+chaos: .venv/.installed ## faults in random stages, then over whole runs, about 90 minutes; KILLS=20 HITS=100 SEED=0
 	$(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED) --out runs/chaos.md
+	$(BIN)/python -m tests.storm --hits $(HITS) --seed $(SEED) --out runs/storm.md
 
 audit: .venv/.linters ## known vulnerabilities of the versions in constraints.txt
 	$(BIN)/python -m tests.audit
