@@ -40,6 +40,7 @@ from tests.store import BUCKET, Store
 ROOT_ONLY = ("link cut", "disk full")
 ON_STORE = ("store fails 20 s", "store hangs 20 s")
 FAULTS = ("driver killed", "driver stopped", "worker killed", "node killed", *ROOT_ONLY, *ON_STORE)
+SPARED = (b"IDLE", b"Board", b"Agent")  # who works not, who only tells, and whose end is that of its node
 TRIES, SECONDS = 4, 400
 SLACK = 24 * 1024  # bytes that the full disk still takes
 
@@ -162,7 +163,7 @@ class Chaos:
         """One worker that is doing something for the driver."""
         for _ in range(200):
             found = [pid for node in range(2) for pid in self.nodes.pids(node, "ray::")]
-            busy = [pid for pid in found if b"IDLE" not in _command(pid) and b"Board" not in _command(pid)]
+            busy = [pid for pid in found if not any(name in _command(pid) for name in SPARED)]
             if busy:
                 return [self.random.choice(busy)]
             time.sleep(0.05)

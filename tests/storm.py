@@ -3,13 +3,14 @@
     python -m tests.storm --hits 100 --seed 0 --out docs/storm.md
 
 The cluster and the faults of `tests/chaos.py`. `qbert-ray run` starts with nothing, is hit at random moments, and is started again
-whenever it ended, until it is done; then comes the next run, until there were enough hits. Only hits between the start of a stage
-and the end of a run count, and each is told with the stage that it met.
+whenever it ended, until it is done; then comes the next run, until there were enough hits. Only hits inside a stage count, and each is
+told with the stage that it met.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import IO
 
 from qbert_ray.artifacts import Manifest, RunDir
 from qbert_ray.pipelines.stages import STAGES
@@ -51,7 +53,7 @@ class Storm:
 
     def _try(self, run: RunDir) -> bool:
         """One command, hit until it ends; whether that was the end of the run."""
-        with tempfile.TemporaryFile("w+") as said:
+        with tempfile.TemporaryFile("a+") as said:
             process, hit = self.chaos.command("run", run.uri, said), False
             while True:
                 gap = self.chaos.random.uniform(*GAP) if self.left else HANG
@@ -64,27 +66,32 @@ class Storm:
                         process.wait()
                         self.bad.append(f"{run.uri}: still running {HANG} s after the last hit")
                         return False
-                hit = self._hit(process, run) or hit
+                hit = self._hit(process, said) or hit
             said.seek(0)
             if process.returncode and not hit:  # drivers that were hit may end in any way
                 self.gave_up[f"status {process.returncode}: {last_error(said.read())}"] += 1
         return process.returncode == 0
 
-    def _hit(self, process: subprocess.Popen[str], run: RunDir) -> bool:
+    def _hit(self, process: subprocess.Popen[str], said: IO[str]) -> bool:
         """Whether the driver itself was hit."""
-        stage = next((stage for stage in STAGES if run.exists(f"{stage.folder}/started.json")), None)
+        stage = working_on(said)
         fault = self.chaos.random.choices(list(FAULTS), list(FAULTS.values()))[0]
-        if stage is None or Manifest.load(run, stage.folder) or (fault == "link cut" and not self.chaos.link):
+        if not stage or (fault == "link cut" and not self.chaos.link) or not self.chaos.strike(fault, process):
             return False
-        if not self.chaos.strike(fault, process):
-            return False
-        self.hits[stage.name, fault] += 1
+        self.hits[stage, fault] += 1
         self.left -= 1
-        print(f"{stage.name}: {fault}; {self.left} to go", flush=True)
+        print(f"{stage}: {fault}; {self.left} to go", flush=True)
         if fault in ("node killed", "link cut"):
             time.sleep(NOTICED)
             self.chaos.replace_node()
         return fault.startswith("driver")
+
+    def undisturbed(self) -> None:
+        """A run that nothing happens to, to compare with."""
+        status, said = self.chaos.end(self.chaos.command("run", str(self.chaos.folder / "whole")))
+        assert status == 0, said
+        whole = RunDir(str(self.chaos.folder / "whole"))
+        self.chaos.working = {stage.name: done.seconds for stage in STAGES if (done := Manifest.load(whole, stage.folder))}
 
     def table(self) -> str:
         faults = list(FAULTS)
@@ -102,6 +109,14 @@ class Storm:
         ])  # fmt: skip
 
 
+def working_on(said: IO[str]) -> str:
+    """The stage that a driver is in by its log; "" for none."""
+    said.seek(0)
+    events = [json.loads(line) for line in said.read().splitlines() if line.startswith('{"') and line.endswith("}")]
+    last = [event for event in events if event["event"] in ("stage started", "stage done")][-1:]
+    return "".join(event["stage"] for event in last if event["event"] == "stage started")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hits", type=int, default=100)
@@ -112,7 +127,7 @@ def main() -> None:
     chaos = Chaos(folder, options.seed)
     storm = Storm(chaos, options.hits)
     try:
-        chaos.whole_run(STAGES[-1].name)
+        storm.undisturbed()
         while storm.left and not storm.bad:
             storm.run(f"run-{len(storm.seconds)}")
             print(storm.table(), flush=True)
