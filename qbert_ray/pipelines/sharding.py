@@ -62,7 +62,7 @@ def map_parts(
             work["compute"] = ray.data.ActorPoolStrategy(min_size=size, max_size=most)
         dataset = ray.data.from_items([{PART: name} for name in missing], override_num_blocks=len(missing))
         results = dataset.map_batches(batch_size=None, **work, **resources)
-        results.set_name(output)  # in the dashboard
+        results.set_name(output.replace("/", " "))  # in the dashboard; Ray names a log file after it
         for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
             for error in filter(None, batch[ERROR]):
                 raise ValueError(error)

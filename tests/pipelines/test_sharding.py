@@ -28,7 +28,7 @@ class Loaded:
 def test_each_pass_loads_anew_and_every_part_is_done_once(few, tmp_path, monkeypatch, ray_session):
     monkeypatch.setattr(sharding, "FEW", few)
     run = RunDir(str(tmp_path))
-    for table, model in (("a", "old"), ("b", "new")):
+    for table, model in (("made/a", "old"), ("made/b", "new")):
         run.write_bytes("model", model.encode())
         counts = sharding.map_parts(run, Loaded, {"run": run, "table": table}, PARTS, table, Actors(max_size=2), Quiet())
         assert counts == {"items": 4} and run.parts(table) == PARTS
