@@ -67,9 +67,12 @@ class Storm:
                         self.bad.append(f"{run.uri}: still running {HANG} s after the last hit")
                         return False
                 hit = self._hit(process, said) or hit
-            said.seek(0)
             if process.returncode and not hit:  # drivers that were hit may end in any way
-                self.gave_up[f"status {process.returncode}: {last_error(said.read())}"] += 1
+                stage = working_on(said) or "between stages"
+                said.seek(0)
+                text = said.read()
+                self.gave_up[f"{stage}, status {process.returncode}: {last_error(text)}"] += 1
+                print(f"{stage}: the driver ended by itself\n{text[-6000:]}", flush=True)
         return process.returncode == 0
 
     def _hit(self, process: subprocess.Popen[str], said: IO[str]) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
     from qbert_ray.pipelines.session import Progress
@@ -31,6 +32,12 @@ class Board:
     def read(self, known: int) -> tuple[int, int, list[dict[str, Any]]]:
         """Epochs in all, epochs done, and the metrics of each epoch that came after the first `known`."""
         return self.total, self.done, self.lines[known:]
+
+
+def start_board() -> Any:
+    """A board beside whoever reads it: the end of another node is not its end."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return Board.options(scheduling_strategy=here).remote()
 
 
 class Watch:

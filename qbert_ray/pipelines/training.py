@@ -10,6 +10,7 @@ a run that was killed goes on from the last one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Training, Workers
 from qbert_ray.pipelines import tracking
-from qbert_ray.pipelines.board import Board, Watch
+from qbert_ray.pipelines.board import Watch, start_board
 from qbert_ray.pipelines.capacity import nodes, one_worker, worker_bundle
 from qbert_ray.pipelines.session import ANYWHERE, Progress, alone
 
@@ -97,7 +98,7 @@ def fit(
     if run.exists(f"{folder}/model/model.json"):  # an earlier try was cut after the training
         return _last_metrics(run, folder)
     scaling = scaling_config(workers)
-    board = Board.remote()
+    board = start_board()
     config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
     config |= {"threads": scaling.resources_per_worker["CPU"], "checkpoint_seconds": checkpoint_seconds, "segment": segment}
     # A partial instead of train_loop_config: the controller would unpickle that, and import torch only to hand it on.
@@ -191,7 +192,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         if loop.rank == 0:
             written = board.write.remote(epochs, epochs if loop.finished else loop.epoch, loop.log[-1])
             if ended:  # who waits for the end of the training then reads all of it
-                ray.get(written)
+                with contextlib.suppress(ray.exceptions.RayError):  # it only tells
+                    ray.get(written)
         if not ended and loop.agree(int(time.monotonic() - saved > config["checkpoint_seconds"])):
             with tempfile.TemporaryDirectory() as directory:
                 if loop.rank == 0:
