@@ -21,22 +21,20 @@ def root_cause(error: BaseException) -> BaseException:
         error = inner
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: how `ray job stop`, a scheduler or a machine that goes down ends a run."""
-
-
 @contextmanager
 def stoppable(console: Console) -> Iterator[None]:
-    """SIGINT and SIGTERM end what is inside with one line and the usual exit status."""
-    before = signal.signal(signal.SIGTERM, _terminate)
+    """SIGINT, and SIGTERM of `ray job stop`, a scheduler or a machine that goes down, end what is inside with one line and the usual status."""
+    told: list[int] = []  # not in the exception: Ray catches a KeyboardInterrupt of any kind while it waits, and raises its own
+
+    def terminate(number: int, _: object) -> None:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
-        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+        raise typer.Exit(143 if told else 130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated

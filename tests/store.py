@@ -44,6 +44,10 @@ class Store:
         self.served += 1
         return self.moto(environ, start_response)
 
+    @property
+    def answers(self) -> bool:
+        return time.monotonic() > max(self.broken_until, self.silent_until)
+
     def fail(self, seconds: float) -> None:
         self.broken_until = time.monotonic() + seconds
 

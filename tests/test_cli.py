@@ -65,7 +65,14 @@ def test_a_signal_ends_a_run_with_a_word_and_its_status(capsys, tmp_path, monkey
         signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # background jobs ignore it
     monkeypatch.setattr("qbert_ray.pipelines.session.session", lambda address: nullcontext())
-    monkeypatch.setattr("qbert_ray.pipelines.stages.preflight", lambda *_: signal.raise_signal(number))
+
+    def wait(*_):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:  # as Ray does while it waits for results
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("qbert_ray.pipelines.stages.preflight", wait)
     status, text = call(capsys, "run", "-c", "configs/demo.yaml", f"run.dir={tmp_path / 'run'}")
     signal.signal(signal.SIGINT, interrupt)
     assert status == expected and text.endswith("stopped; the same command goes on from here\n")

@@ -116,7 +116,7 @@ def test_an_object_store_too_small_for_the_interactions_spills_them(tmp_path):
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table(rows), tmp_path / "data" / "interactions.parquet", row_group_size=40_000)
     pq.write_table(pa.table({"item_id": sorted(set(rows["item_id"]))}), tmp_path / "data" / "items.parquet")
-    (tmp_path / "shop.yaml").write_text("data: {domains: {shop: {items: items.parquet, interactions: interactions.parquet}}}")
+    (tmp_path / "shop.yaml").write_text("data: {domains: {shop: {items: items.parquet, interactions: interactions.parquet, text_fields: []}}}")
     config = ["-c", str(tmp_path / "shop.yaml"), f"data.root={tmp_path / 'data'}"]
     nodes = Nodes(2, object_store=80_000_000)
     try:
@@ -222,7 +222,7 @@ def test_a_run_on_s3_with_a_store_that_fails_for_a_while(shop, tmp_path, monkeyp
         arguments = overrides(f"s3://{BUCKET}/data", f"s3://{BUCKET}/run", "compute.checkpoint_seconds=0")
         process = start("run", arguments, environment)
         for table in ("run/features/text/", "run/fusion/checkpoints/", "run/evaluation/"):
-            wait_for(process, lambda table=table: store.objects(table))
+            wait_for(process, lambda table=table: store.answers and store.objects(table))
             store.fail(8)
         said = finish(process)
         assert store.refused > 3
