@@ -7,10 +7,11 @@ rebuilds them; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,13 +41,17 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ArtifactError(f"cannot open {uri}: {error}; use a local path, s3:// or gs://") from None
-    return (_patient(filesystem) if filesystem.type_name == "s3" else filesystem), path
+    return (_patient(*filesystem.__reduce__()) if filesystem.type_name == "s3" else filesystem), path
 
 
-def _patient(store: fs.S3FileSystem) -> fs.S3FileSystem:
-    """The same store, asked again for longer while it answers with errors of its own: Arrow gives up after 6 seconds."""
-    rebuild, (options,) = store.__reduce__()
+def _patient(rebuild: Callable[[dict[str, Any]], fs.S3FileSystem], arguments: tuple[dict[str, Any]]) -> fs.S3FileSystem:
+    """A store from what `__reduce__` gives, asked again for longer while it answers with errors of its own: Arrow gives up after 6 seconds."""
+    (options,) = arguments
     return rebuild(options | {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)})
+
+
+# Arrow forgets that patience on the way to another process, such as those of Ray Train.
+copyreg.pickle(fs.S3FileSystem, lambda store: (_patient, store.__reduce__()))
 
 
 @dataclass(frozen=True)

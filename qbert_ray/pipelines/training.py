@@ -25,8 +25,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.torch import get_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,7 +34,8 @@ from qbert_ray.config import Training, Workers
 from qbert_ray.pipelines import tracking
 from qbert_ray.pipelines.board import Watch, start_board
 from qbert_ray.pipelines.capacity import nodes, one_worker, worker_bundle
-from qbert_ray.pipelines.session import ANYWHERE, Progress, alone
+from qbert_ray.pipelines.session import ANYWHERE, Progress
+from qbert_ray.pipelines.trainers import Single, Together, survive
 
 
 class Task(Protocol):
@@ -102,7 +102,7 @@ def fit(
     config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
     config |= {"threads": scaling.resources_per_worker["CPU"], "checkpoint_seconds": checkpoint_seconds, "segment": segment}
     # A partial instead of train_loop_config: the controller would unpickle that, and import torch only to hand it on.
-    trainer = (_Single if workers.num_workers == 1 else _Together)(
+    trainer = (Single if workers.num_workers == 1 else Together)(
         partial(_train_worker, config),
         scaling_config=scaling,
         run_config=RunConfig(
@@ -118,25 +118,9 @@ def fit(
         tracking.trackers(arguments["config"], run, folder) as track,
         Watch(board, progress, lambda metrics: track(metrics["epoch"], tracking.numbers(metrics))),
     ):
-        trainer.fit()
+        survive(trainer, workers.max_failures)
     run.delete(f"{folder}/checkpoints")
     return _last_metrics(run, folder)
-
-
-class _Single(DataParallelTrainer):
-    """One worker, who needs no process group: its controller starts without torch."""
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Leave Ctrl-C alone: Train's handler stays when the training is over, and then swallows what should end the run."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        """Without those that start a process, three seconds of CPU each, for what is not here: datasets, other runs' nodes."""
-        needless = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if alone() else set())
-        return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in needless]
-
-
-class _Together(_Single, TorchTrainer):
-    """Several workers, in torch's process group."""
 
 
 def build(make_task: Callable[..., Task], arguments: dict[str, Any], workers: Workers, run: RunDir, folder: str) -> dict[str, Any]:

@@ -116,7 +116,9 @@ def test_an_object_store_too_small_for_the_interactions_spills_them(tmp_path):
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table(rows), tmp_path / "data" / "interactions.parquet", row_group_size=40_000)
     pq.write_table(pa.table({"item_id": sorted(set(rows["item_id"]))}), tmp_path / "data" / "items.parquet")
-    (tmp_path / "shop.yaml").write_text("data: {domains: {shop: {items: items.parquet, interactions: interactions.parquet, text_fields: []}}}")
+    (tmp_path / "shop.yaml").write_text(
+        "data: {domains: {shop: {items: items.parquet, interactions: interactions.parquet, text_fields: []}}}"
+    )
     config = ["-c", str(tmp_path / "shop.yaml"), f"data.root={tmp_path / 'data'}"]
     nodes = Nodes(2, object_store=80_000_000)
     try:
