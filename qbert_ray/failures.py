@@ -15,7 +15,7 @@ def root_cause(error: BaseException) -> BaseException:
     while True:
         failures = getattr(error, "worker_failures", None)
         inner = getattr(error, "cause", None) or (next(iter(failures.values())) if failures else None)
-        inner = inner or getattr(error, "_base_exc", None)
+        inner = inner or getattr(error, "controller_failure", None) or getattr(error, "_base_exc", None)
         if not isinstance(inner, BaseException) or inner is error:
             return error
         error = inner

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
+from ray.exceptions import RayActorError
+from ray.train import ControllerError
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -12,16 +13,19 @@ from qbert_ray.pipelines.session import alone
 
 
 def survive(trainer: DataParallelTrainer, max_failures: int) -> None:
-    """Train, and again from the last checkpoint where the process of the controller died, which Train itself does not survive."""
+    """Train, and again from the last checkpoint after what Train itself gives up: its controller died, or lost an actor in a bad moment."""
     failures = 0
     while True:
         try:
             trainer.fit()
             return
-        except ray.exceptions.RayActorError:
+        except (RayActorError, ControllerError) as error:
+            died = isinstance(error, RayActorError)
+            if not died and not isinstance(error.controller_failure, RayActorError):
+                raise
             failures += 1
-            # Alone, nobody frees what its workers held: the next would wait for ever.
-            if alone() or failures > max_failures >= 0:
+            # Alone, nobody frees what the workers of a dead controller held: the next would wait for ever.
+            if (died and alone()) or failures > max_failures >= 0:
                 raise
 
 

@@ -1,5 +1,6 @@
 """Two `ray start` nodes, real drivers and jobs, real kills: the outputs of an undisturbed run, or a clear reason."""
 
+import json
 import os
 import re
 import shutil
@@ -83,6 +84,25 @@ def test_a_job_that_cannot_succeed_ends_with_the_reason(nodes, tmp_path, given, 
     assert said in last and "error:" in last, job.stdout
     assert "exit code 2" in job.stdout
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_training_survives_the_process_that_leads_it(nodes, shop, tmp_path):
+    """Ray Train restarts workers by itself, but nobody restarts its controller."""
+    environment, run, epochs = nodes.environment | {"RAY_ADDRESS": nodes.address}, RunDir(str(tmp_path / "run")), 60
+    more = ("features.modalities=[structure]", "compute.checkpoint_seconds=0", f"fusion.epochs={epochs}")
+    arguments = overrides(shop, run.uri, *more)
+    for stage in ("ingest", "features"):
+        finish(start(stage, arguments, environment))
+    process = start("train-fusion", arguments, environment)
+    wait_for(process, lambda: any((tmp_path / "run" / "fusion" / "checkpoints").glob("*/*.json")))
+    killed = [pid for node in (0, 1) for pid in nodes.pids(node, "ray::TrainController")]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    finish(process)
+    assert len(killed) == 1 and Manifest.load(run, "fusion") is not None
+    assert [json.loads(line)["epoch"] for line in run.read_bytes("fusion/metrics.jsonl").splitlines()] == list(range(epochs))
 
 
 @pytest.mark.slow

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.train import ControllerError
 
 from qbert_ray.config import Workers
+from qbert_ray.pipelines import trainers
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, run_stage
 from qbert_ray.pipelines.tasks import FusionTask, RqvaeTask, SequencerTask
@@ -79,3 +82,31 @@ def test_input_vectors_with_nan_end_in_a_message_not_in_a_broken_model(finished)
 def test_later_stages_need_the_earlier_manifest(finished):
     config, run = finished
     assert run_stage(BY_NAME["assign-ids"], config, run, Quiet()).counts["codebook_size"] == config.rqvae.codebook_size
+
+
+class Failing:
+    """A trainer that fails as told, and then does not."""
+
+    def __init__(self, *failures):
+        self.failures = list(failures)
+
+    def fit(self):
+        if self.failures:
+            raise self.failures.pop(0)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_a_training_survives(alone, monkeypatch):
+    monkeypatch.setattr(trainers, "alone", lambda: alone)
+    lost = ControllerError(ActorUnavailableError("link cut", None))
+    trainers.survive(Failing(lost, lost), 2)
+    with pytest.raises(ControllerError):
+        trainers.survive(Failing(lost, lost), 1)
+    with pytest.raises(ControllerError):
+        trainers.survive(Failing(ControllerError(OSError("disk full"))), 3)
+    died = Failing(ActorDiedError())
+    if alone:
+        with pytest.raises(ActorDiedError):
+            trainers.survive(died, 3)
+    else:
+        trainers.survive(died, 3)
