@@ -260,7 +260,7 @@ def test_a_run_on_s3_with_a_store_that_fails_for_a_while(shop, tmp_path, monkeyp
         assert KEY not in said + again and SECRET not in said + again
         left = [path for path in scratch.rglob("*") if path.is_file() and not path.is_relative_to(scratch / "ray")]
         assert left == []
-        finish(start("run", overrides(shop, tmp_path / "local"), environment))
+        finish(start("run", overrides(f"s3://{BUCKET}/data", tmp_path / "local"), environment))
         compare(RunDir(str(tmp_path / "local")), run)
     finally:
         store.stop()
