@@ -31,7 +31,7 @@ types: .venv/.linters ## what mypy thinks
 docs: .venv/.installed ## write docs/config.md and its schema anew from qbert_ray/config.py
 	$(BIN)/python -m qbert_ray.reference docs
 
-chaos: .venv/.installed ## faults in random stages, then over whole runs, about 90 minutes; KILLS=20 HITS=100 SEED=0
+chaos: .venv/.installed ## faults in random stages, then over whole runs; KILLS=20 HITS=100 SEED=0
 	$(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED) --out runs/chaos.md
 	$(BIN)/python -m tests.storm --hits $(HITS) --seed $(SEED) --out runs/storm.md
 

@@ -73,7 +73,7 @@ class Chaos:
         self.folder, self.random = folder, random.Random(seed)
         self.undisturbed: dict[str, float] = {}  # seconds of each stage's command
         self.working: dict[str, float] = {}  # seconds of each stage itself
-        self.link = Link() if os.geteuid() == 0 else None
+        self.link = Link.lay() if os.geteuid() == 0 else None
         self.store = Store(self.link.here if self.link else "127.0.0.1").start()
         os.environ.update(self.store.environment)
         health = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
@@ -151,7 +151,8 @@ class Chaos:
                 return self.signal(self.busy(), signal.SIGKILL)
             case "node killed":
                 return self.signal(self.nodes.pids(1, "raylet/raylet"), signal.SIGKILL)
-            case "link cut" if self.link:
+            case "link cut":
+                assert self.link
                 self.link.cut()
             case "store fails 20 s":
                 self.store.fail(20)
@@ -266,6 +267,7 @@ def main() -> None:
     chaos = Chaos(folder, options.seed)
     stages = [name for name in BY_NAME if name in options.stages]
     cases = [Case(stage, fault) for stage, fault in itertools.product(stages, FAULTS) if fault not in ROOT_ONLY or os.geteuid() == 0]
+    cases = [case for case in cases if case.fault != "link cut" or chaos.link]
     chaos.random.shuffle(cases)
     cases = cases[: options.kills or None]
     rows: list[str] = []

@@ -135,6 +135,7 @@ def main() -> None:
             storm.run(f"run-{len(storm.seconds)}")
             print(storm.table(), flush=True)
             if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(storm.table() + "\n")
     finally:
         chaos.stop()

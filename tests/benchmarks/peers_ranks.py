@@ -132,7 +132,8 @@ def main():
     found = ranks(model, network, [[*history, item] for history, item in zip(train, valid, strict=True)], test, num_items)
     row = f"{given.model} (RecTools)"
     new = polars.DataFrame({"domain": given.domain, "row": row, "seed": given.seed, "user_id": users})
-    new = new.with_columns(polars.Series(name, rank) for name, rank in zip(("rank_all", "rank_unseen"), found, strict=True))
+    new = new.with_columns(polars.Series(name, rank) for name, rank in zip(("rank_all", "rank_unseen"), found.round(), strict=True))
+    new = new.cast({"seed": polars.Int32, "rank_all": polars.Int32, "rank_unseen": polars.Int32})  # as `reproduce` writes them
     if given.out.exists():
         old = polars.read_parquet(given.out)
         new = polars.concat([old.join(new, on=["domain", "row", "seed"], how="anti"), new.cast(dict(old.schema))])

@@ -142,8 +142,12 @@ def test_an_object_store_too_small_for_the_interactions_spills_them(tmp_path):
     config = ["-c", str(tmp_path / "shop.yaml"), f"data.root={tmp_path / 'data'}"]
     nodes = Nodes(2, object_store=80_000_000)
     try:
-        finish(start("ingest", [*config, f"run.dir={tmp_path / 'small'}"], nodes.environment | {"RAY_ADDRESS": nodes.address}))
-        spilled = list(nodes.folder.rglob("ray_spilled_objects*"))
+        process = start("ingest", [*config, f"run.dir={tmp_path / 'small'}"], nodes.environment | {"RAY_ADDRESS": nodes.address})
+        spilled = False  # the folder is always there, its files only while their objects live
+        while process.poll() is None:
+            spilled = spilled or any(nodes.folder.glob("session_2*/ray_spilled_objects*/*"))
+            time.sleep(0.05)
+        finish(process)
     finally:
         nodes.stop()
     assert spilled
