@@ -6,8 +6,9 @@ All are written by the driver, from what rank 0 tells it at the end of each epoc
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from ray.util.metrics import Counter, Gauge
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config
 from qbert_ray.overlays import flatten
+from qbert_ray.pipelines.session import Progress
 
 EXPERIMENT = "qbert-ray"
 
@@ -29,18 +31,22 @@ class Tracker(Protocol):
 
 
 @contextmanager
-def trackers(config: Config, run: RunDir, folder: str) -> Iterator[Tracker]:
-    """What the config names, as one tracker, for the length of a training."""
+def trackers(config: Config, run: RunDir, folder: str, progress: Progress) -> Iterator[Tracker]:
+    """What the config names, as one tracker, for the length of a training; one that fails is told of and left out, the training goes on."""
     with ExitStack() as stack:
-        found: list[Tracker] = [lambda epoch, metrics: measure(folder, metrics)]
+        found: dict[str, Tracker] = {"Ray's metrics": lambda epoch, metrics: measure(folder, metrics)}
         if config.run.tensorboard:
-            found.append(stack.enter_context(_tensorboard(run, f"{folder}/tensorboard")))
+            found["TensorBoard"] = stack.enter_context(_tensorboard(run, f"{folder}/tensorboard"))
         if config.run.mlflow:
-            found.append(stack.enter_context(_mlflow(config, config.run.mlflow, folder)))
+            found["MLflow"] = stack.enter_context(_mlflow(config, config.run.mlflow, folder))
 
         def every(epoch: int, metrics: dict[str, float]) -> None:
-            for tracker in found:
-                tracker(epoch, metrics)
+            for name, tracker in list(found.items()):
+                try:
+                    tracker(epoch, metrics)
+                except Exception as error:  # whatever a full disk or a server that is gone makes of it
+                    del found[name]
+                    progress.note(f"{name} gets no more figures of this training: {error}")
 
         yield every
 
@@ -81,16 +87,28 @@ def _counter() -> Counter:
 @contextmanager
 def _tensorboard(run: RunDir, folder: str) -> Iterator[Tracker]:
     """An event file in the run directory: written as it grows on a local path, when the training ends on an object store."""
-    from tensorboardX import SummaryWriter  # comes with Ray Train
+    # Comes with Ray Train. Not its SummaryWriter: that writes in a thread, and waits for ever for one that a full disk has ended.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
 
     local = isinstance(run.filesystem, fs.LocalFileSystem)
     with tempfile.TemporaryDirectory() as scratch:
-        writer = SummaryWriter(run.path(folder) if local else scratch, flush_secs=10)
+        place = Path(run.path(folder) if local else scratch)
+        place.mkdir(parents=True, exist_ok=True)
+        writer = EventsWriter(str(place / "events"))
+
+        def tell(epoch: int, metrics: dict[str, float]) -> None:
+            for name, value in metrics.items():
+                writer.write_event(Event(wall_time=time.time(), step=epoch, summary=scalar(name, value)))
+            writer.flush()
+
         try:
-            yield lambda epoch, metrics: [writer.add_scalar(name, value, epoch) for name, value in metrics.items()] and None
+            yield tell
         finally:
-            writer.close()
-            for file in [] if local else Path(scratch).iterdir():
+            with suppress(OSError):  # `tell` has raised it
+                writer.close()
+            for file in [] if local else place.iterdir():
                 run.write_bytes(f"{folder}/{file.name}", file.read_bytes())
 
 

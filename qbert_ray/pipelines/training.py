@@ -115,7 +115,7 @@ def fit(
     )
     run.filesystem.create_dir(run.path(folder), recursive=True)
     with (
-        tracking.trackers(arguments["config"], run, folder) as track,
+        tracking.trackers(arguments["config"], run, folder, progress) as track,
         Watch(board, progress, lambda metrics: track(metrics["epoch"], tracking.numbers(metrics))),
     ):
         survive(trainer, workers.max_failures)

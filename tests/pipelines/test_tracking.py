@@ -1,7 +1,9 @@
 """Where epochs go while a training runs."""
 
+import io
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -9,6 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 from qbert_ray.artifacts import RunDir
 from qbert_ray.overlays import load_config
 from qbert_ray.pipelines import tracking
+from qbert_ray.pipelines.session import Quiet
 
 
 @pytest.fixture
@@ -24,8 +27,18 @@ def shown(monkeypatch):
     return values
 
 
-def train(config, run):
-    with tracking.trackers(config, run, "finetune/shop") as track:
+class Told(Quiet):
+    """What a training says beside its figures."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def train(config, run, progress=None):
+    with tracking.trackers(config, run, "finetune/shop", progress or Quiet()) as track:
         for epoch in range(2):
             track(epoch, {"train_loss": 2.0 - epoch, "hr@10": 0.25})
 
@@ -52,6 +65,17 @@ def test_epochs_reach_tensorboard_and_the_gauge(tmp_path, shown):
 def test_without_tensorboard_there_is_no_file(tmp_path, shown):
     train(load_config([], ["run.tensorboard=false"]), RunDir(str(tmp_path)))
     assert not list(tmp_path.iterdir()) and shown
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_full_disk_ends_the_figures_and_not_the_training(tmp_path, shown, monkeypatch):
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: io.BufferedWriter(io.FileIO("/dev/full", "w")))
+    told = Told()
+    with tracking.trackers(load_config(), RunDir(str(tmp_path)), "rqvae", told) as track:
+        for epoch in range(3):
+            track(epoch, {f"codebook_usage.{level}": 1.0 for level in range(50)})  # more than any queue of events holds
+    assert len(told.notes) == 1 and "TensorBoard" in told.notes[0] and "No space left" in told.notes[0]
+    assert shown["rqvae", "codebook_usage.49"] == 1.0
 
 
 def test_epochs_reach_mlflow(tmp_path, shown, monkeypatch):
