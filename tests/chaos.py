@@ -57,6 +57,12 @@ class Case:
     seconds: float = 0.0
     same: str = ""
 
+    def cell(self, undisturbed: float) -> str:
+        """Of the small table: seconds lost, after "again" where the same command had to be given again."""
+        if not self.hit or self.same != "the same":
+            return self.same.split(":")[0] if self.hit else "–"
+        return f"{'again ' if self.ends[0][0] else ''}{self.seconds - undisturbed:+.0f}"
+
     def row(self, undisturbed: float) -> str:
         if not self.hit:
             return f"| {self.stage} | {self.fault} | – | the stage was over before | | | |"
@@ -78,6 +84,8 @@ class Chaos:
         self.store = Store(self.link.here if self.link else "127.0.0.1").start()
         os.environ.update(self.store.environment)
         health = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+        # A task sent to a node whose link is cut waits for its connection's end, by Ray's defaults 7 minutes (docs/chaos.md).
+        health |= {"RAY_grpc_client_keepalive_time_ms": "20000", "RAY_grpc_client_keepalive_timeout_ms": "10000"}
         self.nodes = Nodes(2, 2, link=self.link, **health, **self.store.environment)
         self.shop = make_shop(folder / "shop")
 
@@ -285,35 +293,40 @@ def main() -> None:
     cases = [Case(stage, fault) for stage, fault in itertools.product(stages, options.faults) if there.get(fault, True)]
     chaos.random.shuffle(cases)
     cases = cases[: options.kills or None]
-    rows: list[str] = []
+    done: list[Case] = []
     try:
         chaos.whole_run(stages[-1])
         for case in cases:
             if time.monotonic() - began > options.minutes * 60:
                 break
-            rows.append(chaos.play(case).row(chaos.undisturbed[case.stage]))
-            print(rows[-1], flush=True)
+            done.append(chaos.play(case))
+            print(case.row(chaos.undisturbed[case.stage]), flush=True)
             if options.out:
-                write(options.out, rows, len(cases))
+                write(options.out, done, len(cases), chaos.undisturbed)
     finally:
         chaos.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    if any(BAD in row for row in rows):
+    if any(BAD in case.same for case in done):
         sys.exit("bad outcomes")
 
 
-def write(path: Path, rows: list[str], of: int) -> None:
-    """The table so far."""
-    heads = ["stage", "fault", "after, s", "outcome", "the same command again", "seconds lost", "outputs"]
-    order = sorted(rows, key=lambda row: (list(BY_NAME).index(row.split(" | ")[0].removeprefix("| ")), row))
+def write(path: Path, cases: list[Case], of: int, undisturbed: dict[str, float]) -> None:
+    """The tables so far."""
+    cells = {(case.stage, case.fault): case.cell(undisturbed[case.stage]) for case in cases}
+    small = [
+        (stage, *(cells.get((stage, fault), "") for fault in FAULTS)) for stage in BY_NAME if any(stage == case.stage for case in cases)
+    ]
+    heads = ("stage", "fault", "after, s", "outcome", "the same command again", "seconds lost", "outputs")
     lines = [
-        f"`python -m tests.chaos {' '.join(sys.argv[1:])}`: {len(rows)} of {of} cases.",
+        f"`python -m tests.chaos {' '.join(sys.argv[1:])}`: {len(cases)} of {of} cases.",
         "",
-        f"| {' | '.join(heads)} |",
-        "|---" * len(heads) + "|",
+        *(f"| {' | '.join(cells)} |" for cells in (("stage", *FAULTS), ["---"] * (len(FAULTS) + 1), *small)),
+        "",
+        *(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads))),
+        *(case.row(undisturbed[case.stage]) for case in sorted(cases, key=lambda case: (list(BY_NAME).index(case.stage), case.fault))),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*lines, *order]) + "\n")
+    path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
