@@ -1,11 +1,12 @@
 """Kills, stops, full disks and failing stores in the middle of each stage: does the same command end with the same outputs?
 
-python -m tests.chaos --kills 20 --seed 0 --out docs/chaos.md      (make chaos)
+    python -m tests.chaos --kills 20 --seed 0 --out runs/chaos.md      (make chaos)
+    python -m tests.chaos --stages score --faults "link cut"
 
 Real processes throughout: a head and a second node by `ray start`, the command line as driver. As root the second node is in a network
-of its own, whose link is cut. Every case starts from the finished
-stages before its own, is hit once at a random moment, and is given the same command again until that succeeds, three times at most. Its
-outputs are then compared with those of a run that nothing happened to. The disk is a small tmpfs (root only), the store is moto's.
+of its own, whose link is cut. Every case starts from the finished stages before its own, is hit once at a random moment, and is given
+the same command again until that succeeds, three times at most. Its outputs are then compared with those of a run that nothing
+happened to. The disk is a small tmpfs (root only), the store is moto's.
 """
 
 from __future__ import annotations
