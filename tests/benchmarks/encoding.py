@@ -198,7 +198,7 @@ def measure(run: RunDir, kind: str, what: str, parts: list[str], full: bool) -> 
         two >= 0.9 * both,
     )
     if four:
-        yield Figure(f"features of {what}, two cores, four actors", f"{four:.1f} items/s", f"two actors: {two:.1f}", four / two)
+        yield Figure(f"features of {what}, two cores, four actors", f"{four:.1f} items/s", f"two: {two:.1f}", four / two, "", None)
 
 
 def figures(full: bool) -> Iterator[Figure]:
