@@ -29,7 +29,10 @@ def main() -> None:
     parser.add_argument("codes", help="Parquet with item_id and codes")
     parser.add_argument("vectors", help="Parquet to write")
     given = parser.parse_args()
-    table = pl.read_parquet(given.codes)
+    table = pl.read_parquet(given.codes, columns=["item_id", "codes"])
+    levels = table["codes"].list.len().unique().to_list()
+    if len(levels) != 1 or not levels[0] or levels[0] > len(WEIGHTS):
+        parser.error(f"{given.codes}: every item must have the same number of codes, 1 to {len(WEIGHTS)}; there are {levels}")
     table.select("item_id", vector=pl.Series(vectors(np.array(table["codes"].to_list())))).write_parquet(given.vectors)
 
 

@@ -37,8 +37,8 @@ class Told(Quiet):
         self.notes.append(text)
 
 
-def train(config, run, progress=None):
-    with tracking.trackers(config, run, "finetune/shop", progress or Quiet()) as track:
+def train(config, run):
+    with tracking.trackers(config, run, "finetune/shop", Quiet()) as track:
         for epoch in range(2):
             track(epoch, {"train_loss": 2.0 - epoch, "hr@10": 0.25})
 
