@@ -159,7 +159,7 @@ def sweep(
 def reproduce(
     table: Annotated[Path, typer.Argument(help="What to compare, such as configs/tables/fusion.yaml.")],
     config: Files,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the table; further data sets add to it.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the table, or s3:// or gs://; further data sets add to it.")],
     overrides: Overrides = None,
 ) -> None:
     """A table of the paper anew: variants of a config over seeds, with intervals, beside the published figures.
@@ -181,8 +181,9 @@ def reproduce(
     journal.begin(f"{what.title} in {settings.run.dir}")
     tuning.check_base(plan)
     _search(plan, journal)
-    ranks = tuning.ranks(plan, what)
-    journal.files({"table": str(tables.collect(output, ranks, what)), "ranks": str(output / tables.RANKS)})
+    folder = RunDir(output)
+    tables.collect(folder, tuning.ranks(plan, what), what)
+    journal.files({"table": folder.inside(tables.MARKDOWN).uri, "ranks": folder.inside(tables.RANKS).uri})
     failed = [plan.names[trial.name] for trial in plan.trials if plan.result(trial).get("status") != "done"]
     if failed:
         raise ArtifactError(f"the table lacks trials of {', '.join(sorted(set(failed)))}; the same command tries them again")

@@ -262,7 +262,9 @@ class Finetune(SequenceTraining):
     batch_size: PositiveInt = Field(256, description="§4.1: 256 sequences")
     learning_rate: PositiveFloat = Field(1e-4, description="§4.1: 0.0001")
     patience: PositiveInt | None = 5
-    validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation item is ranked after each epoch")
+    validation_users: PositiveInt = Field(
+        5000, description="users, chosen by hash, whose validation item is ranked among unseen ones after each epoch"
+    )
 
 
 class Memory(Section):

@@ -5,6 +5,7 @@ One table is a YAML file that names its variants (overlays on a data set's confi
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from scipy import stats
 
 from qbert_ray import metrics
+from qbert_ray.artifacts import RunDir
 from qbert_ray.overlays import ConfigError, read_layer
 from qbert_ray.sweeps import Section
 
@@ -163,12 +165,12 @@ def _cells(line: dict[str, Any], published: bool) -> list[str]:
     return [f"{line['mean']:.4f} ± {line['half']:.4f}", apart, *paper]
 
 
-def collect(folder: Path, ranks: pl.DataFrame, table: Table) -> Path:
-    """Put ranks beside those of other domains and other rows in a folder, and write the table of them all; where it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / RANKS
-    if file.exists():
-        ranks = pl.concat([pl.read_parquet(file).join(ranks.select("domain", "row").unique(), on=["domain", "row"], how="anti"), ranks])
-    ranks.write_parquet(file)
-    (folder / MARKDOWN).write_text(markdown(summarise(ranks, table), table))
-    return folder / MARKDOWN
+def collect(folder: RunDir, ranks: pl.DataFrame, table: Table) -> None:
+    """Put ranks beside those of other domains and other rows in a folder, and write the table of them all."""
+    if folder.exists(RANKS):
+        before = pl.read_parquet(folder.read_bytes(RANKS))
+        ranks = pl.concat([before.join(ranks.select("domain", "row").unique(), on=["domain", "row"], how="anti"), ranks])
+    content = io.BytesIO()
+    ranks.write_parquet(content)
+    folder.write_bytes(RANKS, content.getvalue())
+    folder.write_bytes(MARKDOWN, markdown(summarise(ranks, table), table).encode())

@@ -3,6 +3,7 @@
 import time
 
 import cloudpickle
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from qbert_ray.artifacts import ArtifactError, Manifest, RunDir
 from qbert_ray.overlays import ConfigError, load_config
+from qbert_ray.tables import MARKDOWN, RANKS, Table, collect
 from tests.store import BUCKET, KEY, SECRET, Store
 
 
@@ -93,3 +95,12 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(key):
         load_config([], [f"{key}=s3://{KEY}:{SECRET}@bucket/path"])
     assert SECRET not in str(error.value) and KEY not in str(error.value)
     load_config([], [f"{key}=s3://bucket/a@b?endpoint_override=127.0.0.1:1"])
+
+
+def test_a_table_of_comparisons_is_kept_there(run):
+    table = Table(title="T", reference="base", variants={"base": {}, "better": {}}, seeds=[0], metrics=["hr@10"])
+    for row in ("base", "better"):
+        columns = {"domain": ["shop"] * 3, "row": [row] * 3, "seed": [0] * 3, "user_id": list("abc")}
+        collect(run, pl.DataFrame(columns | {"rank_all": [1, 2, 3], "rank_unseen": [1, 2, 3]}), table)
+    assert "| better | 1.0000" in run.read_bytes(MARKDOWN).decode()
+    assert pl.read_parquet(run.read_bytes(RANKS))["row"].unique(maintain_order=True).to_list() == ["base", "better"]

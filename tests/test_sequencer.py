@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from qbert_ray.pipelines.tasks import rank_targets
 from qbert_ray.sequencer import Sequencer, complexity, next_item_queries, pack
 
 LENGTHS = np.array([3, 7, 3, 1, 5])
@@ -223,3 +224,15 @@ def test_the_real_count_is_the_models_own():
     model = Sequencer(num_levels=4, codebook_size=256)
     real = complexity(6250, 256, 4, 512, 50, 4, 256)["real"]["parameters"]
     assert sum(real.values()) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.inference_mode()
+def test_a_model_is_chosen_by_ranks_among_what_its_users_have_not_had():
+    model = build().eval()
+    histories, targets = [np.array([1, 2, 3]), np.array([4, 7]), np.array([7])], np.array([9, 4, 0])  # the second had its target before
+    scores = model.scores(next_item_queries(model, histories, CATALOG, "d"), *model.catalog_vectors(CATALOG, "d"))
+    expected = []
+    for score, history, target in zip(scores.numpy(), histories, targets, strict=True):
+        others = np.setdiff1d(np.arange(20), [*history, target])
+        expected.append(1 + (score[others] > score[target]).sum())
+    assert rank_targets(model, CATALOG, "d", histories, targets, batch_size=2).tolist() == expected

@@ -7,8 +7,9 @@ import polars as pl
 import pytest
 import yaml
 
+from qbert_ray.artifacts import RunDir
 from qbert_ray.overlays import ConfigError
-from qbert_ray.tables import RANKS, Table, collect, load_table, markdown, ranks_of, summarise
+from qbert_ray.tables import MARKDOWN, RANKS, Table, collect, load_table, markdown, ranks_of, summarise
 
 ROOT = Path(__file__).parent.parent
 TABLE = Table(title="T", reference="base", variants={"base": {}, "better": {}}, rankings=["ridge"], seeds=[0, 1])
@@ -75,15 +76,18 @@ def test_rows_are_told_without_differences_where_every_trial_of_the_reference_fa
 
 
 def test_data_sets_add_up_in_one_folder_and_a_repeated_one_is_replaced(ranks, tmp_path):
-    collect(tmp_path, ranks, TABLE)
+    folder = RunDir(str(tmp_path))
+    collect(folder, ranks, TABLE)
     other = pl.concat([ranks_of(evaluated(np.arange(1, 31), "books"), name, 0, TABLE) for name in ("base", "better")])
-    collect(tmp_path, other, TABLE)
-    page = collect(tmp_path, other, TABLE).read_text()
+    collect(folder, other, TABLE)
+    collect(folder, other, TABLE)
+    page = (tmp_path / MARKDOWN).read_text()
     assert "## shop, all items ranked: 400 users, 2 seeds" in page and "## books, unseen items ranked: 30 users, 1 seed\n" in page
     assert len(pl.read_parquet(tmp_path / RANKS)) == len(ranks) + len(other)
     theirs = ranks.filter(pl.col("row") == "base").with_columns(row=pl.lit("another system"))  # added by hand
     pl.concat([pl.read_parquet(tmp_path / RANKS), theirs]).write_parquet(tmp_path / RANKS)
-    assert "| another system |" in collect(tmp_path, ranks, TABLE).read_text()
+    collect(folder, ranks, TABLE)
+    assert "| another system |" in (tmp_path / MARKDOWN).read_text()
 
 
 def test_published_figures_stand_beside_ours_for_the_protocol_they_follow():

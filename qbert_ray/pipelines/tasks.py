@@ -266,7 +266,7 @@ class SequencerTask:
         return model.loss(query, batch.items[batch.masked], catalog, name), float(len(query))
 
     def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
-        """Ranks of the validation items among the whole catalog, averaged over domains."""
+        """Ranks of the validation items among all that their users have not had, averaged over domains."""
         values = []
         for name in self.domains:
             sequences = self.sequences[name]
@@ -288,13 +288,18 @@ class SequencerTask:
 def rank_targets(
     model: Sequencer, catalog: Tensor, domain: str, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 512
 ) -> np.ndarray:
-    """[B] rank of each target among the whole catalog after its history."""
+    """[B] rank of each target after its history, among all that is not in it.
+
+    What a sequence model thinks of items that were had already is not what it is chosen by: the memory's mix knows them, and
+    `score` leaves them out.
+    """
     vectors, bias = model.catalog_vectors(catalog, domain)
     result = []
     for begin in range(0, len(histories), batch_size):
-        queries = next_item_queries(model, histories[begin : begin + batch_size], catalog, domain)
-        target = torch.from_numpy(targets[begin : begin + batch_size]).to(catalog.device)
-        result.append(ranks(model.scores(queries, vectors, bias), target).cpu().numpy())
+        rows = slice(begin, begin + batch_size)
+        queries = next_item_queries(model, histories[rows], catalog, domain)
+        target = torch.from_numpy(targets[rows]).to(catalog.device)
+        result.append(ranks(model.scores(queries, vectors, bias), target, histories[rows]).cpu().numpy())
     return np.concatenate(result)
 
 
