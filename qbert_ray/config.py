@@ -265,6 +265,10 @@ class Finetune(SequenceTraining):
     validation_users: PositiveInt = Field(
         5000, description="users, chosen by hash, whose validation item is ranked among unseen ones after each epoch"
     )
+    transfer: Literal["layers", "all"] = Field(
+        "layers",
+        description="what is taken from a pre-training that has not seen the domain: the encoder's layers, items start anew, or all; one that has seen it is taken whole",
+    )
 
 
 class Memory(Section):
@@ -362,3 +366,8 @@ class Config(Section):
     score: Score = Score()
     sweep: Sweep = Sweep()
     compute: Compute = Compute()
+
+    @property
+    def pretrained(self) -> list[str]:
+        """Domains that stage 3 pre-trains on."""
+        return self.pretrain.domains or self.data.sources or self.data.targets

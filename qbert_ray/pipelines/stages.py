@@ -144,11 +144,10 @@ def sequence_trainings(stage: str, config: Config) -> dict[str, dict[str, Any]]:
     if stage == "finetune":
         start = "pretrain/model" if config.pretrain.enabled else None
         return {f"finetune/{name}": {"domains": [name], "settings": config.finetune, "start": start} for name in config.data.targets}
-    domains = config.pretrain.domains or config.data.sources or config.data.targets
-    unknown = set(domains) - set(config.data.domains)
+    unknown = set(config.pretrained) - set(config.data.domains)
     if unknown:
         raise ValueError(f"pretrain.domains names {sorted(unknown)}; data.domains has {list(config.data.domains)}")
-    return {"pretrain": {"domains": domains, "settings": config.pretrain}}
+    return {"pretrain": {"domains": config.pretrained, "settings": config.pretrain}}
 
 
 def pretrain(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:

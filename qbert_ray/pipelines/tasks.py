@@ -216,13 +216,18 @@ class SequencerTask:
         for name in self.domains if self.config.sequencer.item_embedding else []:
             counts = np.bincount(self.sequences[name].items, minlength=len(self.catalogs[name]))
             getattr(model, f"warm_{name}").copy_(torch.from_numpy(counts > 0)[:, None])
-        if self.config.sequencer.start == "codebooks" and not self.start and not self.config.data.semantic_ids:
+        if self.config.sequencer.start == "codebooks" and not self.config.data.semantic_ids:
             model.start_from(self.run.load_model("rqvae/model")[0]["quantizer.codebooks"])
         if self.start:
             tensors, _ = self.run.load_model(self.start)
             known = model.state_dict()
-            model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in known}, strict=False)
+            model.load_state_dict({name: each for name, each in tensors.items() if name in known and self._takes(name)}, strict=False)
         return model
+
+    def _takes(self, name: str) -> bool:
+        """Whether a pre-trained tensor is the start: how histories are read holds in other domains, what their items mean does not."""
+        seen = set(self.domains) <= set(self.config.pretrained)
+        return seen or self.config.finetune.transfer == "all" or name.startswith("layers.")
 
     def adjust(self, model: nn.Module, epoch: int) -> None:
         pass

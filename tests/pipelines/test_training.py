@@ -61,6 +61,23 @@ def test_two_workers_give_the_model_of_one(finished, name, task, tmp_path):
     assert apart <= BOUND
 
 
+def test_fine_tuning_takes_layers_of_other_domains_and_everything_of_its_own(finished):
+    config, run = finished
+    pretrained, _ = run.load_model("pretrain/model")
+
+    def taken(domains, transfer):
+        changes = {"pretrain": {"domains": domains}, "finetune": {"transfer": transfer}}
+        changed = config.model_copy(update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()})
+        state = SequencerTask(changed, run, ["demo"], changed.finetune, "pretrain/model").build().state_dict()
+        return {name for name in pretrained if torch.equal(state[name], pretrained[name])}
+
+    layers = {name for name in pretrained if name.startswith("layers.")}
+    assert layers < set(pretrained)
+    assert config.data.sources and taken(None, "layers") == taken(["elsewhere"], "layers") == layers
+    for domains, transfer in ((None, "all"), (["elsewhere", "demo"], "layers")):
+        assert taken(domains, transfer) == set(pretrained)
+
+
 def test_a_finished_training_is_not_repeated(finished):
     config, run = finished
     before = run.read_json("fusion/model/model.json")
