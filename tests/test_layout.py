@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"config", "overlays"},
     "columns": set(),
     "metrics": set(),
-    "tables": {"metrics", "overlays", "sweeps"},
+    "tables": {"artifacts", "metrics", "overlays", "sweeps"},
     "quality": set(),
     # the run directory
     "artifacts": {"config", "columns", "metrics"},
