@@ -33,10 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"config", "overlays"},
     "columns": set(),
     "metrics": set(),
-    "tables": {"artifacts", "metrics", "overlays", "sweeps"},
     "quality": set(),
     # the run directory
     "artifacts": {"config", "columns", "metrics"},
+    "tables": {"artifacts", "metrics", "overlays", "sweeps"},
     # models and what surrounds them: plain arguments, no config, never one another
     "fusion": set(),
     "rqvae": set(),
