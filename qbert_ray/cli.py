@@ -18,7 +18,7 @@ from qbert_ray.config import Config
 from qbert_ray.console import trials_table
 from qbert_ray.failures import root_cause, stoppable
 from qbert_ray.journal import Journal, Terminal, open_journal
-from qbert_ray.overlays import ConfigError, load_config, with_values
+from qbert_ray.overlays import ConfigError, load_config, refuse_credentials, with_values
 
 app = typer.Typer(
     name="qbert-ray",
@@ -169,6 +169,9 @@ def reproduce(
     from qbert_ray import tables
 
     what = tables.load_table(table)
+    refuse_credentials("--output", output)
+    folder = RunDir(output)
+    folder.exists(tables.RANKS)  # a place that cannot be opened is told of before hours of training
     settings = load_config(list(config), list(overrides or []))
     seeds = settings.sweep.seeds or what.seeds
     compared = {"name": table.stem, "stage": "evaluate", "search": "variants", "variants": what.variants, "seeds": seeds}
@@ -181,7 +184,6 @@ def reproduce(
     journal.begin(f"{what.title} in {settings.run.dir}")
     tuning.check_base(plan)
     _search(plan, journal)
-    folder = RunDir(output)
     tables.collect(folder, tuning.ranks(plan, what), what)
     journal.files({"table": folder.inside(tables.MARKDOWN).uri, "ranks": folder.inside(tables.RANKS).uri})
     failed = [plan.names[trial.name] for trial in plan.trials if plan.result(trial).get("status") != "done"]

@@ -267,7 +267,7 @@ class Finetune(SequenceTraining):
     )
     transfer: Literal["layers", "all"] = Field(
         "layers",
-        description="what is taken from a pre-training that has not seen the domain: the encoder's layers, items start anew, or all; one that has seen it is taken whole",
+        description="taken from a pre-training that has not seen the domain: the encoder's layers (its items start anew), or all; one that has seen it is taken whole",
     )
 
 

@@ -57,15 +57,21 @@ def nest(path: str, value: Any) -> dict[str, Any]:
 
 def _validate(tree: dict[str, Any]) -> Config:
     for path, value in flatten(tree).items():
-        if isinstance(value, str) and re.match(r"\w+://[^/?]*@", value):  # the value is not repeated: this message is logged too
-            raise ConfigError(
-                f"{path} holds credentials, which would end up in manifests and logs; write {value.partition('://')[0]}://bucket/path and "
-                "give them by the environment of every node (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
-            )
+        if isinstance(value, str):
+            refuse_credentials(path, value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def refuse_credentials(name: str, value: str) -> None:
+    """Raise ConfigError where a URI given as `name` holds credentials; the value is not repeated, since the message is logged too."""
+    if re.match(r"\w+://[^/?]*@", value):
+        raise ConfigError(
+            f"{name} holds credentials, which would end up in manifests and logs; write {value.partition('://')[0]}://bucket/path and "
+            "give them by the environment of every node (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
+        )
 
 
 def read_layer(file: Path) -> dict[str, Any]:

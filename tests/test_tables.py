@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from qbert_ray.artifacts import RunDir
+from qbert_ray.cli import main
 from qbert_ray.overlays import ConfigError
 from qbert_ray.tables import MARKDOWN, RANKS, Table, collect, load_table, markdown, ranks_of, summarise
 
@@ -126,3 +127,15 @@ def test_what_is_no_table_is_refused(tmp_path, content, said):
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError, match=said):
         load_table(tmp_path / "t.yaml")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [("ftp://host/folder", "cannot open"), ("s3://key:secret@bucket/folder", "holds credentials")]
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_runs(output, message, tmp_path, capsys):
+    table, config = ROOT / "configs" / "tables" / "fusion.yaml", ROOT / "configs" / "demo.yaml"
+    with pytest.raises(SystemExit):
+        main(["reproduce", str(table), "-c", str(config), "-o", output, f"run.dir={tmp_path / 'run'}"])
+    told = "".join(capsys.readouterr())
+    assert message in " ".join(told.split()) and "secret" not in told
+    assert not (tmp_path / "run").exists()

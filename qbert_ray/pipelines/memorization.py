@@ -96,6 +96,6 @@ def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, 
         for rows in batches(len(users), len(SIGNALS) * len(ranker.catalog)):
             scores = ranker.scores(histories[rows])
             for name, pieces in found.items():
-                pieces.append(ranks(scores[name], target[rows]).numpy())
+                pieces.append(ranks(scores[name], target[rows], histories[rows]).numpy())  # as fine-tuning is judged
     ndcg = {name: metrics.interval(metrics.ndcg(np.concatenate(pieces), 10))["value"] for name, pieces in found.items()}
     return result | {f"{name}_ndcg@10": value for name, value in ndcg.items()}
