@@ -12,7 +12,9 @@ from torch import Tensor
 
 from qbert_ray import columns
 from qbert_ray.artifacts import RunDir
+from qbert_ray.rqvae import RQVAE
 
+EXTRA = "rqvae/extra"  # folder of a numbered folder for each quantizer beside the first
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.1  # of a cold item among those that were trained
 CHUNK = 4096  # items whose neighbours are looked up at once
 
@@ -33,11 +35,22 @@ def item_ids(run: RunDir, domain: str) -> pa.Array:
 
 
 def catalog_codes(run: RunDir, domain: str) -> np.ndarray:
-    """[N, K] codes of a domain's items."""
-    table = run.read("semantic_ids", domain, [columns.ITEM_INDEX, "codes"])
-    codes = table["codes"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1).astype(np.int64)
+    """[N, K + X] codes of a domain's items: the semantic ID's, then those beside it, where there are any."""
+    table = run.read("semantic_ids", domain, [columns.ITEM_INDEX, "codes", columns.EXTRA_CODES])  # the last may not be there
+    codes = [columns.to_numpy(table[name]) for name in table.column_names if name != columns.ITEM_INDEX]
     order = np.argsort(table[columns.ITEM_INDEX].to_numpy())
-    return codes[order]
+    return np.concatenate(codes, axis=1).astype(np.int64)[order]
+
+
+def load_quantizers(run: RunDir) -> list[RQVAE]:
+    """The quantizer of the semantic IDs, then those of the codes beside them, in the order of `catalog_codes`; ready to encode."""
+    models = []
+    for folder in ["rqvae/model", *(f"{EXTRA}/{name}/model" for name in run.folders(EXTRA))]:
+        tensors, description = run.load_model(folder)
+        models.append(RQVAE(**description))
+        models[-1].load_state_dict(tensors)
+        models[-1].eval()
+    return models
 
 
 def content_vectors(run: RunDir, domain: str) -> Tensor:

@@ -19,6 +19,7 @@ TIMESTAMP = "timestamp"
 RATING = "rating"
 COLD = "cold"
 SPLITS = ("train", "valid", "test", COLD)
+EXTRA_CODES = "extra_codes"
 KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]  # what names an item in every table over the catalog
 
 # ingest/items: item_index is dense within a domain and permuted by a hash, so that it tells nothing about time. Items that no
@@ -89,7 +90,7 @@ SEMANTIC_IDS = pa.schema(
         ("moved", pa.bool_()),  # not its nearest codes: reallocated because of a collision
         ("nearest_codes", pa.list_(pa.int32())),  # before that; whose codes these are now kept them
     ]
-)
+)  # and, with extra quantizers, their codes as a list under EXTRA_CODES
 
 # memory/weights: which items of a history speak for an item, and how much (memory.py).
 MEMORY = pa.schema(

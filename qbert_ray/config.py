@@ -185,6 +185,10 @@ class Rqvae(Training):
     quantizer: Literal["kmeans", "rqvae", "opq"] = Field(
         "kmeans", description="residual k-means, RQ-VAE (the paper's), or optimised product quantization (codes independent of each other)"
     )
+    extra_quantizers: list[Literal["kmeans", "opq"]] = Field(
+        ["opq", "kmeans"],
+        description="further quantizers of the same embeddings: their codes, K each, are no part of the semantic ID, but the sequence model reads them beside it",
+    )
     max_items: PositiveInt = Field(
         500_000, description="items of the catalog that train it, drawn at random; memory holds their embeddings"
     )

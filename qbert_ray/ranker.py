@@ -43,7 +43,7 @@ class Ranker:
             self.borrowed = _borrowed(content, torch.arange(self.trained, len(content)), torch.arange(self.trained))
         self.borrow = _columns(self.borrowed, len(content)) if content is not None and self.borrowed else None
         self.model = _load_sequencer(run, domain, content, self.borrowed).to(self.device)
-        self.catalog = torch.from_numpy(catalog_codes(run, domain)).to(self.device)
+        self.catalog = torch.from_numpy(catalog_codes(run, domain)[:, : self.model.num_levels]).to(self.device)
         with torch.inference_mode():
             self.vectors, self.bias = self.model.catalog_vectors(self.catalog, domain)
         self.memory: memory.Memory | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qbert_ray import columns
 from qbert_ray.artifacts import RunDir
+from qbert_ray.catalog import load_quantizers
 from qbert_ray.rqvae import RQVAE
 
 TOKENIZER = "tokenizer.onnx"
@@ -41,13 +42,11 @@ def export_tokenizer(run: RunDir, domain: str, path: Path, onnxruntime: Any, ops
     """Write the file; its width and levels, and the share of items whose codes differ from PyTorch's. None where IDs were given."""
     if not run.exists("rqvae/model/model.json"):
         return None
-    tensors, description = run.load_model("rqvae/model")
-    model = RQVAE(**description)
-    model.load_state_dict(tensors)
+    model = load_quantizers(run)[0]
     rows = run.read("fusion/embeddings", domain, ["embedding"]).slice(0, CHECKED)["embedding"]
     embedding = torch.from_numpy(columns.to_numpy(rows).copy())
     torch.onnx.export(
-        DenseTokenizer(model.eval()).eval(),
+        DenseTokenizer(model).eval(),
         (embedding[:1].repeat(2, 1),),
         path,
         input_names=["embedding"],

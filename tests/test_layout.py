@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "starter": {"columns", "profile", "rows", "sources"},
     "starter_page": {"columns", "config", "profile", "sources", "starter"},
     # ranking by the models of a run
-    "catalog": {"artifacts", "columns"},
+    "catalog": {"artifacts", "columns", "rqvae"},
     "ranker": {"artifacts", "catalog", "config", "memory", "ranking", "sequencer", "signals"},
     "recommender": {"artifacts", "catalog", "config", "ranker", "ranking"},
     # the generated shop and public data are files, and know nothing of a run
@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the IDs of a finished run
     "id_lookup": {"artifacts", "columns", "quality", "semantic_ids"},
     "id_report": {"artifacts", "columns", "metrics", "quality", "semantic_ids", "id_lookup"},
-    "tokenizer_export": {"artifacts", "columns", "rqvae"},
+    "tokenizer_export": {"artifacts", "catalog", "columns", "rqvae"},
     "export": {"artifacts", "columns", "ranker", "recommender", "sequencer", "tokenizer_export"},
     # what a person sees; "report" is the sub-package, whose modules may all import these and one another
     "console": {"artifacts"},

@@ -16,6 +16,7 @@ import yaml
 from pyarrow import fs
 
 from qbert_ray.artifacts import ArtifactError, Manifest, RunDir, resolve
+from qbert_ray.catalog import EXTRA
 from qbert_ray.config import Config
 from qbert_ray.overlays import flatten
 from qbert_ray.pipelines import capacity, tokenization, tracking
@@ -25,7 +26,7 @@ from qbert_ray.pipelines.ingest import ingest
 from qbert_ray.pipelines.memorization import train_memory
 from qbert_ray.pipelines.scoring import score
 from qbert_ray.pipelines.session import Progress
-from qbert_ray.pipelines.tasks import FusionTask, RqvaeTask, SequencerTask
+from qbert_ray.pipelines.tasks import ExtraQuantizerTask, FusionTask, RqvaeTask, SequencerTask
 from qbert_ray.pipelines.training import build, fit
 from qbert_ray.sources import join
 
@@ -93,13 +94,16 @@ def fusion_warnings(config: Config, counts: dict[str, Any], metrics: dict[str, A
 
 
 def train_rqvae(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
-    """Stage 2: the quantizer."""
+    """Stage 2: the quantizer, and those whose codes stand beside the semantic ID."""
     if config.rqvae.quantizer == "rqvae":
         metrics = _fit(RqvaeTask, "rqvae", config, run, progress)
     else:
         progress.note(config.rqvae.quantizer)
         metrics = build(RqvaeTask, {"config": config, "run": run}, config.compute.rqvae, run, "rqvae")
     check_usage(config, metrics)
+    for number, quantizer in enumerate(config.rqvae.extra_quantizers):
+        progress.note(quantizer)
+        build(ExtraQuantizerTask, {"config": config, "run": run, "number": number}, config.compute.rqvae, run, f"{EXTRA}/{number:02d}")
     return {"metrics": metrics}
 
 

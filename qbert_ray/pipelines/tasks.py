@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qbert_ray import columns, kmeans, metrics
 from qbert_ray.artifacts import ArtifactError, RunDir
-from qbert_ray.catalog import catalog_codes, content_vectors, read_warm, warm_items
+from qbert_ray.catalog import catalog_codes, content_vectors, load_quantizers, read_warm, warm_items
 from qbert_ray.config import Config, SequenceTraining
 from qbert_ray.fusion import DynamicFusion, alignment_loss, geometry_loss, view_distance
 from qbert_ray.masking import draw_masks, uniform
@@ -163,6 +163,17 @@ class RqvaeTask:
         }
 
 
+class ExtraQuantizerTask(RqvaeTask):
+    """One of `rqvae.extra_quantizers`: as many codes of the same embeddings, cut otherwise."""
+
+    def __init__(self, config: Config, run: RunDir, number: int) -> None:
+        quantizer, settings = config.rqvae.extra_quantizers[number], config.rqvae
+        levels = min(settings.num_levels, settings.codebook_dim) if quantizer == "opq" else settings.num_levels
+        settings = settings.model_copy(update={"quantizer": quantizer, "num_levels": levels})
+        super().__init__(config.model_copy(update={"rqvae": settings}), run)
+        self.seed += 1 + number  # residual k-means of the same seed would be the same codes
+
+
 def sample_embeddings(run: RunDir, domains: list[str], most: int, seed: int) -> np.ndarray:
     """[N, D] fused embeddings of all items that training may see, or of `most` of them; needs memory for twice those.
 
@@ -192,7 +203,8 @@ class SequencerTask:
     def __init__(self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None) -> None:
         self.config, self.settings, self.seed, self.run, self.start = config, settings, config.run.seed, run, start
         self.domains = domains
-        self.catalogs = {name: catalog_codes(run, name)[: warm_items(run, name)] for name in domains}
+        levels = None if config.sequencer.tokens == "item" else run.read_json("semantic_ids/manifest.json")["counts"]["num_levels"]
+        self.catalogs = {name: catalog_codes(run, name)[: warm_items(run, name), :levels] for name in domains}
         self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
         self.contents = {name: content_vectors(run, name)[: len(self.catalogs[name])] for name in domains} if self._reads_content() else {}
         self.codebook_size = run.read_json("semantic_ids/manifest.json")["counts"]["codebook_size"]
@@ -217,7 +229,8 @@ class SequencerTask:
             counts = np.bincount(self.sequences[name].items, minlength=len(self.catalogs[name]))
             getattr(model, f"warm_{name}").copy_(torch.from_numpy(counts > 0)[:, None])
         if self.config.sequencer.start == "codebooks" and not self.config.data.semantic_ids:
-            model.start_from(self.run.load_model("rqvae/model")[0]["quantizer.codebooks"])
+            books = torch.cat([each.quantizer.codebooks for each in load_quantizers(self.run)])
+            model.start_from(books[: model.num_levels])
         if self.start:
             tensors, _ = self.run.load_model(self.start)
             known = model.state_dict()

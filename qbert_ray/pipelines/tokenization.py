@@ -6,6 +6,7 @@ uniqueness is a property of the whole domain.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,12 @@ import torch
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import ArtifactError, RunDir, resolve
-from qbert_ray.catalog import warm_items
+from qbert_ray.catalog import load_quantizers, warm_items
 from qbert_ray.config import Config
 from qbert_ray.fusion import DynamicFusion
 from qbert_ray.pipelines.session import ANYWHERE, Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
 from qbert_ray.pipelines.tasks import Features
-from qbert_ray.rqvae import RQVAE
 from qbert_ray.semantic_ids import Resolved, resolve_collisions, resolve_given, to_tokens
 from qbert_ray.sources import join
 
@@ -97,24 +97,30 @@ def assign_parts(config: Config, run: RunDir, parts: list[str], progress: Progre
 
 
 class EncodePart:
-    """Nearest codes and latents of a part of the catalog."""
+    """Nearest codes and latents of a part of the catalog; and the codes of the extra quantizers."""
 
     def __init__(self, run: RunDir) -> None:
         self.run, self.device = run, torch.device(own_device())
-        self.model = load_rqvae(run).to(self.device)
+        self.model, *self.others = (model.to(self.device) for model in load_quantizers(run))
 
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:
         table = self.run.read_part("fusion/embeddings", name)
         embeddings = torch.from_numpy(columns.to_numpy(table["embedding"]).copy())
-        latents, codes = [], []
+        latents, codes, extra = [], [], []
         for batch in embeddings.split(BATCH):
-            latent = self.model.encode(batch.to(self.device))
+            batch = batch.to(self.device)
+            latent = self.model.encode(batch)
             latents.append(latent.cpu().numpy())
             codes.append(self.model.quantizer.codes(latent).cpu().numpy().astype(np.int32))
+            if self.others:
+                beside = [model.quantizer.codes(model.encode(batch)) for model in self.others]
+                extra.append(torch.cat(beside, dim=1).cpu().numpy().astype(np.int32))
         table = table.select(columns.KEYS)
         table = table.append_column("latent", columns.to_fixed_lists(np.concatenate(latents)))
         table = table.append_column("codes", columns.to_fixed_lists(np.concatenate(codes)))
+        if extra:
+            table = table.append_column(columns.EXTRA_CODES, columns.to_fixed_lists(np.concatenate(extra)))
         self.run.write_part(ENCODED, name, table)
         return {"items": table.num_rows}
 
@@ -126,14 +132,21 @@ def _resolve_domain(run: RunDir, domain: str, parts: list[str]) -> dict[str, Any
     )
     published = [run.read_part("semantic_ids", part, ["codes"]) for part in run.parts("semantic_ids", domain) if part not in parts]
     taken = columns.to_numpy(pa.concat_tables(published)["codes"]) if published else None
-    codebooks = load_rqvae(run).quantizer.codebooks.detach().numpy()
-    return _write_domain(run, domain, parts, codes, resolve_collisions(codes, latents, codebooks, taken))
+    codebooks = load_quantizers(run)[0].quantizer.codebooks.detach().numpy()
+    extra = [run.read_part(ENCODED, part, [columns.EXTRA_CODES]) for part in parts]
+    return _write_domain(run, domain, parts, codes, resolve_collisions(codes, latents, codebooks, taken), extra)
 
 
-def _write_domain(run: RunDir, domain: str, parts: list[str], nearest: np.ndarray, resolved: Resolved) -> dict[str, Any]:
-    """Write parts of a domain, aligned with those of the catalog; rows of nearest and resolved are in the order of item_index."""
+def _write_domain(
+    run: RunDir, domain: str, parts: list[str], nearest: np.ndarray, resolved: Resolved, extra: Sequence[pa.Table] = ()
+) -> dict[str, Any]:
+    """Write parts of a domain, aligned with those of the catalog; rows of nearest and resolved are in the order of item_index.
+
+    Args:
+        extra: of each part the codes beside the semantic ID, in a column of that name or in none.
+    """
     begin = 0
-    for name in parts:
+    for number, name in enumerate(parts):
         keys = run.read_part("ingest/items", name, columns.KEYS)
         rows = slice(begin, begin + keys.num_rows)
         codes = resolved.codes[rows].astype(np.int32)
@@ -144,7 +157,10 @@ def _write_domain(run: RunDir, domain: str, parts: list[str], nearest: np.ndarra
             pa.array(resolved.moved[rows]),
             columns.to_fixed_lists(nearest[rows].astype(np.int32)).cast(pa.list_(pa.int32())),
         ]
-        run.write_part("semantic_ids", name, pa.table(arrays, schema=columns.SEMANTIC_IDS))
+        table = pa.table(arrays, schema=columns.SEMANTIC_IDS)
+        for column in extra[number].itercolumns() if extra else ():
+            table = table.append_column(columns.EXTRA_CODES, column.cast(pa.list_(pa.int32())))
+        run.write_part("semantic_ids", name, table)
         begin = rows.stop
     return {
         "domain": domain,
@@ -230,11 +246,3 @@ def _figures(config: Config, run: RunDir, size: int) -> dict[str, Any]:
         "codebook_usage": metrics.codebook_usage(codes, size),
         "perplexity": metrics.perplexity(codes, size),
     }
-
-
-def load_rqvae(run: RunDir) -> RQVAE:
-    """The trained RQ-VAE, ready to encode."""
-    tensors, description = run.load_model("rqvae/model")
-    model = RQVAE(**description)
-    model.load_state_dict(tensors)
-    return model.eval()

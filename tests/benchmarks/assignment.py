@@ -20,10 +20,11 @@ import torch
 
 from qbert_ray import columns, kmeans
 from qbert_ray.artifacts import RunDir
+from qbert_ray.catalog import load_quantizers
 from qbert_ray.config import Actors, Rqvae
 from qbert_ray.pipelines.session import session
 from qbert_ray.pipelines.sharding import map_parts
-from qbert_ray.pipelines.tokenization import ENCODED, EncodePart, load_rqvae
+from qbert_ray.pipelines.tokenization import ENCODED, EncodePart
 from qbert_ray.rqvae import RQVAE
 
 ROWS = 8192  # of a part: what ingest writes for large catalogs
@@ -84,7 +85,7 @@ def save_quantizer(run: RunDir, kind: str, width: int) -> None:
 @torch.inference_mode()
 def bare(run: RunDir, parts: list[str]) -> tuple[float, float]:
     """Seconds of the loop over parts without Ray, and of the arithmetic alone."""
-    worker, model = EncodePart(run), load_rqvae(run)
+    worker, model = EncodePart(run), load_quantizers(run)[0]
     worker(parts[0])
     started = time.monotonic()
     for name in parts:
