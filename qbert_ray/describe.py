@@ -13,7 +13,7 @@ def complexity_table(config: Config, num_items: int) -> Table:
     s, q = config.sequencer, config.rqvae
     positions = s.max_items * (q.num_levels if s.tokens == "flat" else 1)
     counts = complexity(num_items, s.width, s.num_layers, s.ffn_width, positions, q.num_levels, q.codebook_size)
-    if s.tokens == "item" and not config.data.semantic_ids:
+    if q.extra_quantizers and s.tokens == "item" and not config.data.semantic_ids:
         counts["real"]["parameters"]["extra codes"] = len(q.extra_quantizers) * q.num_levels * q.codebook_size * (s.width + 1)
     if s.content and not config.data.semantic_ids:
         counts["real"]["parameters"]["content projection"] = config.fusion.width * s.width

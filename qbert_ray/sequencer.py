@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 RECALL_START = 1.0  # size of what is recalled beside what the encoder says
-CONTENT_START = 0.1  # size of an item's projected content in each dimension; its codes start at about half of that
+CONTENT_START = 0.1  # size of an item's projected content in each dimension; four codes start at about half of that
 
 
 class Packed(NamedTuple):

@@ -82,6 +82,7 @@ def test_new_items_get_ids_and_everything_else_stays(copied, catalog, shop, fini
     after = ids(run)
     assert {key: after[key] for key in before} == before
     assert set(after) - set(before) >= {("demo", f"new-{n}") for n in range(50)}
+    assert set(run.read("semantic_ids")["extra_codes"].combine_chunks().value_lengths().to_pylist()) == {6}
     assert version["added"] == len(after) - len(before)
     assert version["changed"] == 2 and version["changed"] + version["unchanged"] + version["gone"] == len(before)
     assert version["gone"] == kept - sum(("demo", item) in before for item in catalog["item_id"][:110])

@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import torch
 
 from qbert_ray import columns
 from qbert_ray.artifacts import Manifest, RunDir
+from qbert_ray.catalog import catalog_codes, load_quantizers
 from qbert_ray.pipelines.session import Quiet
 from qbert_ray.pipelines.stages import BY_NAME, GateError, redo_from, run_stage
-from qbert_ray.pipelines.tasks import sample_embeddings
+from qbert_ray.pipelines.tasks import ExtraQuantizerTask, SequencerTask, sample_embeddings
 from tests.pipelines.shop import SOURCE, small_config
 
 
@@ -47,6 +49,37 @@ def test_a_quantizer_without_gradients_leaves_what_a_training_leaves(copy, shop,
     counts = run_stage(BY_NAME["assign-ids"], config, copy, Quiet()).counts
     assert len(set(copy.read("semantic_ids", "demo")["semantic_id"].to_pylist())) == counts["domains"][0]["items"]
     assert counts["codebook_size"] == 6
+
+
+def test_extra_codes_are_those_of_their_quantizers_and_the_semantic_ids_know_nothing_of_them(finished, copy, shop):
+    config, run = finished
+    embeddings = columns.to_numpy(run.read("fusion/embeddings", "demo")["embedding"])
+    codes = catalog_codes(run, "demo")
+    others = load_quantizers(run)[1:]
+    with torch.inference_mode():
+        expected = [model.quantizer.codes(model.encode(torch.tensor(embeddings))).numpy() for model in others]
+    assert len(others) == len(config.rqvae.extra_quantizers) == 2
+    assert np.array_equal(codes[:, 3:], np.concatenate(expected, axis=1))
+    assert not any(np.array_equal(codes[:, :3], codes[:, 3 * each : 3 * each + 3]) for each in (1, 2))
+
+    without = small_config(shop, copy.uri, SOURCE, "rqvae.extra_quantizers=[]", "sequencer.tokens=flat")
+    redo_from("train-rqvae", copy)
+    for stage in ("train-rqvae", "assign-ids"):
+        run_stage(BY_NAME[stage], without, copy, Quiet())
+    assert len(load_quantizers(copy)) == 1
+    assert copy.read("semantic_ids").equals(run.read("semantic_ids").drop_columns(columns.EXTRA_CODES))
+    assert np.array_equal(catalog_codes(copy, "demo"), codes[:, :3])
+
+    for tokens, levels in (("item", 9), ("flat", 3)):  # a position per code: those of the semantic ID alone
+        settings = config.model_copy(update={"sequencer": config.sequencer.model_copy(update={"tokens": tokens})})
+        model = SequencerTask(settings, run, ["demo"], settings.finetune).build()
+        assert model.num_levels == levels
+
+
+def test_more_levels_than_dimensions_leave_the_extra_product_quantizer_fewer(finished):
+    config, run = finished
+    config = config.model_copy(update={"rqvae": config.rqvae.model_copy(update={"num_levels": 5, "codebook_dim": 4})})
+    assert [ExtraQuantizerTask(config, run, number).settings.num_levels for number in (0, 1)] == [4, 5]
 
 
 def test_codebooks_that_collapsed_stop_the_run_and_a_lower_gate_goes_on(copy, finished, shop):

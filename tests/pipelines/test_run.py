@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -33,7 +34,7 @@ def test_every_stage_leaves_its_manifest_and_no_scraps(finished):
     [
         ("ingest/interactions", columns.INTERACTIONS),
         ("ingest/sequences", columns.SEQUENCES),
-        ("semantic_ids", columns.SEMANTIC_IDS),
+        ("semantic_ids", columns.SEMANTIC_IDS.append(pa.field(columns.EXTRA_CODES, pa.list_(pa.int32())))),
         ("memory/weights", columns.MEMORY),
         ("evaluation/ranks", columns.RANKS),
         ("evaluation/cold", columns.COLD_RANKS),
