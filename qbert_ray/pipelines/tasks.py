@@ -203,11 +203,12 @@ class SequencerTask:
     def __init__(self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None) -> None:
         self.config, self.settings, self.seed, self.run, self.start = config, settings, config.run.seed, run, start
         self.domains = domains
-        levels = None if config.sequencer.tokens == "item" else run.read_json("semantic_ids/manifest.json")["counts"]["num_levels"]
+        counts = run.read_json("semantic_ids/manifest.json")["counts"]
+        self.codebook_size = counts["codebook_size"]
+        levels = None if config.sequencer.tokens == "item" else counts["num_levels"]  # flat: a position for each code of the ID alone
         self.catalogs = {name: catalog_codes(run, name)[: warm_items(run, name), :levels] for name in domains}
         self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
         self.contents = {name: content_vectors(run, name)[: len(self.catalogs[name])] for name in domains} if self._reads_content() else {}
-        self.codebook_size = run.read_json("semantic_ids/manifest.json")["counts"]["codebook_size"]
 
     def description(self) -> dict[str, Any]:
         s = self.config.sequencer
