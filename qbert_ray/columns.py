@@ -102,6 +102,7 @@ MEMORY = pa.schema(
         ("ridge_weights", pa.list_(pa.float32())),
         ("following_items", pa.list_(pa.int32())),
         ("following_weights", pa.list_(pa.float32())),
+        ("popularity", pa.float32()),  # training interactions of the item
     ]
 )
 

@@ -290,6 +290,8 @@ class Memory(Section):
     scale: PositiveFloat = Field(0.01, description="signals are log(1 + weight / scale)")
     candidates: PositiveInt = Field(50, description="best items by each signal, among which the mix learns to rank validation items")
     validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation item the mix is fitted on")
+    rerank: NonNegativeInt = Field(64, description="best items by the mix whose order a small network refines; 0: the mix alone")
+    rerank_users: PositiveInt = Field(20000, description="users, chosen by hash, whose validation item that network is fitted on")
     new_item_bonus: float = Field(
         0.5,
         description="added to the scores of items that no training has seen: fitted scores alone show them as rarely as they are bought",

@@ -143,6 +143,7 @@ def _summary(manifest: Manifest) -> str:
         case "train-memory":
             return "; ".join(
                 f"{name}: validation ndcg@10 {figures['sequencer_ndcg@10']:.4f} -> {figures['model_ndcg@10']:.4f} with memory"
+                + _reranking(figures.get("reranking", {}))
                 for name, figures in counts.items()
             )
         case "evaluate" | "score":
@@ -154,6 +155,12 @@ def _ingested(domain: str, figures: dict[str, Any]) -> str:
     rejected = sum(figures["items_rejected"].values()) + sum(figures["interactions_rejected"].values())
     cold = f" ({figures['cold_items']:,} cold)" if figures.get("cold_items") else ""
     return f"{domain}: {figures['items']:,} items{cold}, {figures['users']:,} users, {figures['interactions']:,} interactions, {rejected:,} rows rejected"
+
+
+def _reranking(gain: dict[str, Any]) -> str:
+    if "reranked" not in gain:
+        return ""
+    return f", the best reranked {gain['mixed']:.4f} -> {gain['reranked']:.4f}" + ("" if gain["kept"] else " (no gain, left out)")
 
 
 def _encoded(modality: str, figures: dict[str, Any]) -> str:

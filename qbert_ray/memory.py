@@ -125,6 +125,7 @@ class Memory:
         scale: weights far below it count for nothing, since signals are log(1 + weight / scale).
         latest: items of a history that are asked.
         contents: of some of `CONTENTS`, [N, D] vectors of length 1 whose products say how alike items are.
+        popularity: [N] training interactions of each item.
     """
 
     def __init__(
@@ -135,8 +136,10 @@ class Memory:
         scale: float,
         latest: int,
         contents: dict[str, Tensor] | None = None,
+        popularity: Tensor | None = None,
     ) -> None:
         self.contents = contents or {}
+        self.popularity = torch.zeros(ridge.shape[0]) if popularity is None else popularity
         self.weights = (ridge.T.tocsr(), following.T.tocsr())
         self.decays, self.scale, self.latest = decays, scale, latest
         self._products: dict[str, np.ndarray] = {}

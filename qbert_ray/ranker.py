@@ -17,11 +17,12 @@ from qbert_ray import memory
 from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.catalog import catalog_codes, content_vectors, modality_vectors, nearest, warm_items
 from qbert_ray.config import Memory
-from qbert_ray.ranking import better, pairs
+from qbert_ray.ranking import better, pairs, top_k
+from qbert_ray.reranking import Lists, Reranker, read
 from qbert_ray.sequencer import Sequencer, next_item_queries
 from qbert_ray.signals import SIGNALS, Mixture, Said, add, by_block
 
-WEIGHTS, MIX = "memory/weights", "memory/mix"
+WEIGHTS, MIX, RERANKER = "memory/weights", "memory/mix", "memory/reranker"
 MOST_HISTORIES, MOST_SCORES = 256, 2**26  # of a batch
 BLOCK = 8192  # items scored at once
 
@@ -48,15 +49,17 @@ class Ranker:
             self.vectors, self.bias = self.model.catalog_vectors(self.catalog, domain)
         self.memory: memory.Memory | None = None
         self.mix: memory.Mix | None = None
-        self.bonus = settings.new_item_bonus
+        self.reranker: Reranker | None = None
+        self.bonus, self.candidates = settings.new_item_bonus, settings.rerank
         if settings.enabled and mixed:
-            self.use(_load_mix(run, domain))
+            self.use(_load_mix(run, domain), _load_reranker(run, domain) if settings.rerank else None)
         if settings.enabled:
             contents = self._contents(run, content)
             self.memory = _load_memory(run, domain, settings, self.model.max_items, len(self.catalog), contents)
 
-    def use(self, mix: memory.Mix) -> None:
+    def use(self, mix: memory.Mix, reranker: Reranker | None = None) -> None:
         self.mix = memory.Mix(*(tensor.to(self.device) for tensor in mix))
+        self.reranker = reranker.to(self.device) if reranker is not None else None
 
     def _contents(self, run: RunDir, content: Tensor | None) -> dict[str, Tensor]:
         """The kinds of content that the mix wants, or all there are before there is one."""
@@ -68,36 +71,64 @@ class Ranker:
 
     def signals(self, histories: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N] scores of the sequencer, [F - 1, B, N] signals of the memory, [B] lengths; on the CPU."""
-        sequencer = torch.cat([scores for _, scores in self._sequencer(histories)], dim=1)
+        sequencer = torch.cat([scores for _, scores in self._sequencer(self._queries(histories))], dim=1)
         return sequencer.cpu(), self._asked(histories).dense(), torch.tensor([len(history) for history in histories])
 
     def scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
         """[B, N] of the "model"; with a memory also of the "sequencer" and the "ridge" regression by themselves; on the CPU."""
+        queries = self._queries(histories)
+        sequencer = torch.cat([scores for _, scores in self._sequencer(queries)], dim=1)
         if self.mix is None:
-            return {"model": self.model_scores(histories).cpu()}
+            return {"model": sequencer.cpu()}
         said = self._asked(histories)
         mixture = self._mixture(said, histories)
-        sequencer = torch.empty(len(histories), len(self.catalog))
-        model = torch.empty_like(sequencer)
-        for block, scores in self._sequencer(histories):
-            sequencer[:, block] = scores
-            model[:, block] = mixture.mixed(scores, block)
-        return {"model": model, "sequencer": sequencer, "ridge": torch.from_numpy(said.regression.toarray())}
+        model = torch.cat([mixture.mixed(sequencer[:, block].clone(), block) for block in self._blocks()], dim=1)
+        if self.reranker is not None:
+            values, items = top_k(model, self.candidates + 1)  # one more, who leads the others
+            first = self._corrected(values, items, queries, said, histories)
+            model = _behind(model, values, first).scatter_(1, items[:, : self.candidates], first)
+        return {"model": model.cpu(), "sequencer": sequencer.cpu(), "ridge": torch.from_numpy(said.regression.toarray())}
 
     def model_scores(self, histories: list[np.ndarray]) -> Tensor:
-        """[B, N] of the model alone, on the device."""
-        return torch.cat([scores for _, scores in self._model(histories)], dim=1)
+        """[B, N] of the model alone; on the CPU."""
+        return self.scores(histories)["model"]
 
     def best(self, histories: list[np.ndarray], k: int, remove_seen: bool = True) -> tuple[Tensor, Tensor]:
         """Scores and indices [B, min(k, N)] of the best items, as `ranking.top_k` gives them; on the CPU.
 
         The catalog is scored block by block, so that memory does not grow with it.
         """
-        best = None
-        for block, scores in self._model(histories, remove_seen):
-            best = better(best, scores, block.start, k)
+        queries, best = self._queries(histories), None
+        said = self._asked(histories) if self.mix is not None else None
+        many = k if self.reranker is None else max(k, self.candidates + 1)
+        for block, scores in self._model(histories, queries, said, remove_seen):
+            best = better(best, scores, block.start, many)
         assert best is not None, "a catalog without items"
-        return best[0].cpu(), best[1].cpu()
+        values, items = best
+        if self.reranker is not None and said is not None:
+            first = self._corrected(values, items, queries, said, histories)
+            values = torch.cat([first, _behind(values, values, first)[:, self.candidates :]], dim=1)
+            by_item = items.argsort(dim=1)
+            order = by_item.gather(1, values.gather(1, by_item).argsort(dim=1, descending=True, stable=True))[:, :k]
+            values, items = values.gather(1, order), items.gather(1, order)
+        return values.cpu(), items.cpu()
+
+    def lists(self, histories: list[np.ndarray], target: Tensor, fixed: Tensor) -> Lists:
+        """What a reranker is fitted on.
+
+        Args:
+            target: [B] item_index.
+            fixed: [N] items that are not corrected.
+        """
+        queries, said, best = self._queries(histories), self._asked(histories), None
+        for block, scores in self._model(histories, queries, said):
+            best = better(best, scores, block.start, self.candidates)
+        assert best is not None, "a catalog without items"
+        values, items = best
+        known, description = self._read(values, items, queries, said, histories)
+        seen = known[..., -2 - len(SIGNALS[1:-1])] > 0
+        found = (values, known, description, items == target[:, None].to(items.device), seen, ~fixed.to(items.device)[items])
+        return Lists(*(tensor.cpu() for tensor in found))
 
     def pretending(self, rows: Tensor) -> Ranker:
         """This ranker without a mix, as it would be had training not seen some of the items [C] that it has seen."""
@@ -105,25 +136,43 @@ class Ranker:
         other = copy(self)
         others = torch.ones(self.trained, dtype=torch.bool)
         others[rows] = False
-        other.borrowed, other.mix = _borrowed(self.memory.contents["content"].cpu(), rows, others.nonzero()[:, 0]), None
+        other.borrowed = _borrowed(self.memory.contents["content"].cpu(), rows, others.nonzero()[:, 0])
+        other.mix = other.reranker = None
         other.borrow = _columns(other.borrowed, len(self.catalog))
         with torch.inference_mode():
             borrowed = (each.to(self.device) for each in other.borrowed)
             other.vectors, other.bias = self.model.borrow(self.vectors, self.bias, *borrowed)
         return other
 
-    def _model(self, histories: list[np.ndarray], hidden: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Scores [B, n] of the model for each block of the catalog; with `hidden` minus infinity for what a history holds."""
-        mixture = self._mixture(self._asked(histories), histories, hidden) if self.mix is not None else None
+    def _model(
+        self, histories: list[np.ndarray], queries: Tensor, said: Said | None, hidden: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Scores [B, n] for each block of the catalog, mixed where a memory said something; with `hidden` minus infinity for what a history holds."""
+        mixture = self._mixture(said, histories, hidden) if said is not None else None
         if hidden and mixture is None:
             rows, items = pairs(histories, len(self.catalog))
             seen = by_block(self._blocks(), rows, items, np.full(len(rows), -np.inf, np.float32), self.device)
-        for block, scores in self._sequencer(histories):
+        for block, scores in self._sequencer(queries):
             if mixture is not None:
                 scores = mixture.mixed(scores, block)
             elif hidden:
                 scores = add(scores, seen[block.start])
             yield block, scores
+
+    def _corrected(self, values: Tensor, items: Tensor, queries: Tensor, said: Said, histories: list[np.ndarray]) -> Tensor:
+        """[B, C] corrected scores of the first C of the best items, new items as they were."""
+        assert self.reranker is not None
+        values, items = values[:, : self.candidates], items[:, : self.candidates]
+        corrections = self.reranker(*self._read(values, items, queries, said, histories))
+        return values + corrections * (items < self.trained)
+
+    def _read(self, values: Tensor, items: Tensor, queries: Tensor, said: Said, histories: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """[B, C, R] and [B, P] what a reranker reads of candidates [B, C] and of histories."""
+        assert self.memory is not None
+        items = items.clamp_min(0)  # places that nobody takes have no score either
+        sequencer = self.model.scores(queries, self.vectors[items], self.bias[items]).float()
+        last = self._asked([history[-1:] for history in histories])
+        return read(values, sequencer, said, last, self.memory.popularity.to(self.device), items), self._described(said, histories)
 
     def _asked(self, histories: list[np.ndarray]) -> Said:
         """What the memory says; no weights know a new item: it stands where its nearest trained items do."""
@@ -132,19 +181,24 @@ class Ranker:
 
     def _mixture(self, said: Said, histories: list[np.ndarray], hidden: bool = False) -> Mixture:
         assert self.mix is not None
-        lengths = torch.tensor([len(history) for history in histories])
-        trust = self.mix.trust(memory.describe(said.strongest.to(self.device), lengths.to(self.device)))
+        trust = self.mix.trust(self._described(said, histories))
         trust[:, -1] += self.bonus
         return Mixture(said, trust, self._blocks(), self.trained, hidden)
+
+    def _described(self, said: Said, histories: list[np.ndarray]) -> Tensor:
+        lengths = torch.tensor([len(history) for history in histories])
+        return memory.describe(said.strongest.to(self.device), lengths.to(self.device))
+
+    def _queries(self, histories: list[np.ndarray]) -> Tensor:
+        return next_item_queries(self.model, histories, self.catalog, self.domain)
 
     def _blocks(self) -> list[slice]:
         """The catalog in pieces, none with both trained and new items."""
         edges = [*range(0, self.trained, BLOCK), *range(self.trained, len(self.catalog), BLOCK), len(self.catalog)]
         return [slice(begin, end) for begin, end in pairwise(edges)]
 
-    def _sequencer(self, histories: list[np.ndarray]) -> Iterator[tuple[slice, Tensor]]:
+    def _sequencer(self, queries: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Scores [B, n] of the sequencer for each block of the catalog."""
-        queries = next_item_queries(self.model, histories, self.catalog, self.domain)
         for block in self._blocks():
             yield block, self.model.scores(queries, self.vectors[block], self.bias[block]).float()
 
@@ -154,6 +208,12 @@ def batches(users: int, scores: int = 0) -> Iterator[slice]:
     size = max(1, min(MOST_HISTORIES, MOST_SCORES // max(scores, 1)))
     for begin in range(0, users, size):
         yield slice(begin, min(begin + size, users))
+
+
+def _behind(scores: Tensor, values: Tensor, first: Tensor) -> Tensor:
+    """Scores as much lower as it takes to leave those that are not among the first C of `values` [B, C + 1 or more] behind these."""
+    rest = values[:, first.shape[1] : first.shape[1] + 1]
+    return scores - (rest - first.amin(1, keepdim=True) + 1e-3).nan_to_num(0).clamp_min(0) if rest.shape[1] else scores
 
 
 def _load_sequencer(run: RunDir, domain: str, content: Tensor | None, borrowed: tuple[Tensor, ...] | None) -> Sequencer:
@@ -186,7 +246,8 @@ def _load_memory(run: RunDir, domain: str, settings: Memory, latest: int, num_it
     """The item-item weights of memory/weights, none for items that came later; and what content there is."""
     table = run.read(WEIGHTS, domain)
     ridge, following = (_matrix(table[f"{name}_items"], table[f"{name}_weights"], num_items) for name in ("ridge", "following"))
-    return memory.Memory(ridge, following, (settings.decay, settings.following_decay), settings.scale, latest, contents)
+    popularity = torch.from_numpy(np.pad(table["popularity"].to_numpy(), (0, num_items - table.num_rows)))
+    return memory.Memory(ridge, following, (settings.decay, settings.following_decay), settings.scale, latest, contents, popularity)
 
 
 def _load_mix(run: RunDir, domain: str) -> memory.Mix:
@@ -194,6 +255,17 @@ def _load_mix(run: RunDir, domain: str) -> memory.Mix:
     if mix.weights.shape[1] != 2 * len(memory.SIGNALS) + 1:
         raise ArtifactError(f"the mix in {run.uri}/{MIX}/{domain} is of an older format; fit it again: qbert-ray train-memory --redo")
     return mix
+
+
+def _load_reranker(run: RunDir, domain: str) -> Reranker | None:
+    """None where corrections did not help."""
+    folder = f"{RERANKER}/{domain}"
+    if not run.exists(f"{folder}/model.json"):
+        return None
+    tensors, description = run.load_model(folder)
+    model = Reranker(**description)
+    model.load_state_dict(tensors)
+    return model.eval()
 
 
 def _matrix(items: pa.ChunkedArray, weights: pa.ChunkedArray, num_items: int) -> sparse.csr_matrix:

@@ -174,9 +174,11 @@ class Sequencer(nn.Module):
         return vectors.index_copy(0, rows, borrowed), bias.index_copy(0, rows, (bias[nearest] * weights).sum(1))
 
     def scores(self, query: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
-        """[P, N] score of every item of the catalog for each query."""
+        """[P, N] score of every item of the catalog for each query; [P, C] where each query has vectors [P, C, D] and biases [P, C] of its own."""
         if self.logits_kind == "cosine":
             query = F.normalize(query, dim=-1) / self.temperature
+        if vectors.dim() == 3:
+            return torch.baddbmm(bias[:, None], query[:, None], vectors.transpose(1, 2))[:, 0]
         return torch.addmm(bias, query, vectors.T)
 
     def loss(self, query: Tensor, target: Tensor, catalog: Tensor, domain: str) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 CONTENTS = ("content", "text", "image")
 SIGNALS = ("sequencer", "ridge", "following", *CONTENTS, "seen")
+SCRATCH = 2**22  # numbers laid out at once where entries of sparse rows are looked up
 CONTENT_HISTORY = 20  # latest items of a history that content is compared with
 
 
@@ -86,6 +87,34 @@ class Said:
             torch.maximum(own, further, out=own) if step else own.copy_(further)
         return best[torch.from_numpy(np.argsort(self._order)).to(best.device)]
 
+    def at(self, items: Tensor) -> Tensor:
+        """[B, C, F - 1] of some items [B, C]: all signals but the sequencer's score; zeros for those that were not asked for. On the CPU."""
+        items = items.cpu()
+        result = torch.zeros(*items.shape, len(SIGNALS) - 1)
+        for number, matrix in self.sparse.items():
+            result[..., number - 1] = torch.from_numpy(_entries(matrix, items.numpy()))
+        for number, alike in self.alike.items():
+            result[..., number - 1] = self._nearest_of(alike, items)
+        return result
+
+    def _nearest_of(self, alike: Alike, items: Tensor) -> Tensor:
+        """[B, C] as `nearest`, of some items."""
+        vectors, pairs = alike
+        if pairs is not None:
+            found = np.zeros(items.shape, np.float32)
+            for row, latest, some in zip(found, self._latest, items.numpy(), strict=True):
+                if len(latest):
+                    np.maximum.reduce(pairs[latest[:, None], some], axis=0, out=row)
+            return torch.from_numpy(found)
+        lengths = torch.tensor([len(latest) for latest in self._latest])
+        padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(latest) for latest in self._latest], batch_first=True)  # [B, T]
+        if not padded.shape[1]:
+            return torch.zeros(items.shape)
+        items, padded = items.to(vectors.device), padded.to(vectors.device)
+        cosines = torch.bmm(vectors[items], vectors[padded].transpose(1, 2)).cpu()  # [B, C, T]
+        beyond = torch.arange(padded.shape[1]) >= lengths[:, None]
+        return torch.where(lengths[:, None] > 0, cosines.masked_fill(beyond[:, None], -torch.inf).amax(2), 0)
+
     def dense(self) -> Tensor:
         """[F - 1, B, N] of all signals but the sequencer's score; zeros for those that were not asked for."""
         result = torch.zeros(len(SIGNALS) - 1, self.size, self.num_items)
@@ -94,6 +123,22 @@ class Said:
         for number in self.alike:
             result[number - 1] = self.nearest(number, slice(0, self.num_items))
         return result
+
+
+def _entries(matrix: sparse.csr_matrix, items: np.ndarray) -> np.ndarray:
+    """[B, C] entries of a matrix [B, N] in some columns [B, C] of each row, by laying out as many rows at a time as stay small."""
+    size, width = matrix.shape
+    result = np.empty(items.shape, np.float32)
+    step = max(1, min(size, SCRATCH // width))
+    scratch = np.zeros(step * width, np.float32)
+    for first in range(0, size, step):
+        bounds = matrix.indptr[first : first + step + 1]
+        rows = np.arange(len(bounds) - 1) * width
+        flat = np.repeat(rows, np.diff(bounds)) + matrix.indices[bounds[0] : bounds[-1]]
+        scratch[flat] = matrix.data[bounds[0] : bounds[-1]]
+        result[first : first + step] = scratch[rows[:, None] + items[first : first + step]]
+        scratch[flat] = 0
+    return result
 
 
 Entries = tuple[Tensor, Tensor, Tensor]  # history, place in a block, and what is added there

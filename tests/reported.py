@@ -31,7 +31,8 @@ COUNTS = {
     "pretrain": {"domains": ["shop"], "metrics": {"epoch": 1, "hr@10": 0.1}},
     "finetune": {"metrics": {"shop": {"epoch": 2}}},
     "train-memory": {"shop": {"users": USERS, "fitted_on": 5, "weights": 50, "weights_of_signals": {"sequencer": 0.5, "seen": -2.0},
-                              "sequencer_ndcg@10": 0.1, "model_ndcg@10": 0.2}},
+                              "sequencer_ndcg@10": 0.1, "model_ndcg@10": 0.2,
+                              "reranking": {"kept": True, "mixed": 0.2, "reranked": 0.25, "error": 0.01}}},
     "evaluate": {"shop": {"users": USERS}},
     "score": {"shop": {"users": USERS, "rows": 60}},
 }  # fmt: skip

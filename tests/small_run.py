@@ -13,7 +13,8 @@ import yaml
 from qbert_ray import columns, memory
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config
-from qbert_ray.ranker import MIX, WEIGHTS
+from qbert_ray.ranker import MIX, RERANKER, WEIGHTS
+from qbert_ray.reranking import Reranker
 from qbert_ray.semantic_ids import to_tokens
 from qbert_ray.sequencer import Sequencer
 
@@ -86,6 +87,10 @@ def _write_memory(run: RunDir, domain: str, settings: Any, histories: list[np.nd
     ]
     names = pa.array([f"{domain}-item-{row}" for row in range(ITEMS - COLD)])
     keys = [pa.array([domain] * (ITEMS - COLD)), names, pa.array(np.arange(ITEMS - COLD), pa.int32())]
-    run.write_part(WEIGHTS, f"{domain}-00000.parquet", pa.table([*keys, *lists], schema=columns.MEMORY))
+    popular = pa.array(memory.popularity(indptr, items, ITEMS)[: ITEMS - COLD])
+    run.write_part(WEIGHTS, f"{domain}-00000.parquet", pa.table([*keys, *lists, popular], schema=columns.MEMORY))
     mix = memory.fit_mix(memory.nobody())
     run.save_model(f"{MIX}/{domain}", mix._asdict(), {})
+    reranker = Reranker()
+    torch.nn.init.normal_(reranker.layers[-1].weight)
+    run.save_model(f"{RERANKER}/{domain}", reranker.state_dict(), {})

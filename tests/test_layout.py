@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sequencer": set(),
     "signals": set(),
     "memory": {"signals"},
+    "reranking": {"signals"},
     "ranking": set(),
     "structure": set(),
     "pretrained": set(),
@@ -62,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "starter_page": {"columns", "config", "profile", "sources", "starter"},
     # ranking by the models of a run
     "catalog": {"artifacts", "columns", "rqvae"},
-    "ranker": {"artifacts", "catalog", "config", "memory", "ranking", "sequencer", "signals"},
+    "ranker": {"artifacts", "catalog", "config", "memory", "ranking", "reranking", "sequencer", "signals"},
     "recommender": {"artifacts", "catalog", "config", "ranker", "ranking"},
     # the generated shop and public data are files, and know nothing of a run
     "demo": set(),

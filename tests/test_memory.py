@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from qbert_ray import memory
+from qbert_ray import memory, signals
 from qbert_ray.memory import (
     SIGNALS,
     START,
@@ -109,6 +109,21 @@ def test_signals_are_those_of_a_plain_loop():
     assert asked.known == [0, 1, 2, SIGNALS.index("text")]
     silent = asked.signals(histories, ["sequencer", "ridge"])[SIGNALS.index("text") - 1]
     assert (silent == 0).all()
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["pairs", "products"])
+@pytest.mark.parametrize("scratch", [1, 100, 2**22])
+def test_signals_of_some_items_are_those_of_the_whole_catalog(kept, scratch, monkeypatch):
+    monkeypatch.setattr(memory, "MOST_PAIRS", 40**2 if kept else 0)
+    monkeypatch.setattr(signals, "SCRATCH", scratch)
+    rng = np.random.default_rng(8)
+    histories = [rng.choice(40, size) for size in (1, 0, 25, 5)]
+    items = torch.from_numpy(rng.integers(0, 40, (4, 6)))
+    said = make_memory(rng).asked(histories)
+    found = said.at(items)
+    for number, dense in enumerate(said.dense()):
+        torch.testing.assert_close(found[..., number], dense.gather(1, items), atol=1e-6, rtol=0)
+    assert (make_memory(rng).asked([np.zeros(0, dtype=np.int64)]).at(items[:1]) == 0).all()
 
 
 def sample(rng, follows, users=400, num_items=40, new=0):

@@ -56,6 +56,32 @@ def test_block_by_block_ranks_as_the_whole_matrix_does(run, recommender, monkeyp
         torch.testing.assert_close(found, values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("block", [7, 8192])
+def test_the_best_are_corrected_and_the_others_stay_behind_them(run, recommender, monkeypatch, block):
+    monkeypatch.setattr(ranker, "BLOCK", block)
+    histories = [np.array([recommender.index[item] for item in history]) for history in histories_of(run, recommender)]
+    mixed, corrected = (ranker.Ranker(run, "shop", Memory(rerank=size)) for size in (0, 5))
+    before, after = (each.model_scores(histories).argsort(dim=1, descending=True) for each in (mixed, corrected))
+    assert torch.equal(before[:, :5].sort(1).values, after[:, :5].sort(1).values)
+    assert torch.equal(before[:, 5:], after[:, 5:])
+    assert not torch.equal(before[:, :5], after[:, :5])
+    for k in (3, 5, 9, ITEMS):
+        values, items = corrected.best(histories, k, remove_seen=False)
+        assert torch.equal(items, after[:, :k])
+        torch.testing.assert_close(values, corrected.model_scores(histories).gather(1, items), atol=1e-5, rtol=1e-5)
+    assert set(mixed.scores(histories)) == set(corrected.scores(histories))
+    assert torch.equal(mixed.scores(histories)["sequencer"], corrected.scores(histories)["sequencer"])
+
+
+def test_new_items_are_not_corrected(run, recommender):
+    histories = [np.array([0, 3, 5])]
+    lists = ranker.Ranker(run, "shop", Memory()).lists(histories, torch.tensor([2]), torch.arange(ITEMS) >= ITEMS - COLD)
+    mixed, corrected = (ranker.Ranker(run, "shop", Memory(rerank=size)).model_scores(histories)[0] for size in (0, 64))
+    assert torch.equal(mixed[-COLD:], corrected[-COLD:]) and (mixed[:-COLD] != corrected[:-COLD]).all()
+    assert lists.free.sum() == ITEMS - COLD and lists.is_target.sum() == 1 and lists.seen.sum() == 3
+    torch.testing.assert_close(lists.mixed[0], mixed.sort(descending=True).values)
+
+
 def test_batch_mates_never_matter(run, recommender):
     histories = histories_of(run, recommender)
     together = recommender.recommend(histories, ITEMS)

@@ -8,17 +8,19 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
+import torch.nn.functional as F
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
 from qbert_ray.config import Config, Memory, Workers
 from qbert_ray.masking import uniform
-from qbert_ray.memory import SIGNALS, Candidates, RidgeRegression, candidates, fit_mix, following, nobody
+from qbert_ray.memory import SIGNALS, Candidates, RidgeRegression, candidates, fit_mix, following, nobody, popularity
 from qbert_ray.pipelines.capacity import nodes, worker_bundle
 from qbert_ray.pipelines.session import ANYWHERE, Progress
 from qbert_ray.pipelines.sharding import map_parts, own_device
-from qbert_ray.ranker import MIX, WEIGHTS, Ranker, batches
+from qbert_ray.ranker import MIX, RERANKER, WEIGHTS, Ranker, batches
 from qbert_ray.ranking import ranks
+from qbert_ray.reranking import Lists, Reranker, fit_reranker
 
 SAMPLE_STREAM, NEW_STREAM = 7_000_003, 7_000_009
 NEW_SHARE = 0.1  # of the trained items that play new ones while the mix is fitted
@@ -48,6 +50,7 @@ class WeightsPart:
         train = (sequences.indptr, sequences.items, size)
         self.ridge = RidgeRegression(*train, s.regularisation, s.neighbours)
         self.following = following(*train, s.following_window, s.following_decay, s.following_shrinkage, s.neighbours)
+        self.popularity = popularity(*train)
 
     def __call__(self, name: str) -> dict[str, int]:
         items = self.run.read_part("ingest/items", name, columns.KEYS)
@@ -58,23 +61,25 @@ class WeightsPart:
             for matrix in rows
             for values in (matrix.indices.astype(np.int32), matrix.data.astype(np.float32))
         ]
-        self.run.write_part(WEIGHTS, name, pa.table([*items.columns, *lists], schema=columns.MEMORY))
+        table = pa.table([*items.columns, *lists, pa.array(self.popularity[targets])], schema=columns.MEMORY)
+        self.run.write_part(WEIGHTS, name, table)
         return {"items": items.num_rows, "weights": sum(matrix.nnz for matrix in rows)}
 
 
 @ray.remote(scheduling_strategy=ANYWHERE)
 def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, Any]:
-    """Fit the mix on validation items, save it, and rank them with it and without."""
+    """Fit the mix on validation items, save it, and rank them with it and without; then the reranker."""
     torch.set_num_threads(threads)
     ranker = Ranker(run, domain, settings, own_device(), mixed=False)
     sequences = columns.to_sequences(run.read("ingest/sequences", domain))
-    users = np.flatnonzero(sequences.valid >= 0)
-    users = users[np.argsort(uniform(SAMPLE_STREAM, 0, users, 1)[:, 0])[: settings.validation_users]]
+    everybody = np.flatnonzero(sequences.valid >= 0)
+    everybody = everybody[np.argsort(uniform(SAMPLE_STREAM, 0, everybody, 1)[:, 0])]
+    users = everybody[: settings.validation_users]
     target = torch.from_numpy(sequences.valid[users])
     histories = [sequences.history(user, "valid") for user in users]
+    drawn = torch.from_numpy(uniform(NEW_STREAM, 0, np.arange(ranker.trained), 1)[:, 0] < NEW_SHARE)
     new = torch.zeros(ranker.trained, dtype=torch.bool)
     if "content" in ranker.memory.contents:
-        drawn = torch.from_numpy(uniform(NEW_STREAM, 0, np.arange(ranker.trained), 1)[:, 0] < NEW_SHARE)
         new = drawn & ~drawn.all()  # a catalog of a few items: somebody must stay to be near to
     pretender = ranker.pretending(new.nonzero()[:, 0]) if new.any() else ranker
     samples = []
@@ -98,4 +103,24 @@ def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, 
             for name, pieces in found.items():
                 pieces.append(ranks(scores[name], target[rows], histories[rows]).numpy())  # as fine-tuning is judged
     ndcg = {name: metrics.interval(metrics.ndcg(np.concatenate(pieces), 10))["value"] for name, pieces in found.items()}
-    return result | {f"{name}_ndcg@10": value for name, value in ndcg.items()}
+    result |= {f"{name}_ndcg@10": value for name, value in ndcg.items()}
+    if settings.rerank:
+        fixed = F.pad(drawn, (0, len(ranker.catalog) - ranker.trained), value=True)
+        reranker, gain = _fit_reranker(ranker, sequences, everybody[: settings.rerank_users], fixed)
+        if reranker is not None:
+            run.save_model(f"{RERANKER}/{domain}", reranker.state_dict(), {})
+        result["reranking"] = {"kept": reranker is not None} | gain
+    return result
+
+
+def _fit_reranker(
+    ranker: Ranker, sequences: columns.Sequences, users: np.ndarray, fixed: torch.Tensor
+) -> tuple[Reranker | None, dict[str, float]]:
+    """What `fit_reranker` gives for the validation items of users."""
+    lists = []
+    with torch.inference_mode():
+        for rows in batches(len(users)):
+            histories = [sequences.history(user, "valid") for user in users[rows]]
+            lists.append(ranker.lists(histories, torch.from_numpy(sequences.valid[users[rows]]), fixed))
+    joined = [torch.cat(pieces).clone() for pieces in zip(*lists, strict=True)]
+    return fit_reranker(Lists(*joined), seed=0) if lists else (None, {})
