@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qbert_ray.pretrained import load_image_tower, load_text_model
+from qbert_ray.products import adopt
 
 PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # Pillow also opens some that start programs
 LONGEST_SIDE_RATIO = 4  # a centre crop sees nothing beyond it, and resizing a 1 x 1,000,000 strip would fill the memory
@@ -65,7 +66,7 @@ class TextEncoder:
         self.pooling, self.layer, self.prompt, self.batch_size = pooling, layer, prompt, batch_size
         self.device, self.dtype = _device(device), getattr(torch, dtype)
         self.tokenizer, self.model = load_text_model(model, gguf_file, self.dtype)
-        self.model = self.model.eval().to(self.device)
+        self.model = adopt(self.model.eval().to(self.device))
         positions = getattr(self.model.config, "max_position_embeddings", max_tokens)
         self.max_tokens = min(max_tokens, self.tokenizer.model_max_length, positions)
         self._takes_types = hasattr(self.model.config, "type_vocab_size")
@@ -147,7 +148,7 @@ class ImageEncoder:
         self.grid, self.batch_size = grid, batch_size
         self.device, self.dtype = _device(device), getattr(torch, dtype)
         visual, self._transform = load_image_tower(model, pretrained, image_size)
-        self.visual = visual.eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
+        self.visual = adopt(visual).eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
         self.num_vectors = grid * grid
         self.width = self([Image.new("RGB", (8, 8))]).shape[2]
 

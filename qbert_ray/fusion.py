@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert_ray.products import Linear
+
 
 class Fused(NamedTuple):
     embedding: Tensor  # [B, D] fused_embedding h
@@ -60,7 +62,7 @@ class DynamicFusion(nn.Module):
         self.id_embedding = nn.Embedding(num_items + 1, width)  # the last row is the unknown query
         # Small, so that content and not the random start decides where an item lies.
         nn.init.normal_(self.id_embedding.weight, std=0.02)
-        self.project = nn.ModuleDict({name: nn.Linear(size, width) for name, size in feature_widths.items()})
+        self.project = nn.ModuleDict({name: Linear(size, width) for name, size in feature_widths.items()})
         self.modality_embedding = nn.Parameter(torch.randn(len(feature_widths), width) * 0.02)
         self.layers = nn.ModuleList(FusionLayer(width, num_heads, ffn_width, dropout) for _ in range(num_layers))
 
@@ -136,12 +138,12 @@ class FusionLayer(nn.Module):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
         self.norm_query, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Dropout(dropout), nn.Linear(ffn_width, width))
+        self.query, self.out = Linear(width, width), Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.ffn = nn.Sequential(Linear(width, ffn_width), nn.GELU(), nn.Dropout(dropout), Linear(ffn_width, width))
         # One output more than dimensions is added to all of them: a mean over many independent gates hardly differs
         # between items, so without it every item would halt at the same depth.
-        self.gate = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width // 4), nn.ReLU(), nn.Linear(width // 4, width + 1))
+        self.gate = nn.Sequential(nn.LayerNorm(width), Linear(width, width // 4), nn.ReLU(), Linear(width // 4, width + 1))
         with torch.no_grad():
             self.gate[3].weight[-1].mul_(4)  # items differ from the start
 

@@ -83,14 +83,36 @@ def better(best: tuple[Tensor, Tensor] | None, scores: Tensor, first: int, k: in
         values, indices = top_k(scores, k)
         return values, torch.where(indices >= 0, indices + first, -1)
     values, indices = best
-    full = values.shape[1] == k
-    # who finds something better here: equal scores go to the earlier item
-    rows = (scores.amax(1) > values[:, -1]).nonzero()[:, 0] if full else torch.arange(len(scores), device=scores.device)
-    more, places = top_k(scores[rows], k)
-    joined = torch.cat([indices[rows], torch.where(places >= 0, places + first, -1)], dim=1)
+    if values.shape[1] < k:
+        rows = torch.arange(len(scores), device=scores.device)
+        more, places = top_k(scores, k)
+        places = torch.where(places >= 0, places + first, -1)
+    else:  # few items of a block are better than all that are kept, and equal scores go to the earlier item
+        rows, more, places = _above(scores, values[:, -1:], k)
+        places = places + first
+    joined = torch.cat([indices[rows], places], dim=1)
     more, order = _best(torch.cat([values[rows], more], dim=1), min(k, joined.shape[1]))
     found = more, joined.gather(1, order)
-    return (values.index_copy(0, rows, found[0]), indices.index_copy(0, rows, found[1])) if full else found
+    return (values.index_copy(0, rows, found[0]), indices.index_copy(0, rows, found[1])) if values.shape[1] == k else found
+
+
+def _above(scores: Tensor, least: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What is above `least` [B, 1] in scores [B, n], in order of the index: rows [R] that have any, their scores and places [R, most of a row].
+
+    Rows with fewer are filled up with minus infinity; rows may be cut to their k best.
+    """
+    row, place = (scores > least).nonzero(as_tuple=True)
+    counts = row.bincount(minlength=len(scores))
+    rows = counts.nonzero()[:, 0]
+    most = int(counts.max()) if len(rows) else 0
+    if most > 4 * k:
+        return rows, *top_k(scores[rows], k)
+    number = torch.cumsum(counts > 0, 0)[row] - 1
+    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    more = scores.new_full((len(rows), most), -torch.inf)
+    places = row.new_zeros(len(rows), most)
+    more[number, column], places[number, column] = scores[row, place], place
+    return rows, more, places
 
 
 def _best_of_groups(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert_ray.products import Linear
 from qbert_ray.signals import SIGNALS, Said
 
 # of a candidate: its mixed score, the sequencer's, what the whole history says, what its last item says. Nothing of the other candidates:
@@ -38,8 +39,8 @@ class Reranker(nn.Module):
         inputs = len(READ) + DESCRIBED
         self.register_buffer("centre", torch.zeros(inputs))
         self.register_buffer("spread", torch.ones(inputs))
-        hidden = [nn.Linear(inputs, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout)]
-        self.layers = nn.Sequential(*hidden, nn.Linear(width, 1))
+        hidden = [Linear(inputs, width), nn.GELU(), nn.Dropout(dropout), Linear(width, width), nn.GELU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*hidden, Linear(width, 1))
         nn.init.zeros_(self.layers[-1].weight)  # it starts as the mix alone
         nn.init.zeros_(self.layers[-1].bias)
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert_ray.products import Linear, product
+
 CACHED = 512  # rows whose distances from a codebook stay in a core's cache
 PIECE = 65536  # rows of the catalog that are worked on at a time, where all at once would take a multiple of their memory
 
@@ -101,7 +103,7 @@ class Coder(nn.Module):
 
     def __init__(self, widths: list[int], shortcut: bool) -> None:
         super().__init__()
-        self.linear = nn.Linear(widths[0], widths[-1], bias=False) if shortcut or len(widths) == 2 else None
+        self.linear = Linear(widths[0], widths[-1], bias=False) if shortcut or len(widths) == 2 else None
         self.mlp = _mlp(widths) if len(widths) > 2 else None
         if self.linear and self.mlp:  # the MLP starts as nothing, so that the whole starts as the shortcut
             nn.init.zeros_(self.mlp[-1].weight)
@@ -201,7 +203,7 @@ class RQVAE(nn.Module):
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """[B] index of the codeword [M, E] nearest to each vector [B, E]; the first of equally near ones. Without gradients."""
-    distance = torch.addmm(codebook.square().sum(-1), vectors, codebook.T, alpha=-2)  # up to a constant of the row
+    distance = product(vectors, -2 * codebook, codebook.square().sum(-1))  # up to a constant of the row
     if distance.device.type == "cpu":  # where PyTorch's argmin takes ten times as long as NumPy's
         return torch.from_numpy(distance.detach().numpy().argmin(-1))
     return distance.argmin(-1)
@@ -214,7 +216,7 @@ def _nearest_of_many(vectors: Tensor, codebook: Tensor) -> Tensor:
 def _mlp(widths: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for number, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
-        layers += [nn.Linear(a, b)] + [nn.ReLU()] * (number < len(widths) - 2)
+        layers += [Linear(a, b)] + [nn.ReLU()] * (number < len(widths) - 2)
     return nn.Sequential(*layers)
 
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert_ray.products import Linear, product
+
 RECALL_START = 1.0  # size of what is recalled beside what the encoder says
 CONTENT_START = 0.1  # size of an item's projected content in each dimension; four codes start at about half of that
 
@@ -77,7 +79,7 @@ class Sequencer(nn.Module):
         self.item_embedding = nn.ModuleDict({name: nn.Embedding(size, width) for name, size in (warm_items or {}).items()})
         for name, size in (warm_items or {}).items():
             self.register_buffer(f"warm_{name}", torch.ones(size, 1))  # 0: no training interaction, so codes alone
-        self.content = nn.Linear(content_width, width, bias=False) if content_width else None
+        self.content = Linear(content_width, width, bias=False) if content_width else None
         self.code_dropout = code_dropout
         self.recall = nn.Parameter(torch.tensor([RECALL_START, 0.0])) if recall else None  # weight, and logit of the decay per step
         self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
@@ -179,7 +181,7 @@ class Sequencer(nn.Module):
             query = F.normalize(query, dim=-1) / self.temperature
         if vectors.dim() == 3:
             return torch.baddbmm(bias[:, None], query[:, None], vectors.transpose(1, 2))[:, 0]
-        return torch.addmm(bias, query, vectors.T)
+        return product(query, vectors, bias)
 
     def loss(self, query: Tensor, target: Tensor, catalog: Tensor, domain: str) -> Tensor:
         """Cross-entropy of the masked items, summed over the P positions; target is [P] item_index."""
@@ -228,8 +230,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm_attention, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query_key_value, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), Dropout(dropout), nn.Linear(ffn_width, width))
+        self.query_key_value, self.out = Linear(width, 3 * width), Linear(width, width)
+        self.ffn = nn.Sequential(Linear(width, ffn_width), nn.GELU(), Dropout(dropout), Linear(ffn_width, width))
         self.dropout = Dropout(dropout)
 
     def forward(self, states: Tensor, groups: list[tuple[int, int, int]], chosen: Tensor | None = None) -> Tensor:
@@ -248,7 +250,7 @@ class EncoderLayer(nn.Module):
         ends = torch.from_numpy((sizes.cumsum()[:, None] + np.arange(-places, 0)).ravel()).to(states.device)
         normed = self.norm_attention(states)
         query, key_value = (
-            F.linear(x, weight, bias)
+            product(x, weight, bias)
             for x, weight, bias in zip(
                 (normed[ends], normed),
                 self.query_key_value.weight.split([width, 2 * width]),

@@ -1,0 +1,75 @@
+"""Matrix products in float32 on CPUs, by the faster of the two libraries that PyTorch brings.
+
+PyTorch multiplies float32 matrices by MKL, which leaves half of an AMD processor unused: 90 to 110 GFLOPS where oneDNN, which PyTorch
+uses for convolutions and bfloat16, reaches 190 to 250 on the same core (`python -m tests.benchmarks.products`). Results differ by
+rounding. Everything that is not such a product, on GPUs, in other types, or while a model is exported, is left to PyTorch.
+
+Shapes: S rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEWEST = 8  # rows below which calling oneDNN costs more than it saves
+
+
+def _onednn() -> Any:
+    """oneDNN's product, which PyTorch's own compiler calls by this name; None where PyTorch lacks it, or does not use MKL anyway."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        return None
+    return getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+
+
+_ONEDNN = _onednn()
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times weight [N, K] transposed, plus bias [N]: what `torch.nn.functional.linear` gives."""
+    plain = _ONEDNN is None or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.is_cuda or x.numel() < FEWEST * x.shape[-1]
+    if plain or not weight.numel() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    result = _Product.apply(rows, weight, bias) if needed else _multiply(rows, weight, bias)
+    return result.view(*x.shape[:-1], len(weight))
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _ONEDNN(x, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (
+            _multiply(gradient, weight.T) if wanted[0] else None,  # [S, K]
+            _multiply(gradient.T, x.T) if wanted[1] else None,  # [N, K]
+            gradient.sum(0) if wanted[2] else None,
+        )
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by `product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias)
+
+
+def adopt(model: nn.Module) -> nn.Module:
+    """The same model, whose linear layers multiply by `product`; subclasses of them stay what they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return model
