@@ -1,8 +1,9 @@
 """Matrix products in float32 on CPUs, by the faster of the two libraries that PyTorch brings.
 
 PyTorch multiplies float32 matrices by MKL, which leaves half of an AMD processor unused: 90 to 110 GFLOPS where oneDNN, which PyTorch
-uses for convolutions and bfloat16, reaches 190 to 250 on the same core (`python -m tests.benchmarks.products`). Results differ by
-rounding. Everything that is not such a product, on GPUs, in other types, or while a model is exported, is left to PyTorch.
+uses for convolutions and bfloat16, reaches 190 to 250 on the same core (`python -m tests.benchmarks.products`). But oneDNN writes a
+program for each new shape, which takes about .4 ms, so only products large enough to be worth it go there. Results differ by rounding.
+Everything else, on GPUs, in other types, or while a model is exported, is left to PyTorch.
 
 Shapes: S rows, K inputs, N outputs.
 """
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEWEST = 8  # rows below which calling oneDNN costs more than it saves
+LEAST, LEAST_IN_TRAINING = 2**25, 2**26  # multiply-adds; layers that only infer see a shape again in the next layer
 
 
 def _onednn() -> Any:
@@ -30,11 +31,13 @@ _ONEDNN = _onednn()
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N]: what `torch.nn.functional.linear` gives."""
-    plain = _ONEDNN is None or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.is_cuda or x.numel() < FEWEST * x.shape[-1]
-    if plain or not weight.numel() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    small = x.numel() * len(weight) < (LEAST_IN_TRAINING if needed else LEAST)
+    if small or _ONEDNN is None or x.is_cuda or not x.dtype == weight.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
     result = _Product.apply(rows, weight, bias) if needed else _multiply(rows, weight, bias)
     return result.view(*x.shape[:-1], len(weight))
 

@@ -4,10 +4,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from qbert_ray import products
-from qbert_ray.products import FEWEST, Linear, adopt, product
+from qbert_ray.products import Linear, adopt, product
 
 
-@pytest.mark.parametrize("shape", [(64, 12), (FEWEST, 12), (1, 12), (0, 12), (4, 5, 12), (2, 0, 12)], ids=str)
+@pytest.fixture(autouse=True, params=[1, None], ids=["onednn", "by size"])
+def _threshold(request, monkeypatch):
+    if request.param is not None:
+        monkeypatch.setattr(products, "LEAST", request.param)
+        monkeypatch.setattr(products, "LEAST_IN_TRAINING", request.param)
+
+
+@pytest.mark.parametrize("shape", [(64, 12), (1, 12), (0, 12), (4, 5, 12), (2, 0, 12)], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
 def test_it_is_what_pytorch_gives_with_gradients(shape, biased):
     torch.manual_seed(0)
