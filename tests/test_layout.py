@@ -20,7 +20,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "qbert_ray"
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text() for page in PAGES if page.name != "config.md")  # which test_reference.py holds
 
 # Root module -> the root modules it may import. Each line may name only what stands above it, so imports go one way.
 # A new module needs a line here: that is the moment to ask whether it is one.
