@@ -31,11 +31,11 @@ _ONEDNN = _onednn()
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N]: what `torch.nn.functional.linear` gives."""
+    if _ONEDNN is None or torch.compiler.is_compiling():  # sizes mean nothing to an export
+        return F.linear(x, weight, bias)
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
     small = x.numel() * len(weight) < (LEAST_IN_TRAINING if needed else LEAST)
-    if small or _ONEDNN is None or x.is_cuda or not x.dtype == weight.dtype == torch.float32:
-        return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if small or x.is_cuda or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     result = _Product.apply(rows, weight, bias) if needed else _multiply(rows, weight, bias)

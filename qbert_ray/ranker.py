@@ -18,7 +18,7 @@ from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.catalog import catalog_codes, content_vectors, modality_vectors, nearest, warm_items
 from qbert_ray.config import Memory
 from qbert_ray.ranking import better, pairs, top_k
-from qbert_ray.reranking import Lists, Reranker, read
+from qbert_ray.reranking import Lists, Reranker, deal, read
 from qbert_ray.sequencer import Sequencer, next_item_queries
 from qbert_ray.signals import SIGNALS, Mixture, Said, add, by_block
 
@@ -84,9 +84,8 @@ class Ranker:
         mixture = self._mixture(said, histories)
         model = torch.cat([mixture.mixed(sequencer[:, block].clone(), block) for block in self._blocks()], dim=1)
         if self.reranker is not None:
-            values, items = top_k(model, self.candidates + 1)  # one more, who leads the others
-            first = self._corrected(values, items, queries, said, histories)
-            model = _behind(model, values, first).scatter_(1, items[:, : self.candidates], first)
+            values, items = top_k(model, self.candidates)
+            model.scatter_(1, items, self._dealt(values, items, queries, said, histories))
         return {"model": model.cpu(), "sequencer": sequencer.cpu(), "ridge": torch.from_numpy(said.regression.toarray())}
 
     def model_scores(self, histories: list[np.ndarray]) -> Tensor:
@@ -100,26 +99,22 @@ class Ranker:
         """
         queries, best = self._queries(histories), None
         said = self._asked(histories) if self.mix is not None else None
-        many = k if self.reranker is None else max(k, self.candidates + 1)
+        many = k if self.reranker is None else max(k, self.candidates)
         for block, scores in self._model(histories, queries, said, remove_seen):
             best = better(best, scores, block.start, many)
         assert best is not None, "a catalog without items"
         values, items = best
         if self.reranker is not None and said is not None:
-            first = self._corrected(values, items, queries, said, histories)
-            values = torch.cat([first, _behind(values, values, first)[:, self.candidates :]], dim=1)
+            first = self.candidates
+            dealt = self._dealt(values[:, :first], items[:, :first], queries, said, histories)
+            values = torch.cat([dealt, values[:, first:]], dim=1)
             by_item = items.argsort(dim=1)
             order = by_item.gather(1, values.gather(1, by_item).argsort(dim=1, descending=True, stable=True))[:, :k]
             values, items = values.gather(1, order), items.gather(1, order)
         return values.cpu(), items.cpu()
 
-    def lists(self, histories: list[np.ndarray], target: Tensor, fixed: Tensor) -> Lists:
-        """What a reranker is fitted on.
-
-        Args:
-            target: [B] item_index.
-            fixed: [N] items that are not corrected.
-        """
+    def lists(self, histories: list[np.ndarray], target: Tensor) -> Lists:
+        """What a reranker is fitted on; target is [B] item_index."""
         queries, said, best = self._queries(histories), self._asked(histories), None
         for block, scores in self._model(histories, queries, said):
             best = better(best, scores, block.start, self.candidates)
@@ -127,7 +122,7 @@ class Ranker:
         values, items = best
         known, description = self._read(values, items, queries, said, histories)
         seen = known[..., -2 - len(SIGNALS[1:-1])] > 0
-        found = (values, known, description, items == target[:, None].to(items.device), seen, ~fixed.to(items.device)[items])
+        found = (values, known, description, items == target[:, None].to(items.device), seen, items < self.trained)
         return Lists(*(tensor.cpu() for tensor in found))
 
     def pretending(self, rows: Tensor) -> Ranker:
@@ -159,12 +154,11 @@ class Ranker:
                 scores = add(scores, seen[block.start])
             yield block, scores
 
-    def _corrected(self, values: Tensor, items: Tensor, queries: Tensor, said: Said, histories: list[np.ndarray]) -> Tensor:
-        """[B, C] corrected scores of the first C of the best items, new items as they were."""
+    def _dealt(self, values: Tensor, items: Tensor, queries: Tensor, said: Said, histories: list[np.ndarray]) -> Tensor:
+        """[B, C] the scores of the best items, dealt out anew in the order of the corrected ones; see `reranking.deal`."""
         assert self.reranker is not None
-        values, items = values[:, : self.candidates], items[:, : self.candidates]
         corrections = self.reranker(*self._read(values, items, queries, said, histories))
-        return values + corrections * (items < self.trained)
+        return deal(values, values + corrections, items < self.trained)
 
     def _read(self, values: Tensor, items: Tensor, queries: Tensor, said: Said, histories: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         """[B, C, R] and [B, P] what a reranker reads of candidates [B, C] and of histories."""
@@ -208,12 +202,6 @@ def batches(users: int, scores: int = 0) -> Iterator[slice]:
     size = max(1, min(MOST_HISTORIES, MOST_SCORES // max(scores, 1)))
     for begin in range(0, users, size):
         yield slice(begin, min(begin + size, users))
-
-
-def _behind(scores: Tensor, values: Tensor, first: Tensor) -> Tensor:
-    """Scores as much lower as it takes to leave those that are not among the first C of `values` [B, C + 1 or more] behind these."""
-    rest = values[:, first.shape[1] : first.shape[1] + 1]
-    return scores - (rest - first.amin(1, keepdim=True) + 1e-3).nan_to_num(0).clamp_min(0) if rest.shape[1] else scores
 
 
 def _load_sequencer(run: RunDir, domain: str, content: Tensor | None, borrowed: tuple[Tensor, ...] | None) -> Sequencer:

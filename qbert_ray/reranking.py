@@ -57,7 +57,7 @@ class Lists(NamedTuple):
     description: Tensor  # [V, P]
     is_target: Tensor  # [V, C]
     seen: Tensor  # [V, C] whether the history holds the item
-    free: Tensor  # [V, C] whether it is corrected; those that are not, as new items are not, must still find their place
+    moved: Tensor  # [V, C] whether it may change its place: new items do not
 
 
 def read(mixed: Tensor, sequencer: Tensor, said: Said, last: Said, popularity: Tensor, items: Tensor) -> Tensor:
@@ -71,6 +71,17 @@ def read(mixed: Tensor, sequencer: Tensor, said: Said, last: Said, popularity: T
     finite = mixed.masked_fill(mixed.isinf(), 0)  # hidden items, which stay hidden
     memory = torch.cat([said.at(items), last.at(items)[..., :-1]], dim=2).to(mixed.device)
     return torch.cat([torch.stack([finite, sequencer], dim=2), memory, popularity[items].log1p()[..., None]], dim=2)
+
+
+def deal(values: Tensor, corrected: Tensor, moved: Tensor) -> Tensor:
+    """[B, C] `values`, which fall along a row, dealt out anew: those of the items that are moved, to these, in the order of `corrected`.
+
+    Ranks change, and scores stay comparable with those of items that are no candidates.
+    """
+    moved = moved & values.isfinite()  # hidden items stay hidden
+    by_correction = corrected.masked_fill(~moved, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    places = (~moved).long().argsort(dim=1, stable=True)  # those of moved items first, from the best on; then the others, as above
+    return torch.empty_like(values).scatter_(1, by_correction, values.gather(1, places))
 
 
 def fit_reranker(lists: Lists, seed: int) -> tuple[Reranker | None, dict[str, float]]:
@@ -108,7 +119,7 @@ def _fit(lists: Lists) -> Reranker:
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(place)).split(BATCH):
-            scores = lists.mixed[rows] + model(lists.read[rows], lists.description[rows]) * lists.free[rows]
+            scores = (lists.mixed[rows] + model(lists.read[rows], lists.description[rows])).masked_fill(~lists.moved[rows], -torch.inf)
             optimizer.zero_grad()
             F.cross_entropy(scores, place[rows]).backward()
             optimizer.step()
@@ -130,5 +141,5 @@ def _gains(model: Reranker, lists: Lists) -> tuple[Tensor, Tensor]:
 def _ndcg(scores: Tensor, lists: Lists) -> Tensor:
     """[V] among unseen items; a target that is no candidate counts as missed, as it does for both."""
     own = scores.masked_fill(~lists.is_target, -torch.inf).amax(1, keepdim=True)
-    rank = 1 + ((scores > own) & ~lists.seen).sum(1)
+    rank = 1 + ((scores > own) & ~lists.seen & lists.moved).sum(1)
     return torch.where(lists.is_target.any(1) & (rank <= 10), 1 / torch.log2(1.0 + rank), 0.0)

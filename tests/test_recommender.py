@@ -44,10 +44,10 @@ def test_it_ranks_as_the_scoring_stage_does(run, recommender, monkeypatch, remov
 @pytest.mark.parametrize("enabled", [True, False])
 def test_block_by_block_ranks_as_the_whole_matrix_does(run, recommender, monkeypatch, enabled):
     histories = [np.array([recommender.index[item] for item in history]) for history in histories_of(run, recommender)]
-    whole = ranker.Ranker(run, "shop", Memory(enabled=enabled))
+    whole = ranker.Ranker(run, "shop", Memory(enabled=enabled, rerank=0))
     scores = whole.model_scores(histories)
     monkeypatch.setattr(ranker, "BLOCK", 7)
-    blocked = ranker.Ranker(run, "shop", Memory(enabled=enabled))
+    blocked = ranker.Ranker(run, "shop", Memory(enabled=enabled, rerank=0))
     torch.testing.assert_close(blocked.model_scores(histories), scores, atol=1e-5, rtol=1e-5)
     for hidden in (True, False):
         values, items = top_k(hide(scores, histories) if hidden else scores, 9)
@@ -69,16 +69,24 @@ def test_the_best_are_corrected_and_the_others_stay_behind_them(run, recommender
         values, items = corrected.best(histories, k, remove_seen=False)
         assert torch.equal(items, after[:, :k])
         torch.testing.assert_close(values, corrected.model_scores(histories).gather(1, items), atol=1e-5, rtol=1e-5)
+    whole = ranker.Ranker(run, "shop", Memory())  # hidden items leave their places to others, which new items do not take
+    trained = [
+        [item for item in row if item < ITEMS - COLD] for row in hide(whole.model_scores(histories), histories).argsort(1, True).tolist()
+    ]
+    for found, expected in zip(whole.best(histories, ITEMS)[1].tolist(), trained, strict=True):
+        found = [item for item in found if 0 <= item < ITEMS - COLD]
+        assert found == expected[: len(found)]
     assert set(mixed.scores(histories)) == set(corrected.scores(histories))
     assert torch.equal(mixed.scores(histories)["sequencer"], corrected.scores(histories)["sequencer"])
 
 
-def test_new_items_are_not_corrected(run, recommender):
+def test_new_items_keep_their_places(run):
     histories = [np.array([0, 3, 5])]
-    lists = ranker.Ranker(run, "shop", Memory()).lists(histories, torch.tensor([2]), torch.arange(ITEMS) >= ITEMS - COLD)
-    mixed, corrected = (ranker.Ranker(run, "shop", Memory(rerank=size)).model_scores(histories)[0] for size in (0, 64))
-    assert torch.equal(mixed[-COLD:], corrected[-COLD:]) and (mixed[:-COLD] != corrected[:-COLD]).all()
-    assert lists.free.sum() == ITEMS - COLD and lists.is_target.sum() == 1 and lists.seen.sum() == 3
+    lists = ranker.Ranker(run, "shop", Memory()).lists(histories, torch.tensor([2]))
+    mixed, dealt = (ranker.Ranker(run, "shop", Memory(rerank=size)).model_scores(histories)[0] for size in (0, 64))
+    assert torch.equal(mixed[-COLD:], dealt[-COLD:]) and not torch.equal(mixed, dealt)
+    assert torch.equal(mixed.sort().values, dealt.sort().values)
+    assert lists.moved.sum() == ITEMS - COLD and lists.is_target.sum() == 1 and lists.seen.sum() == 3
     torch.testing.assert_close(lists.mixed[0], mixed.sort(descending=True).values)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qbert_ray.reranking import DESCRIBED, FEWEST, READ, Lists, Reranker, fit_reranker
+from qbert_ray.reranking import DESCRIBED, FEWEST, READ, Lists, Reranker, deal, fit_reranker
 
 
 def lists(users, best, candidates=12, seed=0):
@@ -59,3 +59,22 @@ def test_a_fit_is_repeatable_and_leaves_the_random_state_alone():
 
 def test_it_starts_as_the_mix_alone():
     assert (Reranker().eval()(torch.randn(2, 5, len(READ)), torch.randn(2, 3)) == 0).all()
+
+
+def test_scores_are_dealt_out_in_the_order_of_the_corrected_ones():
+    values, corrected = torch.tensor([[9.0, 7, 5, 3]]), torch.tensor([[1.0, 4, 2, 3]])
+    every = torch.ones(1, 4, dtype=torch.bool)
+    assert deal(values, corrected, every).tolist() == [[3, 9, 5, 7]]
+    assert deal(values, corrected, ~every).tolist() == values.tolist()
+    second = torch.tensor([[True, False, True, True]])
+    assert deal(values, corrected, second).tolist() == [[3, 7, 5, 9]]  # the second, a new item, stays where it is
+    hidden = torch.tensor([[9.0, 7, -torch.inf, -torch.inf]])
+    assert deal(hidden, corrected, every).tolist() == [[7, 9, -torch.inf, -torch.inf]]
+
+
+def test_items_that_are_not_moved_do_not_matter_to_the_fit():
+    found = lists(300, on_both)
+    moved = torch.arange(found.mixed.shape[1]).expand_as(found.moved) < 8
+    found = found._replace(moved=moved, is_target=found.is_target & moved)
+    (one, _), (two, _) = (fit_reranker(each, seed=0) for each in (found, found._replace(mixed=torch.where(moved, found.mixed, 50.0))))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-import torch.nn.functional as F
 
 from qbert_ray import columns, metrics
 from qbert_ray.artifacts import RunDir
@@ -77,9 +76,9 @@ def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, 
     users = everybody[: settings.validation_users]
     target = torch.from_numpy(sequences.valid[users])
     histories = [sequences.history(user, "valid") for user in users]
-    drawn = torch.from_numpy(uniform(NEW_STREAM, 0, np.arange(ranker.trained), 1)[:, 0] < NEW_SHARE)
     new = torch.zeros(ranker.trained, dtype=torch.bool)
     if "content" in ranker.memory.contents:
+        drawn = torch.from_numpy(uniform(NEW_STREAM, 0, np.arange(ranker.trained), 1)[:, 0] < NEW_SHARE)
         new = drawn & ~drawn.all()  # a catalog of a few items: somebody must stay to be near to
     pretender = ranker.pretending(new.nonzero()[:, 0]) if new.any() else ranker
     samples = []
@@ -105,22 +104,19 @@ def _fit(run: RunDir, domain: str, settings: Memory, threads: int) -> dict[str, 
     ndcg = {name: metrics.interval(metrics.ndcg(np.concatenate(pieces), 10))["value"] for name, pieces in found.items()}
     result |= {f"{name}_ndcg@10": value for name, value in ndcg.items()}
     if settings.rerank:
-        fixed = F.pad(drawn, (0, len(ranker.catalog) - ranker.trained), value=True)
-        reranker, gain = _fit_reranker(ranker, sequences, everybody[: settings.rerank_users], fixed)
+        reranker, gain = _fit_reranker(ranker, sequences, everybody[: settings.rerank_users])
         if reranker is not None:
             run.save_model(f"{RERANKER}/{domain}", reranker.state_dict(), {})
         result["reranking"] = {"kept": reranker is not None} | gain
     return result
 
 
-def _fit_reranker(
-    ranker: Ranker, sequences: columns.Sequences, users: np.ndarray, fixed: torch.Tensor
-) -> tuple[Reranker | None, dict[str, float]]:
+def _fit_reranker(ranker: Ranker, sequences: columns.Sequences, users: np.ndarray) -> tuple[Reranker | None, dict[str, float]]:
     """What `fit_reranker` gives for the validation items of users."""
     lists = []
     with torch.inference_mode():
         for rows in batches(len(users)):
             histories = [sequences.history(user, "valid") for user in users[rows]]
-            lists.append(ranker.lists(histories, torch.from_numpy(sequences.valid[users[rows]]), fixed))
+            lists.append(ranker.lists(histories, torch.from_numpy(sequences.valid[users[rows]])))
     joined = [torch.cat(pieces).clone() for pieces in zip(*lists, strict=True)]
     return fit_reranker(Lists(*joined), seed=0) if lists else (None, {})

@@ -210,8 +210,8 @@ def naively(ranker: Ranker, histories: list[np.ndarray]) -> tuple[Tensor, Tensor
     mixed, items = mixed[:, : ranker.candidates], items[:, : ranker.candidates]
     signals = torch.stack([each.gather(1, items) for each in (sequencer, *whole, *last[:-1])], dim=2)
     read = torch.cat([mixed[..., None], signals, ranker.memory.popularity[items].log1p()[..., None]], dim=2)
-    scores, order = (mixed + ranker.reranker(read, describe(whole[0].amax(1), lengths))).sort(dim=1, descending=True)
-    return scores, items.gather(1, order)
+    order = (mixed + ranker.reranker(read, describe(whole[0].amax(1), lengths))).argsort(dim=1, descending=True)
+    return mixed, items.gather(1, order)  # scores stay where they are, items change places
 
 
 def figures(full: bool) -> Iterator[Figure]:
