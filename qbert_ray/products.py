@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 LEAST, LEAST_IN_TRAINING = 2**25, 2**26  # multiply-adds; layers that only infer see a shape again in the next layer
 
@@ -35,7 +36,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
     small = x.numel() * len(weight) < (LEAST_IN_TRAINING if needed else LEAST)
-    if small or x.is_cuda or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+    if small or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     result = _Product.apply(rows, weight, bias) if needed else _multiply(rows, weight, bias)
@@ -53,6 +54,7 @@ class _Product(torch.autograd.Function):
         return _multiply(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad

@@ -18,7 +18,7 @@ from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.catalog import catalog_codes, content_vectors, modality_vectors, nearest, warm_items
 from qbert_ray.config import Memory
 from qbert_ray.ranking import better, pairs, top_k
-from qbert_ray.reranking import Lists, Reranker, deal, read
+from qbert_ray.reranking import READ, Lists, Reranker, deal, read
 from qbert_ray.sequencer import Sequencer, next_item_queries
 from qbert_ray.signals import SIGNALS, Mixture, Said, add, by_block
 
@@ -121,7 +121,7 @@ class Ranker:
         assert best is not None, "a catalog without items"
         values, items = best
         known, description = self._read(values, items, queries, said, histories)
-        seen = known[..., -2 - len(SIGNALS[1:-1])] > 0
+        seen = known[..., READ.index("seen")] > 0
         found = (values, known, description, items == target[:, None].to(items.device), seen, items < self.trained)
         return Lists(*(tensor.cpu() for tensor in found))
 
@@ -234,7 +234,9 @@ def _load_memory(run: RunDir, domain: str, settings: Memory, latest: int, num_it
     """The item-item weights of memory/weights, none for items that came later; and what content there is."""
     table = run.read(WEIGHTS, domain)
     ridge, following = (_matrix(table[f"{name}_items"], table[f"{name}_weights"], num_items) for name in ("ridge", "following"))
-    popularity = torch.from_numpy(np.pad(table["popularity"].to_numpy(), (0, num_items - table.num_rows)))
+    popularity = torch.zeros(num_items)
+    if "popularity" in table.column_names:  # runs from before have none, and no reranker that reads it
+        popularity[: table.num_rows] = torch.from_numpy(table["popularity"].to_numpy())
     return memory.Memory(ridge, following, (settings.decay, settings.following_decay), settings.scale, latest, contents, popularity)
 
 

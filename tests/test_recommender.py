@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_block_by_block_ranks_as_the_whole_matrix_does(run, recommender, monkeyp
 
 
 @pytest.mark.parametrize("block", [7, 8192])
-def test_the_best_are_corrected_and_the_others_stay_behind_them(run, recommender, monkeypatch, block):
+def test_the_best_change_places_and_the_others_stay_where_they_are(run, recommender, monkeypatch, block):
     monkeypatch.setattr(ranker, "BLOCK", block)
     histories = [np.array([recommender.index[item] for item in history]) for history in histories_of(run, recommender)]
     mixed, corrected = (ranker.Ranker(run, "shop", Memory(rerank=size)) for size in (0, 5))
@@ -78,6 +80,16 @@ def test_the_best_are_corrected_and_the_others_stay_behind_them(run, recommender
         assert found == expected[: len(found)]
     assert set(mixed.scores(histories)) == set(corrected.scores(histories))
     assert torch.equal(mixed.scores(histories)["sequencer"], corrected.scores(histories)["sequencer"])
+
+
+def test_a_memory_from_before_popularity_ranks_by_the_mix(tmp_path):
+    run = make_run(tmp_path)
+    histories = [np.array([0, 3, 5])]
+    mixed = ranker.Ranker(run, "shop", Memory(rerank=0)).model_scores(histories)
+    for name in run.parts(ranker.WEIGHTS):
+        run.write_part(ranker.WEIGHTS, name, run.read_part(ranker.WEIGHTS, name).drop_columns("popularity"))
+    shutil.rmtree(tmp_path / ranker.RERANKER)
+    assert torch.equal(ranker.Ranker(run, "shop", Memory()).model_scores(histories), mixed)
 
 
 def test_new_items_keep_their_places(run):

@@ -67,5 +67,8 @@ def test_training_sees_no_label(honest, labels, models, tmp_path):
     config = small_config(shop, tmp_path / "run", *ONE_EPOCH)
     run_stages(config, threads=1)
     same(run, other, models, TABLES)
+    if labels == ["test"]:
+        assert run.folders("memory/reranker") == other.folders("memory/reranker")
+        same(run, other, [f"memory/reranker/{domain}" for domain in run.folders("memory/reranker")], [])
     evaluated = [pq.read_table(f"{each.uri}/evaluation/ranks").column("rank_all") for each in (run, other)]
     assert not evaluated[0].equals(evaluated[1])  # the labels are others
