@@ -20,6 +20,7 @@ from qbert_ray.overlays import ConfigError, read_layer
 from qbert_ray.sweeps import Section
 
 RANKS, MARKDOWN = "ranks.parquet", "table.md"
+ALONE = ", sequencer"  # ends the row of a variant whose sequence model ranks by itself
 PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
 RESAMPLES, BATCH = 2000, 50
 
@@ -33,6 +34,7 @@ class Table(Section):
     rankings: list[Literal["sequencer", "ridge", "co_occurrence", "popularity"]] = Field(
         [], description="further rows: rankings of the reference beside its model"
     )
+    sequencers: bool = Field(False, description="rows also for the sequence model alone of every variant, held against the reference's")
     seeds: list[int] = [0, 1, 2, 3, 4]
     metrics: list[Annotated[str, Field(pattern=r"^(hr|ndcg)@[1-9]\d*$")]] = ["hr@10", "ndcg@10"]
     paper: dict[str, dict[str, dict[str, float]]] = Field({}, description="domain -> row -> metric -> published value")
@@ -67,6 +69,8 @@ def ranks_of(evaluated: pl.DataFrame, variant: str, seed: int, table: Table) -> 
         domain, row, seed, user_id, rank_all, rank_unseen (1 is best).
     """
     wanted = {"model": variant} | ({name: name for name in table.rankings} if variant == table.reference else {})
+    if table.sequencers:
+        wanted["sequencer"] = variant + ALONE
     kept = evaluated.filter(pl.col("model").is_in(list(wanted)))
     return kept.select(
         "domain",
@@ -103,7 +107,8 @@ def summarise(ranks: pl.DataFrame, table: Table) -> list[dict[str, Any]]:
                     }
                     line |= {"mean": float(np.mean(by_seed)), "half": _half(by_seed, users["value"].to_numpy())}
                     line["paper"] = table.paper.get(domain, {}).get(name, {}).get(metric)
-                    reference = None if name == table.reference else values.get(table.reference)  # whose trials may all have failed
+                    against = table.reference + ALONE * name.endswith(ALONE)
+                    reference = None if name == against else values.get(against)  # whose trials may all have failed
                     found.append(line | _difference(users, reference[0] if reference else None))
     return found
 

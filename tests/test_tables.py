@@ -65,6 +65,25 @@ def test_a_difference_that_may_be_chance_is_not_bold(ranks):
     assert "| better" in (strong := markdown(summarise(ranks, TABLE), TABLE)) and "**+" in strong
 
 
+def test_the_sequence_model_of_a_variant_is_held_against_that_of_the_reference():
+    table = TABLE.model_copy(update={"sequencers": True})
+    alone = {"base": 20, "better": 5}
+    pieces = []
+    for name, rank in alone.items():
+        table_of_run = evaluated(np.arange(1, 31), ridge=np.full(30, rank))
+        table_of_run = table_of_run.with_columns(pl.col("model").replace("ridge", "sequencer"))
+        pieces.append(ranks_of(table_of_run, name, 0, table))
+    summary = summarise(pl.concat(pieces), table)
+    assert [line["row"] for line in summary if (line["protocol"], line["metric"]) == ("all", "hr@10")] == [
+        "base",
+        "base, sequencer",
+        "better",
+        "better, sequencer",
+    ]
+    assert find(summary, row="base, sequencer", protocol="all", metric="hr@10")["difference"] is None
+    assert find(summary, row="better, sequencer", protocol="all", metric="hr@10")["difference"] == 1.0  # to the model it would be 2 / 3
+
+
 def test_equal_rows_differ_by_nothing():
     both = [ranks_of(evaluated(np.arange(1, 20)), name, 0, TABLE) for name in ("base", "better")]
     line = find(summarise(pl.concat(both), TABLE), row="better", protocol="all", metric="hr@10")
