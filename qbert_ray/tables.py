@@ -43,6 +43,10 @@ class Table(Section):
     def _known(self) -> Table:
         if self.reference not in self.variants:
             raise ValueError(f"reference {self.reference!r} is none of the variants {list(self.variants)}")
+        if self.sequencers and ("sequencer" in self.rankings or any(name.endswith(ALONE) for name in self.variants)):
+            raise ValueError(
+                f"with sequencers, rankings cannot hold 'sequencer', nor a variant's name end with {ALONE!r}: those rows are made"
+            )
         return self
 
 

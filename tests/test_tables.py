@@ -137,6 +137,8 @@ def test_every_table_that_comes_with_the_project_is_one_a_sweep_accepts(file, tm
         ({"title": "T", "reference": "b", "variants": {"a": {}}}, "reference 'b' is none of the variants"),
         ({"title": "T", "reference": "a", "variants": {"a": "nowhere.yaml"}}, "no config file at"),
         ({"title": "T", "variants": {"a": {}}}, "reference: Field required"),
+        ({"title": "T", "reference": "a", "variants": {"a": {}}, "rankings": ["sequencer"], "sequencers": True}, "those rows are made"),
+        ({"title": "T", "reference": "a", "variants": {"a": {}, "a, sequencer": {}}, "sequencers": True}, "those rows are made"),
         ({"title": "T", "reference": "a", "variants": ["a"]}, "variants"),
         ({"title": "T", "reference": "a", "variants": {"a": {}}, "metrics": ["mrr@10"]}, "metrics.0: String should match"),
         ({"title": "T", "reference": "a", "variants": {"a": {}}, "rankings": ["bert"]}, "rankings.0: Input should be 'sequencer', 'ridge'"),
