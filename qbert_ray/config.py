@@ -243,6 +243,9 @@ class SequenceTraining(Training):
         description="share of a sequence's items that a strategy masks (§4.1)",
     )
     last_item_share: Share = Field(0.2, description="share of sequences that mask only their last item, as the test does")
+    prefix_share: Share = Field(
+        0.0, description="share of those that end early, at a place drawn anew each epoch, so that other items are the last; paper: none"
+    )
 
     @model_validator(mode="after")
     def _ratios(self) -> SequenceTraining:

@@ -15,6 +15,23 @@ import numpy as np
 
 STRATEGIES = ("span", "tail", "multi_region", "random", "last")
 MAX_REGIONS = 3
+PREFIX_STREAM = 7_000_013
+
+
+def draw_lengths(
+    lengths: np.ndarray, samples: np.ndarray, seed: int, epoch: int, last_item_share: float, prefix_share: float
+) -> np.ndarray:
+    """[B] lengths of the prefixes that are read: of all of a sequence, or of two items at least where its last item alone is masked.
+
+    Otherwise the item that is masked as the test masks it would be the same in every epoch, and soon be known by heart.
+
+    Args:
+        prefix_share: share of the sequences that mask only their last item (`draw_masks`) which end early.
+    """
+    masks_last = uniform(seed, epoch, samples, 2)[:, 1] < last_item_share
+    draws = uniform(seed + PREFIX_STREAM, epoch, samples, 2)
+    ends = 2 + np.floor(draws[:, 1] * (lengths - 1)).astype(np.int64)
+    return np.where(masks_last & (draws[:, 0] < prefix_share), np.minimum(ends, lengths), lengths)
 
 
 def draw_masks(

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbert_ray.masking import STRATEGIES, draw_masks, uniform
+from qbert_ray.masking import STRATEGIES, draw_lengths, draw_masks, uniform
 
 RATIOS = {"span": 0.3, "tail": 0.1, "multi_region": 0.15, "random": 0.3}
 
@@ -50,6 +50,25 @@ def test_last_item_share_masks_the_last_alone():
     mask = draw_masks(lengths, np.arange(2000), 0, 0, {"span": 1.0}, RATIOS, last_item_share=0.25)
     only_last = (mask.sum(1) == 1) & mask[:, 9]
     assert 0.2 < only_last.mean() < 0.3
+
+
+def test_sequences_that_mask_their_last_item_end_anywhere_and_the_others_stay_whole():
+    lengths, samples = np.full(4000, 10), np.arange(4000)
+    cut = draw_lengths(lengths, samples, 5, 2, last_item_share=0.4, prefix_share=1.0)
+    masks_last = (draw_masks(lengths, samples, 5, 2, {"random": 1.0}, {"random": 1.0}, 0.4).sum(1)) == 1  # the others mask nine
+    assert (cut[~masks_last] == 10).all()
+    assert np.bincount(cut[masks_last], minlength=11)[2:].min() > 0.09 * masks_last.sum()  # each of nine lengths about as often
+    assert cut.min() == 2
+    assert (draw_lengths(lengths, samples, 5, 2, 0.4, 0.0) == 10).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.floats(0, 1), st.floats(0, 1))
+def test_a_prefix_is_no_longer_than_its_sequence_and_keeps_two_items_of_it(lengths, last, share):
+    lengths = np.array(lengths)
+    cut = draw_lengths(lengths, np.arange(len(lengths)), 1, 0, last, share)
+    assert (cut <= lengths).all()
+    assert (cut >= np.minimum(lengths, 2)).all()
 
 
 def test_a_sample_draws_the_same_mask_whoever_is_beside_it():

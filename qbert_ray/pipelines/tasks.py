@@ -18,7 +18,7 @@ from qbert_ray.artifacts import ArtifactError, RunDir
 from qbert_ray.catalog import catalog_codes, content_vectors, load_quantizers, read_warm, warm_items
 from qbert_ray.config import Config, SequenceTraining
 from qbert_ray.fusion import DynamicFusion, alignment_loss, geometry_loss, view_distance
-from qbert_ray.masking import draw_masks, uniform
+from qbert_ray.masking import draw_lengths, draw_masks, uniform
 from qbert_ray.ranking import ranks
 from qbert_ray.rqvae import RQVAE, normalised_error
 from qbert_ray.sequencer import Sequencer, next_item_queries, pack, to_device
@@ -273,11 +273,10 @@ class SequencerTask:
 
     def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
         name = self.domains[samples[0, 0]]
-        begin, end = samples[:, 2], samples[:, 3]
-        lengths = end - begin
+        s, begin = self.settings, samples[:, 2]
+        lengths = draw_lengths(samples[:, 3] - begin, samples[:, 4], self.seed, epoch, s.last_item_share, s.prefix_share)
         first = np.cumsum(lengths) - lengths
         items = self.sequences[name].items[np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))]
-        s = self.settings
         masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, dict(s.masks), dict(s.mask_ratio), s.last_item_share)
         batch, _ = pack(items, lengths, masks)
         batch, catalog = to_device(batch, device), self._catalog(name, device)
