@@ -76,7 +76,8 @@ class Sequencer(nn.Module):
         self.tokens, self.loss_kind, self.logits_kind, self.temperature = tokens, loss, logits, temperature
         self.code_embedding = nn.Embedding(num_levels * codebook_size, width)
         self.code_bias = nn.Parameter(torch.zeros(num_levels * codebook_size))
-        self.item_embedding = nn.ModuleDict({name: nn.Embedding(size, width) for name, size in (warm_items or {}).items()})
+        # a module's name must not be that of a method of ModuleDict, and "items" is what a lone domain is called
+        self.item_embedding = nn.ModuleDict({f"in_{name}": nn.Embedding(size, width) for name, size in (warm_items or {}).items()})
         for name, size in (warm_items or {}).items():
             self.register_buffer(f"warm_{name}", torch.ones(size, 1))  # 0: no training interaction, so codes alone
         self.content = Linear(content_width, width, bias=False) if content_width else None
@@ -149,8 +150,8 @@ class Sequencer(nn.Module):
                 vectors = vectors * (torch.rand(len(vectors), 1, device=vectors.device) >= self.code_dropout)
             content = getattr(self, f"content_{domain}")
             vectors = vectors + self.content(content[: len(codes)] if items is None else content[items])
-        if domain in self.item_embedding:
-            own = self.item_embedding[domain].weight * getattr(self, f"warm_{domain}")
+        if f"in_{domain}" in self.item_embedding:
+            own = self.item_embedding[f"in_{domain}"].weight * getattr(self, f"warm_{domain}")
             if items is None:  # the whole catalog: items beyond the embedding are cold
                 return vectors + F.pad(own, (0, 0, 0, len(codes) - len(own)))
             known = items < len(own)

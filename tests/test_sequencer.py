@@ -170,6 +170,12 @@ def test_cold_items_are_composed_of_codes_alone():
     assert torch.equal(model.compose(longer[items], "d", items), model.compose(longer, "d")[items])
 
 
+@pytest.mark.parametrize("domain", ["items", "train", "to", "a-b"])
+def test_a_domain_may_be_called_like_a_method(domain):
+    model = build(warm_items={domain: 20})
+    assert not torch.equal(model.compose(CATALOG, domain), model.compose(CATALOG, "other"))
+
+
 def test_content_tells_items_of_equal_codes_apart_and_is_not_saved():
     model = build(content_width=6).eval()
     content = torch.randn(20, 6)
