@@ -18,6 +18,13 @@ def test_every_config_file_loads(path):
     assert isinstance(load_config([path]), Config)
 
 
+def test_the_paper_over_a_data_set_takes_back_what_the_recipe_added():
+    config = load_config([CONFIGS / "scientific.yaml", CONFIGS / "paper.yaml"])
+    sequencer, finetune = config.sequencer, config.finetune
+    assert not (sequencer.item_embedding or sequencer.recall or sequencer.content or config.rqvae.extra_quantizers)
+    assert (finetune.last_item_share, finetune.prefix_share) == (0, 0)
+
+
 def test_files_merge_left_to_right_and_overrides_win(tmp_path):
     (tmp_path / "a.yaml").write_text("finetune: {epochs: 1, batch_size: 8}")
     (tmp_path / "b.yaml").write_text("finetune: {epochs: 2}")
