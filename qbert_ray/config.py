@@ -233,7 +233,14 @@ class Sequencer(Section):
         0.2, description="share of items that train by content alone, as codes of a cold item are new; needs content"
     )
     recall: bool = Field(True, description="queries also hold the mean of the sequence's items, the nearer the more; with tokens: item")
-    item_embedding: bool = Field(False, description="add an embedding per item to the composed one; zero for cold items")
+    item_embedding: bool = Field(
+        False, description="add an embedding per item to the composed one; zero for cold items; with tokens: item and loss: catalog"
+    )
+
+    @property
+    def embeds_items(self) -> bool:
+        """Whether items have embeddings that the head trains as well: scores of codes alone do not see them."""
+        return self.item_embedding and self.tokens == "item" and self.loss == "catalog"
 
 
 class SequenceTraining(Training):

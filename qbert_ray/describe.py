@@ -21,7 +21,7 @@ def complexity_table(config: Config, num_items: int) -> Table:
     if s.recall and s.tokens == "item":
         counts["real"]["parameters"]["recall"] = 2
         counts["real"]["multiply_adds"]["recall, one position"] = positions * s.width
-    if s.item_embedding:
+    if s.embeds_items:
         counts["real"]["parameters"]["item embedding"] = num_items * s.width
     table = Table(title=f"sequencer with {num_items:,} items, {positions} positions; millions", title_justify="left")
     table.add_column("module", no_wrap=True)

@@ -28,10 +28,10 @@ def draw_lengths(
     Args:
         prefix_share: share of the sequences that mask only their last item (`draw_masks`) which end early.
     """
-    masks_last = uniform(seed, epoch, samples, 2)[:, 1] < last_item_share
     draws = uniform(seed + PREFIX_STREAM, epoch, samples, 2)
+    early = _masks_last(samples, seed, epoch, last_item_share) & (draws[:, 0] < prefix_share)
     ends = 2 + np.floor(draws[:, 1] * (lengths - 1)).astype(np.int64)
-    return np.where(masks_last & (draws[:, 0] < prefix_share), np.minimum(ends, lengths), lengths)
+    return np.where(early, np.minimum(ends, lengths), lengths)
 
 
 def draw_masks(
@@ -57,7 +57,7 @@ def draw_masks(
     names = list(weights)
     bounds = np.cumsum([weights[name] for name in names]) / sum(weights.values())
     chosen = np.minimum(np.searchsorted(bounds, draws[:, 0], side="right"), len(names) - 1)
-    last = draws[:, 1] < last_item_share
+    last = _masks_last(samples, seed, epoch, last_item_share)
     places, noise = draws[:, 2 : 2 + MAX_REGIONS], draws[:, 2 + MAX_REGIONS :]
     mask = np.zeros((len(lengths), longest), dtype=bool)
     for number, name in enumerate(names):
@@ -105,6 +105,11 @@ def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def _masks_last(samples: np.ndarray, seed: int, epoch: int, share: float) -> np.ndarray:
+    """[B] whether a sample masks only its last item."""
+    return uniform(seed, epoch, samples, 2)[:, 1] < share
 
 
 def _run(start: np.ndarray, count: np.ndarray, position: np.ndarray) -> np.ndarray:

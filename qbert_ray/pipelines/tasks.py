@@ -219,14 +219,14 @@ class SequencerTask:
             "content_width": next(iter(self.contents.values())).shape[1] if self.contents else 0,
             "num_levels": int(self.catalogs[self.domains[0]].shape[1]),
             "codebook_size": self.codebook_size,
-            "warm_items": {name: len(self.catalogs[name]) for name in self.domains} if s.item_embedding else {},
+            "warm_items": {name: len(self.catalogs[name]) for name in self.domains} if s.embeds_items else {},
         } | {name: getattr(s, name) for name in names}
 
     def build(self) -> nn.Module:
         model = Sequencer(**self.description())
         for name, content in self.contents.items():
             model.hold_content(name, content)
-        for name in self.domains if self.config.sequencer.item_embedding else []:
+        for name in self.domains if self.config.sequencer.embeds_items else []:
             counts = np.bincount(self.sequences[name].items, minlength=len(self.catalogs[name]))
             getattr(model, f"warm_{name}").copy_(torch.from_numpy(counts > 0)[:, None])
         if self.config.sequencer.start == "codebooks" and not self.config.data.semantic_ids:

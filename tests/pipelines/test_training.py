@@ -78,6 +78,29 @@ def test_fine_tuning_takes_layers_of_other_domains_and_everything_of_its_own(fin
         assert taken(domains, transfer) == set(pretrained)
 
 
+def test_a_sequence_that_masks_its_last_item_reads_a_prefix_that_varies_by_epoch(finished):
+    config, run = finished
+    settings = config.finetune.model_copy(update={"last_item_share": 1.0, "prefix_share": 1.0})
+    task, read = SequencerTask(config, run, ["demo"], settings), []
+    model = task.build()
+    model.forward = lambda batch, catalog, domain: read.append(batch) or torch.zeros(int(batch.masked.sum()), config.sequencer.width)
+    samples = task.batches(0)[0]
+    for epoch in range(2):
+        task.loss(model, samples, epoch, CPU)
+    whole = int((samples[:, 3] - samples[:, 2]).sum())
+    assert all(int(batch.masked.sum()) == len(samples) and not batch.position[batch.masked].any() for batch in read)
+    assert all(len(batch.items) < whole for batch in read)
+    assert not torch.equal(read[0].items, read[1].items)
+
+
+@pytest.mark.parametrize(("settings", "there"), [({}, True), ({"tokens": "flat"}, False), ({"loss": "tokens"}, False)])
+def test_items_have_embeddings_only_where_the_head_trains_them(finished, settings, there):
+    config, run = finished
+    sequencer = config.sequencer.model_copy(update={"item_embedding": True} | settings)
+    model = SequencerTask(config.model_copy(update={"sequencer": sequencer}), run, ["demo"], config.finetune).build()
+    assert bool(len(model.item_embedding)) == there
+
+
 def test_a_finished_training_is_not_repeated(finished):
     config, run = finished
     before = run.read_json("fusion/model/model.json")
