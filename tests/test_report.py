@@ -11,7 +11,8 @@ import pytest
 
 from qbert_ray import cli
 from qbert_ray.artifacts import ArtifactError, RunDir
-from qbert_ray.report import figures, fused, people, summary, sweep
+from qbert_ray.config import Config
+from qbert_ray.report import evaluation, figures, fused, people, summary, sweep
 from qbert_ray.report.catalog import SIDE, Album, Catalog, thumbnail
 from qbert_ray.report.facts import FOLDERS, Facts, redact
 from qbert_ray.report.page import PAGE, embed, gather, seconds, write
@@ -54,6 +55,17 @@ def test_every_figure_is_one_that_plotly_takes(page):
     for plot in plots:
         assert all(trace.type for trace in go.Figure(plot).data)
         assert plot["layout"]["xaxis"]["title"] and plot["layout"]["yaxis"]["title"] is not None
+
+
+def test_masks_of_the_last_item_are_drawn_as_training_draws_them(run):
+    facts = Facts(run)
+    facts.config = Config.model_validate({"pretrain": {"enabled": False}, "finetune": {"prefix_share": 1.0}}).model_dump(mode="json")
+    strategies = {row["strategy"]: row["draws"] for row in evaluation.masks(facts)}
+    assert {len(draw) for draw in strategies["random"]} == {20}
+    assert len({len(draw) for draw in strategies["last"]}) > 1  # beginnings of other lengths
+    assert all(sum(draw) == 1 and draw[-1] and 2 <= len(draw) <= 20 for draw in strategies["last"])
+    facts.config["finetune"]["prefix_share"] = 0.0
+    assert [len(draw) for draw in evaluation.masks(facts)[-1]["draws"]] == [20]
 
 
 def test_a_figure_shows_the_tags_of_a_title_as_letters():

@@ -10,7 +10,7 @@ import polars as pl
 from qbert_ray import metrics
 from qbert_ray.artifacts import RunDir
 from qbert_ray.columns import USER_ID, to_sequences
-from qbert_ray.masking import draw_masks
+from qbert_ray.masking import draw_lengths, draw_masks
 from qbert_ray.report.catalog import Catalog
 from qbert_ray.report.facts import Facts
 from qbert_ray.report.figures import Figure, Series, bars, by_epoch, intervals, label, lines
@@ -157,7 +157,7 @@ def memory(counts: dict[str, Any]) -> Figure | None:
 def masks(facts: Facts) -> list[dict[str, Any]]:
     """Masks of every strategy that trains, drawn on a history of some items as training draws them."""
     rows = []
-    lengths, samples = np.full(DRAWS, MASKED_LENGTH), np.arange(DRAWS)
+    seed, lengths, samples = facts.config["run"]["seed"], np.full(DRAWS, MASKED_LENGTH), np.arange(DRAWS)
     for training_name in ("pretrain", "finetune"):
         settings = facts.config[training_name]
         if training_name == "pretrain" and not settings["enabled"]:
@@ -165,10 +165,11 @@ def masks(facts: Facts) -> list[dict[str, Any]]:
         total = sum(settings["masks"].values())
         for strategy, weight in settings["masks"].items():
             ratio = settings["mask_ratio"].get(strategy, 0.0)
-            drawn = draw_masks(lengths, samples, facts.config["run"]["seed"], 0, {strategy: 1.0}, {strategy: ratio})
+            drawn = draw_masks(lengths, samples, seed, 0, {strategy: 1.0}, {strategy: ratio})
             share = weight / total * (1 - settings["last_item_share"])
             rows.append({"training": training_name, "strategy": strategy, "share": share, "draws": drawn.tolist()})
-        last = draw_masks(lengths[:1], samples[:1], 0, 0, {"tail": 1.0}, {"tail": 0.0}, 1.0)
         if settings["last_item_share"]:
-            rows.append({"training": training_name, "strategy": "last", "share": settings["last_item_share"], "draws": last.tolist()})
+            ends = np.unique(draw_lengths(lengths, samples, seed, 0, 1.0, settings["prefix_share"])).tolist()
+            draws = [[False] * (end - 1) + [True] for end in ends]
+            rows.append({"training": training_name, "strategy": "last", "share": settings["last_item_share"], "draws": draws})
     return rows
