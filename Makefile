@@ -29,11 +29,11 @@ types: .venv/.linters ## what mypy thinks
 	$(BIN)/mypy qbert_ray
 
 docs: .venv/.installed ## write docs/config.md and its schema anew from qbert_ray/config.py
-	$(BIN)/python -m qbert_ray.reference docs
+	$(BIN)/python -m qbert_ray.config.reference docs
 
 chaos: .venv/.installed ## faults in random stages, then over whole runs; KILLS=20 HITS=100 SEED=0
-	$(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED) --out runs/chaos.md
-	$(BIN)/python -m tests.storm --hits $(HITS) --seed $(SEED) --out runs/storm.md
+	$(BIN)/python -m tests.chaos.kills --kills $(KILLS) --seed $(SEED) --out runs/chaos.md
+	$(BIN)/python -m tests.chaos.storm --hits $(HITS) --seed $(SEED) --out runs/storm.md
 
 audit: .venv/.linters ## known vulnerabilities of the versions in constraints.txt
 	$(BIN)/python -m tests.audit

@@ -2,7 +2,7 @@
 
 import sys
 
-from qbert_ray.cli import main
+from qbert_ray.cli.main import main
 
 if __name__ == "__main__":
     main(["ingest", *sys.argv[1:]])

@@ -18,11 +18,15 @@ for name, value in {
 
 import pytest  # noqa: E402
 
+from qbert_ray.execution import ray_session as _ray_session  # noqa: E402, F401, sets what Ray reads when it is imported
+from qbert_ray.run.directory import RunDir  # noqa: E402
+from tests.shop import SOURCE, make_two_shops, small_config  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def ray_session():
     """Four logical CPUs, so that actors and readers never wait for each other on a small machine."""
-    from qbert_ray.pipelines.session import ray  # sets Ray's environment before it imports it
+    from qbert_ray.execution.ray_session import ray
 
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)  # else every debug line is formatted for pytest's report
@@ -45,3 +49,22 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("QBERT_REAL_DATA does not name a folder with real data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    return make_two_shops(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="session")
+def finished(shop, tmp_path_factory, ray_session):
+    from qbert_ray.execution.progress import Quiet
+    from qbert_ray.execution.ray_executor import RayExecutor
+    from qbert_ray.pipeline import run_stage
+    from qbert_ray.run.stages import STAGES
+
+    config = small_config(shop, tmp_path_factory.mktemp("run"), SOURCE)
+    run = RunDir(config.run.dir)
+    for stage in STAGES:
+        run_stage(stage, config, run, RayExecutor(), Quiet())
+    return config, run

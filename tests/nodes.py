@@ -15,7 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 UP_SECONDS = 300
 

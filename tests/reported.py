@@ -10,12 +10,12 @@ import torch
 import yaml
 from PIL import Image
 
-from qbert_ray import columns
-from qbert_ray.artifacts import Manifest, RunDir
-from qbert_ray.fusion import DynamicFusion
-from qbert_ray.overlays import load_config
-from qbert_ray.report.facts import FOLDERS
-from qbert_ray.semantic_ids import to_tokens
+from qbert_ray.config.loading import load_config
+from qbert_ray.fusion.model import DynamicFusion
+from qbert_ray.run import columns
+from qbert_ray.run.directory import Manifest, RunDir
+from qbert_ray.run.stages import BY_NAME
+from qbert_ray.semantic_ids.collisions import to_tokens
 
 ITEMS, USERS, WIDTH = 24, 12, 8
 EVIL = "<script>alert(1)</script>"
@@ -25,12 +25,12 @@ COUNTS = {
     "ingest": {"shop": {"items": ITEMS, "users": USERS, "interactions": 72, "items_read": ITEMS + 2, "interactions_read": 72,
                         "items_rejected": {"no item_id": 2}, "interactions_rejected": {}, "images_rejected": {}}},
     "features": {"text": {"items": ITEMS, "text_vectors": ITEMS, "items_without_text": 0}},
-    "train-fusion": {"items": ITEMS, "depth_1": 20, "depth_2": 4, "metrics": {"epoch": 1, "depth_histogram": [20, 4]}, "warnings": [f"odd: {EVIL}"]},
-    "train-rqvae": {"metrics": {"epoch": 0, "items": ITEMS}},
-    "assign-ids": {"items": ITEMS, "num_levels": 2, "codebook_size": 8},
+    "fusion": {"items": ITEMS, "depth_1": 20, "depth_2": 4, "metrics": {"epoch": 1, "depth_histogram": [20, 4]}, "warnings": [f"odd: {EVIL}"]},
+    "quantizer": {"metrics": {"epoch": 0, "items": ITEMS}},
+    "semantic_ids": {"items": ITEMS, "num_levels": 2, "codebook_size": 8},
     "pretrain": {"domains": ["shop"], "metrics": {"epoch": 1, "hr@10": 0.1}},
     "finetune": {"metrics": {"shop": {"epoch": 2}}},
-    "train-memory": {"shop": {"users": USERS, "fitted_on": 5, "weights": 50, "weights_of_signals": {"sequencer": 0.5, "seen": -2.0},
+    "ranking": {"shop": {"users": USERS, "fitted_on": 5, "weights": 50, "weights_of_signals": {"sequencer": 0.5, "seen": -2.0},
                               "sequencer_ndcg@10": 0.1, "model_ndcg@10": 0.2,
                               "reranking": {"kept": True, "mixed": 0.2, "reranked": 0.25, "error": 0.01}}},
     "evaluate": {"shop": {"users": USERS}},
@@ -38,7 +38,7 @@ COUNTS = {
 }  # fmt: skip
 
 
-def write_run(folder, stages=tuple(FOLDERS), model_rank=1, floor_rank=9, **config):
+def write_run(folder, stages=tuple(BY_NAME), model_rank=1, floor_rank=9, **config):
     """A run of which these stages are done; in the evaluation the model ranks every target here, and the floor there."""
     run = RunDir(str(folder))
     settings = load_config([], [f"run.dir={folder}", "data.domains={shop: {attributes: [genre]}}"]).model_dump(mode="json")
@@ -49,7 +49,7 @@ def write_run(folder, stages=tuple(FOLDERS), model_rank=1, floor_rank=9, **confi
     random = np.random.default_rng(0)
     for stage in stages:
         WRITERS.get(stage, lambda *_: None)(run, random)
-        Manifest(stage, {}, {}, "0", 2.0, COUNTS[stage]).save(run, FOLDERS[stage])
+        Manifest(stage, {}, {}, "0", 2.0, COUNTS[stage]).save(run, stage)
     if "evaluate" in stages:
         _evaluation(run, {"model": model_rank, "sequencer": 5, "ridge": floor_rank, "popularity": 12, "co_occurrence": 11})
     return run
@@ -126,7 +126,7 @@ def _fusion(run, random):
 
 
 def _rqvae(run, random):
-    run.save_model("rqvae/model", {"quantizer.codebooks": torch.randn(2, 8, 4)}, {})
+    run.save_model("quantizer/model", {"quantizer.codebooks": torch.randn(2, 8, 4)}, {})
 
 
 def _ids(run, random):
@@ -158,7 +158,7 @@ def _score(run, random):
         for n in range(USERS)
         for place, item in enumerate([0, 1, 2, 3, 4])
     ]
-    run.write_part("recommendations", NAME, pa.Table.from_pylist(rows, columns.RECOMMENDATIONS))
+    run.write_part("score", NAME, pa.Table.from_pylist(rows, columns.RECOMMENDATIONS))
 
 
 def _evaluation(run, ranked):
@@ -170,16 +170,16 @@ def _evaluation(run, ranked):
         for model, rank in ranked.items()
         for n, (user, test) in enumerate(zip(sequences["user_id"].to_pylist(), sequences["test"].to_pylist(), strict=True))
     ]
-    run.write_part("evaluation/ranks", NAME, pa.Table.from_pylist(rows, columns.RANKS))
+    run.write_part("evaluate/ranks", NAME, pa.Table.from_pylist(rows, columns.RANKS))
     models = {model: summarise(np.array([row["rank_all"] for row in rows if row["model"] == model]), [1, 5, 10]) for model in ranked}
-    run.write_json("evaluation/metrics.json", {"shop": {"users": USERS, "protocols": {"all": models, "unseen": models}}})
+    run.write_json("evaluate/metrics.json", {"shop": {"users": USERS, "protocols": {"all": models, "unseen": models}}})
 
 
 def _write_lines(run, name, lines):
     run.write_bytes(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-WRITERS = {"ingest": _ingest, "features": _features, "train-fusion": _fusion, "train-rqvae": _rqvae, "assign-ids": _ids,
+WRITERS = {"ingest": _ingest, "features": _features, "fusion": _fusion, "quantizer": _rqvae, "semantic_ids": _ids,
            "pretrain": _pretrain, "finetune": _finetune, "score": _score}  # fmt: skip
 
 

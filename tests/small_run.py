@@ -10,13 +10,14 @@ import pyarrow as pa
 import torch
 import yaml
 
-from qbert_ray import columns, memory
-from qbert_ray.artifacts import RunDir
-from qbert_ray.config import Config
-from qbert_ray.ranker import MIX, RERANKER, WEIGHTS
-from qbert_ray.reranking import Reranker
-from qbert_ray.semantic_ids import to_tokens
-from qbert_ray.sequencer import Sequencer
+from qbert_ray.config.schema import Config
+from qbert_ray.ranking import item_item as memory
+from qbert_ray.ranking.ranker import MIX, RERANKER, WEIGHTS
+from qbert_ray.ranking.reranker import Reranker
+from qbert_ray.run import columns
+from qbert_ray.run.directory import RunDir
+from qbert_ray.semantic_ids.collisions import to_tokens
+from qbert_ray.sequence.model import Sequencer
 
 ITEMS, COLD, USERS, LEVELS, SIZE, WIDTH, PART = 40, 4, 12, 3, 8, 16, 25
 
@@ -31,7 +32,7 @@ def make_run(folder: Path, domains: tuple[str, ...] = ("shop",), **sequencer: An
         codes = _write_catalog(run, domain, rng)
         histories = [rng.integers(0, ITEMS - COLD, rng.integers(4, 30)) for _ in range(USERS)]
         _write_sequences(run, domain, histories)
-        _write_memory(run, domain, config.memory, histories)
+        _write_memory(run, domain, config.ranking, histories)
         description = {"num_levels": LEVELS, "codebook_size": SIZE, "width": WIDTH, "num_layers": 2, "num_heads": 2, "ffn_width": 32}
         description |= {"max_items": 20, "content_width": WIDTH, "recall": True, "logits": "cosine"} | sequencer
         model = Sequencer(**description)
@@ -60,7 +61,7 @@ def _write_catalog(run: RunDir, domain: str, rng: np.random.Generator) -> np.nda
         fused = [*keys, columns.to_fixed_lists(embeddings[rows]), pa.array([1] * len(rows), pa.int32())]
         run.write_part("fusion/embeddings", part, pa.table(fused, schema=columns.embeddings_schema(WIDTH)))
         run.write_json(f"fusion/embeddings/.counts/{part}.json", {"items": len(rows)})
-    run.write_json("semantic_ids/manifest.json", {"stage": "assign-ids", "counts": {"codebook_size": SIZE}})
+    run.write_json("semantic_ids/manifest.json", {"stage": "semantic_ids", "counts": {"codebook_size": SIZE}})
     return codes
 
 

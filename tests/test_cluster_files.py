@@ -4,15 +4,14 @@ import copy
 import json
 import re
 import tomllib
-from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
-from qbert_ray.overlays import load_config
+from qbert_ray.config.loading import load_config
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 KUBERAY, LAUNCHER = ["rayjob", "raycluster"], ["aws", "hosts"]
 FILES = sorted((ROOT / "cluster").glob("*.yaml"))
 

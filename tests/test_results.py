@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from qbert_ray import columns
-from qbert_ray.recommender import Recommender
+from qbert_ray.ranking.recommender import Recommender
+from qbert_ray.run import columns
+from tests import ROOT
 from tests.small_run import ITEMS, LEVELS, USERS, make_run
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [code for page in PAGES for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)]
 BLOCKS = [code for code in BLOCKS if '"runs/demo' in code or "'runs/demo" in code]
@@ -29,9 +29,9 @@ def folder(tmp_path_factory):
     table = pa.table([pa.array(values) for values in zip(*rows, strict=True)], names=columns.RECOMMENDATIONS.names)
     for part in (0, 1):
         half = table.slice(part * USERS // 2 * 5, USERS // 2 * 5).cast(columns.RECOMMENDATIONS)
-        run.write_part("recommendations", f"shop-{part:05d}.parquet", half)
-        run.write_json(f"recommendations/.counts/shop-{part:05d}.parquet.json", {"users": USERS // 2})
-    run.write_json("recommendations/manifest.json", {"stage": "score"})
+        run.write_part("score", f"shop-{part:05d}.parquet", half)
+        run.write_json(f"score/.counts/shop-{part:05d}.parquet.json", {"users": USERS // 2})
+    run.write_json("score/manifest.json", {"stage": "score"})
     return folder
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from qbert_ray.artifacts import ArtifactError, RunDir, resolve
-from qbert_ray.columns import ITEM_ID, ITEM_INDEX, to_sequences
-from qbert_ray.id_lookup import IDS, Ids, read_ids, read_titles
-from qbert_ray.semantic_ids import to_tokens
+from qbert_ray.run.columns import ITEM_ID, ITEM_INDEX, to_sequences
+from qbert_ray.run.directory import ArtifactError, RunDir, resolve
+from qbert_ray.semantic_ids.collisions import to_tokens
+from qbert_ray.semantic_ids.lookup import IDS, Ids, read_ids, read_titles
 
 SIDE, QUALITY = 88, 68  # pixels and JPEG quality of a thumbnail
 BUDGET = 5_500_000  # bytes of all thumbnails, as base64
@@ -115,7 +115,7 @@ def thumbnail(path: str | None, content: bytes | None) -> bytes | None:
     """A small JPEG of a picture; None where it cannot be had. The web is never asked: a report opens and is made without it."""
     from PIL import Image
 
-    from qbert_ray.encoders import ImageRejected, decode_image  # brings torch
+    from qbert_ray.features.encoders import ImageRejected, decode_image  # brings torch
 
     try:
         if content is None:

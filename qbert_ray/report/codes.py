@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from qbert_ray import id_report
-from qbert_ray.artifacts import RunDir
-from qbert_ray.id_lookup import IDS
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts
 from qbert_ray.report.figures import Figure, Series, bars, lines
+from qbert_ray.run.directory import RunDir
+from qbert_ray.semantic_ids import id_report
+from qbert_ray.semantic_ids.lookup import IDS
 
 BROWSED = 8_000  # items in the tree of a domain; of larger ones those with the most training interactions
 HINTED = 20_000  # larger catalogs are browsed without what is typical of a code
@@ -20,7 +20,7 @@ MOST_ATTRIBUTES = 6
 
 def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], album: Album) -> dict[str, Any]:
     """The section, or {"missing": why}."""
-    why = facts.missing("assign-ids")
+    why = facts.missing("semantic_ids")
     if why:
         return {"missing": why}
     found = id_report.report(run.uri)

@@ -8,13 +8,13 @@ import numpy as np
 import polars as pl
 
 from qbert_ray import metrics
-from qbert_ray.artifacts import RunDir
-from qbert_ray.columns import USER_ID, to_sequences
-from qbert_ray.masking import draw_lengths, draw_masks
 from qbert_ray.report.catalog import Catalog
 from qbert_ray.report.facts import Facts
 from qbert_ray.report.figures import Figure, Series, bars, by_epoch, intervals, label, lines
 from qbert_ray.report.summary import curve
+from qbert_ray.run.columns import USER_ID, to_sequences
+from qbert_ray.run.directory import RunDir
+from qbert_ray.sequence.masking import draw_lengths, draw_masks
 
 RANKED = 200_000  # users that the groups are made of
 GROUPS = 5
@@ -23,10 +23,10 @@ MASKED_LENGTH, DRAWS = 20, 3  # items of the example history, draws of each stra
 
 def gather(run: RunDir, facts: Facts, ranks: dict[str, pl.DataFrame]) -> dict[str, Any]:
     """The section; what is not done yet says so within it."""
-    content = run.read_json("evaluation/metrics.json") if run.exists("evaluation/metrics.json") else {}
+    content = run.read_json("evaluate/metrics.json") if run.exists("evaluate/metrics.json") else {}
     domains = []
     for domain in facts.targets:
-        mix = facts.counts("train-memory").get(domain)
+        mix = facts.counts("ranking").get(domain)
         domains.append(
             {
                 "name": domain,
@@ -39,7 +39,7 @@ def gather(run: RunDir, facts: Facts, ranks: dict[str, pl.DataFrame]) -> dict[st
             }
         )
     return {
-        "missing": {stage: why for stage in ("pretrain", "finetune", "train-memory", "evaluate") if (why := facts.missing(stage))},
+        "missing": {stage: why for stage in ("pretrain", "finetune", "ranking", "evaluate") if (why := facts.missing(stage))},
         "pretraining": training("pretrain", curve(run, "pretrain/metrics.jsonl")),
         "masks": masks(facts),
         "domains": domains,
@@ -94,11 +94,11 @@ def read_ranks(run: RunDir, domain: str, catalog: Catalog) -> pl.DataFrame:
     """Ranks of at most RANKED users, with the length of each history and the training interactions of each target."""
     pieces, users = [], 0
     popularity = pl.DataFrame({"target": catalog.item_ids, "popularity": catalog.popularity})
-    for part in run.parts("evaluation/ranks", domain):
+    for part in run.parts("evaluate/ranks", domain):
         sequences = to_sequences(run.read_part("ingest/sequences", part))
         length = np.diff(sequences.indptr) + (sequences.valid >= 0)
         histories = pl.DataFrame({USER_ID: sequences.user_ids, "history": length}, {USER_ID: pl.String, "history": pl.Int64})
-        rows = pl.DataFrame(run.read_part("evaluation/ranks", part, [USER_ID, "model", "target", "rank_all", "rank_unseen"]))
+        rows = pl.DataFrame(run.read_part("evaluate/ranks", part, [USER_ID, "model", "target", "rank_all", "rank_unseen"]))
         pieces.append(rows.join(histories, on=USER_ID, how="left").join(popularity, on="target", how="left"))
         users += len(sequences.user_ids)
         if users >= RANKED:

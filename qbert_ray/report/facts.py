@@ -7,15 +7,10 @@ from typing import Any
 
 import yaml
 
-from qbert_ray.artifacts import ArtifactError, Manifest, RunDir
-from qbert_ray.config import Config, Domain
-from qbert_ray.overlays import flatten, merge
-
-# stage -> its folder, as pipelines/stages.py has them
-FOLDERS = {
-    "ingest": "ingest", "features": "features", "train-fusion": "fusion", "train-rqvae": "rqvae", "assign-ids": "semantic_ids",
-    "pretrain": "pretrain", "finetune": "finetune", "train-memory": "memory", "evaluate": "evaluation", "score": "recommendations",
-}  # fmt: skip
+from qbert_ray.config.loading import flatten, merge
+from qbert_ray.config.schema import Config, Domain
+from qbert_ray.run.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.run.stages import BY_NAME, STARTED
 
 
 class Facts:
@@ -32,9 +27,9 @@ class Facts:
         self.given: dict[str, Any] = yaml.safe_load(run.read_bytes("config.yaml")) or {}
         self.config = merge(Config().model_dump(mode="json"), self.given)
         self.domains: dict[str, Any] = (self.given.get("data") or {}).get("domains") or self.config["data"]["domains"]
-        loaded = {stage: Manifest.load(run, folder) for stage, folder in FOLDERS.items()}
-        self.manifests = {stage: manifest for stage, manifest in loaded.items() if manifest}
-        self.started = {stage for stage, folder in FOLDERS.items() if run.exists(f"{folder}/started.json")} - set(self.manifests)
+        loaded = {name: Manifest.load(run, name) for name in BY_NAME}
+        self.manifests = {name: manifest for name, manifest in loaded.items() if manifest}
+        self.started = {name for name in BY_NAME if run.exists(f"{name}/{STARTED}")} - set(self.manifests)
 
     @property
     def targets(self) -> list[str]:
@@ -45,12 +40,10 @@ class Facts:
 
     def left_out(self, stage: str) -> str | None:
         """Why the config leaves a stage out; None where it does not."""
-        if stage in ("features", "train-fusion", "train-rqvae") and self.config["data"]["semantic_ids"]:
-            return "semantic IDs are given"
-        for name, section in (("pretrain", "pretrain"), ("train-memory", "memory")):
-            if stage == name and not self.config[section]["enabled"]:
-                return f"{section}.enabled is false"
-        return None
+        try:
+            return BY_NAME[stage].skipped(Config.model_validate(self.config))
+        except ValueError:  # a config that this version does not know
+            return None
 
     def missing(self, stage: str) -> str | None:
         """Why a stage's outputs are not there; None where they are."""
@@ -59,7 +52,11 @@ class Facts:
         why = self.left_out(stage)
         if why:
             return f"Left out: {why}."
-        return f"Not finished yet: {stage} has started." if stage in self.started else f"Not done yet: qbert-ray {stage} makes it."
+        return (
+            f"Not finished yet: {stage} has started."
+            if stage in self.started
+            else f"Not done yet: qbert-ray {BY_NAME[stage].command} makes it."
+        )
 
     def differences(self) -> list[dict[str, str]]:
         """Keys of the config that are not at their default: the key, its value, the default."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from qbert_ray.overlays import merge
+from qbert_ray.config.loading import merge
 
 # name -> on light, on dark: Okabe and Ito's hues, which the colour-blind tell apart, made 3 : 1 against the paper
 BLUE, GREEN, ORANGE, PURPLE, AMBER, BROWN, GREY = (

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from qbert_ray import columns
-from qbert_ray.artifacts import RunDir
-from qbert_ray.columns import COLD, ITEM_INDEX, to_numpy
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts
 from qbert_ray.report.figures import SYMBOLS, Figure, Series, bars, by_epoch, colour, finish, plain
 from qbert_ray.report.summary import curve
+from qbert_ray.run import columns
+from qbert_ray.run.columns import COLD, ITEM_INDEX, to_numpy
+from qbert_ray.run.directory import RunDir
 
 MAPPED, MAPPED_PARTS = 120, 4  # items of the map, and parts they are read from
 ASKED, KNOWN, SHOWN = 6, 300, 6  # items whose neighbours are shown, the best known ones they are among, neighbours of each
@@ -25,11 +25,11 @@ SEARCHED = 200_000  # items that can be neighbours
 
 def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], album: Album) -> dict[str, Any]:
     """The section, or {"missing": why}."""
-    why = facts.missing("train-fusion")
+    why = facts.missing("fusion")
     if why:
         return {"missing": why}
     epochs = curve(run, "fusion/metrics.jsonl")
-    figures = [depths(facts.counts("train-fusion"))]
+    figures = [depths(facts.counts("fusion"))]
     figures += training(epochs) if epochs else []
     section: dict[str, Any] = {"figures": figures, "domains": []}
     for domain, catalog in catalogs.items():
@@ -90,7 +90,7 @@ def _fuse(run: RunDir, facts: Facts, catalog: Catalog) -> tuple[np.ndarray, dict
     """Item indices, {view: [n, D] unit vectors}, {view: [n] whether the item has it} of a sample of a domain's items."""
     import torch
 
-    from qbert_ray.fusion import DynamicFusion
+    from qbert_ray.fusion.model import DynamicFusion
 
     tensors, description = run.load_model("fusion/model")
     model = DynamicFusion(**description).eval()

@@ -15,11 +15,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
-from qbert_ray.artifacts import RunDir
 from qbert_ray.report import codes, evaluation, fused, people, summary, sweep
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts, redact
 from qbert_ray.report.figures import dark_shades, label
+from qbert_ray.run.directory import RunDir
 
 PAGE = "report/index.html"
 UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&'\u2028\u2029"}  # within <script> these could end or start something
@@ -51,7 +51,7 @@ def gather(run: RunDir) -> dict[str, Any]:
             return {"missing": f"Could not be shown: {error}"}
 
     def ranks() -> dict[str, Any]:
-        there = [domain for domain in facts.targets if domain in catalogs and run.exists("evaluation/metrics.json")]
+        there = [domain for domain in facts.targets if domain in catalogs and run.exists("evaluate/metrics.json")]
         return {domain: evaluation.read_ranks(run, domain, catalogs[domain]) for domain in there}
 
     def overview() -> dict[str, Any]:

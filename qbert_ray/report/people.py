@@ -8,11 +8,11 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from qbert_ray.artifacts import RunDir
-from qbert_ray.columns import ITEM_ID, USER_ID, Sequences, to_sequences
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts
-from qbert_ray.semantic_ids import to_tokens
+from qbert_ray.run.columns import ITEM_ID, USER_ID, Sequences, to_sequences
+from qbert_ray.run.directory import RunDir
+from qbert_ray.semantic_ids.collisions import to_tokens
 
 USERS, LATEST, TOP = 6, 10, 10
 
@@ -28,11 +28,11 @@ def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], ranks: dict[
 
 def users(run: RunDir, catalog: Catalog, ranks: pl.DataFrame | None, album: Album) -> list[dict[str, Any]]:
     """Users of the domain's first part, drawn at random."""
-    parts = run.parts("recommendations", catalog.domain)
+    parts = run.parts("score", catalog.domain)
     if not parts:
         return []
     sequences = to_sequences(run.read_part("ingest/sequences", parts[0]))
-    best = pl.DataFrame(run.read_part("recommendations", parts[0], [USER_ID, "rank", ITEM_ID])).filter(pl.col("rank") <= TOP)
+    best = pl.DataFrame(run.read_part("score", parts[0], [USER_ID, "rank", ITEM_ID])).filter(pl.col("rank") <= TOP)
     chosen = np.sort(np.random.default_rng(0).permutation(len(sequences.user_ids))[:USERS])
     names = [sequences.user_ids[user] for user in chosen]
     row_of = pl.DataFrame({ITEM_ID: catalog.item_ids}).with_row_index("row")

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from qbert_ray.artifacts import RunDir
 from qbert_ray.metrics import NORMAL_95, ndcg
-from qbert_ray.report.facts import FOLDERS, Facts
+from qbert_ray.report.facts import Facts
 from qbert_ray.report.figures import label
+from qbert_ray.run.directory import RunDir
+from qbert_ray.run.stages import BY_NAME
 
 OWN = ("model", "sequencer")  # all other rankings are floors
 PROTOCOLS = ("unseen", "all")
@@ -58,9 +59,9 @@ def _compare(users: pl.DataFrame, protocol: str) -> dict[str, Any] | None:
 def warnings(run: RunDir, facts: Facts, judged: list[dict[str, Any]]) -> list[str]:
     """What a person should know before anything else."""
     found = [f"{one['domain']}: {one['says']}" for one in judged if one["level"] != "good"]
-    for stage in FOLDERS:
+    for stage in BY_NAME:
         found += [f"{stage}: {warning}" for warning in facts.counts(stage).get("warnings", [])]
-    undone = [stage for stage in FOLDERS if stage not in facts.manifests and not facts.left_out(stage)]
+    undone = [stage for stage in BY_NAME if stage not in facts.manifests and not facts.left_out(stage)]
     if undone:
         found.append(f"The run is not finished; still to do: {', '.join(undone)}. The same qbert-ray run goes on.")
     for row in rejected(facts):
@@ -122,7 +123,7 @@ def stages(facts: Facts) -> list[dict[str, Any]]:
     """State, seconds and throughput of every stage."""
     longest = max([manifest.seconds for manifest in facts.manifests.values()], default=0.0)
     rows = []
-    for stage in FOLDERS:
+    for stage in BY_NAME:
         manifest = facts.manifests.get(stage)
         row: dict[str, Any] = {"name": stage, "seconds": None, "work": "", "rate": "", "share": 0.0}
         if manifest is None:
@@ -148,17 +149,17 @@ def _work(facts: Facts, stage: str) -> tuple[int, str]:
         case "features":
             made = [figures.get(name, 0) for figures in per_domain for name in ("images", "text_vectors", "structure_vectors")]
             return sum(made), "pictures and vectors"
-        case "train-fusion":
+        case "fusion":
             return counts["items"] * (counts["metrics"]["epoch"] + 1), "items × epochs"
-        case "train-rqvae":
+        case "quantizer":
             return counts["metrics"]["items"], "items"
-        case "assign-ids":
+        case "semantic_ids":
             return counts["items"], "items"
         case "pretrain":
             return sum(users.get(name, 0) for name in counts["domains"]) * (counts["metrics"]["epoch"] + 1), "histories × epochs"
         case "finetune":
             return sum(users.get(name, 0) * (one["epoch"] + 1) for name, one in counts["metrics"].items()), "histories × epochs"
-        case "train-memory":
+        case "ranking":
             return sum(figures.get("weights", 0) for figures in per_domain), "item-item weights"
     return sum(figures.get("users", 0) for figures in per_domain), "users"
 

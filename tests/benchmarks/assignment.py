@@ -1,4 +1,4 @@
-"""Throughput of code assignment: the Ray Data pass of assign-ids against the bare loop over the same parts, on one core.
+"""Throughput of code assignment: the Ray Data pass of semantic-ids against the bare loop over the same parts, on one core.
 
     python -m tests.benchmarks.assignment                                    # 500,000 items of width 256
     python -m tests.benchmarks.assignment --items 10000000 --folder /big     # 10 GB of embeddings; about 11 GB more for the codes
@@ -18,14 +18,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from qbert_ray import columns, kmeans
-from qbert_ray.artifacts import RunDir
-from qbert_ray.catalog import load_quantizers
-from qbert_ray.config import Actors, Rqvae
-from qbert_ray.pipelines.session import session
-from qbert_ray.pipelines.sharding import map_parts
-from qbert_ray.pipelines.tokenization import ENCODED, EncodePart
-from qbert_ray.rqvae import RQVAE
+from qbert_ray.config.schema import Actors, Quantizer
+from qbert_ray.execution.ray_data import map_parts
+from qbert_ray.execution.ray_session import session
+from qbert_ray.run import columns
+from qbert_ray.run.directory import RunDir
+from qbert_ray.semantic_ids import kmeans
+from qbert_ray.semantic_ids.quantizers import load_quantizers
+from qbert_ray.semantic_ids.rqvae import RQVAE
+from qbert_ray.semantic_ids.stage import ENCODED, EncodePart
 
 ROWS = 8192  # of a part: what ingest writes for large catalogs
 
@@ -71,7 +72,7 @@ def write_catalog(run: RunDir, items: int, width: int) -> None:
 
 def save_quantizer(run: RunDir, kind: str, width: int) -> None:
     """A model of the default sizes; one that was never trained takes as long to encode."""
-    defaults = Rqvae()
+    defaults = Quantizer()
     description = {"width": width, "hidden": defaults.hidden if kind == "rqvae" else []}
     model = RQVAE(**description)
     embeddings = columns.to_numpy(run.read_part("fusion/embeddings", "shop-00000.parquet")["embedding"]).copy()
@@ -79,7 +80,7 @@ def save_quantizer(run: RunDir, kind: str, width: int) -> None:
         model.start(torch.from_numpy(embeddings))
     else:
         kmeans.fit_residual(model, torch.from_numpy(embeddings), 0)
-    run.save_model("rqvae/model", model.state_dict(), description)
+    run.save_model("quantizer/model", model.state_dict(), description)
 
 
 @torch.inference_mode()

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qbert_ray import kmeans
-from qbert_ray.config import Rqvae
-from qbert_ray.rqvae import RQVAE
-from qbert_ray.semantic_ids import Resolved, resolve_collisions
+from qbert_ray.config.schema import Quantizer
+from qbert_ray.semantic_ids import kmeans
+from qbert_ray.semantic_ids.collisions import Resolved, resolve_collisions
+from qbert_ray.semantic_ids.rqvae import RQVAE
 from tests.benchmarks.collisions import PLAIN, SIZE, catalog
 from tests.benchmarks.plain_rule import plain_rule
 from tests.benchmarks.table import Figure, main
@@ -40,7 +40,7 @@ def embeddings(items: int) -> torch.Tensor:
 
 
 def assignment(items: int) -> Iterator[Figure]:
-    data, defaults = embeddings(items), Rqvae()
+    data, defaults = embeddings(items), Quantizer()
     model = RQVAE(WIDTH, [], defaults.num_levels, defaults.codebook_size, defaults.codebook_dim).eval()
     kmeans.fit_residual(model, data[:TRAINED], 0)
     with torch.inference_mode():
@@ -74,7 +74,7 @@ def assignment(items: int) -> Iterator[Figure]:
         )  # fmt: skip
 
 
-def faiss(folder: Path, latent: torch.Tensor, settings: Rqvae) -> subprocess.Popen[str]:
+def faiss(folder: Path, latent: torch.Tensor, settings: Quantizer) -> subprocess.Popen[str]:
     """faiss in the peers' interpreter, waiting for beams."""
     np.save(folder / "train.npy", latent[:TRAINED].numpy())
     np.save(folder / "items.npy", latent.numpy())

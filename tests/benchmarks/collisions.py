@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from qbert_ray.semantic_ids import resolve_collisions, to_keys
+from qbert_ray.semantic_ids.collisions import resolve_collisions, to_keys
 from tests.benchmarks.plain_rule import plain_rule
 
 LEVELS, SIZE, WIDTH = 4, 256, 32

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.depth                     # random weights, gates set so that depths spread
     OMP_NUM_THREADS=1 python -m tests.benchmarks.depth --run runs/shop     # the trained model and the features of a run
 
-Both give the same embeddings (asserted for every item). One core, batches as in train-fusion's pass over the catalog,
+Both give the same embeddings (asserted for every item). One core, batches as in fusion's pass over the catalog,
 median of alternating rounds. What items bring to the layers (Eq. 3) is the same work for all, so the bar is on the layers;
 the whole model is told too.
 """
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbert_ray.artifacts import RunDir
-from qbert_ray.config import Fusion
-from qbert_ray.fusion import DynamicFusion
-from qbert_ray.pipelines.tasks import Features
-from qbert_ray.pipelines.tokenization import BATCH
+from qbert_ray.config.schema import Fusion
+from qbert_ray.features.item_features import ItemFeatures
+from qbert_ray.fusion.model import DynamicFusion
+from qbert_ray.run.directory import RunDir
+from qbert_ray.semantic_ids.stage import BATCH
 from tests.benchmarks.table import Figure, main
 
 ITEMS, ROUNDS = 3 * BATCH, 5
@@ -51,7 +51,7 @@ def of_a_run(folder: str) -> tuple[str, DynamicFusion, list[Batch]]:
     tensors, description = run.load_model("fusion/model")
     model = DynamicFusion(**description)
     model.load_state_dict(tensors)
-    pieces = [Features(run, part).batch(slice(None), torch.device("cpu")) for part in run.parts("ingest/items")]  # type: ignore[arg-type]
+    pieces = [ItemFeatures(run, part).batch(slice(None), torch.device("cpu")) for part in run.parts("ingest/items")]  # type: ignore[arg-type]
     features, present = ({name: torch.cat([piece[side][name] for piece in pieces]) for name in pieces[0][side]} for side in (0, 1))
     item = torch.arange(len(next(iter(present.values()))))
     rows = [slice(int(begin), int(begin) + BATCH) for begin in item[::BATCH]]

@@ -27,14 +27,15 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from qbert_ray.artifacts import RunDir
-from qbert_ray.columns import ITEMS
-from qbert_ray.config import Actors, Features
-from qbert_ray.encoders import decode_image
-from qbert_ray.pipelines import sharding
-from qbert_ray.pipelines.encoding import ImagePart, TextPart
-from qbert_ray.pipelines.session import Quiet, session
-from qbert_ray.pipelines.sharding import map_parts
+from qbert_ray.config.schema import Actors, Features
+from qbert_ray.execution import ray_data as sharding
+from qbert_ray.execution.progress import Quiet
+from qbert_ray.execution.ray_data import map_parts
+from qbert_ray.execution.ray_session import session
+from qbert_ray.features.encoders import decode_image
+from qbert_ray.features.encoding import ImagePart, TextPart
+from qbert_ray.run.columns import ITEMS
+from qbert_ray.run.directory import RunDir
 from tests.benchmarks.table import Figure, main
 
 FIELDS = {"text.title": "", "text.description": ""}

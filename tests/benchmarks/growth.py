@@ -19,10 +19,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qbert_ray.demo import generate
+from qbert_ray.inputs.demo_shop import generate
+from tests import ROOT
 from tests.benchmarks.table import Figure, main
 
-ROOT = Path(__file__).parent.parent.parent
 MOST = 2.2
 SETTINGS = [
     "features.modalities=[text, structure]", "fusion.epochs=4", "pretrain.epochs=1", "finetune.epochs=2", "data.min_interactions=1",
@@ -55,8 +55,8 @@ def stages_of(items: int, users: int) -> dict[str, float]:
 
 def streaming() -> dict[str, float]:
     """Peak MiB of this process after `EARLY` parts of the catalog and after all `PARTS`."""
-    from qbert_ray.artifacts import RunDir
-    from qbert_ray.pipelines.tokenization import EncodePart
+    from qbert_ray.run.directory import RunDir
+    from qbert_ray.semantic_ids.stage import EncodePart
     from tests.benchmarks.assignment import ROWS, save_quantizer, write_catalog
 
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,7 @@ def figures(full: bool) -> Iterator[Figure]:
 
 
 def run_stages(given: list[str]) -> None:
-    from qbert_ray.overlays import load_config
+    from qbert_ray.config.loading import load_config
     from tests.benchmarks.without_ray import run_stages
 
     print(json.dumps(run_stages(load_config([ROOT / "configs" / "demo.yaml"], given), threads=1)))

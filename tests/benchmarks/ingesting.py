@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from qbert_ray.artifacts import RunDir
-from qbert_ray.columns import ITEM_ID, ITEM_INDEX, TIMESTAMP, USER_ID
-from qbert_ray.overlays import load_config
-from qbert_ray.rows import mix, stable_hash
+from qbert_ray.config.loading import load_config
+from qbert_ray.inputs.rows import mix, stable_hash
+from qbert_ray.run.columns import ITEM_ID, ITEM_INDEX, TIMESTAMP, USER_ID
+from qbert_ray.run.directory import RunDir
 from tests.benchmarks.process_tree import GIB, Peak
 from tests.benchmarks.resampling import write_interactions
 from tests.benchmarks.table import Figure, main
@@ -42,8 +42,8 @@ MOST_SECONDS, MOST_GIB = 300, 8
 
 
 def ours(shop: Path, out: Path) -> dict[str, float]:
-    from qbert_ray.pipelines.ingest import ingest
-    from qbert_ray.pipelines.session import session
+    from qbert_ray.execution.ray_executor import ray_executor
+    from qbert_ray.inputs.stage import ingest
 
     settings = [
         f"data.root={shop}",
@@ -52,9 +52,9 @@ def ours(shop: Path, out: Path) -> dict[str, float]:
         f"run.dir={out}",
     ]
     config = load_config([], settings)
-    with session():
+    with ray_executor() as executor:
         ready, clock = time.monotonic(), Laps()
-        counts = ingest(config, RunDir(str(out)), clock)["shop"]
+        counts = ingest(config, RunDir(str(out)), executor, clock)["shop"]
         seconds = time.monotonic() - ready
     return {"seconds": seconds, "rounds": counts["core_rounds"], "laps": clock.laps()}
 

@@ -11,11 +11,11 @@ import argparse
 import numpy as np
 import torch
 
-from qbert_ray.artifacts import RunDir
-from qbert_ray.config import Config
-from qbert_ray.overlays import load_config
-from qbert_ray.pipelines.tasks import SequencerTask
-from qbert_ray.pipelines.training import Loop
+from qbert_ray.config.loading import load_config
+from qbert_ray.config.schema import Config
+from qbert_ray.run.directory import RunDir
+from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.training import Loop
 
 ARMS = {"random": "{random: 1}", "multi-mask": "{span: 1, tail: 1, multi_region: 1}"}
 

@@ -18,15 +18,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from qbert_ray.demo import generate
+from qbert_ray.inputs.demo_shop import generate
+from tests import ROOT
 from tests.benchmarks.table import Figure, main
 
-ROOT = Path(__file__).parent.parent.parent
 MOST_SECONDS = 90
 QUICK = ["fusion.epochs=5", "pretrain.epochs=2", "finetune.epochs=3"]
 STAGES = {
-    "ingest": "ingest", "features": "features", "train-fusion": "fusion", "train-rqvae": "rqvae", "assign-ids": "semantic_ids", "pretrain": "pretrain",
-    "finetune": "finetune", "train-memory": "memory", "evaluate": "evaluation", "score": "recommendations",
+    "ingest": "ingest", "features": "features", "fusion": "fusion", "quantizer": "rqvae", "semantic_ids": "semantic_ids", "pretrain": "pretrain",
+    "finetune": "finetune", "ranking": "memory", "evaluate": "evaluation", "score": "score",
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def assert_same(one: Path, other: Path) -> None:
     a, b = (table["embedding"].to_numpy() for table in tables)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosine.min() > 0.99, f"an item's embeddings have a cosine of {cosine.min():.3f}"
-    users = [pl.read_parquet(run / "recommendations" / "*.parquet")["user_id"].unique().sort() for run in (one, other)]
+    users = [pl.read_parquet(run / "score" / "*.parquet")["user_id"].unique().sort() for run in (one, other)]
     assert users[0].equals(users[1])
 
 
@@ -64,7 +64,7 @@ def figures(full: bool) -> Iterator[Figure]:
         generate(shop, **size)
         alone = [sys.executable, "-m", "tests.benchmarks.overhead", "--alone", *overrides(shop, runs["alone"], full)]
         inside, parts_inside = measure(alone, runs["alone"])
-        with_ray = [sys.executable, "-m", "qbert_ray.cli", "run", "-c", "configs/demo.yaml", *overrides(shop, runs["ray"], full)]
+        with_ray = [sys.executable, "-m", "qbert_ray.cli.main", "run", "-c", "configs/demo.yaml", *overrides(shop, runs["ray"], full)]
         outside, parts = measure(with_ray, runs["ray"])
         assert_same(*runs.values())
     what = "the demo" if full else "a small demo (240 items, 400 users, few epochs)"
@@ -78,7 +78,7 @@ def figures(full: bool) -> Iterator[Figure]:
 
 
 def run_alone(given: list[str]) -> None:
-    from qbert_ray.overlays import load_config
+    from qbert_ray.config.loading import load_config
     from qbert_ray.report.page import write
     from tests.benchmarks.without_ray import run_stages
 

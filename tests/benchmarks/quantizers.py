@@ -21,21 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qbert_ray import metrics
-from qbert_ray.artifacts import RunDir
-from qbert_ray.overlays import load_config
-from qbert_ray.pipelines.tasks import RqvaeTask
-from qbert_ray.pipelines.training import Loop
-from qbert_ray.rqvae import RQVAE, Quantized, ResidualQuantizer
+from qbert_ray.config.loading import load_config
+from qbert_ray.run.directory import RunDir
+from qbert_ray.semantic_ids.rqvae import RQVAE, Quantized, ResidualQuantizer
+from qbert_ray.semantic_ids.task import QuantizerTask
+from qbert_ray.training import Loop
 
 QUERIES, NEIGHBOURS = 2000, 10
 ARMS: dict[str, tuple[list[str], dict[str, bool]]] = {  # name -> overrides of the config, options of the model
-    "kmeans": (["rqvae.quantizer=kmeans"], {}),
-    "opq": (["rqvae.quantizer=opq"], {}),
-    "rqvae": (["rqvae.quantizer=rqvae"], {}),
-    "rqvae, MLPs alone": (["rqvae.quantizer=rqvae", "rqvae.shortcut=false", "rqvae.warmup_epochs=10"], {}),
-    "rqvae, sinkhorn": (["rqvae.quantizer=rqvae"], {"sinkhorn": True}),
-    "rqvae, ema": (["rqvae.quantizer=rqvae"], {"ema": True}),
-    "rqvae, rotation": (["rqvae.quantizer=rqvae"], {"rotation": True}),
+    "kmeans": (["quantizer.kind=kmeans"], {}),
+    "opq": (["quantizer.kind=opq"], {}),
+    "rqvae": (["quantizer.kind=rqvae"], {}),
+    "rqvae, MLPs alone": (["quantizer.kind=rqvae", "quantizer.shortcut=false", "quantizer.warmup_epochs=10"], {}),
+    "rqvae, sinkhorn": (["quantizer.kind=rqvae"], {"sinkhorn": True}),
+    "rqvae, ema": (["quantizer.kind=rqvae"], {"ema": True}),
+    "rqvae, rotation": (["quantizer.kind=rqvae"], {"rotation": True}),
 }
 
 
@@ -115,8 +115,8 @@ def rotate(latent: Tensor, vector: Tensor) -> Tensor:
     return turned * norm_q / norm_e
 
 
-class OptionsTask(RqvaeTask):
-    """`RqvaeTask` with a model that has options."""
+class OptionsTask(QuantizerTask):
+    """`QuantizerTask` with a model that has options."""
 
     options: dict[str, bool] = {}
 

@@ -25,14 +25,15 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-from qbert_ray.memory import Memory, Mix, co_occurrence, describe, following
-from qbert_ray.ranker import Ranker, batches
-from qbert_ray.ranking import hide, top_k
-from qbert_ray.reranking import Reranker
-from qbert_ray.sequencer import Sequencer
-from qbert_ray.signals import SIGNALS
+from qbert_ray.features.structure import co_occurrence
+from qbert_ray.ranking.item_item import Memory, Mix, describe, following
+from qbert_ray.ranking.ranker import Ranker, batches
+from qbert_ray.ranking.reranker import Reranker
+from qbert_ray.ranking.score_features import SIGNALS
+from qbert_ray.sequence.model import Sequencer
+from qbert_ray.top_k import hide, top_k
 from tests.benchmarks.table import Figure, main
-from tests.test_memory import plainly_mixed
+from tests.ranking.test_item_item import plainly_mixed
 
 ITEMS, USERS, LENGTH, PROCESSES, K = 6250, 17_112, 9.0, 2, 10
 PAPER = {"width": 256, "num_layers": 4, "num_heads": 4, "ffn_width": 512}

@@ -27,14 +27,14 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from qbert_ray import columns
-from qbert_ray.artifacts import RunDir
-from qbert_ray.config import Config
-from qbert_ray.export import padded
-from qbert_ray.masking import draw_masks
-from qbert_ray.pipelines.tasks import SequencerTask
-from qbert_ray.pipelines.training import Loop
-from qbert_ray.semantic_ids import to_tokens
+from qbert_ray.config.schema import Config
+from qbert_ray.ranking.export import padded
+from qbert_ray.run import columns
+from qbert_ray.run.directory import RunDir
+from qbert_ray.semantic_ids.collisions import to_tokens
+from qbert_ray.sequence.masking import draw_masks
+from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.training import Loop
 from tests.benchmarks.scoring import histories_of_instruments
 from tests.benchmarks.table import Figure, main
 

@@ -1,0 +1,169 @@
+"""New items get semantic IDs from the models that are there; IDs that were published never move.
+
+The catalog grows only at its end: new items become further parts of ingest/items, and features, embeddings and IDs of these
+parts are made as those of a cold item. A part that has no IDs yet is what an earlier try left, so the same command goes on with
+it. Versions of the IDs are lists of parts in the manifest of semantic_ids, each with its parent; the manifest is written
+after the parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from qbert_ray.config.schema import Config
+from qbert_ray.execution.executor import Executor
+from qbert_ray.execution.progress import Progress
+from qbert_ray.features.stage import extend_features
+from qbert_ray.fusion.stage import embed_catalog
+from qbert_ray.inputs.readers import REASON
+from qbert_ray.inputs.sources import POSITION, open_source
+from qbert_ray.inputs.stage import GROUP, read_catalog, split_items, write_items
+from qbert_ray.pipeline import APPENDED, file_fingerprints, status
+from qbert_ray.run.columns import COLD, ITEM_ID, ITEM_INDEX
+from qbert_ray.run.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.run.stages import BY_NAME, STAGES
+from qbert_ray.semantic_ids.stage import assign_parts, figures
+
+IDS = "semantic_ids"
+CONTENT = "_content"
+
+
+def append_ids(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+    """IDs for the items of the input files that have none; the new version, or the last one where there is nothing to do.
+
+    Returns:
+        version, parent, fingerprint, model, parts, items (all that have IDs by then), and numbers of items: added, and of those
+        that had IDs before changed (their texts or pictures are others now, their IDs are not), unchanged and gone from the files.
+
+    Raises:
+        ArtifactError: the run's stages up to semantic-ids are not done, or were made with another config.
+    """
+    _check(config, run)
+    files = {name: state for stage in ("ingest", "features") for name, state in file_fingerprints(BY_NAME[stage], config).items()}
+    versions = _versions(run)
+    found: Counter[str] = Counter()
+    for domain in config.data.domains:
+        progress.note(domain)
+        found.update(_append_items(config, run, domain, executor))
+    missing = [part for part in run.parts("ingest/items") if part not in set(run.parts(IDS))]
+    if missing:
+        extend_features(config, run, executor, progress)
+        embed_catalog(config, run, executor, progress)
+        assign_parts(config, run, executor, missing, progress)
+    version = _publish(config, run, versions, found)
+    run.write_json(APPENDED, files)
+    return version
+
+
+def _check(config: Config, run: RunDir) -> None:
+    if config.data.semantic_ids:
+        raise ArtifactError("semantic-ids --append needs the models of stages 1 and 2; with data.semantic_ids set, add the new items there")
+    for stage in STAGES[: STAGES.index(BY_NAME["semantic_ids"]) + 1]:
+        if status(stage, config, run, files=False) is None:
+            raise ArtifactError(
+                f"semantic-ids --append needs {stage.name}, which is not done in {run.uri}; do the run first: qbert-ray run"
+            )
+
+
+# the catalog
+
+
+def _append_items(config: Config, run: RunDir, domain: str, executor: Executor) -> Counter[str]:
+    """Write the new items of a domain behind its last part, in order, so that a cut leaves no gap; how the others were found."""
+    rows, catalog = read_catalog(config, domain, open_source(config.data.root, domain, "items", config.data.domains[domain]), executor)
+    parts = run.parts("ingest/items", domain)
+    published = pl.concat(pl.DataFrame(executor.get(handle)) for handle in [executor.submit(_contents, run, part) for part in parts])
+    new = pl.DataFrame(catalog).join(published, on=ITEM_ID, how="anti", maintain_order="left")
+    size = config.data.rows_per_part or max(run.read_part("ingest/items", part, [ITEM_INDEX]).num_rows for part in parts)
+    place = np.arange(len(new))
+    new = new.with_columns(
+        pl.Series(GROUP, place // size), pl.Series(ITEM_INDEX, (len(published) + place).astype(np.int32)), pl.lit(True).alias(COLD)
+    )
+    known = executor.put(pl.DataFrame(catalog).join(published, on=ITEM_ID).to_arrow())
+    compared = [executor.submit(_compare, block, known, num_returns=2) for block in rows.blocks()]
+    found: Counter[str] = Counter()
+    for counts, _ in compared:
+        found.update(executor.get(counts))
+    found["gone"] = len(published) - found["changed"] - found["unchanged"]
+    if len(new):
+        groups, first = math.ceil(len(new) / size), 1 + int(parts[-1].removesuffix(".parquet").rsplit("-", 1)[1])
+        index = executor.put(new.to_arrow())
+        split = [executor.submit(split_items, block, index, groups, num_returns=groups) for _, block in compared]
+        for group, pieces in enumerate(zip(*split, strict=True) if groups > 1 else [split]):
+            executor.get(executor.submit(write_items, run, domain, f"append{first + group:05d}", first + group, size, *pieces))
+    return found
+
+
+def _contents(run: RunDir, part: str) -> pa.Table:
+    rows = pl.DataFrame(run.read_part("ingest/items", part))
+    return rows.select(ITEM_ID, _content(rows)).to_arrow()
+
+
+def _content(rows: pl.DataFrame) -> pl.Series:
+    """Hash of what is encoded of each item; comparable within one version of polars, so it is never stored."""
+    texts = sorted(name for name in rows.columns if "." in name)
+    columns = [pl.col("image_path", *texts).cast(pl.String), pl.col("image_bytes").cast(pl.Binary)]
+    return rows.select(columns).hash_rows().alias(CONTENT)
+
+
+def _compare(block: pa.Table, known: pa.Table) -> tuple[Counter[str], pa.Table]:
+    """How many published items are as they were, by their first rows; and the rows of other items, unusable ones among them."""
+    rows = pl.DataFrame(block)
+    other = rows.join(pl.DataFrame(known), on=ITEM_ID, how="anti", maintain_order="left")
+    rows = rows.with_columns(_content(rows).alias("now"))
+    same = rows.join(pl.DataFrame(known), on=[ITEM_ID, POSITION]).select(pl.col("now") == pl.col(CONTENT)).to_series()
+    return Counter(unchanged=int(same.sum()), changed=int((~same).sum()), unusable=rows[REASON].count()), other.to_arrow()
+
+
+# versions
+
+
+def _versions(run: RunDir) -> list[dict[str, Any]]:
+    """The versions so far; the first is what the run made, noted down before anything is added to it."""
+    manifest = Manifest.load(run, IDS)
+    assert manifest is not None
+    if "versions" not in manifest.counts:
+        items = manifest.counts["items"]
+        first = {"version": 0, "parent": None, "fingerprint": manifest.fingerprint, "model": manifest.inputs["quantizer"]}
+        manifest.counts["versions"] = [first | {"items": items, "added": items, "parts": run.parts(IDS)}]
+        manifest.save(run, IDS)
+    return manifest.counts["versions"]
+
+
+def _publish(config: Config, run: RunDir, versions: list[dict[str, Any]], found: Counter[str]) -> dict[str, Any]:
+    """Add a version with all parts that are in none yet."""
+    listed = {part for version in versions for part in version["parts"]}
+    parts = [part for part in run.parts(IDS) if part not in listed]
+    counts = {name: found[name] for name in ("changed", "unchanged", "gone")}
+    last = versions[-1]
+    if not parts:
+        return last | {"added": 0} | counts
+    tables = [run.read_part(IDS, part, [ITEM_ID, "semantic_id"]) for part in parts]
+    added = sum(table.num_rows for table in tables)
+    version = {
+        "version": last["version"] + 1,
+        "parent": last["fingerprint"],
+        "fingerprint": _fingerprint([last["fingerprint"], last["model"], *(table.to_pydict() for table in tables)]),
+        "model": last["model"],
+        "items": last["items"] + added,
+        "added": added,
+        **counts,
+        "parts": parts,
+    }
+    manifest = Manifest.load(run, IDS)
+    assert manifest is not None
+    manifest.counts |= figures(config, run) | {"versions": [*versions, version]}
+    manifest.save(run, IDS)
+    return version
+
+
+def _fingerprint(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,80 @@
+"""`qbert-ray fetch` and `qbert-ray init`: public data to try things on, and a first config for one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+console = Console(highlight=False)
+
+
+def fetch(
+    name: Annotated[str | None, typer.Argument(help="movielens-1m, amazon-2023:CATEGORY or amazon-2018:CATEGORY; none: list them.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the files; data/NAME unless said otherwise.")] = None,
+) -> None:
+    """Download a public data set: checked, and gone on with after a break.
+
+    Example: qbert-ray fetch movielens-1m -o data/movielens-1m
+
+    Example: qbert-ray fetch amazon-2023:Musical_Instruments -o data/instruments
+    """
+    from qbert_ray.inputs import public_data  # brings polars
+
+    if name is None:
+        for kind in ["movielens-1m", *public_data.CATEGORIES]:
+            categories = public_data.CATEGORIES.get(kind, [])
+            data = public_data.find(f"{kind}:{categories[0]}" if categories else kind)
+            console.print(f"[bold]{kind}{':CATEGORY' if categories else ''}[/bold]  {escape(data.page)}", soft_wrap=True)
+            console.print(Padding(escape(data.terms), (0, 0, 0, 4)))
+            if categories:
+                console.print(Padding(", ".join(categories), (0, 0, 0, 4)), style="dim")
+        return
+    folder = output or Path("data") / name.replace(":", "-")
+    data = public_data.find(name)
+    console.print(f"[bold]{escape(data.title)}[/bold], from {escape(data.page)}", soft_wrap=True)
+    console.print(f"terms: {escape(data.terms)}\ncite:  {escape(data.cite)}", soft_wrap=True)
+    with _bars() as report:
+        came = public_data.fetch(name, folder, report)
+    for file in data.files:
+        size = (folder / file.name).stat().st_size
+        console.print(
+            f"[green]✓[/green] {escape(file.name)}, {size:,} bytes{'' if file.name in came else ': was there, and is what came then'}"
+        )
+    console.print(f"next: qbert-ray init {escape(str(folder))} -o {escape(folder.name)}.yaml", soft_wrap=True)
+
+
+def init(
+    files: Annotated[list[Path], typer.Argument(metavar="FOLDER|FILE", help="Items and interactions: Parquet, CSV, TSV or JSONL.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a config that is there.")] = False,
+) -> None:
+    """Write a first config for your files, with what is guessed of them as comments.
+
+    Example: qbert-ray init data/shop -o shop.yaml
+
+    Example: qbert-ray init catalog.csv.gz "sales/*.parquet" -o shop.yaml
+    """
+    from qbert_ray.inputs.starter_page import write_config  # brings polars
+
+    console.print(write_config(files, output, force), end="", markup=False, soft_wrap=True)
+    console.print(f"[green]✓[/green] {escape(str(output))}; next: qbert-ray validate -c {escape(str(output))}", soft_wrap=True)
+
+
+@contextmanager
+def _bars() -> Iterator:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+
+        def report(name: str):
+            task = bars.add_task(name, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield report

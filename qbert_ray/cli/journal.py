@@ -1,0 +1,168 @@
+"""What a run says while it works: bars, lines and tables to a person, one JSON line per event to a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import structlog
+from rich.console import Console
+from rich.markup import escape
+
+from qbert_ray.cli.console import LOG_SECONDS, StageBar, metrics_table, stage_line, sweep_table
+from qbert_ray.run.directory import Manifest
+
+
+class Journal(Protocol):
+    """Where a run tells what happened."""
+
+    def begin(self, what: str) -> None:
+        """Something starts that takes longer than a moment."""
+        ...
+
+    def stage(self, name: str) -> AbstractContextManager[Any]:
+        """The `Progress` of a stage, for as long as it works."""
+        ...
+
+    def done(self, name: str, manifest: Manifest | None, seconds: float | None, why: str | None = None) -> None:
+        """A stage is done: now (seconds given) or before, or left out (why given)."""
+        ...
+
+    def warn(self, text: str) -> None: ...
+
+    def metrics(self, domain: str, content: dict[str, Any]) -> None:
+        """What evaluate/metrics.json says of a domain."""
+        ...
+
+    def appended(self, version: dict[str, Any]) -> None:
+        """The version of the semantic IDs that now is the latest."""
+        ...
+
+    def trials(self, description: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """What became of each trial of a sweep."""
+        ...
+
+    def files(self, paths: Mapping[str, str]) -> None:
+        """Where results are: what they are -> where."""
+        ...
+
+
+class Terminal:
+    """For a person, who also reads what is printed into a file."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def begin(self, what: str) -> None:
+        self.console.print(f"[dim]{escape(what)}; starting Ray[/dim]", soft_wrap=True)
+
+    def stage(self, name: str) -> StageBar:
+        return StageBar(self.console, name)
+
+    def done(self, name: str, manifest: Manifest | None, seconds: float | None, why: str | None = None) -> None:
+        self.console.print(stage_line(name, manifest, seconds, why), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]! {escape(text)}[/yellow]", soft_wrap=True)
+
+    def metrics(self, domain: str, content: dict[str, Any]) -> None:
+        self.console.print()
+        self.console.print(metrics_table(domain, content))
+        if "cold" in content:
+            self.console.print(metrics_table(domain, content["cold"], "items that no training saw"))
+
+    def appended(self, version: dict[str, Any]) -> None:
+        self.console.print(
+            f"[green]✓[/green] version {version['version']} ({version['fingerprint']}): {version['items']:,} semantic IDs, {version['added']:,} added; "
+            f"of those before {version['unchanged']:,} items unchanged, {version['changed']:,} changed, {version['gone']:,} gone from the files",
+            soft_wrap=True,
+        )
+
+    def trials(self, description: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        self.console.print(sweep_table(description, rows))
+
+    def files(self, paths: Mapping[str, str]) -> None:
+        for name, path in paths.items():
+            self.console.print(f"{name:<16} {escape(path)}", soft_wrap=True)
+
+
+class JsonLines:
+    """For a machine: every line a JSON object with `timestamp`, `event`, `run`, and where they are known `stage` and `domain`."""
+
+    def __init__(self, run: str, domains: list[str]) -> None:
+        processors = [structlog.processors.TimeStamper(fmt="iso", utc=True), structlog.processors.JSONRenderer(ensure_ascii=False)]
+        self.log = structlog.wrap_logger(structlog.PrintLogger(), processors=processors).bind(run=run)
+        self.domains = domains
+
+    def begin(self, what: str) -> None:
+        self.log.info("started", what=what)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[_StageLog]:
+        log = self.log.bind(stage=name)
+        log.info("stage started")
+        try:
+            yield _StageLog(log, self.domains)
+        except BaseException as error:
+            log.info("stage failed", error=f"{type(error).__name__}: {error}")
+            raise
+
+    def done(self, name: str, manifest: Manifest | None, seconds: float | None, why: str | None = None) -> None:
+        log = self.log.bind(stage=name)
+        if manifest is None:
+            log.info("stage left out", why=why)
+        elif seconds is None:
+            log.info("stage was done before")
+        else:
+            log.info("stage done", seconds=round(seconds, 1), counts=manifest.counts)
+
+    def warn(self, text: str) -> None:
+        self.log.info("warning", text=text)
+
+    def metrics(self, domain: str, content: dict[str, Any]) -> None:
+        self.log.info("metrics", domain=domain, **content)
+
+    def appended(self, version: dict[str, Any]) -> None:
+        self.log.info("appended", **version)
+
+    def trials(self, description: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self.log.info("trial", **row)
+
+    def files(self, paths: Mapping[str, str]) -> None:
+        self.log.info("files", **{name.replace(" ", "_"): path for name, path in paths.items()})
+
+
+class _StageLog:
+    """A `Progress` that logs each epoch, and how far a stage is now and then."""
+
+    def __init__(self, log: Any, domains: list[str]) -> None:
+        self.log, self.domains = log, domains
+        self.total, self.completed, self.said = 0, 0, time.monotonic()
+
+    def start(self, total: int, done: int = 0) -> None:
+        self.total, self.completed = total, done
+
+    def advance(self, steps: int = 1) -> None:
+        self.completed += steps
+        if time.monotonic() - self.said > LOG_SECONDS:
+            self.said = time.monotonic()
+            self.log.info("progress", done=self.completed, total=self.total)
+
+    def note(self, text: str) -> None:
+        if text in self.domains:
+            self.log = self.log.bind(domain=text)
+        else:
+            self.log.info("note", text=text)
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        self.log.info("epoch", **metrics)
+
+
+def open_journal(kind: str, console: Console, run: str, domains: list[str]) -> Journal:
+    """The journal of a run; "auto" is "text" at a terminal and "json" elsewhere."""
+    if kind == "json" or (kind == "auto" and not console.is_terminal):
+        return JsonLines(run, domains)
+    return Terminal(console)

@@ -1,0 +1,374 @@
+"""`qbert-ray`: one command for the whole run, and one per stage."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from qbert_ray.cli import completion, config_commands, data_commands, id_commands, model_commands
+from qbert_ray.cli.console import trials_table
+from qbert_ray.cli.journal import Journal, Terminal, open_journal
+from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials, with_values
+from qbert_ray.config.schema import Config
+from qbert_ray.execution.failures import root_cause, stoppable
+from qbert_ray.run.directory import ArtifactError, RunDir
+from qbert_ray.run.stages import STAGES
+
+app = typer.Typer(
+    name="qbert-ray",
+    help="Semantic IDs and recommendations from a multimodal catalog, on Ray.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Files = Annotated[
+    list[str],
+    typer.Option("--config", "-c", metavar="FILE", help="YAML overlays, merged left to right.", autocompletion=completion.config_files),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.FIELD=VALUE", help="Single values on top of the files.", autocompletion=completion.overrides),
+]
+
+app.command(rich_help_panel="Data")(data_commands.fetch)
+app.command(rich_help_panel="Data")(data_commands.init)
+
+
+@app.command(rich_help_panel="Whole run")
+def run(
+    config: Files,
+    overrides: Overrides = None,
+    redo: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="STAGE", help="Redo this stage and all after it.", autocompletion=lambda: [stage.command for stage in STAGES]
+        ),
+    ] = None,
+) -> None:
+    """Do every stage that is not done yet, and show the metrics.
+
+    Example: qbert-ray run -c shop.yaml
+
+    Example: qbert-ray run -c shop.yaml --from quantizer quantizer.num_levels=3
+    """
+    settings = load_config(list(config), list(overrides or []))
+    journal = _journal(settings, settings.run.dir)
+    _run_stages(settings, journal, None, redo)
+    directory = RunDir(settings.run.dir)
+    _show_metrics(directory, journal)
+    results = {"semantic IDs": "semantic_ids", "score": "score", "metrics": "evaluate/metrics.json"}
+    journal.files({name: directory.path(folder) for name, folder in results.items()})
+    _write_report_or_say(settings.run.dir, journal)
+
+
+def _stage_command(name: str, help_text: str) -> Callable[..., None]:
+    def command(
+        config: Files,
+        overrides: Overrides = None,
+        redo: Annotated[bool, typer.Option("--redo", help="Forget this stage and all after it first.")] = False,
+    ) -> None:
+        settings = load_config(list(config), list(overrides or []))
+        journal = _journal(settings, settings.run.dir)
+        _run_stages(settings, journal, name, name if redo else None)
+        if name == "evaluate":
+            _show_metrics(RunDir(settings.run.dir), journal)
+
+    command.__doc__ = f"{help_text}\n\nExample: qbert-ray {name} -c shop.yaml"
+    return command
+
+
+def semantic_ids(
+    config: Files,
+    overrides: Overrides = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Forget this stage and all after it first.")] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Only give IDs to new items of the input files; published IDs never move.")
+    ] = False,
+) -> None:
+    """Assign every item its semantic ID, without collisions.
+
+    Example: qbert-ray semantic-ids -c shop.yaml
+
+    Example: qbert-ray semantic-ids --append -c shop.yaml
+    """
+    if append and redo:
+        raise ConfigError("--append keeps every ID and --redo forgets them all: choose one")
+    if append:
+        _append(load_config(list(config), list(overrides or [])))
+    else:
+        _stage_command("semantic_ids", "")(config, overrides, redo)
+
+
+for _stage in STAGES:
+    app.command(_stage.command, rich_help_panel=_stage.panel)(
+        semantic_ids if _stage.name == "semantic_ids" else _stage_command(_stage.command, _stage.help)
+    )
+
+
+@app.command(rich_help_panel="Whole run")
+def sweep(
+    config: Files,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and what they will cost; run nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was begun; fail where there is none.")] = False,
+) -> None:
+    """Train once for each setting of some fields, on Ray Tune; a sweep that was cut goes on.
+
+    Example: qbert-ray sweep -c shop.yaml -c configs/sweeps/paper.yaml
+    """
+    settings = load_config(list(config), list(overrides or []))
+    from qbert_ray.sweeps import tuning
+    from qbert_ray.sweeps.trials import Plan
+
+    plan = Plan(settings)
+    journal = _journal(settings, plan.folder.uri)
+    journal.begin(f"sweep {settings.sweep.name} in {settings.run.dir}")
+    tuning.check_base(plan)
+    if resume and not plan.folder.exists(tuning.SWEEP):
+        raise ConfigError(f"--resume: no sweep {settings.sweep.name} in {settings.run.dir}; begin it without --resume")
+    if dry_run:
+        _show_trials(plan, tuning.estimate(plan))
+        return
+    best = _search(plan, journal)
+    _write_report_or_say(plan.folder.uri, journal)
+    results = {"trials": tuning.TRIALS, "curves": tuning.CURVES} | ({"best": tuning.BEST} if best else {})
+    journal.files({name: plan.folder.path(file) for name, file in results.items()})
+    if not best:
+        raise ArtifactError("no setting was finished under every seed: the errors of failed trials are in the table above")
+
+
+@app.command(rich_help_panel="Whole run")
+def reproduce(
+    table: Annotated[Path, typer.Argument(help="What to compare, such as configs/tables/fusion.yaml.")],
+    config: Files,
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the table, or s3:// or gs://; further data sets add to it.")],
+    overrides: Overrides = None,
+) -> None:
+    """A table of the paper anew: variants of a config over seeds, with intervals, beside the published figures.
+
+    Example: qbert-ray reproduce configs/tables/fusion.yaml -c shop.yaml -o results/fusion
+    """
+    from qbert_ray.sweeps import tables
+
+    what = tables.load_table(table)
+    refuse_credentials("--output", output)
+    folder = RunDir(output)
+    folder.exists(tables.RANKS)  # a place that cannot be opened is told of before hours of training
+    settings = load_config(list(config), list(overrides or []))
+    seeds = settings.sweep.seeds or what.seeds
+    compared = {"name": table.stem, "stage": "evaluate", "search": "variants", "variants": what.variants, "seeds": seeds}
+    settings = with_values(settings, {"sweep": compared})
+    from qbert_ray.sweeps import tuning
+    from qbert_ray.sweeps.trials import Plan
+
+    plan = Plan(settings)
+    journal = _journal(settings, plan.folder.uri)
+    journal.begin(f"{what.title} in {settings.run.dir}")
+    tuning.check_base(plan)
+    _search(plan, journal)
+    tables.collect(folder, tuning.ranks(plan, what), what)
+    journal.files({"table": folder.inside(tables.MARKDOWN).uri, "ranks": folder.inside(tables.RANKS).uri})
+    failed = [plan.names[trial.name] for trial in plan.trials if plan.result(trial).get("status") != "done"]
+    if failed:
+        raise ArtifactError(f"the table lacks trials of {', '.join(sorted(set(failed)))}; the same command tries them again")
+
+
+def _search(plan: Any, journal: Journal) -> dict[str, Any] | None:
+    """Do what the trials of a sweep stand on, then the trials; what `tuning.search` gives."""
+    from qbert_ray.execution.ray_session import session
+    from qbert_ray.sweeps import tuning
+
+    with stoppable(errors), session(plan.config.compute.address):
+        tuning.check_room(plan)
+        for seed in plan.seeds:
+            for name in plan.to_prepare(seed):
+                started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)
+                with journal.stage(name) as progress:
+                    manifest = tuning.prepare(plan, seed, name, progress)
+                if manifest is not None:
+                    journal.done(name, manifest, None if done else time.monotonic() - started)
+        with journal.stage("trials") as progress:
+            best = tuning.search(plan, progress)
+    journal.trials(plan.folder.read_json(tuning.SWEEP), tuning.trial_rows(plan))
+    return best
+
+
+def _show_trials(plan: Any, seconds: list[float | None]) -> None:
+    if not plan.trials:
+        console.print(f"{plan.sweep.num_trials} trials that {plan.sweep.search} makes up as it goes")
+        return
+    shared = [(plan.shared(trial) or ["-"])[-1] for trial in plan.trials]
+    console.print(trials_table([(t.name, t.values, t.seed) for t in plan.trials], shared, seconds))
+    known = [cost for cost in seconds if cost is not None]
+    if known:
+        console.print(
+            f"{sum(known) / 60:.0f} minutes one after the other, judged by how long the stages of {escape(plan.config.run.dir)} took"
+        )
+    else:
+        console.print(f"how long they take is not known: {escape(plan.config.run.dir)} has not done the stages they repeat")
+
+
+@app.command(rich_help_panel="Data")
+def validate(config: Files, overrides: Overrides = None) -> None:
+    """Say in one page what is wrong with the input files; nothing is written.
+
+    Example: qbert-ray validate -c shop.yaml
+    """
+    from qbert_ray.execution.executor import open_executor
+    from qbert_ray.inputs.validation import format_validation
+    from qbert_ray.inputs.validation import validate as check
+
+    settings = load_config(list(config), list(overrides or []))
+    with open_executor(settings) as executor:
+        report = check(settings, executor)
+    console.print(format_validation(report), markup=False)
+    if any(domain["errors"] for domain in report.values()):
+        raise typer.Exit(2)
+
+
+@app.command(rich_help_panel="Looking")
+def describe(
+    config: Files,
+    overrides: Overrides = None,
+    items: Annotated[int, typer.Option(help="Items of the catalog.")] = 6250,
+) -> None:
+    """Parameters and multiply-adds of the sequencer by module, as the paper counts and as they are.
+
+    Example: qbert-ray describe -c configs/paper.yaml --items 6250
+    """
+    from qbert_ray.sequence.complexity import complexity_table
+
+    settings = load_config(list(config), list(overrides or []))
+    console.print(complexity_table(settings, items))
+
+
+app.command(rich_help_panel="Looking")(config_commands.config)
+app.command(rich_help_panel="Looking")(model_commands.export)
+
+
+@app.command(rich_help_panel="Looking")
+def report(
+    directory: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The directory of a run, finished or not, or of a sweep.")],
+) -> None:
+    """Write one HTML file that shows how a run or a sweep went: figures, items, semantic IDs, recommendations.
+
+    Example: qbert-ray report runs/movielens
+    """
+    _write_report(directory, Terminal(console))
+
+
+app.add_typer(id_commands.app, rich_help_panel="Looking")
+
+
+@app.command("demo-data", rich_help_panel="Data")
+def demo_data(
+    folder: Annotated[Path, typer.Argument(help="Where the shop's files go.")],
+    seed: Annotated[int, typer.Option(help="Another seed, another shop.")] = 0,
+) -> None:
+    """Generate the demo shop: a made-up catalog with pictures, and made-up shoppers.
+
+    Example: qbert-ray demo-data runs/demo/data
+    """
+    from qbert_ray.inputs.demo_shop import generate
+
+    if (folder / "interactions.parquet").exists():  # written last
+        console.print(f"the demo shop is already in {folder}; delete the folder for another")
+        return
+    counts = generate(folder, seed)
+    console.print(
+        f"generated a demo shop in {folder}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    )
+
+
+def _journal(config: Config, folder: str) -> Journal:
+    return open_journal(config.run.log, console, folder, list(config.data.domains))
+
+
+def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | None) -> None:
+    journal.begin(f"run directory {config.run.dir}")
+    from qbert_ray.execution.executor import open_executor
+    from qbert_ray.pipeline import preflight, redo_from, run_stage, status
+
+    by_command = {stage.command: stage for stage in STAGES}
+    if redo is not None and redo not in by_command:
+        raise ConfigError(f"--from {redo}: no such stage; the stages are {', '.join(by_command)}")
+    directory = RunDir(config.run.dir)
+    first = STAGES.index(by_command[redo]) if redo else len(STAGES)
+    last = STAGES.index(by_command[only]) + 1 if only else len(STAGES)
+    for stage in STAGES[: min(first, last)]:  # refuse a changed config before anything is done or deleted
+        if not stage.skipped(config):
+            status(stage, config, directory)
+    if redo is not None:
+        redo_from(by_command[redo].name, directory)
+    stages = [by_command[only]] if only else list(STAGES)
+    with stoppable(errors), open_executor(config) as executor:
+        preflight(stages, config, directory, executor)
+        for stage in stages:
+            why = stage.skipped(config)
+            known = None if why else status(stage, config, directory)
+            started = time.monotonic()
+            with journal.stage(stage.command) as progress:
+                manifest = run_stage(stage, config, directory, executor, progress)
+            journal.done(stage.command, manifest, None if known else time.monotonic() - started, why)
+            for warning in manifest.counts.get("warnings", []) if manifest else []:
+                journal.warn(warning)
+
+
+def _write_report_or_say(directory: str, journal: Journal) -> None:
+    """What it tells of is done, whatever becomes of the report."""
+    try:
+        _write_report(directory, journal)
+    except Exception as error:  # noqa: BLE001
+        journal.warn(f"no report: {type(error).__name__}: {error}")
+
+
+def _write_report(directory: str, journal: Journal) -> None:
+    from qbert_ray.report.page import write  # brings plotly, which the other commands do without
+
+    path, problems = write(directory)
+    for problem in problems:
+        journal.warn(problem)
+    journal.files({"report": path})
+
+
+def _append(config: Config) -> None:
+    journal = _journal(config, config.run.dir)
+    journal.begin(f"run directory {config.run.dir}")
+    from qbert_ray.append import append_ids
+    from qbert_ray.execution.executor import open_executor
+
+    with open_executor(config) as executor, journal.stage("append") as progress:
+        version = append_ids(config, RunDir(config.run.dir), executor, progress)
+    journal.appended(version)
+
+
+def _show_metrics(directory: RunDir, journal: Journal) -> None:
+    for domain, content in directory.read_json("evaluate/metrics.json").items():
+        journal.metrics(domain, content)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; errors of the user end with one message and exit status 2, others with their traceback."""
+    try:
+        app(args=arguments)
+    except Exception as error:
+        cause = root_cause(error)
+        if not isinstance(cause, (ValueError, FloatingPointError, OSError)):
+            raise
+        errors.print(f"[red]error:[/red] {escape(str(cause))}", soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""From files and the command line to a `Config`: YAML overlays merge left to right, then `section.field=value` strings.
+
+config = load_config(["configs/movielens.yaml"], ["data.root=/data/movielens", "finetune.epochs=5"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qbert_ray.config.schema import Config, Data, Domain
+
+WHOLE = {"masks", "variants"}  # mappings whose keys are the choice itself, so merging would only ever add some
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the dotted path, what was given and what is valid."""
+
+
+def load_config(files: list[str | Path] = [], overrides: list[str] = []) -> Config:  # noqa: B006 - never mutated
+    """The `Config` from YAML files merged left to right, then `section.field=value` strings.
+
+    Raises:
+        ConfigError: a file or an override cannot be read, or a key or value is not valid.
+    """
+    tree: dict[str, Any] = {}
+    for file in files:
+        tree = merge(tree, read_layer(Path(file)))
+    for override in overrides:
+        tree = merge(tree, _parse_override(override))
+    return _validate(tree)
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """The config with other values at some dotted paths.
+
+    Raises:
+        ConfigError: a path or a value is not valid.
+    """
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    for path, value in values.items():
+        tree = merge(tree, nest(path, value))
+    return _validate(tree)
+
+
+def nest(path: str, value: Any) -> dict[str, Any]:
+    """A nested mapping with one leaf at a dotted path."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _validate(tree: dict[str, Any]) -> Config:
+    for path, value in flatten(tree).items():
+        if isinstance(value, str):
+            refuse_credentials(path, value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def refuse_credentials(name: str, value: str) -> None:
+    """Raise ConfigError where a URI given as `name` holds credentials; the value is not repeated, since the message is logged too."""
+    if re.match(r"\w+://[^/?]*@", value):
+        raise ConfigError(
+            f"{name} holds credentials, which would end up in manifests and logs; write {value.partition('://')[0]}://bucket/path and "
+            "give them by the environment of every node (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
+        )
+
+
+def read_layer(file: Path) -> dict[str, Any]:
+    """One YAML file, on top of the file beside it that its `extends` names."""
+    try:
+        layer = yaml.safe_load(file.read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"no config file at {file}; the ones that come with the project are in configs/") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(layer, dict):
+        raise ConfigError(f"{file} must hold a mapping of sections, got {type(layer).__name__}")
+    base = layer.pop("extends", None)
+    return merge(read_layer(file.parent / base), layer) if base else layer
+
+
+def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `overlay` on top: mappings merge key by key, anything else is replaced.
+
+    Those of `WHOLE` are replaced whole.
+    """
+    merged = dict(base)
+    for key, value in overlay.items():
+        deep = isinstance(value, dict) and isinstance(merged.get(key), dict) and key not in WHOLE
+        merged[key] = merge(merged[key], value) if deep else value
+    return merged
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> leaf of a nested mapping, as errors and manifests name it."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def settings_of(overlay: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value that an overlay sets, as `merge` would: what is replaced whole stays whole."""
+    found: dict[str, Any] = {}
+    for key, value in overlay.items():
+        path = f"{prefix}{key}"
+        deep = isinstance(value, dict) and value and key not in WHOLE
+        found |= settings_of(value, f"{path}.") if deep else {path: value}
+    return found
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip("."):
+        raise ConfigError(f"{text!r} is not an override; write section.field=value, such as finetune.epochs=5")
+    try:
+        tree: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        tree = value
+    return nest(path, tree)
+
+
+def _explain(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    if problem["type"] != "extra_forbidden":
+        return f"{path or 'config'}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"
+    known = _known_keys(problem["loc"][:-1])
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+    hint = f"did you mean {'.'.join([*map(str, problem['loc'][:-1]), near[0]])}?" if near else f"known there: {', '.join(known)}"
+    return f"{path}: no such key; {hint}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if model is Data and part == "domains":
+            model = Domain
+        elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[part].annotation
+    return sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

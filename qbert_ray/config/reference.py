@@ -1,0 +1,165 @@
+"""The reference of every config field, from the schema of `Config`: for a terminal, for docs/config.md, for editors."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from qbert_ray.config.loading import ConfigError
+from qbert_ray.config.schema import Config, Section
+
+# What a description says of the paper: a place there, at times with its value, in brackets, alone, or before or after the rest.
+_PLACE = r"(?:§[\d.]+\d|Eq\. \d+|Table \d+)"
+_PAPER = re.compile(rf"\s*\((?:from )?({_PLACE}[^)]*)\)|^(?:from )?({_PLACE}(?:: [^;]+)?)(?:; |$)|;? ?paper: ([^;]+)|({_PLACE})")
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+_EVERY = "<name>"  # stands for the keys of a mapping that the user chooses
+
+
+class Field(NamedTuple):
+    path: str  # dotted
+    type: str
+    default: str  # as YAML and the command line take it
+    description: str
+    paper: str  # where the paper speaks of it, and its value
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a config file, with the `extends` that only files have."""
+    schema = Config.model_json_schema()
+    for model in _subclasses(Section):
+        for name, content in schema["$defs"].get(model.__name__, {}).get("properties", {}).items():
+            if description := _description(model, name):
+                content["description"] = description
+    extends = {"type": "string", "description": "config file beside this one that this one is laid over"}
+    return schema | {"title": "qbert-ray config", "properties": {"extends": extends} | schema["properties"]}
+
+
+def fields(prefix: str = "") -> list[Field]:
+    """Every field in the order of the schema, or those at or under a dotted path.
+
+    Raises:
+        ConfigError: there is nothing under that path.
+    """
+    schema = json_schema()
+    known = [field for field in _walk(schema, schema, "") if field.path != "extends"]
+    wanted = re.sub(r"^(data\.domains\.)[\w-]+", rf"\1{_EVERY}", prefix.strip("."))
+    found = [field for field in known if not wanted or field.path == wanted or field.path.startswith(f"{wanted}.")]
+    if not found:
+        names = {path for field in known for path in (field.path, field.path.rpartition(".")[0])} - {""}
+        near = difflib.get_close_matches(prefix, sorted(names), n=1) or sections()
+        raise ConfigError(
+            f"{prefix}: no such section or field; {'did you mean' if len(near) == 1 else 'the sections are'} {', '.join(near)}"
+        )
+    return found
+
+
+def sections() -> list[str]:
+    return list(Config.model_fields)
+
+
+def about(section: str) -> str:
+    """What a section is for; empty where its name says it."""
+    return (Config.model_fields[section].annotation.__doc__ or "").strip()  # type: ignore[union-attr]
+
+
+def markdown() -> str:
+    """The content of docs/config.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "Written by `make docs` from `qbert_ray/config.py`; `qbert-ray config --describe SECTION` prints the same. A config is one or more",
+        "YAML files, merged left to right, then `section.field=value` from the command line. *paper* is where the paper speaks of a field, and",
+        "its value. With the first line below, editors complete and check the fields ([schema](config.schema.json), or `qbert-ray config --schema`):",
+        "",
+        "```yaml",
+        "# yaml-language-server: $schema=../docs/config.schema.json",
+        "extends: demo.yaml # optional: lay this file over that one, beside it",
+        "```",
+    ]
+    for section in sections():
+        lines += ["", f"## {section}", "", *([about(section), ""] if about(section) else [])]
+        lines += ["| field | type | default | what | paper |", "|---|---|---|---|---|"]
+        for field in fields(section):
+            path, kind, default, *rest = (text.replace("|", "\\|") for text in field)
+            lines.append(f"| `{path}` | {kind} | `{default}` | {' | '.join(rest)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path) -> None:
+    """Write docs/config.md and docs/config.schema.json anew."""
+    (folder / "config.md").write_text(markdown())
+    (folder / "config.schema.json").write_text(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n")
+
+
+def _subclasses(model: type[Section]) -> Iterator[type[Section]]:
+    for child in model.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _description(model: type[Section], name: str) -> str:
+    """What a model says of its field; where that is nothing, or the paper's value alone, what the model it extends says before that."""
+    own = model.model_fields[name].description or ""
+    parents = [parent for parent in model.__mro__[1:] if name in getattr(parent, "model_fields", {})]
+    if _split(own)[0] or not parents:
+        return own
+    inherited = _description(parents[0], name)
+    return f"{inherited} ({own})" if own else inherited
+
+
+def _walk(schema: dict[str, Any], root: dict[str, Any], path: str) -> Iterator[Field]:
+    for name, content in schema["properties"].items():
+        here = f"{path}.{name}" if path else name
+        inner = _resolve(content, root)
+        entries = _resolve(inner.get("additionalProperties"), root)
+        if "properties" in inner:
+            yield from _walk(inner, root, here)
+        elif "properties" in entries:
+            yield from _walk(entries, root, f"{here}.{_EVERY}")
+        else:
+            yield Field(here, _type(content), _text(content.get("default")), *_split(content.get("description", "")))
+
+
+def _text(default: Any) -> str:
+    """As one would write it on the command line: quoted only where YAML would else read something different."""
+    quoted = json.dumps(default, ensure_ascii=False)
+    plain = quoted.replace('"', "")
+    return plain if yaml.safe_load(plain) == default else quoted
+
+
+def _resolve(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(schema, dict):
+        return {}
+    return root["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(map(_type, schema["anyOf"]))
+    if "enum" in schema:
+        return " or ".join(filter(None, [", ".join(schema["enum"][:-1]), schema["enum"][-1]]))
+    kind = schema.get("type", "any")
+    if kind == "array":
+        return f"list of {_type(schema.get('items', {}))}"
+    if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
+        return f"{{{_type(schema.get('propertyNames', {}))}: {_type(schema['additionalProperties'])}}}"
+    bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
+    return f"{kind} {bounds}".strip()
+
+
+def _split(description: str) -> tuple[str, str]:
+    """What a description says, and what of it is on the paper."""
+    paper = [next(filter(None, found.groups())) for found in _PAPER.finditer(description)]
+    text = _PAPER.sub(lambda found: found[4] or "", description)
+    return re.sub(r"\bNone\b", "null", text.strip(" ;")), "; ".join(paper)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

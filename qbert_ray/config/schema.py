@@ -1,0 +1,397 @@
+"""Every knob of a run: name, unit, the paper's value and section.
+
+One frozen `Config` describes a whole run; `overlays.load_config` reads it. A fact is said once: what follows from other
+fields (number of levels of given IDs, widths of features) is derived where it is used. `compute` never enters a stage's
+fingerprint: more machines change the time, never the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qbert_ray.config.search import NonNegativeInt, PositiveFloat, PositiveInt, Section, Sweep
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Modality = Literal["text", "image", "structure"]
+MaskStrategy = Literal["span", "tail", "multi_region", "random"]
+
+
+class Run(Section):
+    dir: str = Field("runs/run", description="run directory: a local path or an s3:// or gs:// URI")
+    seed: int = Field(0, description="seeds initialisation, batch order, masks and dropout")
+    log: Literal["auto", "text", "json"] = Field(
+        "auto", description="what is printed: bars and tables, or a JSON object per event and line; auto: the first at a terminal"
+    )
+    tensorboard: bool = Field(True, description="each training also leaves its epochs in <folder>/tensorboard")
+    mlflow: str | None = Field(None, description="tracking URI of an MLflow server (needs mlflow-skinny); each training is a run there")
+
+
+class Domain(Section):
+    items: str = Field("items.parquet", description="catalog: file, folder or glob (Parquet, CSV, JSONL), under data.root")
+    interactions: str = Field("interactions.parquet", description="histories: file, folder or glob, under data.root")
+    role: Literal["target", "source"] = Field("target", description="source: only pre-trained on; target: also fine-tuned (§4.1)")
+    format: Literal["auto", "amazon_2018", "amazon_2023"] = Field(
+        "auto", description="raw Amazon review and metadata files, or the input contract"
+    )
+    item_columns: dict[Literal["item_id"], str] = Field({}, description="what the items file calls it, where that is not item_id")
+    interaction_columns: dict[Literal["user_id", "item_id", "timestamp", "rating"], str] = Field(
+        {}, description="what the interactions file calls them, where it has other names"
+    )
+    text_fields: list[str] = Field(["title"], description="text columns; each gives one of the J text vectors of an item (Eq. 3)")
+    attributes: list[str] = Field([], description="columns kept for reports; each is also one more text vector")
+    image_column: str | None = Field(None, description="path relative to the items file, URI, or bytes")
+    text_features: str | None = Field(None, description="your own vectors (item_id, vector | vectors) instead of encoding text")
+    image_features: str | None = Field(None, description="your own vectors instead of encoding images")
+    structure_features: str | None = Field(None, description="your own vectors instead of collaborative ones")
+
+
+class Data(Section):
+    root: str = Field(".", description="folder or URI that the domains' paths are relative to")
+    domains: dict[str, Domain] = Field({"items": Domain()}, description="name -> one catalog with its interactions")
+    semantic_ids: str | None = Field(None, description="semantic IDs made elsewhere (item_id, codes[, domain]): stages 1 and 2 are skipped")
+    min_interactions: NonNegativeInt = Field(5, description="k of the iterative k-core over users and items (§4.1: 5-core sets)")
+    min_item_interactions: NonNegativeInt | None = Field(None, description="another k for items; 0 keeps every item of the catalog")
+    min_rating: float | None = Field(None, description="drop interactions rated below")
+    cold_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the target domains' items, chosen by a hash, held out of all training to measure how new items do"
+    )
+    rows_per_part: PositiveInt | None = Field(None, description="rows per Parquet part, the unit of work; None: from the row count")
+
+    @model_validator(mode="after")
+    def _some_domain(self) -> Data:
+        if not self.domains:
+            raise ValueError("data.domains is empty: name at least one domain")
+        if not any(domain.role == "target" for domain in self.domains.values()):
+            raise ValueError("no domain has role: target, so there is nothing to fine-tune or evaluate")
+        wrong = [name for name in self.domains if not re.fullmatch(r"\w[\w-]*", name)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} cannot name a domain: letters, digits, '_' and '-' can, since files are named after it")
+        return self
+
+    @property
+    def targets(self) -> list[str]:
+        return [name for name, domain in self.domains.items() if domain.role == "target"]
+
+    @property
+    def sources(self) -> list[str]:
+        return [name for name, domain in self.domains.items() if domain.role == "source"]
+
+
+class TextEncoder(Section):
+    model: str = Field(
+        "minilm", description="'minilm' or 'smollm2' (offline packages), or anything AutoModel.from_pretrained takes; paper: LLaMA"
+    )
+    gguf_file: str | None = Field(None, description="GGUF file inside the model folder or repository")
+    pooling: Literal["mean", "last"] = Field("mean", description="mean over tokens, or the last token (decoder-only models)")
+    layer: int = Field(-1, description="hidden layer that is pooled; -1 is the output of the last")
+    prompt: str = Field("{text}", description="what is encoded; {text} is the field's text")
+    max_tokens: PositiveInt = Field(128, description="longer texts are cut")
+    batch_size: PositiveInt = Field(64, description="texts per forward pass")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which the model computes")
+
+    @model_validator(mode="after")
+    def _prompt_holds_text(self) -> TextEncoder:
+        if "{text}" not in self.prompt:
+            raise ValueError(f"features.text.prompt is {self.prompt!r}: it must contain {{text}}")
+        return self
+
+
+class ImageEncoder(Section):
+    model: str = Field("efficientnet-lite0", description="'efficientnet-lite0' (offline package) or any open_clip model; paper: CLIP ViT")
+    pretrained: str | None = Field(None, description="open_clip's tag or a path to weights")
+    image_size: PositiveInt | None = Field(None, description="pixels per side; None: what the model was trained with")
+    grid: PositiveInt = Field(2, description="the patch grid is pooled to grid x grid vectors, the J image vectors (Eq. 3)")
+    batch_size: PositiveInt = Field(32, description="images per forward pass")
+    max_bytes: PositiveInt = Field(20_000_000, description="larger files are rejected")
+    max_pixels: PositiveInt = Field(50_000_000, description="larger pictures are rejected (decompression bombs)")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which the model computes")
+
+
+class Structure(Section):
+    kind: Literal["collaborative", "neighbourhood"] = Field(
+        "collaborative",
+        description="factorised co-occurrence, or text features averaged over co-occurrence neighbours (comparable between domains)",
+    )
+    dim: PositiveInt = Field(64, description="width of the collaborative vectors")
+    window: PositiveInt = Field(50, description="training items of a user that count as occurring together")
+
+
+class Features(Section):
+    modalities: list[Modality] = Field(
+        ["text", "image", "structure"], description="§3.1; those a domain has no input for are left out there"
+    )
+    text: TextEncoder = TextEncoder()
+    image: ImageEncoder = ImageEncoder()
+    structure: Structure = Structure()
+
+    @model_validator(mode="after")
+    def _some_modality(self) -> Features:
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ValueError(f"features.modalities is {self.modalities}: name each of text, image, structure at most once, at least one")
+        return self
+
+
+class Training(Section):
+    """What the three trainings share."""
+
+    epochs: PositiveInt = Field(20, description="passes over the training data; fewer where patience ends them")
+    batch_size: PositiveInt = Field(512, description="global: over all workers")
+    microbatches: PositiveInt = Field(
+        2,
+        description="pieces a batch is cut into, each with its own random state; workers share them out, so any number of workers that divides it gives the same model",
+    )
+    learning_rate: PositiveFloat = Field(1e-3, description="of AdamW, after the warm-up")
+    weight_decay: NonNegativeFloat = Field(0.01, description="of AdamW")
+    warmup_steps: NonNegativeInt = Field(100, description="linear warm-up of the learning rate, in steps")
+    patience: PositiveInt | None = Field(
+        None, description="epochs without a better validation metric before stopping; None: run all epochs"
+    )
+    averaging: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the exponential average of weights; 0: off")
+    gradient_clip: PositiveFloat = Field(1.0, description="largest gradient norm")
+
+
+class Fusion(Training):
+    """Stage 1, §3.3."""
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 512
+    width: PositiveInt = Field(256, description="D, width of the model")
+    num_layers: PositiveInt = Field(5, description="largest depth of the dynamic transformer (§4.1: 5)")
+    num_heads: PositiveInt = Field(4, description="H, attention heads")
+    ffn_width: PositiveInt = Field(512, description="hidden width of a layer's MLP")
+    dropout: Share = Field(0.1, description="share of activations that training drops")
+    dynamic: bool = Field(True, description="false: every item runs through all layers (Table 5, traditional fusion)")
+    halt_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.75, description="accumulated halting probability at which an item's depth ends"
+    )
+    ponder_weight: NonNegativeFloat = Field(1.0, description="price of a batch whose expected number of layers is off its target")
+    ponder_target: Annotated[float, Field(ge=1)] = Field(1.6, description="expected layers of an item, averaged over a batch")
+    temperature: PositiveFloat = Field(0.1, description="tau of the alignment, Eq. 3")
+    contrast_temperature: PositiveFloat = Field(0.07, description="temperature of InfoNCE, Eq. 5")
+    consistency_weight: NonNegativeFloat = Field(0.01, description="lambda of Eq. 5")
+    geometry_weight: NonNegativeFloat = Field(
+        30.0, description="how strictly cosines of fused embeddings are held at the mean cosine of the modalities; 0: Eq. 5 alone"
+    )
+    id_dropout: Share = Field(0.2, description="share of items that train with the shared unknown query, the query of a cold item")
+
+
+class Quantizer(Training):
+    """Stage 2, §3.4 and §4.1. Only the quantizer rqvae is trained by gradients, and reads what the trainings share."""
+
+    kind: Literal["kmeans", "rqvae", "opq"] = Field(
+        "kmeans", description="residual k-means, RQ-VAE (the paper's), or optimised product quantization (codes independent of each other)"
+    )
+    extra_quantizers: list[Literal["kmeans", "opq"]] = Field(
+        ["opq", "kmeans"],
+        description="further quantizers of the same embeddings: their codes, K each, are no part of the semantic ID, but the sequence model reads them beside it",
+    )
+    max_items: PositiveInt = Field(
+        500_000, description="items of the catalog that train it, drawn at random; memory holds their embeddings"
+    )
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = Field(1024, description="§4.1: 1024")
+    learning_rate: PositiveFloat = Field(1e-3, description="§4.1: 0.001")
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    num_levels: PositiveInt = Field(4, description="K, codes of an ID (§4.1: 4)")
+    codebook_size: Annotated[int, Field(ge=2)] = Field(256, description="M, codewords of a level (§4.1: 256)")
+    codebook_dim: PositiveInt = Field(32, description="E, width of a codeword (§4.1: 32)")
+    hidden: list[PositiveInt] = Field([512, 256, 128], description="widths of the encoder's hidden layers; the decoder mirrors them")
+    commitment_weight: NonNegativeFloat = Field(0.25, description="beta of Eq. 8")
+    shortcut: bool = Field(True, description="a linear path beside the MLPs that starts as the principal axes; paper: none")
+    warmup_epochs: NonNegativeInt = Field(10, description="epochs of the plain autoencoder before k-means++ starts the codebooks")
+
+
+class Sequencer(Section):
+    """Stage 3, §3.5-3.6 and §4.1."""
+
+    width: PositiveInt = Field(256, description="D, width of the model (from Table 6)")
+    num_layers: PositiveInt = Field(4, description="layers of the encoder (§4.1: 4)")
+    num_heads: PositiveInt = Field(4, description="H, attention heads (§4.1: 4)")
+    ffn_width: PositiveInt = Field(512, description="hidden width of a layer's MLP (from Table 6)")
+    dropout: Share = Field(0.2, description="share of activations that training drops (§4.1: 0.2)")
+    max_items: Annotated[int, Field(ge=2)] = Field(
+        50, description="T: latest items of a history that are read, the masked one included (from Table 6)"
+    )
+    tokens: Literal["item", "flat"] = Field("item", description="one position per item, or K positions per item")
+    loss: Literal["catalog", "tokens"] = Field(
+        "catalog", description="softmax over the domain's items, or per-level cross-entropy (Eq. 11)"
+    )
+    logits: Literal["dot", "cosine"] = Field("dot", description="dot product, or cosine over temperature")
+    temperature: PositiveFloat = Field(0.07, description="of cosine logits")
+    start: Literal["codebooks", "random"] = Field(
+        "codebooks", description="code embeddings start as the quantizer's codewords, rotated, or at random"
+    )
+    content: bool = Field(
+        True, description="an item's vector is its codes' embeddings and a projection of its fused embedding, or codes alone"
+    )
+    code_dropout: Share = Field(
+        0.2, description="share of items that train by content alone, as codes of a cold item are new; needs content"
+    )
+    recall: bool = Field(True, description="queries also hold the mean of the sequence's items, the nearer the more; with tokens: item")
+    item_embedding: bool = Field(
+        False, description="add an embedding per item to the composed one; zero for cold items; with tokens: item and loss: catalog"
+    )
+
+    @property
+    def embeds_items(self) -> bool:
+        """Whether items have embeddings that the head trains as well: scores of codes alone do not see them."""
+        return self.item_embedding and self.tokens == "item" and self.loss == "catalog"
+
+
+class SequenceTraining(Training):
+    masks: dict[MaskStrategy, PositiveFloat] = Field({"random": 1.0}, description="strategy -> weight with which a sequence draws it")
+    mask_ratio: dict[MaskStrategy, Share] = Field(
+        {"span": 0.3, "tail": 0.1, "multi_region": 0.15, "random": 0.3},
+        description="share of a sequence's items that a strategy masks (§4.1)",
+    )
+    last_item_share: Share = Field(0.2, description="share of sequences that mask only their last item, as the test does")
+    prefix_share: Share = Field(
+        0.0, description="share of those that end early, at a place drawn anew each epoch, so that other items are the last; paper: none"
+    )
+
+    @model_validator(mode="after")
+    def _ratios(self) -> SequenceTraining:
+        missing = [name for name in self.masks if name not in self.mask_ratio]
+        if not self.masks or missing:
+            raise ValueError(f"masks must name at least one strategy and mask_ratio one for each; missing: {missing}")
+        return self
+
+
+class Pretrain(SequenceTraining):
+    enabled: bool = Field(True, description="false: fine-tuning starts from a fresh model")
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = Field(512, description="§4.1: 512 sequences")
+    learning_rate: PositiveFloat = Field(5e-4, description="§4.1: 0.0005")
+    masks: dict[MaskStrategy, PositiveFloat] = Field({"span": 1.0, "tail": 1.0, "multi_region": 1.0}, description="§3.5")
+    domains: list[str] | None = Field(None, description="None: the source domains, or the targets where there is no source")
+
+
+class Finetune(SequenceTraining):
+    epochs: PositiveInt = 50
+    batch_size: PositiveInt = Field(256, description="§4.1: 256 sequences")
+    learning_rate: PositiveFloat = Field(1e-4, description="§4.1: 0.0001")
+    patience: PositiveInt | None = 5
+    validation_users: PositiveInt = Field(
+        5000, description="users, chosen by hash, whose validation item is ranked among unseen ones after each epoch"
+    )
+    transfer: Literal["layers", "all"] = Field(
+        "layers",
+        description="taken from a pre-training that has not seen the domain: the encoder's layers (its items start anew), or all; one that has seen it is taken whole",
+    )
+
+
+class Ranking(Section):
+    """Item-item weights, their blend with the sequence model's scores, and the reranker; not in the paper."""
+
+    enabled: bool = Field(True, description="mix item-item weights of training interactions into the ranking")
+    regularisation: PositiveFloat = Field(100.0, description="ridge penalty of the item-item regression, in users")
+    neighbours: PositiveInt = Field(200, description="most items that speak for an item; training and table grow with it")
+    decay: Share = Field(0.85, description="weight of each further step back in a history, for the regression")
+    following_window: PositiveInt = Field(5, description="largest number of steps between an item and one that follows it")
+    following_decay: Share = Field(
+        0.5, description="weight of each further step between the two, and of each further step back in a history"
+    )
+    following_shrinkage: NonNegativeFloat = Field(5.0, description="added to an item's number of followers, so that rare items say little")
+    scale: PositiveFloat = Field(0.01, description="signals are log(1 + weight / scale)")
+    candidates: PositiveInt = Field(50, description="best items by each signal, among which the mix learns to rank validation items")
+    validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation item the mix is fitted on")
+    rerank: NonNegativeInt = Field(64, description="best items by the mix whose order a small network refines; 0: the mix alone")
+    rerank_users: PositiveInt = Field(20000, description="users, chosen by hash, whose validation item that network is fitted on")
+    new_item_bonus: float = Field(
+        0.5,
+        description="added to the scores of items that no training has seen: fitted scores alone show them as rarely as they are bought",
+    )
+
+
+class Gates(Section):
+    """Semantic IDs that fall short of these stop a run. No stage depends on them: lower one, and the run goes on."""
+
+    min_usage: Share = Field(0.5, description="share of the codewords in use, at every level; not asked of fewer than 4 M items")
+    max_raw_collision: Share | None = Field(None, description="1 - distinct IDs / items of a domain before reallocation; None: any")
+
+
+class Evaluate(Section):
+    cutoffs: list[PositiveInt] = Field([1, 5, 10], description="k of hr@k and ndcg@k (§4.1)")
+    co_occurrence_history: PositiveInt = Field(20, description="latest items of a history that the co-occurrence floor sums over")
+
+
+class Score(Section):
+    top_k: PositiveInt = Field(10, description="items per user")
+    remove_seen: bool = Field(True, description="never recommend what the user has had")
+
+
+class Actors(Section):
+    """Names as in Ray: ActorPoolStrategy and ray.remote."""
+
+    min_size: PositiveInt = Field(1, description="fewest actors; a cluster that cannot carry them is refused")
+    max_size: PositiveInt | None = Field(None, description="None: one per GPU, or as many as the CPUs carry")
+    num_cpus: PositiveFloat = Field(1, description="CPUs of each actor, and its threads")
+    num_gpus: NonNegativeFloat | None = Field(None, description="None: 1 where the cluster has GPUs, else 0")
+    accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
+
+
+class Workers(Section):
+    """Names as in Ray: ScalingConfig."""
+
+    num_workers: PositiveInt = Field(1, description="training processes; must divide microbatches")
+    cpus_per_worker: PositiveFloat | None = Field(None, description="None: what the cluster has, shared out, at most 16; also the threads")
+    use_gpu: bool | None = Field(None, description="None: where the cluster has one per worker")
+    max_failures: int = Field(3, description="worker failures survived per training; -1: any number")
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="workers on few nodes or on many"
+    )
+    accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
+
+    def alone(self) -> Workers:
+        """What a model takes that is not trained by gradients: one task without a GPU."""
+        return self.model_copy(update={"num_workers": 1, "use_gpu": False, "placement_strategy": "PACK", "accelerator_type": None})
+
+
+class Compute(Section):
+    executor: Literal["ray", "local"] = Field(
+        "ray", description="ray: on a Ray cluster, or one started here; local: in this process, without Ray"
+    )
+    threads: PositiveInt | None = Field(None, description="of torch in the local executor; None: as torch has them")
+    address: str | None = Field(None, description="Ray cluster; None: RAY_ADDRESS, or a local one that ends with the run")
+    autoscaling: bool = Field(
+        False, description="the cluster adds nodes on demand but does not tell Ray how many: ask for what it does not have yet"
+    )
+    checkpoint_seconds: NonNegativeFloat = Field(
+        20.0, description="a training checkpoints at the end of an epoch when this long has passed since the last"
+    )
+    features: Actors = Actors()
+    fusion: Workers = Workers()
+    quantizer: Workers = Workers()
+    pretrain: Workers = Workers()
+    finetune: Workers = Workers()
+    semantic_ids: Actors = Actors()
+    ranking: Actors = Actors()
+    evaluate: Actors = Actors()
+    score: Actors = Actors()
+
+
+class Config(Section):
+    run: Run = Run()
+    data: Data = Data()
+    features: Features = Features()
+    fusion: Fusion = Fusion()
+    quantizer: Quantizer = Quantizer()
+    sequencer: Sequencer = Sequencer()
+    pretrain: Pretrain = Pretrain()
+    finetune: Finetune = Finetune()
+    ranking: Ranking = Ranking()
+    gates: Gates = Gates()
+    evaluate: Evaluate = Evaluate()
+    score: Score = Score()
+    sweep: Sweep = Sweep()
+    compute: Compute = Compute()
+
+    @property
+    def pretrained(self) -> list[str]:
+        """Domains that stage 3 pre-trains on."""
+        return self.pretrain.domains or self.data.sources or self.data.targets

@@ -1,0 +1,16 @@
+"""The device that the code of a stage computes on, in whatever process it runs."""
+
+from __future__ import annotations
+
+_device = "cpu"
+
+
+def own_device() -> str:
+    """ "cuda" where the executor gave this process a GPU, else "cpu": never a GPU that the process merely sees."""
+    return _device
+
+
+def use_device(device: str) -> None:
+    """Set what `own_device` returns in this process; executors call it before they run a stage's code."""
+    global _device
+    _device = device

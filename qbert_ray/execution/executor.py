@@ -1,0 +1,120 @@
+"""Where the work of a stage runs: the protocol that stages are written against.
+
+A stage names functions and arguments; an executor decides on which machine they run. `local` runs them in this process, one
+after another; `ray` sends them to a cluster. Both write equal tables.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from qbert_ray.config.schema import Actors, Compute, Config, Workers
+from qbert_ray.execution.progress import Progress
+from qbert_ray.run.directory import RunDir
+from qbert_ray.training import Task
+
+Handle = Any  # of a value that an executor holds; as an argument of `submit` it becomes the value
+
+
+class Rows(Protocol):
+    """Tables that an executor holds, in the order in which they were read."""
+
+    def count(self) -> int: ...
+
+    def size_bytes(self) -> int: ...
+
+    def blocks(self) -> list[Handle]:
+        """A handle of each table."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs the work of the stages."""
+
+    name: str
+
+    def submit(self, function: Callable[..., Any], *arguments: Any, num_returns: int = 1, workers: Workers | None = None) -> Any:
+        """Start `function(*arguments)`; a handle of its result, or a list of `num_returns` handles.
+
+        Args:
+            workers: resources of one training worker for it, its threads included; None: one CPU.
+        """
+        ...
+
+    def get(self, handle: Handle) -> Any:
+        """The value of a handle; waits for it and raises the function's own error."""
+        ...
+
+    def put(self, value: Any) -> Handle:
+        """A handle of a value that many functions read."""
+        ...
+
+    def as_completed(self, handles: Sequence[Handle]) -> Iterator[Any]:
+        """Values in the order in which they become ready."""
+        ...
+
+    def read(self, reader: Callable[[int], Iterator[pa.Table]], count: int) -> Rows:
+        """The tables that `reader` yields for the numbers 0 to `count` - 1, in that order."""
+        ...
+
+    def map_parts(
+        self, run: RunDir, worker: type, arguments: dict[str, Any], parts: list[str], output: str, actors: Actors, progress: Progress
+    ) -> Counter[str]:
+        """Call `worker(**arguments)(part)` once for each part that `output` lacks; sums of the counts of all parts.
+
+        Args:
+            worker: class whose instances take a part's name, write its outputs and return counts (name -> number). The part of
+                that name in `output` must be written last. Counts are kept next to the parts, so that those of earlier tries
+                are summed too.
+            arguments: of the worker; handles among them become their values.
+            parts: names of the input parts.
+            output: table that holds a part of the same name once it is done.
+            actors: size of the actor pool.
+        """
+        ...
+
+    def fit(
+        self,
+        make_task: Callable[..., Task],
+        arguments: dict[str, Any],
+        workers: Workers,
+        run: RunDir,
+        folder: str,
+        progress: Progress,
+        compute: Compute,
+    ) -> dict[str, Any]:
+        """Train `make_task(**arguments)` and leave `<folder>/model` and `<folder>/metrics.jsonl`; the last epoch's metrics."""
+        ...
+
+    def check(self, config: Config, run: RunDir, names: Iterable[str]) -> None:
+        """Refuse keys of `compute` that ask for more than there is, and paths that some machine does not see.
+
+        Raises:
+            CapacityError: what is asked for and what there is.
+        """
+        ...
+
+    def num_machines(self) -> int:
+        """How many machines work for it; with one, a local path is seen by all."""
+        ...
+
+    def measure(self, stage: str, counts: dict[str, Any]) -> None:
+        """Publish the figures of a finished stage to the cluster's monitoring."""
+        ...
+
+
+def open_executor(config: Config) -> AbstractContextManager[Executor]:
+    """The executor that `compute.executor` names, ready for work until the context ends."""
+    if config.compute.executor == "local":
+        from qbert_ray.execution.local import local_executor
+
+        return local_executor(config.compute)
+    from qbert_ray.execution import ray_session  # noqa: F401, sets what Ray reads when it is imported
+    from qbert_ray.execution.ray_executor import ray_executor
+
+    return ray_executor(config.compute.address)

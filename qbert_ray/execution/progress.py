@@ -1,0 +1,35 @@
+"""How a stage reports its progress."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """Receives how far a stage is: a bar on a terminal, lines in a job's log."""
+
+    def start(self, total: int, done: int = 0) -> None: ...
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """Receives the metrics of an epoch that just ended."""
+        ...
+
+
+class Quiet:
+    """A `Progress` that shows nothing."""
+
+    def start(self, total: int, done: int = 0) -> None:
+        pass
+
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,75 @@
+"""How far a training is, from its workers to the driver.
+
+A module of its own, so that the process of the board imports neither torch nor Ray Data.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+if TYPE_CHECKING:
+    from qbert_ray.execution.progress import Progress
+
+
+# With an environment of its own it starts a process of its own: else it takes one that has imported torch, and ends it.
+class Board:
+    """Where rank 0 writes how far it is, and the driver reads it."""
+
+    def __init__(self) -> None:
+        self.total, self.done = 0, 0
+        self.lines: list[dict[str, Any]] = []
+
+    def write(self, total: int, done: int, line: dict[str, Any]) -> None:
+        self.total, self.done = total, done
+        self.lines.append(line)
+
+    def read(self, known: int) -> tuple[int, int, list[dict[str, Any]]]:
+        """Epochs in all, epochs done, and the metrics of each epoch that came after the first `known`."""
+        return self.total, self.done, self.lines[known:]
+
+
+def start_board() -> Any:
+    """A board beside whoever reads it: the end of another node is not its end."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return Board.options(scheduling_strategy=here).remote()
+
+
+class Watch:
+    """Carries the board's state to the progress, and each epoch's metrics to a tracker, while a training runs."""
+
+    def __init__(self, board: Any, progress: Progress, tracker: Callable[[dict[str, Any]], None]) -> None:
+        self.board, self.progress, self.tracker, self.stop = board, progress, tracker, threading.Event()
+        self.tracked, self.seen, self.started, self.said = 0, 0, False, ""
+        self.thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        ray.kill(self.board)
+
+    def _poll(self) -> None:
+        known, seen, last = 0, None, False
+        while not last:
+            last = self.stop.wait(0.5)  # once more after the end: the last epochs may not have been read
+            try:
+                total, done, lines = ray.get(self.board.read.remote(known))
+            except ray.exceptions.RayError:
+                continue
+            known += len(lines)
+            if lines and seen is None:
+                self.progress.start(total, done)
+                seen = done
+            if seen is not None and done > seen:
+                self.progress.advance(done - seen)
+                seen = done
+            for line in lines:
+                self.tracker(line)
+                self.progress.epoch(line)

@@ -1,0 +1,106 @@
+"""One Ray Data pass over the parts of a table, restartable part by part.
+
+Every embarrassingly parallel stage is this chain: names of missing parts -> actor pool -> one count per part. An actor reads
+its part, computes, and publishes an output part of the same name, so a killed stage repeats only what is missing, blocks and
+actors cannot change the output, and rows never pass through the driver.
+
+A new actor costs six seconds of CPU for imports alone. Where each would do only a few parts, and there is no GPU, tasks do
+them: those of later stages find processes that have imported everything.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+
+from qbert_ray.config.schema import Actors
+from qbert_ray.execution.device import use_device
+from qbert_ray.execution.progress import Progress
+from qbert_ray.execution.ray_capacity import pool
+from qbert_ray.execution.ray_metrics import count_items
+from qbert_ray.run.directory import RunDir
+
+PART = "part"
+ERROR = "error"
+FEW = 16  # parts of each actor
+
+
+def map_parts(
+    run: RunDir,
+    worker: type,
+    arguments: dict[str, Any],
+    parts: list[str],
+    output: str,
+    actors: Actors,
+    progress: Progress,
+) -> Counter[str]:
+    """See `Executor.map_parts`."""
+    done = set(run.names(f"{output}/.counts"))
+    missing = [name for name in parts if f"{name}.json" not in done]
+    progress.start(len(parts), len(parts) - len(missing))
+    if missing:
+        resources = pool(actors, len(missing))
+        size, most = resources.pop("min_size"), resources.pop("max_size")
+        work: dict[str, Any]
+        if not resources["num_gpus"] and len(missing) <= FEW * size:
+            work = {"fn": _publish, "fn_args": (uuid.uuid4().hex, worker, arguments, run, output)}
+            work["compute"] = ray.data.TaskPoolStrategy(size=most)
+        else:
+            work = {"fn": _Publisher, "fn_constructor_args": (worker, arguments, run, output)}
+            work["compute"] = ray.data.ActorPoolStrategy(min_size=size, max_size=most)
+        dataset = ray.data.from_items([{PART: name} for name in missing], override_num_blocks=len(missing))
+        results = dataset.map_batches(batch_size=None, **work, **resources)
+        results.set_name(output.replace("/", " "))  # in the dashboard; Ray names a log file after it
+        for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
+            for error in filter(None, batch[ERROR]):
+                raise ValueError(error)
+            progress.advance()
+    total: Counter[str] = Counter()
+    for name in parts:
+        total.update(run.read_json(f"{output}/.counts/{name}.json"))
+    return total
+
+
+def assigned_device() -> str:
+    """ "cuda" where Ray gave this actor or task a GPU, else "cpu"."""
+    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
+
+
+_latest: tuple[str, _Publisher] | None = None  # of this process: the pass it belongs to, and what it has loaded
+
+
+def _publish(batch: dict[str, np.ndarray], call: str, *arguments: Any) -> dict[str, np.ndarray]:
+    """What an actor does, in a task: whoever did a part of this pass before has everything loaded."""
+    global _latest
+    if _latest is None or _latest[0] != call:
+        _latest = None  # what another pass has loaded goes first
+        _latest = call, _Publisher(*arguments)
+    return _latest[1](batch)
+
+
+class _Publisher:
+    """Runs the worker on a part, then records its counts: the part's done marker."""
+
+    def __init__(self, worker: Callable[..., Any], arguments: dict[str, Any], run: RunDir, output: str) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        use_device(assigned_device())
+        arguments = {name: ray.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in arguments.items()}
+        self.run, self.output, self.error = run, output, ""
+        try:
+            self.worker = worker(**arguments)
+        except ValueError as error:  # the user's to mend: travels as data, since Ray would bury it in a dead actor's traceback
+            self.error = str(error)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for name in [] if self.error else batch[PART]:
+            counts = self.worker(str(name))
+            self.run.write_json(f"{self.output}/.counts/{name}.json", counts)
+            count_items(self.output, int(counts.get("items", counts.get("users", 0))))
+        return {PART: batch[PART], ERROR: np.full(len(batch[PART]), self.error, dtype=object)}

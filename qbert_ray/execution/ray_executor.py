@@ -1,0 +1,125 @@
+"""The executor that sends the work of the stages to a Ray cluster, or to one that it starts on this machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import Dataset
+
+from qbert_ray.config.schema import Actors, Compute, Config, Workers
+from qbert_ray.execution import ray_capacity, ray_data, ray_metrics, ray_train
+from qbert_ray.execution.device import use_device
+from qbert_ray.execution.progress import Progress
+from qbert_ray.execution.ray_session import ANYWHERE, session
+from qbert_ray.run.directory import RunDir
+from qbert_ray.training import Task
+
+
+@contextmanager
+def ray_executor(address: str | None = None) -> Iterator[RayExecutor]:
+    """A `RayExecutor` for the length of a session."""
+    with session(address):
+        yield RayExecutor()
+
+
+class RayRows:
+    """Blocks of a materialized dataset."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def count(self) -> int:
+        return self.dataset.count()
+
+    def size_bytes(self) -> int:
+        return self.dataset.size_bytes()
+
+    def blocks(self) -> list[ray.ObjectRef]:
+        return self.dataset.to_arrow_refs()
+
+
+class RayExecutor:
+    """Tasks by Ray Core, passes over a table by Ray Data, trainings by Ray Train. Holds nothing, so a new one costs nothing."""
+
+    name = "ray"
+
+    def submit(self, function: Callable[..., Any], *arguments: Any, num_returns: int = 1, workers: Workers | None = None) -> Any:
+        options: dict[str, Any] = {"num_returns": num_returns, "name": getattr(function, "__name__", type(function).__name__)}
+        threads = 0
+        if workers is not None:
+            bundle = ray_capacity.worker_bundle(workers, ray_capacity.nodes())
+            options |= {"num_cpus": bundle["CPU"], "num_gpus": bundle["GPU"]}
+            threads = max(1, int(bundle["CPU"]))
+        return _call.options(**options).remote(threads, function, *arguments)
+
+    def get(self, handle: Any) -> Any:
+        try:
+            return ray.get(handle)
+        except ray.exceptions.RayTaskError as error:  # one that is the user's to mend comes as itself, without Ray's traceback
+            raise error.cause if isinstance(error.cause, ValueError) else error from None
+
+    def put(self, value: Any) -> Any:
+        return ray.put(value)
+
+    def as_completed(self, handles: Sequence[Any]) -> Iterator[Any]:
+        running = list(handles)
+        while running:
+            finished, running = ray.wait(running)
+            yield self.get(finished[0])
+
+    def read(self, reader: Callable[[int], Iterator[pa.Table]], count: int) -> RayRows:
+        numbers = ray.data.from_items([{"number": number} for number in range(count)], override_num_blocks=max(1, count))
+        try:
+            return RayRows(numbers.map_batches(_read, batch_size=None, fn_kwargs={"reader": reader}).materialize())
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ValueError):  # Ray adds lines about retries to the message
+                raise type(error.cause)(str(error.cause).splitlines()[0]) from None
+            raise
+
+    def map_parts(
+        self, run: RunDir, worker: type, arguments: dict[str, Any], parts: list[str], output: str, actors: Actors, progress: Progress
+    ) -> Counter[str]:
+        return ray_data.map_parts(run, worker, arguments, parts, output, actors, progress)
+
+    def fit(
+        self,
+        make_task: Callable[..., Task],
+        arguments: dict[str, Any],
+        workers: Workers,
+        run: RunDir,
+        folder: str,
+        progress: Progress,
+        compute: Compute,
+    ) -> dict[str, Any]:
+        return ray_train.fit(make_task, arguments, workers, run, folder, progress, compute.checkpoint_seconds)
+
+    def check(self, config: Config, run: RunDir, names: Iterable[str]) -> None:
+        ray_capacity.check(config, names)
+        ray_capacity.check_reachable(config, run)
+
+    def num_machines(self) -> int:
+        return sum(node["Alive"] for node in ray.nodes())
+
+    def measure(self, stage: str, counts: dict[str, Any]) -> None:
+        ray_metrics.measure(stage, counts)
+
+
+@ray.remote(scheduling_strategy=ANYWHERE)
+def _call(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    use_device(ray_data.assigned_device())
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    return function(*arguments)
+
+
+def _read(batch: dict[str, np.ndarray], reader: Callable[[int], Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    for number in batch["number"]:
+        yield from reader(int(number))

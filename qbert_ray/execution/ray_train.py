@@ -1,0 +1,112 @@
+"""A training on Ray Train: `training.Loop` on each worker, checkpoints, and progress on its way to the driver.
+
+Rank 0 writes the model into the run directory; checkpoints (safetensors and JSON) are next to it while a training runs, and
+a run that was killed resumes from the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import get_device
+
+from qbert_ray.config.schema import Workers
+from qbert_ray.execution import ray_metrics, tracking
+from qbert_ray.execution.progress import Progress
+from qbert_ray.execution.ray_board import Watch, start_board
+from qbert_ray.execution.ray_capacity import nodes, worker_bundle
+from qbert_ray.execution.ray_trainers import Single, Together, survive
+from qbert_ray.run.directory import RunDir
+from qbert_ray.training import Loop, Task, last_metrics, publish, trained
+
+
+def fit(
+    make_task: Callable[..., Task],
+    arguments: dict[str, Any],
+    workers: Workers,
+    run: RunDir,
+    folder: str,
+    progress: Progress,
+    checkpoint_seconds: float = 20.0,
+) -> dict[str, Any]:
+    """See `Executor.fit`."""
+    if trained(run, folder):
+        return last_metrics(run, folder)
+    scaling = scaling_config(workers)
+    board = start_board()
+    config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
+    config |= {"threads": scaling.resources_per_worker["CPU"], "checkpoint_seconds": checkpoint_seconds}
+    # A partial instead of train_loop_config: the controller would unpickle that, and import torch only to hand it on.
+    trainer = (Single if workers.num_workers == 1 else Together)(
+        partial(_train_worker, config),
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=run.path(folder),
+            storage_filesystem=run.filesystem,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    run.filesystem.create_dir(run.path(folder), recursive=True)
+
+    def further(epoch: int, metrics: dict[str, float]) -> None:
+        ray_metrics.measure(folder, metrics)
+
+    with (
+        tracking.trackers(arguments["config"], run, folder, progress, {"Ray's metrics": further}) as track,
+        Watch(board, progress, lambda metrics: track(metrics["epoch"], tracking.numbers(metrics))),
+    ):
+        survive(trainer, workers.max_failures)
+    run.delete(f"{folder}/checkpoints")
+    return last_metrics(run, folder)
+
+
+def scaling_config(workers: Workers) -> ScalingConfig:
+    """Ray's ScalingConfig of workers that `capacity.check` found room for."""
+    bundle = worker_bundle(workers, nodes())
+    return ScalingConfig(
+        num_workers=workers.num_workers,
+        use_gpu=bool(bundle["GPU"]),
+        resources_per_worker={name: amount for name, amount in bundle.items() if amount and not name.startswith("accelerator_type")},
+        placement_strategy=workers.placement_strategy,
+        accelerator_type=workers.accelerator_type,
+    )
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, int(config["threads"])))
+    loop = Loop(config["make_task"](**config["arguments"]), get_device(), context.get_world_rank(), context.get_world_size())
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint:
+        with checkpoint.as_directory() as directory:
+            loop.restore(Path(directory))
+    board, epochs, saved = config["board"], loop.task.settings.epochs, time.monotonic()
+    ended = loop.finished
+    while not ended:
+        loop.run_epoch()
+        ended = loop.finished
+        if loop.rank == 0:
+            written = board.write.remote(epochs, epochs if loop.finished else loop.epoch, loop.log[-1])
+            if ended:  # who waits for the end of the training then reads all of it
+                with contextlib.suppress(ray.exceptions.RayError):  # it only tells
+                    ray.get(written)
+        if not ended and loop.agree(int(time.monotonic() - saved > config["checkpoint_seconds"])):
+            with tempfile.TemporaryDirectory() as directory:
+                if loop.rank == 0:
+                    loop.save(Path(directory))
+                ray.train.report({"epoch": loop.epoch}, ray.train.Checkpoint.from_directory(directory) if loop.rank == 0 else None)
+            saved = time.monotonic()
+    if loop.rank == 0:
+        publish(loop, config["run"], config["folder"])

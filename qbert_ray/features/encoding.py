@@ -1,0 +1,212 @@
+"""What an actor of the features stage does with one part of the catalog: encode its texts, or read and encode its images.
+
+J vectors per item, D width, S pixels per side.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, build_opener
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pyarrow import fs
+
+from qbert_ray.config import schema as config
+from qbert_ray.execution.device import own_device
+from qbert_ray.features.encoders import ImageEncoder, ImageRejected, TextEncoder, decode_image
+from qbert_ray.features.vectors import features_table
+from qbert_ray.inputs.image_columns import is_own_address
+from qbert_ray.run.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
+from qbert_ray.run.directory import ArtifactError, RunDir, resolve
+
+READERS = 8  # threads that read and decode images beside the encoder of an actor
+DOWNLOAD_SECONDS = 20
+
+
+def load_text_encoder(settings: config.TextEncoder) -> TextEncoder:
+    return TextEncoder(**settings.model_dump(), device=own_device())
+
+
+def load_image_encoder(settings: config.ImageEncoder) -> ImageEncoder:
+    return ImageEncoder(**settings.model_dump(exclude={"max_bytes", "max_pixels"}), device=own_device())
+
+
+class TextPart:
+    """Text vectors of the items of a part; equal texts in it are encoded once."""
+
+    def __init__(self, run: RunDir, settings: config.TextEncoder, fields: dict[str, dict[str, str]], num_vectors: int) -> None:
+        """Load the encoder.
+
+        Args:
+            fields: domain -> column of ingest/items -> what is written before its text.
+            num_vectors: J, the most fields of a domain.
+        """
+        self.run, self.fields, self.num_vectors = run, fields, num_vectors
+        self.encoder = load_text_encoder(settings)
+
+    def __call__(self, part: str) -> dict[str, int]:
+        fields = self.fields[part.rsplit("-", 1)[0]]
+        items = self.run.read_part("ingest/items", part, [*KEYS, *fields])
+        present = np.zeros((len(items), self.num_vectors), bool)
+        texts = []
+        for slot, (column, before) in enumerate(fields.items()):
+            stripped = [(text or "").strip() for text in items[column].to_pylist()]
+            present[:, slot] = [bool(text) for text in stripped] if stripped else False
+            texts += [before + text for text in stripped if text]
+        vectors = np.zeros((len(items), self.num_vectors, self.encoder.width), np.float32)
+        vectors.transpose(1, 0, 2)[present.T] = self.encoder(texts)  # the texts run field by field
+        self.run.write_part("features/text", part, features_table(items, vectors, present))
+        return {"items": len(items), "text_vectors": len(texts), "items_without_text": int((~present.any(axis=1)).sum())}
+
+
+class ImagePart:
+    """Image vectors of the items of a part; reading and decoding run ahead of the encoder, in threads."""
+
+    def __init__(self, run: RunDir, settings: config.ImageEncoder, num_vectors: int) -> None:
+        """Load the encoder.
+
+        Args:
+            num_vectors: J; more than the encoder gives where another domain brings more.
+        """
+        self.run, self.settings, self.num_vectors = run, settings, num_vectors
+        self.encoder = load_image_encoder(settings)
+
+    def __call__(self, part: str) -> dict[str, int]:
+        items = self.run.read_part("ingest/items", part, [*KEYS, "image_path", "image_bytes"])
+        paths, contents = items["image_path"].to_pylist(), items["image_bytes"].to_pylist()
+        given = [row for row in range(len(items)) if paths[row] or contents[row] is not None]
+        vectors = np.zeros((len(items), self.num_vectors, self.encoder.width), np.float32)
+        rejected: dict[int, str] = {}
+        with ThreadPoolExecutor(READERS) as threads:
+            window = max(2 * self.settings.batch_size, READERS)
+            pictures = ahead(threads, lambda row: self._picture(paths[row], contents[row]), given, window)
+            for rows, batch in self._batches(zip(given, pictures, strict=True), rejected):
+                vectors[rows, : self.encoder.num_vectors] = self.encoder(batch)
+        present = np.zeros((len(items), self.num_vectors), bool)
+        present[[row for row in given if row not in rejected], : self.encoder.num_vectors] = True
+        lost = [(reason, {ITEM_ID: items[ITEM_ID][row].as_py(), "image_path": paths[row]}) for row, reason in rejected.items()]
+        write_rejected(self.run, part.removesuffix(".parquet"), "image", "images", lost)
+        self.run.write_part("features/image", part, features_table(items, vectors, present))
+        return {
+            "items": len(items),
+            "images": len(given) - len(rejected),
+            "images_missing": len(items) - len(given),
+            "images_rejected": len(rejected),
+        } | {f"images_rejected.{reason}": count for reason, count in Counter(rejected.values()).items()}
+
+    def _picture(self, path: str | None, content: bytes | None) -> torch.Tensor | str:
+        """[3, S, S], or the reason why there is none."""
+        try:
+            content = read_bytes(path or "", self.settings.max_bytes) if content is None else content
+            return self.encoder.preprocess(decode_image(content, self.settings.max_bytes, self.settings.max_pixels))
+        except ImageRejected as error:
+            return str(error)
+
+    def _batches(
+        self, pictures: Iterable[tuple[int, torch.Tensor | str]], rejected: dict[int, str]
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Rows and pixels [B, 3, S, S] of full batches; rows without a picture go to `rejected`."""
+        rows: list[int] = []
+        pixels: list[torch.Tensor] = []
+        for row, picture in pictures:
+            if isinstance(picture, str):
+                rejected[row] = picture
+                continue
+            rows.append(row)
+            pixels.append(picture)
+            if len(rows) == self.settings.batch_size:
+                yield rows, torch.stack(pixels)
+                rows, pixels = [], []
+        if rows:
+            yield rows, torch.stack(pixels)
+
+
+def ahead(threads: ThreadPoolExecutor, function: Callable[[Any], Any], inputs: Iterable[Any], window: int) -> Iterator[Any]:
+    """`function` of each input, in order, at most `window` of them computed before they are asked for."""
+    pending: deque[Future[Any]] = deque()
+    for value in inputs:
+        pending.append(threads.submit(function, value))
+        if len(pending) > window:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def read_bytes(uri: str, max_bytes: int) -> bytes:
+    """A file's first `max_bytes` + 1 bytes, of a path, an object store or the web.
+
+    Raises:
+        ImageRejected: with the reason.
+    """
+    try:
+        if uri.startswith(("http://", "https://")):
+            _check_host(uri)
+            with build_opener(_NoRedirect).open(uri, timeout=DOWNLOAD_SECONDS) as response:
+                return response.read(max_bytes + 1)
+        filesystem, path = _open(uri)
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read(max_bytes + 1)
+    except ImageRejected:
+        raise
+    except FileNotFoundError:
+        raise ImageRejected("file not found") from None
+    except (OSError, ArtifactError, pa.ArrowException, ValueError):
+        raise ImageRejected("cannot be read") from None
+
+
+def _check_host(uri: str) -> None:
+    """Raise where a host's name leads to this machine or its link; addresses in numbers were judged by the ingest."""
+    host = urlsplit(uri).hostname or ""
+    if re.fullmatch(r"[\d.]+|.*:.*", host):
+        return
+    with suppress(socket.gaierror):  # unknown here, perhaps known to a proxy
+        if any(is_own_address(str(found[4][0])) for found in socket.getaddrinfo(host, None)):
+            raise ImageRejected("unsafe path")
+
+
+def write_rejected(run: RunDir, name: str, modality: str, table: str, rows: list[tuple[str, dict[str, Any]]]) -> None:
+    """Keep rejected rows in features/rejected, or remove those of an earlier try where there are none.
+
+    Args:
+        name: `<domain>-...`, of a part or a domain.
+        table: that the rows are of.
+        rows: reason and row.
+    """
+    domain, part = name.rsplit("-", 1)[0], f"{name}.{modality}.parquet"
+    if not rows:
+        run.delete(f"features/rejected/{part}")
+        return
+    kept = [{DOMAIN: domain, "table": table, "reason": reason, "row": json.dumps(row, ensure_ascii=False)} for reason, row in rows]
+    run.write_part("features/rejected", part, pa.Table.from_pylist(kept, schema=REJECTED))
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """A redirect may lead where the ingest, which judged the address, would not have let it."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _open(uri: str) -> tuple[fs.FileSystem, str]:
+    """File system and path; keys of object stores are taken as they are, whatever signs they hold."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark or scheme == "file":
+        return resolve(uri)
+    path, _, query = rest.partition("?")
+    return _store(f"{scheme}://{path.partition('/')[0]}" + (f"?{query}" if query else "")), path
+
+
+@lru_cache(maxsize=64)
+def _store(uri: str) -> fs.FileSystem:
+    return resolve(uri)[0]

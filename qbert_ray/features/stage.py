@@ -1,0 +1,260 @@
+"""Stage `features`: vectors of every item for each modality (§3.1), part by part.
+
+What is encoded goes through an actor pool; vectors of the user's own and structural ones are one task per domain. All parts
+of a modality have the same J and D: what an item lacks is zeros and marked absent.
+
+N items of a domain, J vectors per item, D width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qbert_ray.config.schema import Config, Domain
+from qbert_ray.execution.executor import Executor
+from qbert_ray.execution.progress import Progress
+from qbert_ray.features.encoding import ImagePart, TextPart, load_image_encoder, load_text_encoder, write_rejected
+from qbert_ray.features.structure import co_occurrence, collaborative_vectors, neighbourhood_features
+from qbert_ray.features.vectors import Placed, features_table, read_vectors, vectors_shape
+from qbert_ray.run.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX, to_numpy
+from qbert_ray.run.directory import RunDir, join
+
+MODALITIES = ("text", "image", "structure")  # in this order: structure may average the text vectors
+SEED = 0  # of the factorisation, which a seed only perturbs in the last digits: no knob
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each domain's vectors of a modality come from, and the shape that all share."""
+
+    own: dict[str, str]  # domain -> URI of the user's vectors
+    made: list[str]  # domains whose vectors are made here
+    num_vectors: int  # J
+    width: int | None  # D; None: as the encoder has it
+
+
+def extract_features(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+    """Write features/<modality> for each modality that any domain has input for, and features/rejected.
+
+    Returns:
+        Modality -> counts over all domains.
+
+    Raises:
+        ValueError: no domain has any input, vectors of one modality differ in width, or an encoder cannot be loaded.
+    """
+    counts: dict[str, Any] = {}
+    for modality in sorted(config.features.modalities, key=MODALITIES.index):
+        plan = _plan(config, run, modality, executor)
+        if plan is not None:
+            progress.note(modality)
+            counts[modality] = dict(_extract(config, run, modality, plan, executor, progress))
+    if not counts:
+        raise ValueError(
+            f"no domain has input for features.modalities={config.features.modalities}; "
+            "set data.domains.<name>.text_fields, image_column or <modality>_features"
+        )
+    return counts
+
+
+def extend_features(config: Config, run: RunDir, executor: Executor, progress: Progress) -> None:
+    """Vectors for parts of the catalog that came after the features: made as those before, but without structure.
+
+    Raises:
+        ValueError: vectors of the user's own have another shape by now.
+    """
+    for modality in MODALITIES:
+        there = run.parts(f"features/{modality}")
+        plan = _plan(config, run, modality, executor) if there else None
+        if plan is None:
+            continue
+        num_vectors, width = _shape(run, modality, there[0])
+        if plan.num_vectors > num_vectors or plan.width not in (None, width):
+            raise ValueError(
+                f"{modality} vectors have {plan.num_vectors} x {plan.width} numbers; the run was made with {num_vectors} x {width}"
+            )
+        plan = replace(plan, num_vectors=num_vectors, width=width)
+        progress.note(modality)
+        tasks = _whole_domains(config, modality, plan, partial(_absent, plan))
+        grown = [domain for domain in tasks if set(run.parts("ingest/items", domain)) - set(there)]
+        for handle in [executor.submit(_write_domain, run, modality, domain, tasks[domain]) for domain in grown]:
+            executor.get(handle)
+        _encode(config, run, modality, plan, executor, progress)
+
+
+def _extract(config: Config, run: RunDir, modality: str, plan: Plan, executor: Executor, progress: Progress) -> Counter[str]:
+    tasks = _whole_domains(config, modality, plan, partial(_structure, config, run, plan))
+    counts = _map_domains(run, modality, tasks, executor, progress) if tasks else Counter()
+    counts.update(_encode(config, run, modality, plan, executor, progress))
+    return counts
+
+
+def _whole_domains(config: Config, modality: str, plan: Plan, structure: Callable[..., Placed]) -> dict[str, Callable[..., Placed]]:
+    """Domain -> what makes its vectors, where one task does."""
+    tasks: dict[str, Callable[..., Placed]] = {
+        domain: partial(read_vectors, uri, num_vectors=plan.num_vectors, width=plan.width or 0) for domain, uri in plan.own.items()
+    }
+    rest = [domain for domain in config.data.domains if domain not in plan.own]
+    if modality == "structure":
+        tasks |= {domain: partial(structure, domain) for domain in rest}
+    elif not plan.made:
+        tasks |= {domain: partial(_absent, plan, domain) for domain in rest}
+    return tasks
+
+
+def _encode(config: Config, run: RunDir, modality: str, plan: Plan, executor: Executor, progress: Progress) -> Counter[str]:
+    """The parts that go through an encoder."""
+    if not plan.made or modality == "structure":
+        return Counter()
+    rest = [domain for domain in config.data.domains if domain not in plan.own]
+    worker = TextPart if modality == "text" else ImagePart
+    arguments = {"run": run, "settings": getattr(config.features, modality), "num_vectors": plan.num_vectors}
+    if modality == "text":
+        arguments["fields"] = {domain: _text_columns(config.data.domains[domain]) for domain in rest}
+    parts = [part for domain in rest for part in run.parts("ingest/items", domain)]
+    return executor.map_parts(run, worker, arguments, parts, f"features/{modality}", config.compute.features, progress)
+
+
+# what is made from what
+
+
+def _plan(config: Config, run: RunDir, modality: str, executor: Executor) -> Plan | None:
+    """None where no domain has input for the modality."""
+    domains = config.data.domains
+    given = {name: getattr(domain, f"{modality}_features") for name, domain in domains.items()}
+    own = {name: join(config.data.root, location) for name, location in given.items() if location}
+    made = [name for name, domain in domains.items() if name not in own and _has_input(domain, modality)]
+    if not own and not made:
+        return None
+    handles = {name: executor.submit(vectors_shape, uri) for name, uri in own.items()}
+    shapes = {name: executor.get(handle) for name, handle in handles.items()}
+    widths = {f"{name} ({own[name]})": width for name, (_, width) in shapes.items()}
+    if made and (own or modality == "structure"):
+        widths[", ".join(made)] = _made_width(config, run, modality, executor)
+    if len(set(widths.values())) > 1:
+        listed = "; ".join(f"{width} of {name}" for name, width in widths.items())
+        raise ValueError(f"{modality} vectors must have one width in all domains, given: {listed}; encode them with one model")
+    counts = [count for count, _ in shapes.values()] + [_made_vectors(config, domains[name], modality) for name in made]
+    return Plan(own, made, max(counts), next(iter(widths.values()), None))
+
+
+def _has_input(domain: Domain, modality: str) -> bool:
+    if modality == "text":
+        return bool(domain.text_fields or domain.attributes)
+    return modality == "structure" or domain.image_column is not None
+
+
+def _text_columns(domain: Domain) -> dict[str, str]:
+    """Column of ingest/items -> what is written before its text: a bare value such as "Blue" needs its name to be understood."""
+    attributes = {f"{ATTRIBUTE_PREFIX}{name}": f"{name.replace('_', ' ')}: " for name in domain.attributes}
+    return {f"{TEXT_PREFIX}{name}": "" for name in domain.text_fields} | attributes
+
+
+def _made_vectors(config: Config, domain: Domain, modality: str) -> int:
+    """J of the vectors that are made for a domain."""
+    return {"text": len(_text_columns(domain)), "image": config.features.image.grid**2, "structure": 1}[modality]
+
+
+def _made_width(config: Config, run: RunDir, modality: str, executor: Executor) -> int:
+    """D of the vectors that are made; an encoder has to be loaded to know."""
+    if modality == "structure":
+        return _content_width(run) if config.features.structure.kind == "neighbourhood" else config.features.structure.dim
+    return executor.get(executor.submit(_encoder_width, config, modality))
+
+
+def _encoder_width(config: Config, modality: str) -> int:
+    return (load_text_encoder(config.features.text) if modality == "text" else load_image_encoder(config.features.image)).width
+
+
+# one task per domain
+
+
+def _map_domains(
+    run: RunDir, modality: str, tasks: dict[str, Callable[..., Placed]], executor: Executor, progress: Progress
+) -> Counter[str]:
+    """Vectors of whole domains, side by side; domains that an earlier try finished are skipped."""
+    marker = f"features/{modality}/.counts"
+    done = set(run.names(marker))
+    running = [
+        executor.submit(_write_domain, run, modality, domain, make) for domain, make in tasks.items() if f"{domain}.json" not in done
+    ]
+    progress.start(len(tasks), len(tasks) - len(running))
+    for _ in executor.as_completed(running):
+        progress.advance()
+    total: Counter[str] = Counter()
+    for domain in tasks:
+        total.update(run.read_json(f"{marker}/{domain}.json"))
+    return total
+
+
+def _write_domain(run: RunDir, modality: str, domain: str, make: Callable[..., Placed]) -> None:
+    items = run.read("ingest/items", domain, KEYS)
+    placed = make(item_ids=items[ITEM_ID].combine_chunks())
+    write_rejected(run, f"{domain}-own", modality, f"{modality}_features", placed.rejected)
+    start = 0
+    for part in run.parts("ingest/items", domain):
+        rows = run.read_part("ingest/items", part, KEYS)
+        place = slice(start, start + len(rows))
+        if not run.exists(f"features/{modality}/{part}"):  # what is there has been read by others
+            run.write_part(f"features/{modality}", part, features_table(rows, placed.vectors[place], placed.present[place]))
+        start += len(rows)
+    there = int(placed.present.any(axis=1).sum())
+    counts = {"items": start, f"{modality}_vectors": int(placed.present.sum()), f"items_without_{modality}": start - there}
+    counts |= {f"{modality}_rejected.{reason}": count for reason, count in Counter(reason for reason, _ in placed.rejected).items()}
+    run.write_json(f"features/{modality}/.counts/{domain}.json", counts)
+
+
+def _absent(plan: Plan, domain: str, item_ids: pa.Array) -> Placed:
+    shape = (len(item_ids), plan.num_vectors)
+    return Placed(np.zeros((*shape, plan.width or 1), np.float32), np.zeros(shape, bool), [])
+
+
+def _structure(config: Config, run: RunDir, plan: Plan, domain: str, item_ids: pa.Array) -> Placed:
+    """Structural vectors of a domain from its training interactions."""
+    settings, count = config.features.structure, len(item_ids)
+    together = co_occurrence(*_training_items(run, domain), count, settings.window)
+    if settings.kind == "neighbourhood":
+        vectors, present = neighbourhood_features(together, *_content(run, domain))
+    else:
+        vectors = collaborative_vectors(together, settings.dim, SEED)
+        present = vectors.any(axis=1)
+    placed = _absent(plan, domain, item_ids)
+    placed.vectors[:, 0], placed.present[:, 0] = vectors, present
+    return placed
+
+
+def _training_items(run: RunDir, domain: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where each user's training items start, [U + 1], and those of all users."""
+    if not run.parts("ingest/sequences", domain):
+        return np.zeros(1, np.int64), np.zeros(0, np.int64)
+    train = run.read("ingest/sequences", domain, ["train"])["train"].combine_chunks()
+    lengths = train.value_lengths().fill_null(0).to_numpy()
+    return np.concatenate([[0], np.cumsum(lengths)]), train.flatten().to_numpy().astype(np.int64)
+
+
+def _content_width(run: RunDir) -> int:
+    parts = run.parts("features/text")
+    if not parts:
+        raise ValueError("features.structure.kind=neighbourhood averages text vectors, and there are none; add text to features.modalities")
+    return _shape(run, "text", parts[0])[1]
+
+
+def _shape(run: RunDir, modality: str, part: str) -> tuple[int, int]:
+    """J and D of a part of features/<modality>."""
+    kind = pq.read_schema(run.path(f"features/{modality}/{part}"), filesystem=run.filesystem).field("vectors").type
+    return kind.list_size, kind.value_type.list_size
+
+
+def _content(run: RunDir, domain: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of each item's text vectors, [N, D], and which items have any, [N]."""
+    table = run.read("features/text", domain, ["vectors", "present"])
+    vectors, present = to_numpy(table["vectors"]), to_numpy(table["present"])
+    total = (vectors * present[..., None]).sum(axis=1)
+    return total / np.maximum(present.sum(axis=1, keepdims=True), 1), present.any(axis=1)

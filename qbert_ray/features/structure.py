@@ -1,0 +1,106 @@
+"""Structural features: what an item's company in training histories says about it (§3.1).
+
+`together` is the number of users who have both items, [N, N], as `memory.co_occurrence` counts it from training interactions.
+
+N catalog, D width of content vectors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.linalg import eigsh
+
+SMALL = 256  # items up to which all eigenvectors are computed at once
+
+
+def co_occurrence(indptr: np.ndarray, items: np.ndarray, num_items: int, window: int | None = None) -> sparse.csr_matrix:
+    """[N, N] number of users who have both items among their training interactions; the diagonal is empty.
+
+    Args:
+        window: only the latest so many of each user's items count.
+    """
+    if window is not None:
+        ends = np.repeat(indptr[1:], np.diff(indptr))
+        late = ends - np.arange(len(items)) <= window
+        indptr, items = np.concatenate([[0], np.cumsum(late)])[indptr], items[late]
+    counts = gram(indptr, items, num_items)
+    counts.setdiag(0)
+    counts.eliminate_zeros()
+    return counts
+
+
+def gram(indptr: np.ndarray, items: np.ndarray, num_items: int) -> sparse.csr_matrix:
+    """[N, N] number of users who have both items; on the diagonal, users who have the item."""
+    has = sparse.csr_matrix((np.ones(len(items), dtype=np.float32), items, indptr), shape=(len(indptr) - 1, num_items))
+    has.sum_duplicates()
+    has.data[:] = 1.0  # a user who has an item twice is still one user
+    gram = (has.T @ has).tocsr()
+    gram.sort_indices()
+    return gram
+
+
+def collaborative_vectors(together: sparse.csr_matrix, dim: int, seed: int) -> np.ndarray:
+    """Vectors whose products approach the positive pointwise mutual information of items that occur together.
+
+    The factors are the eigenvectors of the largest positive eigenvalues. Singular vectors would not do: they lose signs, so that
+    two items that occur with nothing but each other come out orthogonal.
+
+    Args:
+        dim: width; where it is more than the catalog holds, the rest is zeros.
+        seed: of the iteration's start.
+
+    Returns:
+        [N, dim] float32 rows of length 1; zeros for items that never occur with another.
+    """
+    mutual = _positive_mutual_information(together.astype(float))
+    vectors = np.zeros((together.shape[0], dim), np.float32)
+    if mutual.nnz:
+        strength, factors = _top_eigenvectors(mutual, dim, seed)
+        vectors[:, : len(strength)] = _unit_rows(factors * np.sqrt(strength))
+        vectors[np.diff(mutual.indptr) == 0] = 0  # rounding leaves dust there, which unit length would blow up
+    return vectors
+
+
+def neighbourhood_features(together: sparse.csr_matrix, content: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Content of the items that an item occurs with, averaged by how often; comparable between domains.
+
+    Args:
+        content: [N, D], vectors of the items themselves.
+        present: [N] booleans, which of them are there.
+
+    Returns:
+        [N, D] float32 rows of length 1, or zeros, and [N] booleans, which items have a neighbour with content.
+    """
+    together = together.astype(float)
+    vectors = _unit_rows(together @ (_unit_rows(content) * present[:, None]))
+    return vectors.astype(np.float32), (together @ present.astype(float)) > 0
+
+
+def _positive_mutual_information(together: sparse.csr_matrix) -> sparse.csr_matrix:
+    """max(0, log p(i, j) / (p(i) p(j))) of counts, [N, N]."""
+    pairs = together.tocoo()
+    totals = np.asarray(together.sum(axis=1)).ravel()
+    information = np.log(pairs.data * totals.sum() / (totals[pairs.row] * totals[pairs.col]))
+    positive = information > 0
+    return sparse.csr_matrix((information[positive], (pairs.row[positive], pairs.col[positive])), shape=together.shape)
+
+
+def _top_eigenvectors(matrix: sparse.csr_matrix, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most `count` positive eigenvalues of a symmetric matrix, the largest first, and their vectors [N, count]."""
+    size = matrix.shape[0]
+    if size <= max(SMALL, 2 * count):
+        values, vectors = np.linalg.eigh(matrix.toarray())
+    else:
+        start = np.random.default_rng(seed).standard_normal(size)
+        values, vectors = eigsh(matrix, k=count, which="LA", v0=start, tol=1e-4)
+    chosen = np.argsort(-values, kind="stable")[:count]
+    chosen = chosen[values[chosen] > 1e-9 * values.max()]
+    vectors = vectors[:, chosen]
+    largest = np.abs(vectors).argmax(axis=0)
+    return values[chosen], vectors * np.sign(vectors[largest, np.arange(len(chosen))])  # either sign is an eigenvector: fix one
+
+
+def _unit_rows(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)

@@ -1,0 +1,129 @@
+"""Vectors of items: the table that features/<modality> holds, and vectors that the user brings along.
+
+The user's own are a Parquet file or folder with `item_id` and either `vector` (a list of numbers) or `vectors` (a list of those).
+
+N items, J vectors per item, D width, R rows of the user's table, V vectors in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import dataset
+
+from qbert_ray.run.columns import DOMAIN, ITEM_ID, ITEM_INDEX, features_schema, to_fixed_lists
+from qbert_ray.run.directory import resolve
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Vectors in the order of the items, and the rows that could not be placed."""
+
+    vectors: np.ndarray  # [N, J, D] float32, zeros where absent
+    present: np.ndarray  # [N, J] booleans
+    rejected: list[tuple[str, dict[str, Any]]]  # reason and row
+
+
+def features_table(items: pa.Table, vectors: np.ndarray, present: np.ndarray) -> pa.Table:
+    """Rows of features/<modality>.
+
+    Args:
+        items: N rows of ingest/items.
+        vectors: [N, J, D], present: [N, J].
+    """
+    columns = [items[DOMAIN], items[ITEM_ID], items[ITEM_INDEX], to_fixed_lists(vectors), to_fixed_lists(present)]
+    return pa.table(columns, schema=features_schema(*vectors.shape[1:]))
+
+
+def vectors_shape(uri: str) -> tuple[int, int]:
+    """Most vectors of a row (J) and the width (D) that most vectors have.
+
+    Raises:
+        ValueError: there is no such table, it lacks a column, or holds no vector.
+    """
+    most, widths = 1, Counter[int]()
+    for batch in _batches(uri):
+        row, width, _ = _flat(batch.column(1))
+        most = max(most, int(np.bincount(row).max(initial=1)))
+        widths.update(width[width > 0].tolist())
+    if not widths:
+        raise ValueError(f"{uri} holds no vector")
+    return most, widths.most_common(1)[0][0]
+
+
+def read_vectors(uri: str, item_ids: pa.Array, num_vectors: int, width: int) -> Placed:
+    """The user's vectors of some items; needs memory for all of them.
+
+    Args:
+        item_ids: N ids, as strings.
+        num_vectors: J, at least as many as any row has.
+        width: D; vectors of another width are rejected.
+    """
+    vectors = np.zeros((len(item_ids), num_vectors, width), np.float32)
+    present = np.zeros((len(item_ids), num_vectors), bool)
+    rejected: list[tuple[str, dict[str, Any]]] = []
+    for batch in _batches(uri):
+        ids = batch.column(0).cast(pa.string())
+        place = pc.fill_null(pc.index_in(ids, value_set=item_ids), -1).to_numpy()
+        slots, filled, reasons = _check(batch.column(1), num_vectors, width)
+        reasons[(reasons == "") & (place < 0)] = "unknown item"
+        usable = np.flatnonzero(reasons == "")
+        first = usable[np.unique(place[usable], return_index=True)[1]]
+        good = first[~present[place[first]].any(axis=1)]
+        reasons[np.setdiff1d(usable, good)] = "item given twice"
+        vectors[place[good]], present[place[good]] = slots[good], filled[good]
+        rejected += [(reasons[row], {ITEM_ID: ids[row].as_py()}) for row in np.flatnonzero(reasons)]
+    return Placed(vectors, present, rejected)
+
+
+def _batches(uri: str) -> Any:
+    """Batches of two columns: item_id, and vector or vectors."""
+    filesystem, path = resolve(uri)
+    try:
+        table = dataset.dataset(path, filesystem=filesystem, format="parquet")
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"no Parquet file or folder with vectors at {uri}: {error}") from None
+    names = [name for name in ("vectors", "vector") if name in table.schema.names]
+    if ITEM_ID not in table.schema.names or not names:
+        raise ValueError(f"{uri} must have the columns item_id and vector (or vectors); it has {', '.join(table.schema.names)}")
+    return (batch for batch in table.to_batches(columns=[ITEM_ID, names[0]], batch_size=8192) if len(batch))
+
+
+def _flat(column: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+    """Row [V] and width [V] of each vector in a column of `vector` or `vectors`, and the vectors; null ones have width 0."""
+    depth = 0
+    kind = column.type
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        depth, kind = depth + 1, kind.value_type
+    if depth not in (1, 2) or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        raise ValueError(f"a column of vectors must hold lists of numbers, or lists of such lists; it holds {column.type}")
+    counts, flat = (_lengths(column), pc.list_flatten(column)) if depth == 2 else (np.ones(len(column), int), column)
+    return np.repeat(np.arange(len(column)), counts), _lengths(flat), flat
+
+
+def _lengths(lists: pa.Array) -> np.ndarray:
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+
+
+def _check(column: pa.Array, num_vectors: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vectors [R, J, D] and which are there [R, J], of the rows whose reason [R] to be rejected is empty."""
+    row, widths, flat = _flat(column)
+    starts = np.searchsorted(row, np.arange(len(column)))
+    slot = np.arange(len(row)) - starts[row]
+    fits = widths == width
+    values = pc.list_flatten(flat.filter(pa.array(fits))).cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(-1, width)
+    finite = np.isfinite(values).all(axis=1)
+    reasons = np.full(len(column), "", dtype=object)
+    reasons[np.bincount(row, minlength=len(column)) == 0] = "no vector"
+    reasons[row[fits][~finite]] = "not finite"
+    reasons[row[~fits & (widths > 0)]] = "wrong width"
+    reasons[row[widths == 0]] = "no vector"
+    slots = np.zeros((len(column), num_vectors, width), np.float32)
+    filled = np.zeros((len(column), num_vectors), bool)
+    slots[row[fits], slot[fits]], filled[row[fits], slot[fits]] = values, True
+    return slots, filled, reasons

@@ -1,0 +1,72 @@
+"""The training of stage 1: batches of items, the losses of Eq. 5, and what is measured after an epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qbert_ray.config.schema import Config
+from qbert_ray.features.item_features import ItemFeatures
+from qbert_ray.fusion.model import DynamicFusion, alignment_loss, geometry_loss, view_distance
+from qbert_ray.random_streams import ID_DROPOUT_STREAM, uniform
+from qbert_ray.run.directory import RunDir
+from qbert_ray.training import shuffled_batches
+
+SAMPLE = 4096  # items that the metrics are taken over
+
+
+class FusionTask:
+    """Stage 1, Eq. 5."""
+
+    criterion = None
+
+    def __init__(self, config: Config, run: RunDir) -> None:
+        self.settings, self.seed = config.fusion, config.run.seed
+        self.features = ItemFeatures(run, domains=list(config.data.domains))
+        self.num_items = self.features.table.num_rows
+
+    def description(self) -> dict[str, Any]:
+        s = self.settings
+        names = ("width", "num_layers", "num_heads", "ffn_width", "dropout", "dynamic", "halt_threshold", "temperature")
+        return {"num_items": self.num_items, "feature_widths": self.features.widths} | {name: getattr(s, name) for name in names}
+
+    def build(self) -> nn.Module:
+        return DynamicFusion(**self.description())
+
+    def adjust(self, model: nn.Module, epoch: int) -> None:
+        pass
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        return shuffled_batches(self.num_items, self.settings.batch_size, self.seed, epoch)
+
+    def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+        hidden = uniform(self.seed + ID_DROPOUT_STREAM, epoch, samples, 1)[:, 0] < self.settings.id_dropout
+        item = torch.from_numpy(np.where(hidden, model.unknown, samples)).to(device)
+        features, present = self.features.batch(samples, device)
+        fused = model(item, features, present, unread=self._unread(hidden, samples, device))
+        s = self.settings
+        loss = alignment_loss(fused, s.contrast_temperature, s.consistency_weight, s.ponder_weight, s.ponder_target)["loss"]
+        if s.geometry_weight:
+            loss = loss + s.geometry_weight * geometry_loss(fused, features, present)
+        return loss * len(samples), float(len(samples))
+
+    def _unread(self, hidden: np.ndarray, samples: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """A cold item has no structure either: what trains with the unknown query is fused without, and learns to foretell it."""
+        if "structure" not in self.features.present:
+            return {}
+        others = [there[samples].any(1) for name, there in self.features.present.items() if name != "structure"]
+        return {"structure": torch.from_numpy(hidden & np.any(others, axis=0)).to(device)} if others else {}
+
+    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+        rows = np.arange(min(self.num_items, SAMPLE))
+        fused = model(torch.from_numpy(rows).to(device), *self.features.batch(rows, device))
+        histogram = torch.bincount(fused.depth, minlength=self.settings.num_layers + 1)[1:].tolist()
+        return {
+            "view_distance": float(view_distance(fused)),
+            "mean_depth": float(fused.depth.float().mean()),
+            "mean_gate": float(fused.gate.mean()),
+            "depth_histogram": histogram,
+        }

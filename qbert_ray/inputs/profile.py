@@ -1,0 +1,202 @@
+"""What the columns of somebody's files hold, by name and by a sample of their values: IDs, times, texts, pictures, attributes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from qbert_ray.inputs import readers
+from qbert_ray.inputs.readers import REASON, ROW, File, FileError
+from qbert_ray.inputs.rows import as_text, as_timestamp
+from qbert_ray.inputs.sources import detect_format
+from qbert_ray.run.directory import resolve
+
+SAMPLED_ROWS = 20_000  # of which a column is judged
+PICTURE = r"(?i)\.(jpe?g|png|webp|gif|bmp)(\?.*)?$"
+LINK = r"(?i)^[a-z][a-z0-9+.-]*://"
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")  # how encoded pictures begin
+NAMES = {  # spelled without case, underscores and spaces; the first that a file has is taken
+    "user_id": ["userid", "user", "reviewerid", "customerid", "customer", "clientid", "client", "visitorid", "memberid", "accountid", "uid"]
+    + ["profileid", "personid", "useridx", "sessionid", "session"],
+    "item_id": ["itemid", "item", "parentasin", "asin", "productid", "product", "sku", "articleid", "movieid", "bookid", "isbn", "trackid"]
+    + ["songid", "videoid", "newsid", "gameid", "offerid", "listingid", "goodsid", "itemidx", "iid", "id"],
+    "timestamp": ["timestamp", "time", "ts", "unixreviewtime", "datetime", "date", "eventtime", "createdat", "createdtime", "purchasedat"]
+    + ["purchasedate", "orderdate", "orderedat", "boughtat", "bought", "viewedat", "ratedat", "tdat", "day"],
+    "rating": ["rating", "ratings", "overall", "stars", "star", "score", "rate"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a sample of a column's values is like; shares are of the filled ones."""
+
+    name: str
+    kind: str  # text, number, time, bytes or vector
+    filled: float  # share of all rows
+    distinct: float
+    values: int  # distinct ones
+    words: float  # on average
+    pictures: float  # that end like a picture's file, or begin like a picture
+    links: float
+    example: str
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one folder and kind with the same columns: one table."""
+
+    paths: tuple[Path, ...]
+    file: File  # the first, looked into
+    sample: pl.DataFrame
+    columns: dict[str, Column]
+
+    @property
+    def location(self) -> Path:
+        """The file, or the glob that names exactly these."""
+        return _glob(self.paths)
+
+    def read(self, names: Sequence[str], most: int) -> pl.DataFrame:
+        """The first `most` rows of some columns, as text."""
+        frames, rows = [], 0
+        for path in self.paths:
+            for frame in _batches(path, names):
+                frames.append(frame.select(_text(frame, name) for name in names))
+                rows += len(frame)
+                if rows >= most:
+                    return pl.concat(frames).head(most)
+        return pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(names, pl.String))
+
+    def named(self, role: str) -> list[str]:
+        """Columns whose name is usual for a role, the most usual first."""
+        spelled = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(self.file.columns)}
+        return [spelled[name] for name in NAMES[role] if name in spelled]
+
+
+def look(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
+    """Tables among the files and folders named, and why files that look like one were left aside."""
+    tables: dict[tuple[object, ...], list[tuple[Path, File]]] = {}
+    aside: dict[str, str] = {}
+    for path in sorted(set(itertools.chain.from_iterable(map(_files, paths)))):
+        try:
+            file = readers.describe(resolve(str(path))[0], str(path))
+        except FileError as error:
+            aside[str(path)] = str(error)
+            continue
+        # Amazon's categories lie beside each other; other files of equal columns are parts of one table.
+        part = re.sub(r"\d+", "", path.name) if detect_format((file,)) != "contract" else ""
+        tables.setdefault((path.parent, file.kind, file.columns, part), []).append((path, file))
+    found = []
+    for group in tables.values():
+        files = tuple(path for path, _ in group)
+        try:
+            _check_glob(files)
+            sample = _sample(files, group[0][1])
+        except FileError as error:
+            aside[str(files[0])] = str(error)
+            continue
+        columns = {name: _column(sample[name]) for name in group[0][1].columns}
+        found.append(Files(files, group[0][1], sample, columns))
+    return found, aside
+
+
+def _glob(paths: tuple[Path, ...]) -> Path:
+    if len(paths) == 1:
+        return paths[0]
+    begin = os.path.commonprefix([path.name for path in paths]).rstrip("0123456789")
+    suffixes = {re.search(r"\.\w+(\.gz)?$", path.name)[0] for path in paths}  # type: ignore[index]
+    return paths[0].with_name(f"{begin}*{suffixes.pop() if len(suffixes) == 1 else ''}")
+
+
+def _check_glob(paths: tuple[Path, ...]) -> None:
+    glob = _glob(paths)
+    others = {file for file in paths[0].parent.glob(glob.name) if readers.kind_of(file.name)} - set(paths)
+    if len(paths) > 1 and others:
+        names = ", ".join(path.name for path in paths)
+        raise FileError(f"{names} have the same columns, but no pattern names them alone in {glob.parent}: give them a folder of their own")
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        parent = Path(*itertools.takewhile(lambda part: not set(part) & set("*?["), path.parts))
+        return [file for file in parent.rglob("*") if file.match(str(path)) and readers.kind_of(file.name)] if parent != path else []
+    if path.is_file():
+        return [path]
+    inside = (file for file in path.rglob("*") if file.is_file() and readers.kind_of(file.name))
+    return [file for file in inside if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)]
+
+
+def _batches(path: Path, names: Sequence[str]):
+    filesystem, place = resolve(str(path))
+    file = readers.describe(filesystem, place)
+    for fragment in readers.fragments(file):
+        for _, frame in readers.read(filesystem, fragment, dict.fromkeys(names, readers.plain_text)):
+            if set(names) <= set(frame.columns):
+                yield frame.filter(pl.col(REASON).is_null()) if REASON in frame.columns else frame
+
+
+def _sample(paths: tuple[Path, ...], file: File) -> pl.DataFrame:
+    frames, rows = [], 0
+    for frame in itertools.chain.from_iterable(_batches(path, file.columns) for path in paths):
+        frames.append(frame.drop(REASON, ROW, strict=False))
+        rows += len(frame)
+        if rows >= SAMPLED_ROWS:
+            break
+    if not rows:
+        raise FileError(f"{file.path} has no rows")
+    return pl.concat(frames).head(SAMPLED_ROWS)
+
+
+def _text(frame: pl.DataFrame, name: str) -> pl.Expr:
+    return as_text(pl.col(name), frame.schema[name]).alias(name)
+
+
+def _column(values: pl.Series) -> Column:
+    kind, name = values.dtype, values.name
+    inner = kind.inner if isinstance(kind, pl.List | pl.Array) else kind
+    filled = values.drop_nulls()
+    if inner == pl.Binary or isinstance(kind, pl.Struct):
+        pictures = _holds_pictures(filled)
+        return Column(name, "bytes", len(filled) / len(values), 1.0, len(filled), 0.0, pictures, 0.0, "")
+    text = values.to_frame().select(_text(values.to_frame(), name)).to_series().drop_nulls()
+    if isinstance(kind, pl.List | pl.Array) and (inner.is_numeric() or isinstance(inner, pl.List | pl.Array)):
+        return Column(name, "vector", len(text) / len(values), 1.0, len(text), 0.0, 0.0, 0.0, "")
+    count, distinct = max(len(text), 1), text.n_unique()
+    return Column(
+        name,
+        _kind(values, text),
+        len(text) / len(values),
+        distinct / count,
+        distinct,
+        float(text.str.count_matches(r"\S+").mean() or 0),  # type: ignore[arg-type]
+        float(text.str.contains(PICTURE).mean() or 0),  # type: ignore[arg-type]
+        float(text.str.contains(LINK).mean() or 0),  # type: ignore[arg-type]
+        str(text[0])[:60] if len(text) else "",
+    )
+
+
+def _kind(values: pl.Series, text: pl.Series) -> str:
+    """number, time or text: what nearly all filled values can be read as."""
+    if values.dtype.is_temporal():
+        return "time"
+    if not len(text):
+        return "text"
+    if text.cast(pl.Float64, strict=False).is_not_null().mean() > 0.95:  # type: ignore[operator]
+        return "number"
+    times = text.to_frame().select(as_timestamp(pl.col(text.name), pl.String())).to_series()
+    return "time" if times.is_not_null().mean() > 0.95 else "text"  # type: ignore[operator]
+
+
+def _holds_pictures(values: pl.Series) -> float:
+    if isinstance(values.dtype, pl.Struct):
+        names = {field.name for field in values.dtype.fields}
+        return 1.0 if names & {"bytes", "path", "large", "hi_res"} else 0.0
+    if isinstance(values.dtype, pl.List):
+        values = values.explode().drop_nulls()
+    first = values.head(100).to_list()
+    return sum(value.startswith(MAGIC) for value in first) / max(len(first), 1)

@@ -1,0 +1,187 @@
+"""A user's files as the config names them: which they are, what they are called inside, and their raw rows.
+
+A `Source` is the files of one table of one domain: one file, a folder or a glob, local, s3:// or gs://. Raw Amazon review
+and metadata files are known by their columns. Every row carries its position (number of the file, number of the row), which
+is what makes the answer independent of who reads what and when.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import polars as pl
+from pyarrow import fs
+
+from qbert_ray.config.schema import Domain
+from qbert_ray.inputs import readers
+from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
+from qbert_ray.run.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
+from qbert_ray.run.directory import join, resolve
+
+Table = Literal["items", "interactions"]
+POSITION = "_position"
+_FILE_BITS = 40  # rows of a file that positions can count
+
+# Names of the input contract -> columns of Amazon's raw files; the first filled one wins.
+AMAZON = {
+    "amazon_2018": {
+        USER_ID: ["reviewerID"], ITEM_ID: ["asin"], TIMESTAMP: ["unixReviewTime"], RATING: ["overall"],
+        "categories": ["category", "categories"], "image": ["imageURLHighRes", "imageURL", "imURL", "imUrl", "image"],
+    },
+    "amazon_2023": {ITEM_ID: ["parent_asin"], "brand": ["store"], "image": ["images"]},
+}  # fmt: skip
+
+
+class SourceError(ValueError):
+    """Files that cannot be used; the message names the domain, the file and the config key to change."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one table of one domain, with the columns that are wanted of them."""
+
+    label: str  # how errors call it
+    uri: str
+    filesystem: fs.FileSystem
+    files: tuple[File, ...]
+    format: str  # contract, amazon_2018 or amazon_2023
+    columns: dict[str, tuple[str, ...]]  # contract name -> columns of the files; the first filled one wins
+    image: str | None  # contract name of the image column
+
+    @property
+    def raw_columns(self) -> list[str]:
+        return list(dict.fromkeys(itertools.chain.from_iterable(self.columns.values())))
+
+    @property
+    def query(self) -> str:
+        """Of the URI, with its question mark: how to reach the store."""
+        return "?" + self.uri.partition("?")[2] if "://" in self.uri and "?" in self.uri else ""
+
+    def fragments(self) -> list[tuple[int, Fragment]]:
+        """What can be read side by side, each with the number of its file."""
+        return [(number, fragment) for number, file in enumerate(self.files) for fragment in readers.fragments(file)]
+
+    def folder(self, file: int) -> str:
+        """Local path or URI, without its query, of a file's folder: where relative image paths start."""
+        folder = self.files[file].path.rpartition("/")[0]
+        return f"{self.uri.partition('://')[0]}://{folder}" if "://" in self.uri else folder
+
+    def read(self, file: int, fragment: Fragment) -> Iterator[pl.DataFrame]:
+        """Batches of a fragment: raw columns (null where the file lacks one), position, reason and row.
+
+        Raises:
+            SourceError: the file is damaged.
+        """
+        names = self.raw_columns
+        images = self.columns.get(self.image, ()) if self.image else ()
+        converters = {name: readers.first_image if name in images else readers.plain_text for name in names}
+        try:
+            for first, frame in readers.read(self.filesystem, fragment, converters):
+                position = pl.int_range(pl.len(), dtype=pl.Int64) + ((file << _FILE_BITS) + first)
+                absent = [pl.lit(None, pl.String).alias(name) for name in [*names, REASON, ROW] if name not in frame.columns]
+                yield frame.with_columns(position.alias(POSITION), *absent).select(*names, POSITION, REASON, ROW)
+        except FileError as error:
+            raise SourceError(f"{self.label}: {error}") from None
+
+
+def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating: bool = False) -> Source:
+    """The files that a domain's `items` or `interactions` names, looked into but not read.
+
+    Args:
+        root: folder or URI that relative paths start from.
+        name: of the domain, for errors.
+        needs_rating: the rating column must be there.
+
+    Raises:
+        SourceError: no such file, one that is empty or unreadable, or one without a column that the config names.
+    """
+    location: str = getattr(domain, table)
+    label, key = f"domain {name}: {table}", f"data.domains.{name}.{table}"
+    uri = join(root, location)
+    filesystem, path = resolve(uri)
+    paths = _find(filesystem, path)
+    if not paths:
+        raise SourceError(f"{label}: no Parquet, CSV or JSONL file at {uri}; set {key} (given: {location}) or data.root (given: {root})")
+    kinds = sorted({str(readers.kind_of(path)) for path in paths})
+    if len(kinds) > 1:
+        raise SourceError(f"{label}: {uri} holds files of several kinds ({', '.join(kinds)}); choose among them with a glob in {key}")
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            files = tuple(pool.map(lambda path: readers.describe(filesystem, path), paths))
+    except FileError as error:
+        raise SourceError(f"{label}: {error}; set {key}") from None
+    form = domain.format if domain.format != "auto" else detect_format(files)
+    columns = _choose_columns(label, name, table, domain, form, files, needs_rating)
+    return Source(label, uri, filesystem, files, form, columns, domain.image_column if table == "items" else None)
+
+
+def _find(filesystem: fs.FileSystem, path: str) -> list[str]:
+    kind = filesystem.get_file_info(path).type
+    if kind == fs.FileType.File:
+        return [path]
+    parts = path.rstrip("/").split("/")
+    fixed = len(parts)
+    if kind == fs.FileType.NotFound:  # only what does not exist by that very name can be a glob
+        fixed = next((number for number, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts))
+    selector = fs.FileSelector("/".join(parts[:fixed]), recursive=True, allow_not_found=True)
+    infos = (info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File)
+    return sorted(info.path for info in infos if readers.kind_of(info.path) and _matches(info.path.split("/"), parts, fixed))
+
+
+def _matches(found: list[str], wanted: list[str], fixed: int) -> bool:
+    """Whether a found path is inside the wanted folder, or fits the wanted glob; hidden files never do."""
+    hidden = any(part.startswith((".", "_")) for part in found[fixed:])
+    return not hidden and len(found) >= len(wanted) and all(map(fnmatch.fnmatchcase, found[fixed:], wanted[fixed:]))
+
+
+def detect_format(files: tuple[File, ...]) -> str:
+    """contract, amazon_2018 or amazon_2023, by the columns of a table's files."""
+    found = {name for file in files for name in file.columns}
+    if ITEM_ID in found:
+        return "contract"
+    return "amazon_2023" if "parent_asin" in found else "amazon_2018" if "asin" in found else "contract"
+
+
+def _choose_columns(
+    label: str, name: str, table: Table, domain: Domain, form: str, files: tuple[File, ...], needs_rating: bool
+) -> dict[str, tuple[str, ...]]:
+    """Contract name -> columns of the files; each wanted one is there."""
+    required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP]
+    given: dict[str, str] = {**(domain.item_columns if table == "items" else domain.interaction_columns)}
+    wanted = _wanted(name, table, domain, needs_rating)
+    anywhere = {column for file in files for column in file.columns}
+    chosen = {}
+    for column, key in wanted.items():
+        candidates = [given[column]] if column in given else AMAZON.get(form, {}).get(column, [column])
+        chosen[column] = tuple(candidate for candidate in candidates if candidate in anywhere)
+        lacking = [file for file in files if column in required and not set(candidates) & set(file.columns)]
+        if lacking or (key and not chosen[column]):
+            file = (lacking or files)[0]
+            raise SourceError(
+                f"{label}: {file.path} has no column {' or '.join(candidates)}, wanted for {column}; "
+                f"columns found: {', '.join(file.columns)}; {_mend(name, table, column)}change {key}"
+            )
+    return chosen
+
+
+def _mend(name: str, table: Table, column: str) -> str:
+    """How to name a column of the contract that the file calls otherwise."""
+    if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
+        return "rename it there, or "
+    return f"say what the file calls it: data.domains.{name}.{table.removesuffix('s')}_columns.{column}=<column>, or "
+
+
+def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool) -> dict[str, str]:
+    """Column -> config key that asks for it; empty where it may be absent."""
+    here = f"data.domains.{name}"
+    if table == "interactions":
+        rating = "data.min_rating" if needs_rating else ""
+        return dict.fromkeys([USER_ID, ITEM_ID, TIMESTAMP], f"{here}.interactions or {here}.format") | {RATING: rating}
+    wanted = {ITEM_ID: f"{here}.items or {here}.format"}
+    wanted |= dict.fromkeys(domain.text_fields, f"{here}.text_fields") | dict.fromkeys(domain.attributes, f"{here}.attributes")
+    return wanted | ({domain.image_column: f"{here}.image_column"} if domain.image_column else {})

@@ -1,0 +1,326 @@
+"""The user's files become the tables of a run: catalog, sequences, interactions, and every rejected row with its reason.
+
+Files are read fragment by fragment with Ray Data; interactions go through `partitions`; the tables are written part by part
+in tasks. Only the catalog's IDs and one number per item ever reach the driver. Each order below is that of a hash, so blocks
+and workers cannot change the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from pyarrow import fs
+
+from qbert_ray.config.schema import Config
+from qbert_ray.execution.executor import Executor, Handle, Rows
+from qbert_ray.execution.progress import Progress
+from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, USER, Core, Partition, core, partition, survivors
+from qbert_ray.inputs.readers import REASON, ROW, Fragment
+from qbert_ray.inputs.rows import UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
+from qbert_ray.inputs.sources import POSITION, Source, SourceError, open_source
+from qbert_ray.run.columns import (
+    COLD,
+    COLD_SEQUENCES,
+    DOMAIN,
+    INTERACTIONS,
+    ITEM_ID,
+    ITEM_INDEX,
+    ITEMS,
+    RATING,
+    REJECTED,
+    SEQUENCES,
+    TIMESTAMP,
+    USER_ID,
+)
+from qbert_ray.run.directory import RunDir, resolve
+
+ROWS_PER_PARTITION, MAX_TASKS = 500_000, 64
+BYTES_PER_TASK = 128 << 20  # of the catalog
+GROUP = "_group"
+
+
+def ingest(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+    """Write ingest/items, sequences, interactions and rejected; returns the counts of each domain.
+
+    Raises:
+        SourceError: a domain's files cannot be used, or nothing is left of them.
+    """
+    progress.start(4 * len(config.data.domains))
+    return {name: ingest_domain(config, name, run, executor, progress) for name in config.data.domains}
+
+
+def ingest_domain(
+    config: Config, name: str, run: RunDir, executor: Executor, progress: Progress, rows_per_partition: int = ROWS_PER_PARTITION
+) -> dict[str, Any]:
+    """One domain of `ingest`; other partitions change where parts of the users' tables end, never rows or their order."""
+    data, domain = config.data, config.data.domains[name]
+    items = open_source(data.root, name, "items", domain)
+    interactions = open_source(data.root, name, "interactions", domain, needs_rating=data.min_rating is not None)
+    item_rows, catalog = read_catalog(config, name, items, executor)
+    progress.advance()
+
+    rows = _read(executor, interactions, read_interactions, min_rating=data.min_rating)
+    num_rows, num_tasks = rows.count(), _clamp(rows.count() / rows_per_partition, 1, MAX_TASKS)
+    partitions = partition(executor, rows.blocks(), executor.put(catalog), num_tasks)
+    del rows
+    progress.advance()
+
+    min_item = data.min_interactions if data.min_item_interactions is None else data.min_item_interactions
+    left = core(
+        executor, partitions, _held_out(catalog, data.cold_share if domain.role == "target" else 0.0), data.min_interactions, min_item
+    )
+    if not sum(left.users):
+        raise SourceError(f"domain {name}: nothing is left of {num_rows:,} interactions; {_most_rejected(executor, partitions)}")
+    progress.advance()
+
+    counts = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions).write(item_rows, partitions)
+    progress.advance()
+    counts = {"items_read": item_rows.count(), "interactions_read": num_rows, **counts, "core_rounds": left.rounds}
+    for table in ("items", "interactions"):
+        assert counts[f"{table}_read"] == counts[table] + sum(counts[f"{table}_rejected"].values()), f"{table} lost rows: {counts}"
+    return counts
+
+
+def read_catalog(config: Config, name: str, source: Source, executor: Executor) -> tuple[Rows, pa.Table]:
+    """Normalised rows of a domain's items files; and item_id, position of the first row and hash of each item, in order of the hash."""
+    rows = _read(executor, source, read_items, domain=config.data.domains[name], root=_local(config.data.root))
+    return rows, _catalog(executor, source, rows.blocks())
+
+
+def read_items(number: int, source: Source, fragments: list[tuple[int, Fragment]], **arguments: Any) -> Iterator[pa.Table]:
+    """Normalised rows of a fragment of the items files."""
+    file, fragment = fragments[number]
+    for raw in source.read(file, fragment):
+        yield normalise_items(raw, source, file, **arguments).to_arrow()
+
+
+def read_interactions(number: int, source: Source, fragments: list[tuple[int, Fragment]], **arguments: Any) -> Iterator[pa.Table]:
+    """Normalised rows of a fragment of the interactions files."""
+    for raw in source.read(*fragments[number]):
+        yield normalise_interactions(raw, source, **arguments).to_arrow()
+
+
+def _read(executor: Executor, source: Source, reader: Callable[..., Iterator[pa.Table]], **arguments: Any) -> Rows:
+    fragments = source.fragments()
+    rows = executor.read(partial(reader, source=source, fragments=fragments, **arguments), len(fragments)) if fragments else None
+    if rows is None or not rows.count():
+        raise SourceError(f"{source.label}: {source.uri} has no rows")
+    return rows
+
+
+def _catalog(executor: Executor, source: Source, blocks: list[Handle]) -> pa.Table:
+    """item_id, position of the first row and hash of each item, in order of the hash: an item's row is its code."""
+    rows = pl.concat([pl.DataFrame(executor.get(handle)) for handle in [executor.submit(_ids, block) for block in blocks]])
+    if rows.is_empty():
+        raise SourceError(f"{source.label}: no row of {source.uri} has an item_id")
+    first = rows.group_by(ITEM_ID).agg(pl.col(POSITION).min())
+    hashed = first.with_columns(pl.Series(HASH, stable_hash(first[ITEM_ID], ITEM_SALT)))
+    return hashed.sort(HASH, ITEM_ID).to_arrow()
+
+
+def _ids(block: pa.Table) -> pa.Table:
+    return pl.DataFrame(block).filter(pl.col(REASON).is_null()).select(ITEM_ID, POSITION).to_arrow()
+
+
+def _held_out(catalog: pa.Table, share: float) -> np.ndarray:
+    """[catalog] whether an item is cold: by its ID alone, so that another catalog or seed holds out the same ones."""
+    return stable_hash(pl.DataFrame(catalog)[ITEM_ID], COLD_SALT) < np.uint64(share * 2**64)
+
+
+def _most_rejected(executor: Executor, partitions: list[Partition]) -> str:
+    reasons: Counter[str] = Counter()
+    for part in partitions:
+        reasons.update(dict(pl.DataFrame(executor.get(part.rejected))[REASON].value_counts().iter_rows()))
+    found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3)) or "none was unusable in itself"
+    return f"rejected: {found}; the rest falls to data.min_interactions and data.min_item_interactions, so lower these"
+
+
+def _local(root: str) -> str:
+    """Path of a local root; empty for a remote one."""
+    filesystem, path = resolve(root)
+    return path if isinstance(filesystem, fs.LocalFileSystem) else ""
+
+
+def _clamp(value: float, low: int, high: int) -> int:
+    return max(low, min(math.ceil(value), high))
+
+
+# writing
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes one domain's tables from what the core left."""
+
+    run: RunDir
+    executor: Executor
+    domain: str
+    catalog: pa.Table
+    left: Core
+    rows_per_part: int | None
+    min_user: int
+
+    def write(self, items: Rows, partitions: list[Partition]) -> dict[str, Any]:
+        """Write everything; returns what was kept and what was rejected for which reason."""
+        num_items = int(self.left.items.sum() + self.left.cold.sum())
+        size = self.rows_per_part or _clamp(num_items / 16, 64, 8192)
+        parts_per_task = _clamp(num_items / size / _clamp(items.size_bytes() / BYTES_PER_TASK, 1, MAX_TASKS), 1, 1 << 30)
+        groups = math.ceil(num_items / (size * parts_per_task))
+        catalog = self.executor.put(self._final_catalog(size * parts_per_task))
+        split = [self.executor.submit(split_items, block, catalog, groups, num_returns=groups) for block in items.blocks()]
+        pieces = zip(*split, strict=True) if groups > 1 else [split]
+        tasks = [
+            self.executor.submit(write_items, self.run, self.domain, f"{n:05d}", n * parts_per_task, size, *rows)
+            for n, rows in enumerate(pieces)
+        ]
+        tasks += self._user_tasks(catalog, partitions, groups)
+        total: Counter[tuple[str, str]] = Counter()
+        for counts in map(self.executor.get, tasks):
+            total.update(counts)
+        return {key: count for (key, reason), count in sorted(total.items()) if not reason} | {
+            f"{table}_rejected": {reason: count for (key, reason), count in sorted(total.items()) if reason and key == table}
+            for table in ("items", "interactions", "images")
+        }
+
+    def _user_tasks(self, catalog: Handle, partitions: list[Partition], first_rejected: int) -> list[Handle]:
+        size = self.rows_per_part or _clamp(sum(self.left.users) / 16, 64, 8192)
+        first_parts = np.cumsum([0, *(math.ceil(users / size) for users in self.left.users)]).tolist()
+        return [
+            self.executor.submit(
+                _write_users, self.run, self.domain, f"{first_rejected + n:05d}", first_parts[n], size, self.min_user, catalog, part.kept, part.rejected
+            )
+            for n, part in enumerate(partitions)
+        ]  # fmt: skip
+
+    def _final_catalog(self, rows_per_group: int) -> pa.Table:
+        """The catalog with item_index (null: not kept; cold items come last), the group that writes the row, and what is cold."""
+        kept, cold = self.left.items | self.left.cold, self.left.cold
+        index = np.where(cold, self.left.items.sum() + np.cumsum(cold), np.cumsum(self.left.items)) - 1
+        frame = pl.DataFrame(self.catalog).with_columns(
+            pl.Series(GROUP, np.maximum(index, 0) // rows_per_group), pl.Series(ITEM_INDEX, index.astype(np.int32)), pl.Series(COLD, cold)
+        )
+        return frame.with_columns(pl.when(pl.Series(kept)).then(ITEM_INDEX).alias(ITEM_INDEX)).to_arrow()
+
+
+def split_items(block: pa.Table, catalog: pa.Table, groups: int) -> list[pa.Table] | pa.Table:
+    """Rows of each group, with item_index, or with the reason why they are not kept."""
+    first = pl.DataFrame(catalog).rename({POSITION: "first"})
+    rows = pl.DataFrame(block).join(first, on=ITEM_ID, how="left")
+    repeated = pl.when(pl.col(POSITION) != pl.col("first")).then(pl.lit(f"duplicate {ITEM_ID}"))
+    rare = pl.when(pl.col(ITEM_INDEX).is_null()).then(pl.lit("below min_item_interactions"))
+    rows = rows.with_columns(pl.coalesce(REASON, repeated, rare).alias(REASON), pl.col(GROUP).fill_null(0)).drop("first")
+    tables = [rows.filter(pl.col(GROUP) == group).to_arrow() for group in range(groups)]
+    return tables if groups > 1 else tables[0]
+
+
+def write_items(run: RunDir, domain: str, number: str, first_part: int, size: int, *pieces: pa.Table) -> Counter[tuple[str, str]]:
+    """Write the parts of a group of items in order, and part `number` of the rejected rows; rows by (table, reason), none if kept."""
+    rows = pl.concat([pl.DataFrame(piece) for piece in pieces])
+    kept = rows.filter(pl.col(REASON).is_null()).sort(ITEM_INDEX).with_columns(pl.lit(domain).alias(DOMAIN))
+    texts = [name for name in rows.columns if "." in name]
+    schema = pa.schema([*ITEMS, *((name, pa.string()) for name in texts)])
+    for offset in range(0, len(kept), size):
+        run.write_part(
+            "ingest/items", f"{domain}-{first_part + offset // size:05d}.parquet", _to_arrow(kept[offset : offset + size], schema)
+        )
+    lost = rows.filter(pl.col(REASON).is_not_null())
+    lost = lost.with_columns(pl.coalesce(ROW, as_json(lost.select(ITEM_ID, *texts))).alias(ROW), pl.lit("items").alias("table"))
+    unsafe = kept.filter(pl.col(UNSAFE).is_not_null())
+    unsafe = unsafe.with_columns(
+        as_json(unsafe.select(ITEM_ID, pl.col(UNSAFE).alias("image"))).alias(ROW),
+        *(pl.lit("images").alias("table"), pl.lit("unsafe path").alias(REASON)),
+    )
+    names = ["table", POSITION, REASON, ROW]
+    counts = Counter({("items", ""): len(kept), ("cold_items", ""): int(kept[COLD].sum())})
+    return counts + _write_rejected(run, domain, number, pl.concat([lost.select(names), unsafe.select(names)]))
+
+
+def _write_users(
+    run: RunDir, domain: str, number: str, first_part: int, size: int, min_user: int, catalog: pa.Table, kept: pa.Table, rejected: pa.Table
+) -> Counter[tuple[str, str]]:
+    items, rows = pl.DataFrame(catalog), pl.DataFrame(kept)
+    rows = rows.with_columns(
+        items[ITEM_ID][rows[CODE]], items[ITEM_INDEX][rows[CODE]], items[COLD][rows[CODE]], pl.lit(domain).alias(DOMAIN)
+    )
+    cold = items[COLD].to_numpy()
+    survives = survivors(kept, items[ITEM_INDEX].is_not_null().to_numpy() & ~cold, cold, min_user)
+    sequences, left = _sequences(rows.filter(survives))
+    ends = [0, *sequences["rows"].cum_sum().to_list()]
+    for offset in range(0, len(sequences), size):
+        name, end = f"{domain}-{first_part + offset // size:05d}.parquet", min(offset + size, len(sequences))
+        run.write_part("ingest/interactions", name, _to_arrow(left[ends[offset] : ends[end]], INTERACTIONS))
+        run.write_part("ingest/sequences", name, _to_arrow(sequences[offset:end], SEQUENCES))
+        if cold.any():
+            run.write_part("ingest/cold", name, _to_arrow(sequences[offset:end].filter(pl.col("target").is_not_null()), COLD_SEQUENCES))
+    lost = rows.filter(~survives)
+    reason = (
+        pl.when(pl.col(ITEM_INDEX).is_null())
+        .then(pl.lit("item below min_item_interactions"))
+        .otherwise(pl.lit("user below min_interactions"))
+    )
+    lost = lost.select(POSITION, reason.alias(REASON), as_json(lost.select(USER_ID, ITEM_ID, TIMESTAMP, RATING)).alias(ROW))
+    everything = pl.concat([pl.DataFrame(rejected), lost]).with_columns(pl.lit("interactions").alias("table"))
+    counts = Counter({("interactions", ""): len(left), ("users", ""): len(sequences), ("cold_interactions", ""): int(left[COLD].sum())})
+    return counts + _write_rejected(run, domain, number, everything)
+
+
+def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """One row per user with train, valid, test and the last cold target with its history; and the rows with their split.
+
+    Args:
+        rows: in order of user and time.
+    """
+    users, cold, items = rows[USER].to_numpy(), rows[COLD].to_numpy(), rows[ITEM_INDEX].to_numpy()
+    starts = np.flatnonzero(np.diff(users.astype(np.int64), prepend=-1))  # [U] first row of each user
+    sizes = np.diff(starts, append=len(rows))
+    above = np.cumsum(~cold) - ~cold  # [rows] warm rows above
+    first = above[starts]
+    length = np.diff(first, append=np.count_nonzero(~cold))  # [U] warm rows
+    warm, enough = items[~cold], length >= 3
+    train = np.where(enough, length - 2, length)
+    held = [np.where(enough, warm[np.maximum(first + length - back, 0)], -1) for back in (2, 1)] if len(warm) else [length - 1] * 2
+    place = above - np.repeat(first, sizes)  # [rows] warm ones above of the same user
+    later = cold & (place > 0)
+    target = np.full(len(starts), -1)
+    target[np.repeat(np.arange(len(starts)), sizes)[later]] = np.flatnonzero(later)  # of several the last
+    history = np.where(target >= 0, place[target], 0) if len(rows) else target
+    sequences = (
+        rows[starts]
+        .select(DOMAIN, USER_ID)
+        .with_columns(
+            pl.Series("rows", sizes),
+            _lists(warm, first, train).alias("train"),
+            *(pl.Series(name, values).replace(-1, None) for name, values in zip(("valid", "test"), held, strict=True)),
+            pl.Series("target", np.where(target >= 0, items[target], -1) if len(rows) else target).replace(-1, None),
+            _lists(warm, first, history).alias("history"),
+        )
+    )
+    rank = place - np.repeat(train, sizes)  # 0: valid, 1: test
+    split = pl.when(COLD).then(pl.lit(COLD)).when(pl.Series(rank < 0) | ~pl.Series(np.repeat(enough, sizes))).then(pl.lit("train"))
+    return sequences, rows.with_columns(split.when(pl.Series(rank == 0)).then(pl.lit("valid")).otherwise(pl.lit("test")).alias("split"))
+
+
+def _lists(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> pl.Series:
+    """[U] lists of the `lengths` values from `starts` on."""
+    ends = np.cumsum(lengths)
+    flat = values[np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)]
+    offsets = np.concatenate([[0], ends]).astype(np.int64)
+    return pl.Series(pa.LargeListArray.from_arrays(offsets, pa.array(flat)))
+
+
+def _write_rejected(run: RunDir, domain: str, number: str, rows: pl.DataFrame) -> Counter[tuple[str, str]]:
+    rows = rows.sort("table", POSITION).rename({REASON: "reason", ROW: "row"}).with_columns(pl.lit(domain).alias(DOMAIN))
+    run.write_part("ingest/rejected", f"{domain}-{number}.parquet", _to_arrow(rows, REJECTED))
+    return Counter({(table, reason): count for table, reason, count in rows.group_by("table", "reason").len().iter_rows()})
+
+
+def _to_arrow(rows: pl.DataFrame, schema: pa.Schema) -> pa.Table:
+    return rows.select(schema.names).to_arrow().cast(schema)

@@ -1,0 +1,113 @@
+"""The YAML text of a first config, with the reason of each guess beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qbert_ray.config.schema import Config
+from qbert_ray.inputs.profile import Files, look
+from qbert_ray.inputs.sources import open_source
+from qbert_ray.inputs.starter import Guess, StarterError, given_features, guess
+from qbert_ray.run.columns import ITEM_ID
+
+
+def write_config(paths: Sequence[Path], output: Path, force: bool = False) -> str:
+    """Write a commented config for the files and folders named; its content.
+
+    Raises:
+        StarterError: the output is there already, or there are no items with interactions among the files.
+        SourceError: the files are not what they seemed.
+    """
+    if output.exists() and not force:
+        raise StarterError(f"{output} is there already; choose another name, or replace it with --force")
+    paths = [path.absolute() for path in paths]
+    tables, aside = look(paths)
+    text = _page(guess(tables, aside, paths), tables, aside, output)
+    config = Config.model_validate(yaml.safe_load(text))
+    for name, domain in config.data.domains.items():
+        open_source(config.data.root, name, "items", domain)
+        open_source(config.data.root, name, "interactions", domain)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text)
+    return text
+
+
+def _page(guesses: list[Guess], tables: list[Files], aside: dict[str, str], output: Path) -> str:
+    folders = [str(table.location.parent) for found in guesses for table in (found.items, found.interactions)]
+    root = os.path.commonpath(folders)
+    names = [_name(output.stem)] if len(guesses) == 1 else _distinct([_name_of(found) for found in guesses])
+    lines = [
+        "# Written by qbert-ray init: guesses from names and values, so look them over. Then",
+        f"#   qbert-ray validate -c {output}",
+        f"#   qbert-ray run -c {output}",
+        "# Every field with its default: qbert-ray config --describe. configs/recipe.yaml of the project holds smaller models, which",
+        f"# two cores train in minutes on thousands of items: qbert-ray run -c configs/recipe.yaml -c {output}",
+        "run:",
+        f"  dir: {_yaml(f'runs/{_name(output.stem)}')}",
+        "data:",
+        f"  root: {_yaml(root)}",
+    ]
+    core, why = min((found.core for found in guesses), key=lambda core: core[0])
+    lines += [f"  min_interactions: {core} # {why}", "  domains:"]
+    for name, found in zip(names, guesses, strict=True):
+        lines += [f"    {name}:", *(f"      {line}" for line in _domain(found, Path(root)))]
+    used = {id(table) for found in guesses for table in (found.items, found.interactions)}
+    for table in tables:
+        if id(table) not in used:
+            key = given_features(table)
+            lines.append(f"# not used: {table.location}" + (f"; {key} can name it" if key else ""))
+    return "\n".join([*lines, *(f"# not used: {why}" for why in aside.values())]) + "\n"
+
+
+def _domain(found: Guess, root: Path) -> Iterator[str]:
+    yield f"items: {_yaml(_relative(found.items, root))} # {_columns(found.items)}"
+    yield f"interactions: {_yaml(_relative(found.interactions, root))} # the catalog knows {found.match.share:.0%} of its items"
+    if found.form != "contract":
+        yield f"format: {found.form} # by its columns"
+    else:
+        if found.match.key != ITEM_ID:
+            yield f"item_columns: {_yaml({ITEM_ID: found.match.key})} # the interactions name it"
+        if others := {name: column for name, column in found.names.items() if name != column}:
+            yield f"interaction_columns: {_yaml(others)}"
+    yield f"text_fields: {_yaml(list(found.texts))}{_reasons(found.texts)}"
+    yield f"attributes: {_yaml(list(found.attributes))}{_reasons(found.attributes)}"
+    if found.image:
+        yield f"image_column: {_yaml(found.image[0])} # {found.image[1]}"
+    for name, why in found.aside.items():
+        yield f"# left aside: {name} ({why})"
+
+
+def _columns(table: Files) -> str:
+    count = f"{len(table.paths)} files; " if len(table.paths) > 1 else ""
+    return f"{count}columns: {', '.join(table.columns)}".replace("\n", " ")
+
+
+def _reasons(reasons: dict[str, str]) -> str:
+    return f" # {'; '.join(f'{name}: {why}' for name, why in reasons.items())}".replace("\n", " ") if reasons else ""
+
+
+def _relative(table: Files, root: Path) -> str:
+    return os.path.relpath(table.location, root)
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump([value], default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False).strip()[1:-1]
+
+
+def _name(text: str) -> str:
+    return re.sub(r"\W+", "_", text.removesuffix(".gz").split(".")[0]).strip("_") or "items"
+
+
+def _name_of(found: Guess) -> str:
+    """Amazon's categories are files beside each other; other domains are folders."""
+    return _name(found.interactions.paths[0].name if found.form != "contract" else found.interactions.paths[0].parent.name)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    return [f"{name}_{number}" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]

@@ -1,0 +1,161 @@
+"""Runs the stages of a run directory in order, and the rules of a rerun.
+
+A finished stage is skipped. A stage whose config changed since is refused, with the key that changed. `redo_from` forgets a
+stage and all after it. `compute` is part of no stage's dependencies: other machines change the time, never the answer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import yaml
+from pyarrow import fs
+
+from qbert_ray.config.schema import Config
+from qbert_ray.execution.executor import Executor
+from qbert_ray.execution.progress import Progress
+from qbert_ray.run.directory import ArtifactError, Manifest, RunDir, join, resolve
+from qbert_ray.run.stages import BY_NAME, STAGES, STARTED, Stage
+
+
+def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Manifest | None:
+    """The manifest of a finished stage; None where it is still to do.
+
+    Args:
+        files: whether changed input files matter, but for files whose new items were appended.
+
+    Raises:
+        ArtifactError: it was done with another config, or from other inputs.
+    """
+    done = Manifest.load(run, stage.name)
+    if done is None:
+        return None
+    wanted = stage.depends_on(config)
+    changed = [path for path in sorted(set(wanted) | set(done.config)) if wanted.get(path) != done.config.get(path)]
+    if changed:
+        lines = "\n".join(f"  {path}: made with {done.config.get(path)!r}, now {wanted.get(path)!r}" for path in changed[:5])
+        raise ArtifactError(
+            f"{run.uri}/{stage.name} was made with another config:\n{lines}\nredo it with --from {stage.command}, or choose another run.dir"
+        )
+    inputs = _input_fingerprints(stage, config, run)
+    stale = [name for name, fingerprint in inputs.items() if done.inputs.get(name) != fingerprint]
+    read = run.read_json(APPENDED) if stale and run.exists(APPENDED) else {}
+    stale = [name for name in stale if read.get(name) != inputs[name] and (files or not name.startswith("data."))]
+    if stale:
+        new_items = all(name.startswith("data.domains.") and name.endswith(".items") for name in stale)
+        hint = "; or give only the new items IDs: qbert-ray semantic-ids --append" if new_items else ""
+        raise ArtifactError(
+            f"{run.uri}/{stage.name} was made from other outputs of {', '.join(stale)}; redo it with --from {stage.command}{hint}"
+        )
+    return done
+
+
+def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, progress: Progress) -> Manifest | None:
+    """Do a stage unless it is done; its manifest, or None where the config leaves it out.
+
+    Raises:
+        ArtifactError: an input stage is not done, or the outputs there were made differently.
+    """
+    if stage.skipped(config):
+        return None
+    done = status(stage, config, run)
+    if done is not None:
+        return done
+    for name in stage.inputs:
+        source = BY_NAME[name]
+        if not source.skipped(config) and Manifest.load(run, source.name) is None:
+            raise ArtifactError(f"{stage.name} needs {name}, which is not done in {run.uri}; run it first: qbert-ray {source.command}")
+    executor.check(config, run, stage.compute)
+    manifest = Manifest(stage.name, stage.depends_on(config), _input_fingerprints(stage, config, run), _version())
+    _forget_unfinished(stage, manifest, run)
+    run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    started = time.monotonic()
+    manifest.counts = _function(stage)(config, run, executor, progress)
+    executor.measure(stage.name, manifest.counts)
+    manifest.seconds = round(time.monotonic() - started, 2)
+    manifest.save(run, stage.name)
+    run.delete(f"{stage.name}/{STARTED}")
+    return manifest
+
+
+def _function(stage: Stage) -> Callable[..., dict[str, Any]]:
+    """The function that does a stage; importing it may bring torch."""
+    module, _, name = stage.work.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def preflight(stages: Sequence[Stage], config: Config, run: RunDir, executor: Executor) -> None:
+    """Refuse, before the first of some stages starts, what the executor has no room for in any that is still to do.
+
+    Raises:
+        CapacityError: what is asked for and what there is.
+    """
+    pending = [stage for stage in stages if not stage.skipped(config) and status(stage, config, run) is None]
+    if pending:
+        executor.check(config, run, [key for stage in pending for key in stage.compute])
+
+
+def redo_from(name: str, run: RunDir) -> None:
+    """Forget a stage and all after it."""
+    for stage in reversed(STAGES[STAGES.index(BY_NAME[name]) :]):  # the last first, so that a cut leaves a run that is consistent
+        run.delete(f"{stage.name}/manifest.json")
+        run.delete(stage.name)
+
+
+APPENDED = "ingest/appended.json"  # state of the input files up to which items were appended
+
+
+def _forget_unfinished(stage: Stage, manifest: Manifest, run: RunDir) -> None:
+    """Leave what an earlier try of exactly this stage can go on from; remove anything else."""
+    marker = f"{stage.name}/{STARTED}"
+    same = run.exists(marker) and run.read_json(marker) == {"fingerprint": manifest.fingerprint}
+    if not (same and stage.keeps):
+        run.delete(stage.name)
+    run.write_json(marker, {"fingerprint": manifest.fingerprint})
+
+
+def _input_fingerprints(stage: Stage, config: Config, run: RunDir) -> dict[str, str]:
+    inputs = {}
+    for name in stage.inputs:
+        source = BY_NAME[name]
+        manifest = None if source.skipped(config) else Manifest.load(run, source.name)
+        if manifest is not None:
+            inputs[name] = manifest.fingerprint
+    return inputs | file_fingerprints(stage, config)
+
+
+_FILES = {"ingest": ("items", "interactions"), "features": ("text_features", "image_features", "structure_features")}
+
+
+def file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
+    """Size and time of the input files, so that changed data is noticed."""
+    named = {
+        f"data.domains.{name}.{field}": getattr(d, field) for name, d in config.data.domains.items() for field in _FILES.get(stage.name, ())
+    }
+    if stage.name == "semantic_ids":
+        named["data.semantic_ids"] = config.data.semantic_ids
+    found = {}
+    for path, uri in named.items():
+        if uri is None:
+            continue
+        filesystem, place = resolve(join(config.data.root, uri.partition("*")[0]))
+        if "*" in uri:
+            place = place.rpartition("/")[0]
+        infos = [filesystem.get_file_info(place)]
+        if infos[0].type == fs.FileType.Directory:
+            infos = filesystem.get_file_info(fs.FileSelector(place, recursive=True))
+        files = [info for info in infos if info.type == fs.FileType.File]
+        if files:
+            found[path] = f"{sum(info.size for info in files)} bytes, {max(info.mtime_ns for info in files)}"
+    return found
+
+
+def _version() -> str:
+    try:
+        return version("qbert-ray")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,103 @@
+"""Items that no training has seen, ranked beside all others: what semantic IDs are for.
+
+A cold item is known by its content alone. For each user who had one, the last is the target, after all that the user had of
+the other items before it. Beside the model stand the expected value of a random order, and neighbours by text: the cosine of
+the mean text vectors of a candidate and of the latest items of the history, of their mean or of the nearest of them.
+
+Shapes: B users, N catalog, D width of text vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qbert_ray import metrics
+from qbert_ray.config.schema import Config, Ranking
+from qbert_ray.execution.device import own_device
+from qbert_ray.execution.executor import Executor
+from qbert_ray.execution.progress import Progress
+from qbert_ray.ranking.ranker import Ranker, batches
+from qbert_ray.ranking.score_features import SIGNALS
+from qbert_ray.run import columns
+from qbert_ray.run.catalog import item_ids, modality_vectors
+from qbert_ray.run.directory import RunDir
+from qbert_ray.top_k import ranks
+
+PROTOCOLS = {"unseen": "rank_unseen", "cold": "rank_cold"}
+
+
+def evaluate_cold(config: Config, run: RunDir, domain: str, executor: Executor, progress: Progress) -> dict[str, Any] | None:
+    """Write evaluate/cold of a domain; its figures, or None where no item is held out."""
+    parts = run.parts("ingest/cold", domain)
+    if not parts:
+        return None
+    arguments = {"run": run, "domain": domain, "memory": config.ranking, "latest": config.evaluate.co_occurrence_history}
+    executor.map_parts(run, ColdPart, arguments, parts, "evaluate/cold", config.compute.evaluate, progress)
+    return summarise_cold(run.read("evaluate/cold", domain), list(config.evaluate.cutoffs))
+
+
+def summarise_cold(table: pa.Table, cutoffs: list[int]) -> dict[str, Any]:
+    """{users, protocols: {unseen | cold: {model | text_mean | text_nearest | random: ...}}} of an evaluate/cold table."""
+    model = np.array(table["model"].to_pylist(), dtype=object)
+    protocols = {}
+    for protocol, column in PROTOCOLS.items():
+        rank, among = table[column].to_numpy(), table[column.replace("rank", "among")].to_numpy()
+        protocols[protocol] = {str(name): metrics.summarise(rank[model == name], cutoffs) for name in dict.fromkeys(model)}
+        protocols[protocol]["random"] = metrics.expected_at_random(among[model == "model"], cutoffs)
+    return {"users": int((model == "model").sum()), "protocols": protocols}
+
+
+class ColdPart:
+    """Ranks of the cold targets of a part of the users."""
+
+    def __init__(self, run: RunDir, domain: str, memory: Ranking, latest: int) -> None:
+        self.run, self.domain, self.latest = run, domain, latest
+        self.ranker = Ranker(run, domain, memory, own_device())
+        self.item_ids = item_ids(run, domain).to_pylist()
+        self.warm = self.ranker.trained
+        self.text = modality_vectors(run, domain, "text")
+
+    @torch.inference_mode()
+    def __call__(self, name: str) -> dict[str, int]:
+        table = self.run.read_part("ingest/cold", name)
+        users, targets = table[columns.USER_ID].to_pylist(), table["target"].to_numpy()
+        histories = [np.array(history, dtype=np.int64) for history in table["history"].to_pylist()]
+        rows = []
+        for batch in batches(len(users), len(SIGNALS) * len(self.item_ids)):
+            target = torch.from_numpy(targets[batch].astype(np.int64))
+            for model, scores in self._scores(histories[batch]).items():
+                pair = (ranks(scores, target, seen=histories[batch]), ranks(scores[:, self.warm :], target - self.warm))
+                rows.append(self._table(users[batch], model, targets[batch], *pair, histories[batch]))
+        self.run.write_part("evaluate/cold", name, pa.concat_tables(rows) if rows else columns.COLD_RANKS.empty_table())
+        return {"users": len(users)}
+
+    def _scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
+        scores = self.ranker.scores(histories)
+        scores.pop("ridge", None)  # knows no cold item
+        if self.text is not None:
+            latest = [self.text[history[-self.latest :]] for history in histories]
+            scores["text_mean"] = F.normalize(torch.stack([vectors.mean(0) for vectors in latest]), dim=-1) @ self.text.T
+            scores["text_nearest"] = torch.stack([(vectors @ self.text.T).amax(0) for vectors in latest])
+        return scores
+
+    def _table(
+        self, users: list[str], model: str, targets: np.ndarray, unseen: Tensor, cold: Tensor, histories: list[np.ndarray]
+    ) -> pa.Table:
+        num_items = len(self.item_ids)
+        arrays = [
+            pa.array([self.domain] * len(users)),
+            pa.array(users),
+            pa.array([model] * len(users)),
+            pa.array([self.item_ids[target] for target in targets]),
+            pa.array(unseen.numpy().astype(np.int32)),
+            pa.array(cold.numpy().astype(np.int32)),
+            pa.array([num_items - len(np.unique(history)) for history in histories], pa.int32()),
+            pa.array([num_items - self.warm] * len(users), pa.int32()),
+        ]
+        return pa.table(arrays, schema=columns.COLD_RANKS)

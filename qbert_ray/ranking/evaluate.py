@@ -1,0 +1,119 @@
+"""Leave-one-out over every user on Ray Data: the whole catalog of the domain is ranked for each.
+
+Two protocols side by side: all items (the paper's), and unseen items only. Popularity and item co-occurrence, from the same
+training interactions, stand beside the model as floors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from qbert_ray import metrics
+from qbert_ray.config.schema import Config, Ranking
+from qbert_ray.execution.device import own_device
+from qbert_ray.execution.executor import Executor
+from qbert_ray.execution.progress import Progress
+from qbert_ray.features.structure import co_occurrence
+from qbert_ray.ranking.cold_items import evaluate_cold
+from qbert_ray.ranking.item_item import co_occurrence_scores, popularity
+from qbert_ray.ranking.ranker import Ranker, batches
+from qbert_ray.run import columns
+from qbert_ray.run.catalog import item_ids
+from qbert_ray.run.directory import RunDir
+from qbert_ray.top_k import rank_pairs
+
+MODEL = "model"
+MODELS = 5  # whose scores of a batch are held at once
+PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
+
+
+def evaluate(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+    """Write evaluate/ranks and evaluate/metrics.json; counts of ranked users."""
+    counts: dict[str, Any] = {}
+    report = {}
+    for domain in config.data.targets:
+        progress.note(domain)
+        baselines = executor.submit(_baselines, run, domain)
+        arguments = {"run": run, "domain": domain, "memory": config.ranking, "baselines": baselines}
+        arguments["latest"] = config.evaluate.co_occurrence_history
+        parts = run.parts("ingest/sequences", domain)
+        counts[domain] = dict(executor.map_parts(run, RankPart, arguments, parts, "evaluate/ranks", config.compute.evaluate, progress))
+        report[domain] = summarise(run.read("evaluate/ranks", domain), list(config.evaluate.cutoffs))
+        cold = evaluate_cold(config, run, domain, executor, progress)
+        report[domain] |= {"cold": cold} if cold else {}
+    run.write_json("evaluate/metrics.json", report)
+    return counts
+
+
+def summarise(table: pa.Table, cutoffs: list[int]) -> dict[str, Any]:
+    """{users, protocols: {all | unseen: {model | sequencer | ridge | popularity | co_occurrence: {"hr@10": {value, low, high}, ...}}}} of a ranks table."""
+    model = np.array(table["model"].to_pylist())
+    protocols = {}
+    for protocol, column in PROTOCOLS.items():
+        rank = table[column].to_numpy()
+        protocols[protocol] = {str(name): metrics.summarise(rank[model == name], cutoffs) for name in dict.fromkeys(model)}
+    return {"users": int((model == MODEL).sum()), "protocols": protocols}
+
+
+def _baselines(run: RunDir, domain: str) -> tuple[Any, np.ndarray]:
+    sequences = columns.to_sequences(run.read("ingest/sequences", domain))
+    size = run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows
+    return co_occurrence(sequences.indptr, sequences.items, size), popularity(sequences.indptr, sequences.items, size)
+
+
+class RankPart:
+    """Ranks of the test items of a part of the users."""
+
+    def __init__(self, run: RunDir, domain: str, memory: Ranking, baselines: tuple[Any, np.ndarray], latest: int) -> None:
+        self.run, self.domain, self.latest = run, domain, latest
+        self.counts, self.popularity = baselines
+        self.ranker = Ranker(run, domain, memory, own_device())
+        self.item_ids = item_ids(run, domain).to_pylist()
+
+    @torch.inference_mode()
+    def __call__(self, name: str) -> dict[str, int]:
+        sequences = columns.to_sequences(self.run.read_part("ingest/sequences", name))
+        users = np.flatnonzero(sequences.test >= 0)
+        found: dict[str, list[np.ndarray]] = {}
+        for rows in batches(len(users), MODELS * len(self.item_ids)):
+            batch = users[rows]
+            histories = [sequences.history(user, "test") for user in batch]
+            target = torch.from_numpy(sequences.test[batch])
+            for model, scores in self._scores(histories).items():
+                found.setdefault(model, []).append(rank_pairs(scores, target, histories).numpy())
+        self._write(
+            name,
+            [sequences.user_ids[user] for user in users],
+            sequences.test[users],
+            {model: np.concatenate(pieces) for model, pieces in found.items()},
+        )
+        return {"users": len(sequences.user_ids), "ranked": len(users), "too_short": len(sequences.user_ids) - len(users)}
+
+    def _scores(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        together = co_occurrence_scores(self.counts, histories, self.latest)
+        return self.ranker.scores(histories) | {
+            "popularity": torch.tensor(self.popularity).expand(len(histories), -1),
+            "co_occurrence": torch.from_numpy(together),
+        }
+
+    def _write(self, name: str, users: list[str], test: np.ndarray, rank: dict[str, np.ndarray]) -> None:
+        targets = [self.item_ids[item] for item in test]
+        tables = [
+            pa.table(
+                [
+                    pa.array([self.domain] * len(users)),
+                    pa.array(users),
+                    pa.array([model] * len(users)),
+                    pa.array(targets),
+                    pa.array(values[:, 0].astype(np.int32)),
+                    pa.array(values[:, 1].astype(np.int32)),
+                ],
+                schema=columns.RANKS,
+            )
+            for model, values in rank.items()
+        ]
+        self.run.write_part("evaluate/ranks", name, pa.concat_tables(tables) if tables else columns.RANKS.empty_table())

@@ -1,0 +1,121 @@
+"""Recommendations from a finished run, in one process and without Ray.
+
+recommender = Recommender.load("runs/demo")
+recommender.recommend([["item-1", "item-7"], []], k=10)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+
+from qbert_ray.config.schema import Config
+from qbert_ray.ranking.ranker import Ranker, batches
+from qbert_ray.run.catalog import item_ids
+from qbert_ray.run.directory import ArtifactError, RunDir
+
+
+class Recommendation(NamedTuple):
+    item_id: str
+    score: float
+
+
+class Recommender:
+    """The ranking of one domain of a run: the same that `qbert-ray score` writes, for any histories.
+
+    Args:
+        ranker: the domain's models.
+        ids: [N] item_id of its items.
+    """
+
+    def __init__(self, ranker: Ranker, ids: Sequence[str]) -> None:
+        self.ranker, self.ids = ranker, list(ids)
+        self.index = {item: number for number, item in enumerate(self.ids)}
+
+    @classmethod
+    def load(cls, run_dir: str, domain: str | None = None, device: str = "cpu") -> Recommender:
+        """The models of a finished run.
+
+        Args:
+            run_dir: a local path, s3:// or gs://.
+            domain: one that was fine-tuned; may be left out where there is only one.
+            device: where the sequence model computes, such as "cuda".
+
+        Raises:
+            ArtifactError: there is no such run or domain, or its fine-tuning is not done.
+        """
+        run = RunDir(run_dir)
+        config = run_config(run)
+        return cls(Ranker(run, domain := target_domain(run, config, domain), config.ranking, device), item_ids(run, domain).to_pylist())
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self.index
+
+    def recommend(
+        self,
+        histories: Iterable[Sequence[str]],
+        k: int = 10,
+        remove_seen: bool = True,
+        unknown: Literal["ignore", "error"] = "ignore",
+    ) -> list[list[Recommendation]]:
+        """The k best items for each history, best first; fewer where a history leaves fewer.
+
+        Args:
+            histories: item_id in time order, the latest last; one that is empty gets what suits anybody.
+            remove_seen: leave out what the history holds.
+            unknown: what to do with an item_id that the run does not know: pass over it with one warning that counts them, or refuse.
+
+        Raises:
+            ValueError: k is not positive, histories is not a list of lists, or there are unknown items and `unknown` is "error".
+        """
+        if k < 1:
+            raise ValueError(f"k is {k}; it must be at least 1")
+        known = self._indices(list(histories), unknown)
+        result: list[list[Recommendation]] = []
+        with torch.inference_mode():
+            for rows in batches(len(known)):
+                best = self.ranker.best(known[rows], k, remove_seen)
+                for values, items in zip(*(tensor.tolist() for tensor in best), strict=True):
+                    result.append([Recommendation(self.ids[item], value) for value, item in zip(values, items, strict=True) if item >= 0])
+        return result
+
+    def _indices(self, histories: list[Sequence[str]], unknown: str) -> list[np.ndarray]:
+        if any(isinstance(history, str) for history in histories):
+            raise ValueError("histories must be a list of lists of item_id; for a single history write [history]")
+        missing = [item for history in histories for item in history if item not in self.index]
+        if missing:
+            such = f"{len(missing)} of {sum(map(len, histories))} items of the histories are not in the catalog, such as {missing[0]!r}"
+            if unknown == "error":
+                raise ValueError(f'{such}; give items of the run, or unknown="ignore"')
+            warnings.warn(f"{such}; they are passed over", stacklevel=3)
+        return [np.array([self.index[item] for item in history if item in self.index], dtype=np.int64) for history in histories]
+
+
+def run_config(run: RunDir) -> Config:
+    """The configuration that a run was made with.
+
+    Raises:
+        ArtifactError: there is no run in that directory.
+    """
+    if not run.exists("config.yaml"):
+        raise ArtifactError(f"no run in {run.uri}: it has no config.yaml; make one with qbert-ray run")
+    return Config.model_validate(yaml.safe_load(run.read_bytes("config.yaml")))
+
+
+def target_domain(run: RunDir, config: Config, domain: str | None) -> str:
+    """The domain that is meant: the one named, or the only one.
+
+    Raises:
+        ArtifactError: none is named where there are several, or the run was not fine-tuned on it.
+    """
+    targets = config.data.targets
+    if domain is None and len(targets) > 1:
+        raise ArtifactError(f"{run.uri} has several domains; name one of {', '.join(targets)}")
+    if domain is not None and domain not in targets:
+        raise ArtifactError(f"{run.uri} has no target domain {domain!r}; it has {', '.join(targets)}")
+    return domain or targets[0]

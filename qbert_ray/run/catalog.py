@@ -1,0 +1,70 @@
+"""What the stages know of a domain's items, in the order of `item_index`: codes, fused embeddings, which of them training may see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qbert_ray.run import columns
+from qbert_ray.run.directory import RunDir
+
+NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.1  # of a cold item among those that were trained
+CHUNK = 4096  # items whose neighbours are looked up at once
+
+
+def warm_items(run: RunDir, domain: str) -> int:
+    """How many items training may see: the first of the catalog."""
+    return int(np.count_nonzero(~run.read("ingest/items", domain, [columns.COLD])[columns.COLD].to_numpy()))
+
+
+def read_warm(run: RunDir, table: str, domains: Sequence[str], names: list[str] | None = None) -> pa.Table:
+    """Rows of a table over the catalog that training may see, domain after domain."""
+    return pa.concat_tables([run.read(table, domain, names).slice(0, warm_items(run, domain)) for domain in domains])
+
+
+def item_ids(run: RunDir, domain: str) -> pa.Array:
+    """[N] item_id of a domain's items."""
+    return run.read("ingest/items", domain, [columns.ITEM_ID])[columns.ITEM_ID].combine_chunks()
+
+
+def catalog_codes(run: RunDir, domain: str) -> np.ndarray:
+    """[N, K + X] codes of a domain's items: the semantic ID's, then those beside it, where there are any."""
+    table = run.read("semantic_ids", domain, [columns.ITEM_INDEX, "codes", columns.EXTRA_CODES])  # the last may not be there
+    codes = [columns.to_numpy(table[name]) for name in table.column_names if name != columns.ITEM_INDEX]
+    order = np.argsort(table[columns.ITEM_INDEX].to_numpy())
+    return np.concatenate(codes, axis=1).astype(np.int64)[order]
+
+
+def content_vectors(run: RunDir, domain: str) -> Tensor:
+    """[N, D] fused embeddings, centred on those that training may see, of length sqrt(D)."""
+    embedding = torch.from_numpy(columns.to_numpy(run.read("fusion/embeddings", domain, ["embedding"])["embedding"]).copy())
+    centred = embedding - embedding[: warm_items(run, domain)].mean(0)
+    return F.normalize(centred, dim=-1) * embedding.shape[1] ** 0.5
+
+
+def modality_vectors(run: RunDir, domain: str, modality: str) -> Tensor | None:
+    """[N, D] mean vector of each item in one modality, centred on those that training may see, of length 1; None where no item has any.
+
+    Without centring, what is common to all texts hides what sets two apart, and the neighbours are far worse.
+    """
+    if not run.parts(f"features/{modality}", domain):
+        return None
+    table = run.read(f"features/{modality}", domain, ["vectors", "present"])
+    vectors, present = (torch.from_numpy(columns.to_numpy(table[name]).copy()) for name in ("vectors", "present"))
+    mean = (vectors * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp_min(1)
+    has = present.any(1)
+    warm = has & (torch.arange(len(mean)) < warm_items(run, domain))
+    return F.normalize((mean - mean[warm].mean(0)) * has[:, None], dim=-1) if warm.any() else None
+
+
+def nearest(content: Tensor, rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """[C, n] items of `among` nearest by cosine of content [N, D] to each of C rows; and their weights, summing to 1."""
+    unit = F.normalize(content, dim=-1)
+    others, count = unit[among].T, min(NEIGHBOURS, len(among))
+    cosine, found = zip(*(torch.topk(unit[piece] @ others, count, dim=1) for piece in rows.split(CHUNK)), strict=True)
+    return among[torch.cat(found)], torch.softmax(torch.cat(cosine) / NEIGHBOUR_TEMPERATURE, dim=1)

@@ -1,0 +1,224 @@
+"""Column names and Arrow schemas of every table that crosses a stage.
+
+A table is a folder of Parquet parts named `<domain>-<number>.parquet`. Parts of the catalog (items, features, embeddings,
+semantic IDs) line up: part 3 of each holds the same items, in the order of `item_index`. So do parts over users.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+DOMAIN = "domain"
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+ITEM_INDEX = "item_index"
+TIMESTAMP = "timestamp"
+RATING = "rating"
+COLD = "cold"
+SPLITS = ("train", "valid", "test", COLD)
+EXTRA_CODES = "extra_codes"
+KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]  # what names an item in every table over the catalog
+
+# ingest/items: item_index is dense within a domain and permuted by a hash, so that it tells nothing about time. Items that no
+# training may see, because they are held out or came later, are cold; their indices are the last.
+# Text fields are strings under `text.<field>`, attributes under `attribute.<field>`.
+ITEMS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (ITEM_ID, pa.string()),
+        (ITEM_INDEX, pa.int32()),
+        ("image_path", pa.string()),  # absolute path or URI; null: none, or image_bytes holds it
+        ("image_bytes", pa.binary()),
+        (COLD, pa.bool_()),
+    ]
+)
+TEXT_PREFIX = "text."
+ATTRIBUTE_PREFIX = "attribute."
+
+INTERACTIONS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        (ITEM_ID, pa.string()),
+        (TIMESTAMP, pa.int64()),
+        (RATING, pa.float32()),
+        ("split", pa.string()),  # one of SPLITS
+    ]
+)
+
+# ingest/sequences: one user a row, in time order. Leave-one-out: test is the last item, valid the last but one;
+# both null for a user with fewer than three interactions. History of the test = train + valid. Cold items are in none of them.
+SEQUENCES = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        ("train", pa.list_(pa.int32())),
+        ("valid", pa.int32()),
+        ("test", pa.int32()),
+    ]
+)
+
+# ingest/cold: a user's last interaction with a cold item, and what the user had of the other items before it.
+COLD_SEQUENCES = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        ("history", pa.list_(pa.int32())),  # item_index in time order, never empty
+        ("target", pa.int32()),  # item_index
+    ]
+)
+
+REJECTED = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        ("table", pa.string()),  # items, interactions, images, ...
+        ("reason", pa.string()),
+        ("row", pa.string()),  # the row as JSON
+    ]
+)
+
+SEMANTIC_IDS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (ITEM_ID, pa.string()),
+        (ITEM_INDEX, pa.int32()),
+        ("codes", pa.list_(pa.int32())),
+        ("semantic_id", pa.string()),  # "<a_2><b_3><c_1><d_6>"
+        ("moved", pa.bool_()),  # not its nearest codes: reallocated because of a collision
+        ("nearest_codes", pa.list_(pa.int32())),  # before that; whose codes these are now kept them
+    ]
+)  # and, with extra quantizers, their codes as a list under EXTRA_CODES
+
+# ranking/weights: which items of a history speak for an item, and how much (memory.py).
+MEMORY = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (ITEM_ID, pa.string()),
+        (ITEM_INDEX, pa.int32()),
+        ("ridge_items", pa.list_(pa.int32())),  # item_index
+        ("ridge_weights", pa.list_(pa.float32())),
+        ("following_items", pa.list_(pa.int32())),
+        ("following_weights", pa.list_(pa.float32())),
+        ("popularity", pa.float32()),  # training interactions of the item
+    ]
+)
+
+# One row per user and model; ranks are 1-based, each protocol its own column.
+RANKS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        ("model", pa.string()),
+        ("target", pa.string()),
+        ("rank_all", pa.int32()),
+        ("rank_unseen", pa.int32()),
+    ]
+)
+
+# evaluate/cold: one row per user of ingest/cold and ranking.
+COLD_RANKS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        ("model", pa.string()),
+        ("target", pa.string()),
+        ("rank_unseen", pa.int32()),  # among all items but those of the history
+        ("rank_cold", pa.int32()),  # among the cold items
+        ("among_unseen", pa.int32()),  # how many that is
+        ("among_cold", pa.int32()),
+    ]
+)
+
+RECOMMENDATIONS = pa.schema(
+    [
+        (DOMAIN, pa.string()),
+        (USER_ID, pa.string()),
+        ("rank", pa.int32()),
+        (ITEM_ID, pa.string()),
+        ("score", pa.float32()),
+    ]
+)
+
+
+def features_schema(num_vectors: int, width: int) -> pa.Schema:
+    """Schema of features/<modality>: J vectors per item and which of them are there."""
+    return pa.schema(
+        [
+            (DOMAIN, pa.string()),
+            (ITEM_ID, pa.string()),
+            (ITEM_INDEX, pa.int32()),
+            ("vectors", pa.list_(pa.list_(pa.float32(), width), num_vectors)),
+            ("present", pa.list_(pa.bool_(), num_vectors)),
+        ]
+    )
+
+
+def embeddings_schema(width: int) -> pa.Schema:
+    """Schema of fusion/embeddings."""
+    return pa.schema(
+        [
+            (DOMAIN, pa.string()),
+            (ITEM_ID, pa.string()),
+            (ITEM_INDEX, pa.int32()),
+            ("embedding", pa.list_(pa.float32(), width)),
+            ("depth", pa.int32()),
+        ]
+    )
+
+
+def to_fixed_lists(array: np.ndarray) -> pa.Array:
+    """An Arrow column of fixed-size lists, without a Python loop.
+
+    Args:
+        array: [N, ...] of numbers or booleans, one to two trailing axes.
+    """
+    column = pa.array(np.ascontiguousarray(array).reshape(-1))
+    for size in reversed(array.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, size)
+    return column
+
+
+def to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """The inverse of `to_fixed_lists`: [N, ...], shapes from the column's type; lists of other types must be of one length."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    shape = [len(column)]
+    while pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type):
+        flat = column.flatten()
+        shape.append(column.type.list_size if pa.types.is_fixed_size_list(column.type) else len(flat) // max(len(column), 1))
+        column = flat
+    return column.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+class Sequences(NamedTuple):
+    """Users of one domain as arrays; `items[indptr[u]:indptr[u + 1]]` are the training items of user u."""
+
+    user_ids: list[str]
+    indptr: np.ndarray  # [U + 1]
+    items: np.ndarray  # item_index
+    valid: np.ndarray  # [U], -1: none
+    test: np.ndarray  # [U], -1: none
+
+    def history(self, user: int, upto: str) -> np.ndarray:
+        """What comes before the `valid` or `test` item of a user, or everything there is ("end")."""
+        held_out = {"valid": [], "test": [self.valid[user]], "end": [self.valid[user], self.test[user]]}[upto]
+        train = self.items[self.indptr[user] : self.indptr[user + 1]]
+        return np.concatenate([train, [item for item in held_out if item >= 0]]).astype(np.int64)
+
+
+def to_sequences(table: pa.Table) -> Sequences:
+    """Arrays of an ingest/sequences table of one domain."""
+    train = table["train"].combine_chunks()
+    if isinstance(train, pa.ChunkedArray):  # no rows: nothing to combine
+        train = pa.array([], SEQUENCES.field("train").type)
+    indptr = train.offsets.to_numpy().astype(np.int64)
+    return Sequences(
+        table[USER_ID].to_pylist(),
+        indptr - indptr[0],
+        train.flatten().to_numpy(zero_copy_only=False).astype(np.int64),
+        table["valid"].fill_null(-1).to_numpy().astype(np.int64),
+        table["test"].fill_null(-1).to_numpy().astype(np.int64),
+    )

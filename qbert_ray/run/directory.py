@@ -1,0 +1,253 @@
+"""The run directory: tables, models and manifests on a local, s3:// or gs:// path.
+
+A file is either whole or absent: local files are written beside their name and renamed, object stores publish on close.
+A stage is done when its `manifest.json` is there, and that is written last. Models are safetensors plus a JSON that alone
+rebuilds them; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+MANIFEST = "manifest.json"
+S3_ATTEMPTS = 8  # of one request, further and further apart: 50 seconds in all
+
+
+class ArtifactError(ValueError):
+    """Something in a run directory is missing or was made differently; the message names the command that mends it."""
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """File system and path of a local path or a URI.
+
+    Raises:
+        ArtifactError: the URI's scheme is unknown or its file system is not available.
+    """
+    if "://" not in uri:
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise ArtifactError(f"cannot open {uri}: {error}; use a local path, s3:// or gs://") from None
+    return (_patient(*filesystem.__reduce__()) if filesystem.type_name == "s3" else filesystem), path
+
+
+def join(root: str, location: str) -> str:
+    """`location` under `root`, with the query of a root such as s3://bucket/data?endpoint_override=host."""
+    if "://" in location or location.startswith(("/", "~")):
+        return location
+    base, mark, query = root.partition("?") if "://" in root else (root, "", "")
+    return f"{base.rstrip('/')}/{location}{mark}{query}"
+
+
+def _patient(rebuild: Callable[[dict[str, Any]], fs.S3FileSystem], arguments: tuple[dict[str, Any]]) -> fs.S3FileSystem:
+    """A store from what `__reduce__` gives, asked again for longer while it answers with errors of its own: Arrow gives up after 6 seconds."""
+    (options,) = arguments
+    return rebuild(options | {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)})
+
+
+# Arrow forgets that patience on the way to another process, such as those of Ray Train.
+copyreg.pickle(fs.S3FileSystem, lambda store: (_patient, store.__reduce__()))
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside are relative: `run.read("ingest/items")`. Cheap to send to workers.
+
+    Args:
+        uri: a local path, s3:// or gs://.
+        base: a run whose outputs are read in place of own ones, on the same file system.
+        shared: folders of `base` that are read there, such as "features"; they are never written to from here.
+    """
+
+    uri: str
+    base: RunDir | None = None
+    shared: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if "://" not in self.uri:  # workers have working directories of their own
+            object.__setattr__(self, "uri", str(Path(self.uri).expanduser().absolute()))
+
+    @cached_property
+    def _location(self) -> tuple[fs.FileSystem, str]:
+        return resolve(self.uri)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return self._location[0]
+
+    def path(self, name: str = "") -> str:
+        """Full path of a relative one, as `filesystem` takes it."""
+        if self.base and self._is_shared(name):
+            return self.base.path(name)
+        return f"{self._location[1].rstrip('/')}/{name}".rstrip("/")
+
+    def inside(self, name: str) -> RunDir:
+        """A run directory below this one."""
+        place, mark, query = self.uri.partition("?")
+        return RunDir(f"{place.rstrip('/')}/{name}{mark}{query}")
+
+    def sharing(self, base: RunDir, folders: Iterable[str]) -> RunDir:
+        """This run directory, reading some folders from another one on the same file system."""
+        return replace(self, base=base, shared=frozenset(folders))
+
+    def _is_shared(self, name: str) -> bool:
+        return name.split("/")[0] in self.shared
+
+    # files
+
+    def exists(self, name: str) -> bool:
+        return self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound
+
+    def names(self, folder: str, suffix: str = "") -> list[str]:
+        """Sorted names of the whole files in a folder; empty where there is no folder."""
+        selector = fs.FileSelector(self.path(folder), allow_not_found=True)
+        names = (info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
+        return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+
+    def folders(self, folder: str) -> list[str]:
+        """Sorted names of the folders in a folder; empty where there is none."""
+        selector = fs.FileSelector(self.path(folder), allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.Directory)
+
+    def write_bytes(self, name: str, content: bytes | pa.Buffer) -> None:
+        self._publish(name, lambda path: self._write(path, content))
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            return stream.read()
+
+    def write_json(self, name: str, content: Any) -> None:
+        self.write_bytes(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read_bytes(name))
+
+    def delete(self, name: str) -> None:
+        """Remove a file or folder; nothing happens where there is none."""
+        assert not self._is_shared(name), f"{name} belongs to {self.base}"
+        kind = self.filesystem.get_file_info(self.path(name)).type
+        if kind == fs.FileType.Directory:
+            self.filesystem.delete_dir(self.path(name))
+        elif kind == fs.FileType.File:
+            self.filesystem.delete_file(self.path(name))
+
+    # tables
+
+    def parts(self, table: str, domain: str | None = None) -> list[str]:
+        """Names of a table's parts in order, of one domain or all."""
+        return [name for name in self.names(table, ".parquet") if domain is None or name.rsplit("-", 1)[0] == domain]
+
+    def write_part(self, table: str, name: str, rows: pa.Table) -> None:
+        text = [field.name for field in rows.schema if pa.types.is_string(field.type)]  # vectors never repeat: trying costs 4 x
+        whole = pa.BufferOutputStream()  # before anything is sent: a writer that fails half-way publishes that half on an object store
+        pq.write_table(rows, whole, use_dictionary=text)
+        self.write_bytes(f"{table}/{name}", whole.getvalue())
+
+    def read_part(self, table: str, name: str, columns: list[str] | None = None) -> pa.Table:
+        return pq.ParquetFile(self.path(f"{table}/{name}"), filesystem=self.filesystem).read(columns=columns)
+
+    def column_names(self, table: str, name: str) -> list[str]:
+        return pq.ParquetFile(self.path(f"{table}/{name}"), filesystem=self.filesystem).schema_arrow.names
+
+    def read(self, table: str, domain: str | None = None, columns: list[str] | None = None) -> pa.Table:
+        """All rows of a table, or those of one domain, in the order of its parts.
+
+        Raises:
+            ArtifactError: there is no such table in the run directory.
+        """
+        names = self.parts(table, domain)
+        if not names:
+            raise ArtifactError(f"no table {table} for {domain or 'any domain'} in {self.uri}; run the stage that makes it: qbert-ray run")
+        return pa.concat_tables([self.read_part(table, name, columns) for name in names], promote_options="default")
+
+    # models
+
+    def save_model(self, folder: str, tensors: dict[str, Any], description: dict[str, Any]) -> None:
+        """Weights and the JSON that rebuilds the model they belong to; the JSON is written last."""
+        from safetensors.torch import save  # brings torch, which reading tables does without
+
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self.write_bytes(f"{folder}/model.safetensors", save(contiguous))
+        self.write_json(f"{folder}/model.json", description)
+
+    def load_model(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Tensors and description as `save_model` was given them.
+
+        Raises:
+            ArtifactError: there is no model in that folder.
+        """
+        from safetensors.torch import load
+
+        if not self.exists(f"{folder}/model.json"):
+            raise ArtifactError(f"no model in {self.uri}/{folder}; run the stage that trains it: qbert-ray run")
+        return load(self.read_bytes(f"{folder}/model.safetensors")), self.read_json(f"{folder}/model.json")
+
+    def _write(self, path: str, content: bytes | pa.Buffer) -> None:
+        with self.filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+
+    def _publish(self, name: str, write: Any) -> None:
+        assert not self._is_shared(name), f"{name} belongs to {self.base}"
+        final = self.path(name)
+        if not isinstance(self.filesystem, fs.LocalFileSystem):
+            write(final)
+            return
+        folder, _, base = final.rpartition("/")
+        self.filesystem.create_dir(folder, recursive=True)
+        partial = f"{folder}/.{base}.{uuid.uuid4().hex}"
+        try:
+            write(partial)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        self.filesystem.move(partial, final)
+
+
+@dataclass
+class Manifest:
+    """What a stage did: the done marker beside its outputs."""
+
+    stage: str
+    config: dict[str, Any]  # dotted path -> value, of all the config the outputs depend on
+    inputs: dict[str, str]  # upstream stage -> its fingerprint
+    version: str  # of the code
+    seconds: float = 0.0
+    counts: dict[str, Any] = field(default_factory=dict)  # rows in, rows out, rejected by reason, ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal outputs: hashes config and inputs, not times."""
+        content = json.dumps([self.stage, self.config, self.inputs], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def save(self, run: RunDir, folder: str) -> None:
+        run.write_json(f"{folder}/{MANIFEST}", {**self.__dict__, "fingerprint": self.fingerprint})
+
+    @staticmethod
+    def load(run: RunDir, folder: str) -> Manifest | None:
+        """The manifest of a finished stage; None where the stage is not done."""
+        if not run.exists(f"{folder}/{MANIFEST}"):
+            return None
+        content = run.read_json(f"{folder}/{MANIFEST}")
+        content.pop("fingerprint")
+        return Manifest(**content)

@@ -1,0 +1,161 @@
+"""The stages of a run as data: in which order they are done, what each reads, and what its outputs depend on.
+
+A stage has one name: of its command, its folder in the run directory, its section of the config (where it has one), and its
+key in `compute`. `pipeline` runs stages; commands, reports and sweeps read them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qbert_ray.config.loading import flatten
+from qbert_ray.config.schema import Config
+
+STARTED = "started.json"  # in the folder of a stage: an unfinished try, and what it is a try of
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    Args:
+        name: also its folder in the run directory.
+        work: "module:function"; the function takes (config, run, executor, progress) and returns the counts of the manifest.
+        help: what the step does, in one line.
+        panel: group of commands that it is listed in.
+        config: sections, or dotted paths, that its outputs depend on.
+        inputs: stages whose outputs it reads.
+        compute: keys of `compute` that name what it runs on.
+        keeps: restarts part by part or from a checkpoint, so that an unfinished try is kept; others start over.
+        skipped: why there is nothing to do under a config; None where there is.
+    """
+
+    name: str
+    work: str
+    help: str
+    panel: str
+    config: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    compute: tuple[str, ...] = ()
+    keeps: bool = True
+    skipped: Callable[[Config], str | None] = lambda config: None
+
+    @property
+    def command(self) -> str:
+        """The command that runs it: `qbert-ray <command>`."""
+        return self.name.replace("_", "-")
+
+    def depends_on(self, config: Config) -> dict[str, Any]:
+        """Dotted path -> value of the config that its outputs depend on."""
+        leaves = flatten(config.model_dump(mode="json"))
+        return {path: value for path, value in leaves.items() if any(path == key or path.startswith(f"{key}.") for key in self.config)}
+
+
+def _given_ids(config: Config) -> str | None:
+    return "semantic IDs are given" if config.data.semantic_ids else None
+
+
+_INPUT, _FUSION, _IDS = "Stages: input", "Stage 1: fusion", "Stage 2: semantic IDs"
+_SEQUENCE, _RANKING = "Stage 3: sequence model", "Stages: ranking"
+STAGES = (
+    Stage(
+        "ingest",
+        "qbert_ray.inputs.stage:ingest",
+        "Read the catalog and the interactions: k-core, leave-one-out split, sequences.",
+        _INPUT,
+        (
+            *("data.root", "data.domains", "data.min_interactions", "data.min_item_interactions", "data.min_rating"),
+            *("data.cold_share", "data.rows_per_part"),
+        ),
+        keeps=False,
+    ),
+    Stage(
+        "features",
+        "qbert_ray.features.stage:extract_features",
+        "Encode texts and images; collaborative vectors from training interactions.",
+        _INPUT,
+        ("features",),
+        ("ingest",),
+        ("features",),
+        skipped=_given_ids,
+    ),
+    Stage(
+        "fusion",
+        "qbert_ray.fusion.stage:train_fusion",
+        "Train the dynamic cross-modal fusion and embed the catalog.",
+        _FUSION,
+        ("run.seed", "fusion"),
+        ("features",),
+        ("fusion", "semantic_ids"),
+        skipped=_given_ids,
+    ),
+    Stage(
+        "quantizer",
+        "qbert_ray.semantic_ids.stage:train_quantizer",
+        "Train the quantizer of the fused embeddings.",
+        _IDS,
+        ("run.seed", "quantizer"),
+        ("fusion",),
+        ("quantizer",),
+        skipped=_given_ids,
+    ),
+    Stage(
+        "semantic_ids",
+        "qbert_ray.semantic_ids.stage:assign_ids",
+        "Assign every item its semantic ID, without collisions.",
+        _IDS,
+        ("data.semantic_ids",),
+        ("ingest", "quantizer"),
+        ("semantic_ids",),
+    ),
+    Stage(
+        "pretrain",
+        "qbert_ray.sequence.stage:pretrain",
+        "Multi-mask pre-training on the source domains.",
+        _SEQUENCE,
+        ("run.seed", "sequencer", "pretrain"),
+        ("semantic_ids",),
+        ("pretrain",),
+        skipped=lambda config: None if config.pretrain.enabled else "pretrain.enabled is false",
+    ),
+    Stage(
+        "finetune",
+        "qbert_ray.sequence.stage:finetune",
+        "Fine-tune on each target domain.",
+        _SEQUENCE,
+        ("run.seed", "sequencer", "finetune", "pretrain.enabled"),
+        ("semantic_ids", "pretrain"),
+        ("finetune",),
+    ),
+    Stage(
+        "ranking",
+        "qbert_ray.ranking.stage:fit_ranking",
+        "Item-item weights of the training interactions, their blend with the sequence model's scores, and the reranker.",
+        _RANKING,
+        ("ranking",),
+        ("ingest", "finetune"),
+        ("ranking",),
+        skipped=lambda config: None if config.ranking.enabled else "ranking.enabled is false",
+    ),
+    Stage(
+        "evaluate",
+        "qbert_ray.ranking.evaluate:evaluate",
+        "Rank every item for every user: hit rate and NDCG, next to baselines.",
+        _RANKING,
+        ("evaluate", "ranking.enabled"),
+        ("finetune", "ranking"),
+        ("evaluate",),
+    ),
+    Stage(
+        "score",
+        "qbert_ray.ranking.score:score",
+        "Write the k best items for every user.",
+        _RANKING,
+        ("score", "ranking.enabled"),
+        ("finetune", "ranking"),
+        ("score",),
+    ),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}

@@ -1,0 +1,145 @@
+"""The figures of a run's semantic IDs: `semantic_ids/report.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from qbert_ray import metrics
+from qbert_ray.run.columns import ATTRIBUTE_PREFIX, ITEM_ID, ITEM_INDEX, to_numpy
+from qbert_ray.run.directory import Manifest, RunDir
+from qbert_ray.semantic_ids.collisions import to_tokens
+from qbert_ray.semantic_ids.lookup import IDS, Ids, domains, open_ids, read_codebooks, read_ids, read_titles
+from qbert_ray.semantic_ids.quality import NEIGHBOURS, NeighbourRecall, prefix_figures, prefixes, typical
+
+QUERIES = 2_000  # items whose neighbours are compared
+DESCRIBED = 100_000  # items whose attributes are
+LARGEST, TITLES = 5, 4  # prefixes and titles that are examples
+PIECE = 4096
+REPORT = f"{IDS}/report.json"
+
+
+def report(name: str) -> dict[str, Any]:
+    """{num_levels, codebook_size, domains: {domain: figures}}, also written beside the IDs.
+
+    Figures of a domain: items, items with an ID and their share; collisions before and after, moved items, at which level;
+    how the codes of each level are used; recall of neighbours; what prefixes say on attributes; examples of prefixes.
+    """
+    run, parts = open_ids(name)
+    manifest = Manifest.load(run, IDS)
+    assert manifest is not None
+    size = manifest.counts["codebook_size"]
+    result = {domain: _figures(run, domain, its, size) for domain, its in domains(parts).items()}
+    content = {"num_levels": manifest.counts["num_levels"], "codebook_size": size, "domains": result}
+    run.write_json(REPORT, content)
+    return content
+
+
+def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> dict[str, Any]:
+    ids = read_ids(run, parts)
+    items = sum(run.read_part("ingest/items", part, [ITEM_INDEX]).num_rows for part in run.parts("ingest/items", domain))
+    titles = read_titles(run, parts)
+    attributes = read_attributes(run, parts)
+    first = (ids.codes != ids.nearest)[ids.moved].argmax(1) if ids.moved.any() else np.zeros(0, dtype=int)
+    codes = ids.codes
+    spread = {
+        "usage": metrics.codebook_usage(codes, size),
+        "perplexity": metrics.perplexity(codes, size),
+        "entropy": metrics.entropy(codes, size),
+        "gini": metrics.gini(codes, size),
+    }
+    return {
+        "items": items,
+        "with_id": len(codes),
+        "coverage": len(codes) / items,
+        "raw_collision_rate": metrics.collision_rate(ids.nearest),
+        "collision_rate": metrics.collision_rate(codes),
+        "moved": int(ids.moved.sum()),
+        "moved_at": np.bincount(first, minlength=codes.shape[1]).tolist(),
+        "levels": [dict(zip(spread, values, strict=True)) for values in zip(*spread.values(), strict=True)],
+        "neighbours": _neighbours(run, parts, ids),
+        "attributes": _meaning(codes, attributes),
+        "examples": _examples(ids, titles, attributes, _popularity(run, domain, ids)),
+    }
+
+
+def _neighbours(run: RunDir, parts: list[str], ids: Ids) -> dict[str, Any] | None:
+    """Recall of the nearest items; None where there are no embeddings to compare with, or too few items."""
+    codebooks = read_codebooks(run)
+    if codebooks is None or len(ids.codes) <= NEIGHBOURS + 1 or not run.exists(f"fusion/embeddings/{parts[0]}"):
+        return None
+    queries = np.sort(np.random.default_rng(0).permutation(len(ids.codes))[:QUERIES])
+    pieces = (to_numpy(run.read_part("fusion/embeddings", part, ["embedding"])["embedding"]) for part in parts)
+    begin, sampled = 0, []
+    for embedding in pieces:  # parts are in the order of item_index
+        sampled.append(embedding[queries[(queries >= begin) & (queries < begin + len(embedding))] - begin])
+        begin += len(embedding)
+    found = NeighbourRecall(queries, np.concatenate(sampled), ids.codes[queries], codebooks)
+    begin = 0
+    for part in parts:
+        embedding = to_numpy(run.read_part("fusion/embeddings", part, ["embedding"])["embedding"])
+        for start in range(0, len(embedding), PIECE):
+            rows = embedding[start : start + PIECE]
+            found.add(rows, ids.codes[begin + start : begin + start + len(rows)])
+        begin += len(embedding)
+    return {"sampled": len(queries), "k": NEIGHBOURS} | found.result()
+
+
+def read_attributes(run: RunDir, parts: list[str]) -> pl.DataFrame:
+    """A column for each attribute, in the order of item_index; of several values of an item, the first."""
+    names = [name for name in run.column_names("ingest/items", parts[0]) if name.startswith(ATTRIBUTE_PREFIX)]
+    rows = pl.concat([pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, *names])) for part in parts]).sort(ITEM_INDEX)
+    return rows.select(pl.col(name).str.split(", ").list.first().alias(name.removeprefix(ATTRIBUTE_PREFIX)) for name in names)
+
+
+def _meaning(codes: np.ndarray, attributes: pl.DataFrame) -> dict[str, Any]:
+    """What prefixes say on each attribute, over items whose value another item has too."""
+    sample = np.sort(np.random.default_rng(0).permutation(len(codes))[:DESCRIBED])
+    result = {}
+    for column in (column.gather(sample) for column in attributes):  # a domain may have none
+        rows = (column.is_not_null() & column.is_duplicated()).to_numpy()
+        values = column.filter(rows).rank("dense").to_numpy().astype(np.int64) - 1
+        if len(values) and values.max() > 0:
+            figures = prefix_figures(codes[sample][rows], values)
+            result[column.name] = {"items": len(values), "values": int(values.max()) + 1, "lengths": figures}
+    return result
+
+
+def _popularity(run: RunDir, domain: str, ids: Ids) -> np.ndarray:
+    """[N] interactions of each item, so that examples are items that a person knows."""
+    counted = [
+        pl.DataFrame(run.read_part("ingest/interactions", part, [ITEM_ID])).group_by(ITEM_ID).len()
+        for part in run.parts("ingest/interactions", domain)
+    ]
+    if not counted:
+        return np.zeros(len(ids.codes), dtype=int)
+    total = pl.concat(counted).group_by(ITEM_ID).agg(pl.col("len").sum())
+    return pl.DataFrame({ITEM_ID: ids.item_ids}).join(total, on=ITEM_ID, how="left", maintain_order="left")["len"].fill_null(0).to_numpy()
+
+
+def _examples(ids: Ids, titles: pl.Series, attributes: pl.DataFrame, popularity: np.ndarray) -> list[dict[str, Any]]:
+    """The largest prefixes of one code: what is most typical of their items, and the best known of these."""
+    first = next(iter(prefixes(ids.codes)))
+    result = []
+    for number in np.argsort(-np.bincount(first), kind="stable")[:LARGEST]:
+        rows = np.flatnonzero(first == number)
+        known = rows[np.argsort(-popularity[rows], kind="stable")][:TITLES]
+        result.append(
+            {
+                "prefix": to_tokens(ids.codes[rows[:1], :1])[0],
+                "items": len(rows),
+                "typical": {column.name: value for column in attributes if (value := typical_value(column, rows))},
+                "titles": titles[known].to_list(),
+            }
+        )
+    return result
+
+
+def typical_value(column: pl.Series, rows: np.ndarray) -> dict[str, Any] | None:
+    """The value of an attribute that is most over-represented in some rows, with its share there and overall; None: none is."""
+    names = column.drop_nulls().unique().sort()
+    values = column.replace_strict(names, np.arange(len(names)), default=None) if len(names) else column.clear()
+    found = typical(values.drop_nulls().to_numpy(), values[rows].drop_nulls().to_numpy())
+    return found and found | {"value": names[found["value"]]}

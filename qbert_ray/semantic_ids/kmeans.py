@@ -1,0 +1,76 @@
+"""Stage 2 without gradients: an `RQVAE` without hidden layers whose weights are set once.
+
+Residual k-means quantizes the principal components of the embeddings level by level. Optimised product quantization (Ge et
+al. 2013, "Optimized Product Quantization for Approximate Nearest Neighbor Search") rotates them so that K blocks of
+dimensions can be quantized independently of each other. Its codebooks are zero outside their block: the nearest codeword to
+a residual is then the nearest in the block, so everything that reads codebooks works for both.
+
+Shapes: N items, D input width, E codebook width, K levels, M codewords per level.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qbert_ray.semantic_ids.rqvae import RQVAE, k_means, nearest, sample
+
+ROUNDS = 10  # of improving rotation and centres in turn; the error hardly falls after a few
+
+
+@torch.no_grad()
+def fit_residual(model: RQVAE, embeddings: Tensor, seed: int) -> None:
+    """Set the weights of a model without hidden layers to residual k-means of embeddings [N, D].
+
+    Raises:
+        ValueError: NaN or infinite numbers among them.
+    """
+    model.start(embeddings)
+    rows = torch.from_numpy(sample(embeddings.numpy(), model.quantizer.codebooks.shape[1], seed))
+    model.quantizer.start(model.encode(rows), seed)
+
+
+@torch.no_grad()
+def fit_product(model: RQVAE, embeddings: Tensor, seed: int) -> None:
+    """Set the weights of a model without hidden layers to optimised product quantization of embeddings [N, D].
+
+    Raises:
+        ValueError: NaN or infinite numbers among them, or fewer dimensions than levels.
+    """
+    num_levels, size, dim = model.quantizer.codebooks.shape
+    if dim < num_levels:
+        raise ValueError(f"{num_levels} independent codes need at least as many dimensions; quantizer.codebook_dim is {dim}")
+    model.start(embeddings)
+    rows = torch.from_numpy(sample(embeddings.numpy(), size, seed))
+    latent = model.encode(rows).numpy()
+    blocks = np.array_split(np.arange(dim), num_levels)
+    rotation = _balanced(latent.var(0), blocks)
+    books: list[np.ndarray | None] = [None] * num_levels
+    for number in range(ROUNDS):
+        rotated = latent @ rotation
+        quantized = np.empty_like(rotated)
+        for level, block in enumerate(blocks):
+            books[level] = k_means(rotated[:, block], size, seed + level, books[level])
+            codes = nearest(torch.from_numpy(rotated[:, block]), torch.from_numpy(books[level]))
+            quantized[:, block] = books[level][codes.numpy()]
+        if number < ROUNDS - 1:
+            left, _, right = np.linalg.svd(latent.T @ quantized)  # the rotation that brings latent nearest to quantized
+            rotation = (left @ right).astype(np.float32)
+    model.set_axes(model.decoder.linear.weight @ torch.from_numpy(rotation))
+    model.quantizer.codebooks.zero_()
+    for codebook, block, book in zip(model.quantizer.codebooks, blocks, books, strict=True):
+        codebook[:, torch.from_numpy(block)] = torch.from_numpy(book)
+
+
+def _balanced(variance: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
+    """[E, E] permutation that deals the principal components [E] to blocks of about equal products of variances."""
+    weight = np.log(np.maximum(variance, 1e-6 * variance.max() + 1e-30) / (1e-6 * variance.max() + 1e-30))
+    volume = np.zeros(len(blocks))
+    dealt: list[list[int]] = [[] for _ in blocks]
+    for component in np.argsort(-variance, kind="stable"):
+        room = [number for number, block in enumerate(blocks) if len(dealt[number]) < len(block)]
+        number = min(room, key=lambda number: volume[number])
+        dealt[number].append(component)
+        volume[number] += weight[component]
+    return np.eye(len(variance), dtype=np.float32)[:, np.concatenate(dealt)]

@@ -1,0 +1,19 @@
+"""The quantizers of a run."""
+
+from __future__ import annotations
+
+from qbert_ray.run.directory import RunDir
+from qbert_ray.semantic_ids.rqvae import RQVAE
+
+EXTRA = "quantizer/extra"  # folder of a numbered folder for each quantizer in addition to the first
+
+
+def load_quantizers(run: RunDir) -> list[RQVAE]:
+    """The quantizer of the semantic IDs, then those of the codes beside them, in the order of `catalog_codes`; ready to encode."""
+    models = []
+    for folder in ["quantizer/model", *(f"{EXTRA}/{name}/model" for name in run.folders(EXTRA))]:
+        tensors, description = run.load_model(folder)
+        models.append(RQVAE(**description))
+        models[-1].load_state_dict(tensors)
+        models[-1].eval()
+    return models

@@ -1,0 +1,45 @@
+"""The stages `pretrain` and `finetune` (§3.5-3.6, §4.1): the sequence model on source domains, then on each target domain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qbert_ray.config.schema import Config
+from qbert_ray.execution.executor import Executor
+from qbert_ray.execution.progress import Progress
+from qbert_ray.run.directory import RunDir
+from qbert_ray.sequence.task import SequencerTask
+
+
+def sequence_trainings(stage: str, config: Config) -> dict[str, dict[str, Any]]:
+    """Folder of each training of the stage "pretrain" or "finetune" -> arguments of its `SequencerTask`.
+
+    Raises:
+        ValueError: pretrain.domains names what is not there.
+    """
+    if stage == "finetune":
+        start = "pretrain/model" if config.pretrain.enabled else None
+        return {f"finetune/{name}": {"domains": [name], "settings": config.finetune, "start": start} for name in config.data.targets}
+    unknown = set(config.pretrained) - set(config.data.domains)
+    if unknown:
+        raise ValueError(f"pretrain.domains names {sorted(unknown)}; data.domains has {list(config.data.domains)}")
+    return {"pretrain": {"domains": config.pretrained, "settings": config.pretrain}}
+
+
+def pretrain(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+    """Multi-mask pre-training on the source domains."""
+    ((folder, arguments),) = sequence_trainings("pretrain", config).items()
+    arguments = {"config": config, "run": run} | arguments
+    figures = executor.fit(SequencerTask, arguments, config.compute.pretrain, run, folder, progress, config.compute)
+    return {"domains": arguments["domains"], "metrics": figures}
+
+
+def finetune(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+    """Fine-tuning on each target domain, from the pre-trained weights where there are any."""
+    figures = {}
+    for folder, arguments in sequence_trainings("finetune", config).items():
+        (domain,) = arguments["domains"]
+        progress.note(domain)
+        arguments = {"config": config, "run": run} | arguments
+        figures[domain] = executor.fit(SequencerTask, arguments, config.compute.finetune, run, folder, progress, config.compute)
+    return {"metrics": figures}

@@ -1,0 +1,149 @@
+"""The training of stage 3: windows of histories, masks, the loss of Eq. 11, and ranks of validation items."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qbert_ray import metrics
+from qbert_ray.config.schema import Config, SequenceTraining
+from qbert_ray.random_streams import VALIDATION_STREAM, WINDOW_STREAM, uniform
+from qbert_ray.run import columns
+from qbert_ray.run.catalog import catalog_codes, content_vectors, warm_items
+from qbert_ray.run.directory import RunDir
+from qbert_ray.semantic_ids.quantizers import load_quantizers
+from qbert_ray.sequence.masking import draw_lengths, draw_masks
+from qbert_ray.sequence.model import Sequencer, next_item_queries, pack, to_device
+from qbert_ray.top_k import ranks
+from qbert_ray.training import shuffled_batches
+
+SAMPLE = 4096  # users whose validation items are ranked, where the settings name no number
+
+
+class SequencerTask:
+    """Stage 3, Eq. 11: pre-training over several domains, or fine-tuning on one."""
+
+    criterion = ("ndcg@10", 1.0)
+
+    def __init__(self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None) -> None:
+        self.config, self.settings, self.seed, self.run, self.start = config, settings, config.run.seed, run, start
+        self.domains = domains
+        counts = run.read_json("semantic_ids/manifest.json")["counts"]
+        self.codebook_size = counts["codebook_size"]
+        levels = None if config.sequencer.tokens == "item" else counts["num_levels"]  # flat: a position for each code of the ID alone
+        self.catalogs = {name: catalog_codes(run, name)[: warm_items(run, name), :levels] for name in domains}
+        self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
+        self.contents = {name: content_vectors(run, name)[: len(self.catalogs[name])] for name in domains} if self._reads_content() else {}
+
+    def description(self) -> dict[str, Any]:
+        s = self.config.sequencer
+        names = ("width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature")
+        names += ("code_dropout",)
+        return {
+            "recall": s.recall and s.tokens == "item",
+            "content_width": next(iter(self.contents.values())).shape[1] if self.contents else 0,
+            "num_levels": int(self.catalogs[self.domains[0]].shape[1]),
+            "codebook_size": self.codebook_size,
+            "warm_items": {name: len(self.catalogs[name]) for name in self.domains} if s.embeds_items else {},
+        } | {name: getattr(s, name) for name in names}
+
+    def build(self) -> nn.Module:
+        model = Sequencer(**self.description())
+        for name, content in self.contents.items():
+            model.hold_content(name, content)
+        for name in self.domains if self.config.sequencer.embeds_items else []:
+            counts = np.bincount(self.sequences[name].items, minlength=len(self.catalogs[name]))
+            getattr(model, f"warm_{name}").copy_(torch.from_numpy(counts > 0)[:, None])
+        if self.config.sequencer.start == "codebooks" and not self.config.data.semantic_ids:
+            books = torch.cat([each.quantizer.codebooks for each in load_quantizers(self.run)])
+            model.start_from(books[: model.num_levels])
+        if self.start:
+            tensors, _ = self.run.load_model(self.start)
+            known = model.state_dict()
+            model.load_state_dict({name: each for name, each in tensors.items() if name in known and self._takes(name)}, strict=False)
+        return model
+
+    def _takes(self, name: str) -> bool:
+        """Whether a pre-trained tensor is the start: how histories are read holds in other domains, what their items mean does not."""
+        seen = set(self.domains) <= set(self.config.pretrained)
+        return seen or self.config.finetune.transfer == "all" or name.startswith("layers.")
+
+    def adjust(self, model: nn.Module, epoch: int) -> None:
+        pass
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Rows of (domain, user, begin, end, sample): each batch of one domain, the domains' batches shuffled together."""
+        batches: list[np.ndarray] = []
+        for number, name in enumerate(self.domains):
+            windows = self._windows(number, name, epoch)
+            batches += [windows[rows] for rows in shuffled_batches(len(windows), self.settings.batch_size, self.seed + number, epoch)]
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(batches))
+        return [batches[place] for place in order]
+
+    def _reads_content(self) -> bool:
+        s = self.config.sequencer
+        return s.content and s.tokens == "item" and bool(self.run.parts("fusion/embeddings"))
+
+    def _windows(self, number: int, name: str, epoch: int) -> np.ndarray:
+        """Windows of at most `max_items` training items: the latest of each user, and earlier ones at places that vary by epoch."""
+        indptr, size = self.sequences[name].indptr, self.config.sequencer.max_items
+        lengths = np.diff(indptr)
+        users = np.repeat(np.arange(len(lengths)), np.where(lengths > 1, -(-lengths // size), 0))
+        place = np.arange(len(users)) - np.searchsorted(users, users)
+        sample = users * 1024 + np.minimum(place, 1023) + number * 2**40
+        shift = np.floor(uniform(self.seed + WINDOW_STREAM, epoch, sample, 1)[:, 0] * size).astype(np.int64)
+        end = np.where(place == 0, lengths[users], np.maximum(lengths[users] - place * size + shift, np.minimum(lengths[users], size)))
+        begin = np.maximum(end - size, 0)
+        return np.stack([np.full(len(users), number), users, indptr[users] + begin, indptr[users] + end, sample], axis=1)
+
+    def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+        name = self.domains[samples[0, 0]]
+        s, begin = self.settings, samples[:, 2]
+        lengths = draw_lengths(samples[:, 3] - begin, samples[:, 4], self.seed, epoch, s.last_item_share, s.prefix_share)
+        first = np.cumsum(lengths) - lengths
+        items = self.sequences[name].items[np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))]
+        masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, dict(s.masks), dict(s.mask_ratio), s.last_item_share)
+        batch, _ = pack(items, lengths, masks)
+        batch, catalog = to_device(batch, device), self._catalog(name, device)
+        query = model(batch, catalog, name)
+        return model.loss(query, batch.items[batch.masked], catalog, name), float(len(query))
+
+    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+        """Ranks of the validation items among all that their users have not had, averaged over domains."""
+        values = []
+        for name in self.domains:
+            sequences = self.sequences[name]
+            users = np.flatnonzero(sequences.valid >= 0)
+            most = getattr(self.settings, "validation_users", SAMPLE)
+            users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
+            if len(users):
+                rank = rank_targets(
+                    model, self._catalog(name, device), name, [sequences.history(u, "valid") for u in users], sequences.valid[users]
+                )
+                values.append([metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()])
+        hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
+        return {"hr@10": float(hit_rate), "ndcg@10": float(ndcg)}
+
+    def _catalog(self, name: str, device: torch.device) -> Tensor:
+        return torch.from_numpy(self.catalogs[name]).to(device)
+
+
+def rank_targets(
+    model: Sequencer, catalog: Tensor, domain: str, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 512
+) -> np.ndarray:
+    """[B] rank of each target after its history, among all that is not in it.
+
+    What a sequence model thinks of items that were had already is not what it is chosen by: the memory's mix knows them, and
+    `score` leaves them out.
+    """
+    vectors, bias = model.catalog_vectors(catalog, domain)
+    result = []
+    for begin in range(0, len(histories), batch_size):
+        rows = slice(begin, begin + batch_size)
+        queries = next_item_queries(model, histories[rows], catalog, domain)
+        target = torch.from_numpy(targets[rows]).to(catalog.device)
+        result.append(ranks(model.scores(queries, vectors, bias), target, histories[rows]).cpu().numpy())
+    return np.concatenate(result)

@@ -1,0 +1,185 @@
+"""Tables of a paper anew: variants of a config over seeds, what each user's target ranked, and whether differences are more than chance.
+
+One table is a YAML file that names its variants (overlays on a data set's config), its reference, and what was published.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import polars as pl
+from pydantic import Field, ValidationError, model_validator
+from scipy import stats
+
+from qbert_ray import metrics
+from qbert_ray.config.loading import ConfigError, read_layer
+from qbert_ray.config.search import Section
+from qbert_ray.run.directory import RunDir
+
+RANKS, MARKDOWN = "ranks.parquet", "table.md"
+ALONE = ", sequencer"  # ends the row of a variant whose sequence model ranks by itself
+PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
+RESAMPLES, BATCH = 2000, 50
+
+
+class Table(Section):
+    """What a table compares."""
+
+    title: str
+    reference: str = Field(description="row that the others are held against")
+    variants: dict[str, dict[str, Any]] = Field(description="row -> overlay, or the path of one beside the table's file")
+    rankings: list[Literal["sequencer", "ridge", "co_occurrence", "popularity"]] = Field(
+        [], description="further rows: rankings of the reference beside its model"
+    )
+    sequencers: bool = Field(False, description="rows also for the sequence model alone of every variant, held against the reference's")
+    seeds: list[int] = [0, 1, 2, 3, 4]
+    metrics: list[Annotated[str, Field(pattern=r"^(hr|ndcg)@[1-9]\d*$")]] = ["hr@10", "ndcg@10"]
+    paper: dict[str, dict[str, dict[str, float]]] = Field({}, description="domain -> row -> metric -> published value")
+
+    @model_validator(mode="after")
+    def _known(self) -> Table:
+        if self.reference not in self.variants:
+            raise ValueError(f"reference {self.reference!r} is none of the variants {list(self.variants)}")
+        if self.sequencers and ("sequencer" in self.rankings or any(name.endswith(ALONE) for name in self.variants)):
+            raise ValueError(
+                f"with sequencers, rankings cannot hold 'sequencer', nor a variant's name end with {ALONE!r}: those rows are made"
+            )
+        return self
+
+
+def load_table(file: Path) -> Table:
+    """The table of a YAML file.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a table.
+    """
+    content = read_layer(file)
+    variants = content.get("variants") if isinstance(content.get("variants"), dict) else {}
+    content["variants"] = {name: read_layer(file.parent / layer) if isinstance(layer, str) else layer for name, layer in variants.items()}
+    try:
+        return Table.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'table'}: {problem['msg']}" for problem in error.errors())
+        raise ConfigError(f"{file}: {problems}") from None
+
+
+def ranks_of(evaluated: pl.DataFrame, variant: str, seed: int, table: Table) -> pl.DataFrame:
+    """Rows of a table's ranks from evaluate/ranks of one run: a row per user, of the model and of what else the table shows.
+
+    Returns:
+        domain, row, seed, user_id, rank_all, rank_unseen (1 is best).
+    """
+    wanted = {"model": variant} | ({name: name for name in table.rankings} if variant == table.reference else {})
+    if table.sequencers:
+        wanted["sequencer"] = variant + ALONE
+    kept = evaluated.filter(pl.col("model").is_in(list(wanted)))
+    return kept.select(
+        "domain",
+        pl.col("model").replace_strict(wanted, return_dtype=pl.String).alias("row"),
+        pl.lit(seed).alias("seed"),
+        "user_id",
+        *PROTOCOLS.values(),
+    )
+
+
+def summarise(ranks: pl.DataFrame, table: Table) -> list[dict[str, Any]]:
+    """A mapping for each domain, row, protocol and metric.
+
+    Returns:
+        `mean` over seeds of the mean over users; `half`, half of its 95 % interval: over seeds (Student's t), with one seed over users;
+        `difference` to the reference with `low` and `high`, its 95 % interval by bootstrap over users (each with the mean of his
+        seeds); `paper`, None where nothing was published.
+    """
+    found = []
+    for (domain,), rows in ranks.group_by("domain", maintain_order=True):
+        for protocol, column in PROTOCOLS.items():
+            for metric in table.metrics:
+                values = {
+                    name: _per_user(rows.filter(pl.col("row") == name), column, metric) for name in rows["row"].unique(maintain_order=True)
+                }
+                for name, (users, by_seed) in values.items():
+                    line = {
+                        "domain": domain,
+                        "row": name,
+                        "protocol": protocol,
+                        "metric": metric,
+                        "seeds": len(by_seed),
+                        "users": len(users),
+                    }
+                    line |= {"mean": float(np.mean(by_seed)), "half": _half(by_seed, users["value"].to_numpy())}
+                    line["paper"] = table.paper.get(domain, {}).get(name, {}).get(metric)
+                    against = table.reference + ALONE * name.endswith(ALONE)
+                    reference = None if name == against else values.get(against)  # whose trials may all have failed
+                    found.append(line | _difference(users, reference[0] if reference else None))
+    return found
+
+
+def _per_user(rows: pl.DataFrame, column: str, metric: str) -> tuple[pl.DataFrame, np.ndarray]:
+    """Mean over seeds of each user (user_id, value), and the mean over users of each seed."""
+    kind, _, cutoff = metric.partition("@")
+    gain = {"hr": metrics.hit_rate, "ndcg": metrics.ndcg}[kind]
+    valued = rows.select("seed", "user_id", pl.Series("value", gain(rows[column].to_numpy(), int(cutoff))))
+    users = valued.group_by("user_id").agg(pl.col("value").mean()).sort("user_id")
+    return users, valued.group_by("seed").agg(pl.col("value").mean())["value"].to_numpy()
+
+
+def _half(by_seed: np.ndarray, by_user: np.ndarray) -> float:
+    if len(by_seed) > 1:
+        return metrics.half_over_seeds(float(by_seed.std(ddof=1)), len(by_seed)) or 0.0
+    return float(metrics.NORMAL_95 * by_user.std(ddof=1) / len(by_user) ** 0.5) if len(by_user) > 1 else 0.0
+
+
+def _difference(users: pl.DataFrame, reference: pl.DataFrame | None) -> dict[str, float | None]:
+    if reference is None:
+        return {"difference": None, "low": None, "high": None}
+    paired = users.join(reference, on="user_id", suffix="_reference", maintain_order="left")
+    apart = (paired["value"] - paired["value_reference"]).to_numpy()
+    if len(apart) < 2 or not apart.any():
+        return dict.fromkeys(("difference", "low", "high"), float(apart.mean()) if len(apart) else None)
+    drawn = stats.bootstrap((apart,), np.mean, n_resamples=RESAMPLES, batch=BATCH, method="percentile", rng=0).confidence_interval
+    return {"difference": float(apart.mean()), "low": float(drawn.low), "high": float(drawn.high)}
+
+
+def markdown(summary: list[dict[str, Any]], table: Table) -> str:
+    """The table as a page of Markdown: per domain and protocol one line for each row."""
+    lines = [f"# {table.title}", ""]
+    for domain in dict.fromkeys(line["domain"] for line in summary):
+        for protocol in PROTOCOLS:
+            chosen = [line for line in summary if (line["domain"], line["protocol"]) == (domain, protocol)]
+            published = protocol == "all" and any(line["paper"] is not None for line in chosen)
+            heads = [head for metric in table.metrics for head in (metric, f"against {table.reference}", *(["paper"] if published else []))]
+            most = max(line["seeds"] for line in chosen)
+            lines += [f"## {domain}, {protocol} items ranked: {chosen[0]['users']:,} users, {most} seed{'s' * (most > 1)}", ""]
+            lines += ["| " + " | ".join(["", *heads]) + " |", "|" + "---|" * (len(heads) + 1)]
+            for name in dict.fromkeys(line["row"] for line in chosen):
+                cells = [cell for line in chosen if line["row"] == name for cell in _cells(line, published)]
+                lines.append("| " + " | ".join([f"**{name}**" if name == table.reference else name.replace("_", "-"), *cells]) + " |")
+            lines.append("")
+    lines += [
+        "±: half of the 95 % interval of the mean, over seeds (Student's t) or, with one seed, over users. Against the reference: the difference of",
+        f"means with its 95 % interval by a bootstrap over users, {RESAMPLES:,} times; bold where it does not hold 0.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(line: dict[str, Any], published: bool) -> list[str]:
+    apart = ""
+    if line["difference"] is not None:
+        apart = f"{line['difference']:+.4f} ({line['low']:+.4f} to {line['high']:+.4f})"
+        apart = f"**{apart}**" if line["low"] > 0 or line["high"] < 0 else apart
+    paper = ["" if line["paper"] is None else f"{line['paper']:.4f}"] if published else []
+    return [f"{line['mean']:.4f} ± {line['half']:.4f}", apart, *paper]
+
+
+def collect(folder: RunDir, ranks: pl.DataFrame, table: Table) -> None:
+    """Put ranks beside those of other domains and other rows in a folder, and write the table of them all."""
+    if folder.exists(RANKS):
+        before = pl.read_parquet(folder.read_bytes(RANKS))
+        ranks = pl.concat([before.join(ranks.select("domain", "row").unique(), on=["domain", "row"], how="anti"), ranks])
+    content = io.BytesIO()
+    ranks.write_parquet(content)
+    folder.write_bytes(RANKS, content.getvalue())
+    folder.write_bytes(MARKDOWN, markdown(summarise(ranks, table), table).encode())

@@ -1,0 +1,289 @@
+"""The trials of a sweep: ordinary runs that share what they do not change.
+
+A trial is a run directory inside that of its sweep. It reads the outputs of unchanged stages from the run that the sweep
+stands on and does the others itself, so it restarts from stages and checkpoints as any run does. Its folder is named after
+its values, so that a sweep finds again what it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qbert_ray.config.loading import settings_of, with_values
+from qbert_ray.config.schema import Actors, Compute, Config, Workers
+from qbert_ray.config.search import objectives, settings
+from qbert_ray.execution.progress import Quiet
+from qbert_ray.execution.ray_executor import RayExecutor
+from qbert_ray.pipeline import run_stage
+from qbert_ray.ranking.ranker import Ranker, batches
+from qbert_ray.run import columns
+from qbert_ray.run.directory import RunDir
+from qbert_ray.run.stages import BY_NAME, STAGES, Stage
+
+BEGUN, RESULT, CURVE = "trial.json", "result.json", "curve.jsonl"  # in the folder of a trial
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
+EPOCH_METRICS = ("ndcg@10", "hr@10", "train_loss")  # of pre-training and fine-tuning
+TIMED_USERS = 512
+FIXED = ("run", "data", "compute", "gates", "sweep")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of the swept fields (dotted path -> value) under one seed."""
+
+    values: dict[str, Any]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return hashlib.sha256(json.dumps([self.values, self.seed], sort_keys=True).encode()).hexdigest()[:8]
+
+
+class Plan:
+    """What follows from the config of a sweep: its trials, their folders, and the stages they share.
+
+    Raises:
+        ValueError: a swept path or value is not valid, or search, stage and scheduler do not fit together.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.sweep = config, config.sweep
+        self.objectives = objectives(config.sweep)
+        self.metric = next(iter(self.objectives))
+        self.seeds = config.sweep.seeds or [config.run.seed]
+        self.run = RunDir(config.run.dir)
+        self.folder = self.run.inside(config.sweep.name)
+        self.stages = STAGES[: STAGES.index(BY_NAME[config.sweep.stage]) + 1]
+        self.variants = {name: settings_of(overlay) for name, overlay in config.sweep.variants.items()}
+        self.paths = list(dict.fromkeys(path for values in (config.sweep.space, *self.variants.values()) for path in values))
+        self._check()
+        self.as_is = {path: _at(config, path) for path in self.paths}
+        chosen = list(self.variants.values()) or settings(config.sweep, self.as_is, config.run.seed)
+        # as the config reads them, such as 1e-3 for YAML's text; a value that is not valid fails here, before anything runs
+        chosen = [{path: _at(with_values(config, values), path) for path in values} for values in chosen]
+        self.trials = [Trial(values, seed) for seed in self.seeds for values in chosen]
+        self.names = {Trial(values, seed).name: name for seed in self.seeds for name, values in zip(self.variants, chosen, strict=False)}
+
+    def _check(self) -> None:
+        sweep = self.sweep
+        if bool(sweep.variants) != (sweep.search == "variants") or (sweep.variants and sweep.space):
+            raise ValueError("sweep.search=variants compares sweep.variants, the other searches sweep.space: give what belongs together")
+        fixed = [path for path in self.paths if path.split(".")[0] in FIXED]
+        if fixed:
+            raise ValueError(
+                f"sweep.{'variants' if sweep.variants else 'space'} names {', '.join(fixed)}: a sweep varies what features, trainings and memory do; seeds are sweep.seeds"
+            )
+        for path, draw in sweep.space.items():
+            with_values(self.config, {path: draw.examples()[0]})
+        unused = [path for path in self.paths if not any(_affects(path, stage) for stage in self.stages)]
+        if unused:
+            raise ValueError(f"no stage up to {sweep.stage} depends on {', '.join(unused)}; set sweep.stage to a later one")
+        if sweep.scheduler != "none" and (sweep.stage not in ("pretrain", "finetune") or len(self.config.data.targets) > 1):
+            raise ValueError(f"sweep.scheduler={sweep.scheduler} compares the epochs of one training: pretrain, or finetune of one target")
+        if sweep.scheduler != "none" and self.metric not in EPOCH_METRICS:
+            raise ValueError(
+                f"sweep.scheduler={sweep.scheduler} compares epochs, which have no {self.metric}; name one of {', '.join(EPOCH_METRICS)} first "
+                "in sweep.objectives"
+            )
+        if sweep.search == "optuna" and len(self.seeds) > 1:
+            raise ValueError(
+                "sweep.search=optuna tries each setting once: give one seed, and compare the best settings by grid over several"
+            )
+
+    def trial_config(self, trial: Trial) -> Config:
+        """The run of a trial."""
+        values = trial.values | {"run.seed": trial.seed, "run.dir": self._trial_folder(trial).uri}
+        return with_values(self.config.model_copy(update={"compute": self.small_compute()}), values)
+
+    def small_compute(self) -> Compute:
+        """Where the config leaves sizes open, the smallest: trials share the cluster."""
+        compute = self.config.compute
+        sizes: dict[str, Any] = {}
+        for name, asked in compute:
+            if isinstance(asked, Workers) and asked.cpus_per_worker is None:
+                sizes[name] = asked.model_copy(update={"cpus_per_worker": 1.0})
+            elif isinstance(asked, Actors) and asked.max_size is None:
+                sizes[name] = asked.model_copy(update={"max_size": asked.min_size})
+        return compute.model_copy(update=sizes)
+
+    def trial_run(self, trial: Trial) -> RunDir:
+        folders = self.shared(trial)
+        return self._trial_folder(trial).sharing(self.seed_run(trial.seed), folders)
+
+    def _trial_folder(self, trial: Trial) -> RunDir:
+        return self.folder.inside(f"trials/{trial.name}")
+
+    def shared(self, trial: Trial) -> list[str]:
+        """Stages that a trial does not change, and so reads from the run below it."""
+        return self._unchanged([path for path, value in trial.values.items() if not self.trials or value != self.as_is[path]])
+
+    def to_prepare(self, seed: int) -> list[str]:
+        """Stages that some trial of a seed reads from the run below it, in order; those that are left out too."""
+        if not self.trials:
+            return self._unchanged(self.paths)
+        shared = {name for trial in self.trials if trial.seed == seed for name in self.shared(trial)}
+        return [stage.name for stage in self.stages if stage.name in shared]
+
+    def seed_config(self, seed: int) -> Config:
+        """The config without the swept values, under a seed."""
+        return with_values(self.config, {"run.seed": seed, "run.dir": self.seed_run(seed).uri})
+
+    def seed_run(self, seed: int) -> RunDir:
+        """The run that the trials of a seed stand on: the config's own, or one beside it that shares what no seed changes."""
+        if seed == self.config.run.seed:
+            return self.run
+        folders = self._unchanged(["run.seed"])
+        return self.folder.inside(f"seeds/{seed}").sharing(self.run, folders)
+
+    def _unchanged(self, paths: list[str]) -> list[str]:
+        kept: list[str] = []
+        for stage in self.stages[:-1]:
+            if not any(_affects(path, stage) for path in paths) and all(name in kept for name in stage.inputs):
+                kept.append(stage.name)
+        return kept
+
+    def begun(self) -> list[Trial]:
+        """The trials of the plan; where the search makes them up as it goes, those that it has begun."""
+        if self.trials:
+            return self.trials
+        folders = [name for name in self.folder.folders("trials") if self.folder.exists(f"trials/{name}/{BEGUN}")]
+        return [Trial(**self.folder.read_json(f"trials/{name}/{BEGUN}")) for name in folders]
+
+    def result(self, trial: Trial) -> dict[str, Any]:
+        """What became of a trial: status, seconds, metrics, error; {} where it is still to do."""
+        run = self._trial_folder(trial)
+        return run.read_json(RESULT) if run.exists(RESULT) else {}
+
+    def conclude(self, trial: Trial, status: str, seconds: float, metrics: dict[str, float], error: str | None = None) -> None:
+        """Write down what became of a trial."""
+        content = {"status": status, "seconds": round(seconds, 1), "metrics": metrics, "error": error}
+        self._trial_folder(trial).write_json(RESULT, content)
+
+    def check_objectives(self, metrics: dict[str, float]) -> None:
+        """Raise where a finished trial lacks what the sweep compares."""
+        lacking = [name for name in self.objectives if name not in metrics]
+        if lacking:
+            raise ValueError(
+                f"sweep.objectives names {', '.join(lacking)}; a trial up to {self.sweep.stage} has {', '.join(sorted(metrics))}"
+            )
+
+    def curve(self, trial: Trial) -> list[dict[str, Any]]:
+        """Metrics of each epoch of the trial's last stage that was seen."""
+        run = self._trial_folder(trial)
+        return [json.loads(line) for line in run.read_bytes(CURVE).splitlines()] if run.exists(CURVE) else []
+
+    def shown(self, trial: Trial) -> dict[str, Any]:
+        """What sets a trial apart: the name of its variant, or its values."""
+        return {"variant": self.names[trial.name]} if self.variants else trial.values
+
+    def base(self) -> dict[str, Any]:
+        """Dotted path -> value of all that the trials have in common."""
+        leaves = [stage.depends_on(self.config) for stage in self.stages]
+        swept = tuple(f"{path}." for path in ("run.seed", *self.paths))
+        return {path: value for common in leaves for path, value in common.items() if not f"{path}.".startswith(swept)}
+
+
+def _affects(path: str, stage: Stage) -> bool:
+    return any(path == key or path.startswith(f"{key}.") or key.startswith(f"{path}.") for key in stage.config)
+
+
+def _at(config: Config, path: str) -> Any:
+    value: Any = config.model_dump(mode="json")
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+class TrialProgress(Quiet):
+    """Keeps the curve of a trial's last stage, and tells each epoch to `report`."""
+
+    def __init__(self, run: RunDir, lines: list[dict[str, Any]], report: Callable[[dict[str, Any]], None]) -> None:
+        self.run, self.lines, self.report = run, lines, report
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        self.lines = [line for line in self.lines if line["epoch"] < metrics["epoch"]] + [metrics]
+        self.run.write_bytes(CURVE, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        self.report({name: value for name, value in metrics.items() if isinstance(value, float)} | {"epoch": metrics["epoch"] + 1})
+
+
+def run_trial(plan: Plan, trial: Trial, report: Callable[[dict[str, Any]], None]) -> dict[str, float]:
+    """Do the stages of a trial that it does not share; its metrics, also left in its folder.
+
+    Args:
+        report: called with the metrics of each epoch of the last stage.
+    """
+    config, run = plan.trial_config(trial), plan.trial_run(trial)
+    run.write_json(BEGUN, {"values": trial.values, "seed": trial.seed})
+    started = time.monotonic()
+    progress = TrialProgress(run, plan.curve(trial), report)
+    for stage in plan.stages:
+        if stage.name not in run.shared:
+            run_stage(stage, config, run, RayExecutor(), progress if stage is plan.stages[-1] else Quiet())
+    metrics = trial_metrics(plan, config, run)
+    plan.check_objectives(metrics)
+    plan.conclude(trial, DONE, time.monotonic() - started, metrics)
+    return metrics
+
+
+def trial_metrics(plan: Plan, config: Config, run: RunDir) -> dict[str, float]:
+    """Numbers of a finished trial: of its best epochs, the mean over target domains; those of test items begin with "test_"."""
+    done = [stage.name for stage in plan.stages if not stage.skipped(config)]
+    found: dict[str, float] = {}
+    for name, folder in (("fusion", "fusion"), ("quantizer", "rqvae"), ("pretrain", "pretrain")):
+        if name in done:
+            found |= _best(run, folder)
+    targets = config.data.targets
+    if "finetune" in done:
+        found |= _mean([_best(run, f"finetune/{domain}") for domain in targets])
+        weights = [run.load_model(f"finetune/{domain}/model")[0] for domain in targets]
+        found["parameters"] = float(np.mean([sum(tensor.numel() for tensor in tensors.values()) for tensors in weights]))
+    if "ranking" in done:
+        counts = run.read_json("ranking/manifest.json")["counts"]
+        figures = _mean([{name: value for name, value in counts[domain].items() if name.startswith("model_")} for domain in targets])
+        found |= {name.removeprefix("model_"): value for name, value in figures.items()}
+    if "evaluate" in done:
+        tested = run.read_json("evaluate/metrics.json")
+        found |= _mean(
+            [{f"test_{name}": value["value"] for name, value in tested[d]["protocols"]["all"]["model"].items()} for d in targets]
+        )
+    if "ms_per_user" in plan.objectives and "finetune" in done:
+        found["ms_per_user"] = float(np.mean([milliseconds_per_user(config, run, domain) for domain in targets]))
+    return found
+
+
+def _best(run: RunDir, folder: str) -> dict[str, float]:
+    """Metrics of the epoch whose weights were kept."""
+    lines = [json.loads(line) for line in run.read_bytes(f"{folder}/metrics.jsonl").splitlines()]
+    best = max(lines, key=lambda line: line["ndcg@10"]) if "ndcg@10" in lines[-1] else lines[-1]
+    numbers = {name: min(value) if name == "codebook_usage" else value for name, value in best.items()}
+    return {name: float(value) for name, value in numbers.items() if isinstance(value, float)}
+
+
+def _mean(figures: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
+
+
+@torch.inference_mode()
+def milliseconds_per_user(config: Config, run: RunDir, domain: str) -> float:
+    """Time to rank the catalog for a user with what the trial has, in batches on one thread; the median of five passes."""
+    mixed = config.ranking.enabled and bool(run.parts("ranking/weights", domain))
+    torch.set_num_threads(1)
+    ranker = Ranker(run, domain, config.ranking.model_copy(update={"enabled": mixed}))
+    sequences = columns.to_sequences(run.read("ingest/sequences", domain))
+    users = min(TIMED_USERS, len(sequences.valid))
+    histories = [sequences.history(user, "test") for user in range(users)]
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for batch in batches(users):
+            ranker.best(histories[batch], config.score.top_k, config.score.remove_seen)
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds)) / users * 1e3

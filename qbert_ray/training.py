@@ -1,0 +1,251 @@
+"""One training loop for the three trainings, in plain PyTorch.
+
+A task says what differs: the model, the batches of an epoch, the loss, the metrics. The loop cuts every global batch into
+microbatches, each with a random state of its own, and workers share them out; gradients and weights are summed before the
+division. So any number of workers gives the same model, up to the order of floating-point additions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qbert_ray.config.schema import Training
+from qbert_ray.run.directory import RunDir
+
+STATE = ("state.safetensors", "state.json")  # files of a checkpoint of the loop, the last written last
+
+
+class Task(Protocol):
+    """What differs between trainings."""
+
+    settings: Training
+    seed: int
+    criterion: tuple[str, float] | None  # metric that picks the best epoch, and +1 where more is better; None: the last epoch
+
+    def build(self) -> nn.Module:
+        """The model with its starting weights; seeded by the loop."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """JSON that rebuilds the model."""
+        ...
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Samples of each global batch; the same on every worker."""
+        ...
+
+    def loss(self, model: nn.Module, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+        """Summed loss of some samples, and what to divide the sum over the batch by."""
+        ...
+
+    def adjust(self, model: nn.Module, epoch: int) -> None:
+        """Changes of the weights outside of gradients, on rank 0, before each epoch and after the last."""
+        ...
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+        """Metrics after an epoch, computed on rank 0."""
+        ...
+
+
+class Loop:
+    """Epochs of one task on one worker; no Ray inside."""
+
+    def __init__(self, task: Task, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
+        self.task, self.device, self.rank, self.world_size = task, device, rank, world_size
+        settings = task.settings
+        torch.manual_seed(task.seed)
+        self.model = task.build().to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        self.average: dict[str, Tensor] | None = None
+        if settings.averaging:
+            self.average = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.best: dict[str, Tensor] = {}
+        self.best_value: float | None = None
+        self.epoch = self.step = self.waited = 0
+        self.log: list[dict[str, Any]] = []
+
+    @property
+    def finished(self) -> bool:
+        patience = self.task.settings.patience
+        return self.epoch >= self.task.settings.epochs or (patience is not None and self.waited >= patience)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is evaluated and kept: the averaged weights where they are on."""
+        return {name: tensor.detach() for name, tensor in (self.average or self.model.state_dict()).items()}
+
+    def run_epoch(self) -> None:
+        self._adjust()
+        self.model.train()
+        total, weight = 0.0, 0.0
+        for samples in self.task.batches(self.epoch):
+            loss, size = self._step(samples)
+            total, weight = total + loss, weight + size
+        metrics = {"epoch": self.epoch, "train_loss": total / max(weight, 1e-12)}
+        self.epoch += 1
+        if self.epoch == self.task.settings.epochs:
+            self._adjust()
+        if self.rank == 0:
+            metrics |= self.evaluate()
+            self._keep_best(metrics)
+        self.log.append(metrics)
+        self.waited = self.agree(self.waited)  # every worker stops at the same epoch
+
+    def _adjust(self) -> None:
+        if self.rank == 0:
+            with torch.no_grad():
+                self.task.adjust(self.model, self.epoch)
+        self._broadcast_weights()
+
+    def _step(self, samples: np.ndarray) -> tuple[float, float]:
+        """One update from a global batch; its summed loss and weight over all workers."""
+        settings = self.task.settings
+        self.optimizer.zero_grad(set_to_none=False)
+        total, weight = torch.zeros((), device=self.device), 0.0
+        for number, piece in enumerate(np.array_split(samples, settings.microbatches)):
+            if number % self.world_size != self.rank or not len(piece):
+                continue
+            torch.manual_seed(hash((self.task.seed, self.step, number)) % 2**63)
+            loss, size = self.task.loss(self.model, piece, self.epoch, self.device)
+            if size:
+                loss.backward()
+                total, weight = total + loss.detach(), weight + size
+        loss_sum, weight = self._sum_gradients(float(total), weight)
+        warm = min(1.0, (self.step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * warm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient is not finite at step {self.step}: lower learning_rate, or look for NaN in the input vectors"
+            )
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None:
+            decay = min(settings.averaging, self.step / (self.step + 10))  # short memory while there is little to remember
+            pairs = [(self.average[name], tensor) for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()]
+            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - decay)
+        return loss_sum, weight
+
+    def _sum_gradients(self, loss: float, weight: float) -> tuple[float, float]:
+        """Divide the gradients, summed over all workers, by the summed weight."""
+        for parameter in self.model.parameters():
+            if parameter.grad is None:  # unused by this worker's pieces, perhaps not by others'
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        if self.world_size > 1:
+            sums = torch.tensor([loss, weight], dtype=torch.float64)
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            sums = sums.to(self.device if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(sums)
+            loss, weight = sums.tolist()
+            offset = 0
+            for gradient in gradients:
+                gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+                offset += gradient.numel()
+        for gradient in gradients:
+            gradient.div_(max(weight, 1e-12))
+        return loss, weight
+
+    def evaluate(self) -> dict[str, Any]:
+        """The task's metrics of the weights that would be kept."""
+        kept = None
+        if self.average is not None:
+            kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self.model.load_state_dict(self.average)
+        self.model.eval()
+        with torch.inference_mode():
+            metrics = self.task.evaluate(self.model, self.device)
+        if kept is not None:
+            self.model.load_state_dict(kept)
+        return metrics
+
+    def _keep_best(self, metrics: dict[str, Any]) -> None:
+        if self.task.criterion is None or self.task.criterion[0] not in metrics:
+            return
+        name, sign = self.task.criterion
+        if self.best_value is None or sign * metrics[name] > sign * self.best_value:
+            self.best_value, self.waited = metrics[name], 0
+            self.best = {key: tensor.clone() for key, tensor in self.weights().items()}
+        else:
+            self.waited += 1
+
+    def agree(self, number: int) -> int:
+        """What rank 0 says."""
+        if self.world_size == 1:
+            return number
+        said = torch.tensor([number], device=self.device if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(said, 0)
+        return int(said)
+
+    def _broadcast_weights(self) -> None:
+        if self.world_size > 1:
+            for tensor in self.model.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def save(self, directory: Path) -> None:
+        """A checkpoint from which `restore` goes on exactly."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in (self.average or {}).items()}
+        for number, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(tensor) for name, tensor in values.items()}
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, directory / "state.safetensors")
+        state = {"epoch": self.epoch, "step": self.step, "waited": self.waited, "best_value": self.best_value, "log": self.log}
+        (directory / "state.json").write_text(json.dumps(state))
+
+    def restore(self, directory: Path) -> None:
+        state = json.loads((directory / "state.json").read_text())
+        self.epoch, self.step, self.waited = state["epoch"], state["step"], state["waited"]
+        self.best_value, self.log = state["best_value"], state["log"]
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "average": {}, "optimizer": {}}
+        for name, tensor in load_file(directory / "state.safetensors", device=str(self.device)).items():
+            group, _, rest = name.partition(".")
+            groups[group][rest] = tensor
+        self.model.load_state_dict(groups["model"])
+        self.best = groups["best"]
+        self.average = groups["average"] or None
+        optimizer = self.optimizer.state_dict()
+        for name, tensor in groups["optimizer"].items():
+            number, _, key = name.partition(".")
+            optimizer["state"].setdefault(int(number), {})[key] = tensor.cpu() if key == "step" else tensor
+        self.optimizer.load_state_dict(optimizer)
+
+
+def publish(loop: Loop, run: RunDir, folder: str) -> None:
+    """Leave the trained model and the log of its epochs in the run directory."""
+    run.write_bytes(f"{folder}/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in loop.log).encode())
+    run.save_model(f"{folder}/model", loop.best or loop.weights(), loop.task.description())
+
+
+def last_metrics(run: RunDir, folder: str) -> dict[str, Any]:
+    """Metrics of the last epoch of a training that `publish` left."""
+    return json.loads(run.read_bytes(f"{folder}/metrics.jsonl").splitlines()[-1])
+
+
+def trained(run: RunDir, folder: str) -> bool:
+    """Whether a training has left its model: an earlier try of its stage may have been cut after it."""
+    return run.exists(f"{folder}/model/model.json")
+
+
+def build(make_task: Any, arguments: dict[str, Any], run: RunDir, folder: str) -> None:
+    """Leave what a training leaves, of a task whose model is done once it is built."""
+    loop = Loop(make_task(**arguments), torch.device("cpu"))
+    loop.log.append({"epoch": 0} | loop.evaluate())
+    publish(loop, run, folder)
+
+
+def shuffled_batches(size: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Batches of about equal size, at most batch_size, in an order that follows from seed and epoch."""
+    order = np.random.default_rng([seed, epoch]).permutation(size)
+    return np.array_split(order, max(1, -(-size // batch_size)))

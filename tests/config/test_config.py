@@ -1,0 +1,85 @@
+import pytest
+from pydantic import ValidationError
+
+from qbert_ray.config.loading import ConfigError, flatten, load_config, merge
+from qbert_ray.config.schema import Config
+from tests import ROOT
+
+CONFIGS = ROOT / "configs"
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "tables"),
+    ids=lambda path: str(path.relative_to(CONFIGS)),
+)
+def test_every_config_file_loads(path):
+    assert isinstance(load_config([path]), Config)
+
+
+def test_the_paper_over_a_data_set_takes_back_what_the_recipe_added():
+    config = load_config([CONFIGS / "scientific.yaml", CONFIGS / "paper.yaml"])
+    sequencer, finetune = config.sequencer, config.finetune
+    assert not (sequencer.item_embedding or sequencer.recall or sequencer.content or config.quantizer.extra_quantizers)
+    assert (finetune.last_item_share, finetune.prefix_share) == (0, 0)
+
+
+def test_files_merge_left_to_right_and_overrides_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("finetune: {epochs: 1, batch_size: 8}")
+    (tmp_path / "b.yaml").write_text("finetune: {epochs: 2}")
+    config = load_config([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["finetune.patience=null"])
+    assert (config.finetune.epochs, config.finetune.batch_size, config.finetune.patience) == (2, 8, None)
+
+
+def test_scientific_notation_is_a_number():
+    assert load_config([], ["finetune.learning_rate=1e-4"]).finetune.learning_rate == 1e-4
+
+
+def test_masks_are_replaced_whole():
+    assert dict(load_config([], ["pretrain.masks={random: 1}"]).pretrain.masks) == {"random": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("finetune.epoch=3", "did you mean finetune.epochs?"),
+        ("data.domains.shop.itms=x", "did you mean data.domains.shop.items?"),
+        ("fnetune.epochs=3", "did you mean finetune?"),
+        ("finetune.epochs=0", "finetune.epochs: Input should be greater than or equal to 1 (given: 0)"),
+        ("finetune.epochs=many", "finetune.epochs"),
+        ("finetune.epochs", "write section.field=value"),
+        ("data.domains.items.role=source", "nothing to fine-tune"),
+        ("features.text.prompt=Title", "must contain {text}"),
+        ("features.modalities=[text, text]", "at most once"),
+    ],
+)
+def test_errors_name_the_path_and_what_is_valid(override, said):
+    with pytest.raises(ConfigError) as error:
+        load_config([], [override])
+    assert said in str(error.value)
+
+
+def test_missing_and_broken_files_are_told_apart(tmp_path):
+    with pytest.raises(ConfigError, match="no config file at"):
+        load_config([tmp_path / "none.yaml"])
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config([tmp_path / "broken.yaml"])
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_config([tmp_path / "list.yaml"])
+
+
+def test_a_config_cannot_change():
+    with pytest.raises(ValidationError):
+        Config().run.seed = 1
+
+
+def test_flatten_names_leaves_by_dotted_path():
+    assert flatten({"a": {"b": 1, "c": {}}}) == {"a.b": 1, "a.c": {}}
+
+
+def test_merge_leaves_its_arguments_alone():
+    base = {"a": {"b": 1}}
+    assert merge(base, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
+    assert base == {"a": {"b": 1}}

@@ -1,0 +1,168 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from qbert_ray.config.schema import Ranking
+from qbert_ray.ranking import ranker
+from qbert_ray.ranking import score as scoring
+from qbert_ray.ranking.recommender import Recommender
+from qbert_ray.run import columns
+from qbert_ray.run.directory import ArtifactError
+from qbert_ray.top_k import hide, top_k
+from tests.small_run import COLD, ITEMS, USERS, make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def recommender(run):
+    return Recommender.load(run.uri)
+
+
+def histories_of(run, recommender):
+    sequences = columns.to_sequences(run.read("ingest/sequences", "shop"))
+    return [[recommender.ids[item] for item in sequences.history(user, "end")] for user in range(len(sequences.user_ids))]
+
+
+@pytest.mark.parametrize("remove_seen", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_it_ranks_as_the_scoring_stage_does(run, recommender, monkeypatch, remove_seen, enabled):
+    monkeypatch.setattr(scoring, "own_device", lambda: "cpu")  # which asks Ray otherwise
+    memory = Ranking(enabled=enabled)
+    scoring.ScorePart(run, "shop", memory, 7, remove_seen)("shop-00000.parquet")
+    stored = run.read("score").to_pylist()
+    if not enabled:
+        recommender = Recommender(type(recommender.ranker)(run, "shop", memory), recommender.ids)
+    found = recommender.recommend(histories_of(run, recommender), 7, remove_seen)
+    flat = [(f"user-{user}", rank, item, score) for user, best in enumerate(found) for rank, (item, score) in enumerate(best, 1)]
+    assert len(found) == USERS
+    assert flat == [(row["user_id"], row["rank"], row["item_id"], row["score"]) for row in stored]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_block_by_block_ranks_as_the_whole_matrix_does(run, recommender, monkeypatch, enabled):
+    histories = [np.array([recommender.index[item] for item in history]) for history in histories_of(run, recommender)]
+    whole = ranker.Ranker(run, "shop", Ranking(enabled=enabled, rerank=0))
+    scores = whole.model_scores(histories)
+    monkeypatch.setattr(ranker, "BLOCK", 7)
+    blocked = ranker.Ranker(run, "shop", Ranking(enabled=enabled, rerank=0))
+    torch.testing.assert_close(blocked.model_scores(histories), scores, atol=1e-5, rtol=1e-5)
+    for hidden in (True, False):
+        values, items = top_k(hide(scores, histories) if hidden else scores, 9)
+        found, places = blocked.best(histories, 9, hidden)
+        assert torch.equal(places, items)
+        torch.testing.assert_close(found, values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [7, 8192])
+def test_the_best_change_places_and_the_others_stay_where_they_are(run, recommender, monkeypatch, block):
+    monkeypatch.setattr(ranker, "BLOCK", block)
+    histories = [np.array([recommender.index[item] for item in history]) for history in histories_of(run, recommender)]
+    mixed, corrected = (ranker.Ranker(run, "shop", Ranking(rerank=size)) for size in (0, 5))
+    before, after = (each.model_scores(histories).argsort(dim=1, descending=True) for each in (mixed, corrected))
+    assert torch.equal(before[:, :5].sort(1).values, after[:, :5].sort(1).values)
+    assert torch.equal(before[:, 5:], after[:, 5:])
+    assert not torch.equal(before[:, :5], after[:, :5])
+    for k in (3, 5, 9, ITEMS):
+        values, items = corrected.best(histories, k, remove_seen=False)
+        assert torch.equal(items, after[:, :k])
+        torch.testing.assert_close(values, corrected.model_scores(histories).gather(1, items), atol=1e-5, rtol=1e-5)
+    whole = ranker.Ranker(run, "shop", Ranking())  # hidden items leave their places to others, which new items do not take
+    trained = [
+        [item for item in row if item < ITEMS - COLD] for row in hide(whole.model_scores(histories), histories).argsort(1, True).tolist()
+    ]
+    for found, expected in zip(whole.best(histories, ITEMS)[1].tolist(), trained, strict=True):
+        found = [item for item in found if 0 <= item < ITEMS - COLD]
+        assert found == expected[: len(found)]
+    assert set(mixed.scores(histories)) == set(corrected.scores(histories))
+    assert torch.equal(mixed.scores(histories)["sequencer"], corrected.scores(histories)["sequencer"])
+
+
+def test_a_memory_from_before_popularity_ranks_by_the_mix(tmp_path):
+    run = make_run(tmp_path)
+    histories = [np.array([0, 3, 5])]
+    mixed = ranker.Ranker(run, "shop", Ranking(rerank=0)).model_scores(histories)
+    for name in run.parts(ranker.WEIGHTS):
+        run.write_part(ranker.WEIGHTS, name, run.read_part(ranker.WEIGHTS, name).drop_columns("popularity"))
+    shutil.rmtree(tmp_path / ranker.RERANKER)
+    assert torch.equal(ranker.Ranker(run, "shop", Ranking()).model_scores(histories), mixed)
+
+
+def test_new_items_keep_their_places(run):
+    histories = [np.array([0, 3, 5])]
+    lists = ranker.Ranker(run, "shop", Ranking()).lists(histories, torch.tensor([2]))
+    mixed, dealt = (ranker.Ranker(run, "shop", Ranking(rerank=size)).model_scores(histories)[0] for size in (0, 64))
+    assert torch.equal(mixed[-COLD:], dealt[-COLD:]) and not torch.equal(mixed, dealt)
+    assert torch.equal(mixed.sort().values, dealt.sort().values)
+    assert lists.moved.sum() == ITEMS - COLD and lists.is_target.sum() == 1 and lists.seen.sum() == 3
+    torch.testing.assert_close(lists.mixed[0], mixed.sort(descending=True).values)
+
+
+def test_batch_mates_never_matter(run, recommender):
+    histories = histories_of(run, recommender)
+    together = recommender.recommend(histories, ITEMS)
+    for history, best in zip(histories, together, strict=True):
+        alone = recommender.recommend([history], ITEMS)[0]
+        assert [item for item, _ in alone] == [item for item, _ in best]
+        np.testing.assert_allclose([score for _, score in alone], [score for _, score in best], atol=1e-4)
+
+
+def test_seen_items_are_left_out_and_cold_ones_are_not(recommender):
+    seen = recommender.ids[:3]
+    best = recommender.recommend([seen], k=ITEMS)[0]
+    assert {item for item, _ in best} == set(recommender.ids) - set(seen)
+    assert set(recommender.ids[-COLD:]) <= {item for item, _ in best}
+    assert [score for _, score in best] == sorted((score for _, score in best), reverse=True)
+    assert len(recommender.recommend([seen], k=ITEMS, remove_seen=False)[0]) == ITEMS
+
+
+def test_nothing_and_everything_as_history(recommender):
+    nothing, everything = recommender.recommend([[], recommender.ids], k=5)
+    assert len(nothing) == 5 and everything == []
+    assert recommender.recommend([]) == []
+
+
+def test_unknown_items_are_counted_or_refused(recommender):
+    known = recommender.ids[5]
+    assert known in recommender and "x" not in recommender
+    with pytest.warns(UserWarning, match="2 of 3 items of the histories are not in the catalog, such as 'x'"):
+        best = recommender.recommend([["x", known], ["y"]])
+    assert best == recommender.recommend([[known], []])
+    with pytest.raises(ValueError, match="1 of 1 items"):
+        recommender.recommend([["x"]], unknown="error")
+
+
+def test_mistakes_are_explained(run, recommender, tmp_path):
+    with pytest.raises(ValueError, match="write \\[history\\]"):
+        recommender.recommend(["shop-item-1"])
+    with pytest.raises(ValueError, match="at least 1"):
+        recommender.recommend([[]], k=0)
+    with pytest.raises(ArtifactError, match="no run in"):
+        Recommender.load(str(tmp_path))
+    with pytest.raises(ArtifactError, match="has no target domain 'toys'; it has shop"):
+        Recommender.load(run.uri, "toys")
+
+
+def test_several_domains_want_a_name(tmp_path):
+    run = make_run(tmp_path, ("shop", "toys"))
+    with pytest.raises(ArtifactError, match="name one of shop, toys"):
+        Recommender.load(run.uri)
+    assert "toys-item-0" in Recommender.load(run.uri, "toys")
+
+
+def test_given_ids_leave_no_content_and_ranking_works(tmp_path):
+    run = make_run(tmp_path, content_width=0)
+    run.delete("fusion")
+    assert len(Recommender.load(run.uri).recommend([["shop-item-1"]], 5)[0]) == 5
+
+
+def test_a_mix_of_an_older_format_is_refused_by_name(tmp_path):
+    run = make_run(tmp_path)
+    run.save_model("ranking/mix/shop", {"weights": torch.zeros(3, 5), "centre": torch.zeros(3), "spread": torch.ones(3)}, {})
+    with pytest.raises(ArtifactError, match="older format.*ranking --redo"):
+        Recommender.load(run.uri)

@@ -1,0 +1,118 @@
+"""Laws that every quantizer holds, however its weights came about."""
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from qbert_ray.metrics import codebook_usage, collision_rate
+from qbert_ray.semantic_ids.kmeans import fit_product, fit_residual
+from qbert_ray.semantic_ids.rqvae import RQVAE, normalised_error
+from tests.semantic_ids.test_rqvae import embeddings
+
+SIZE, DIM = 16, 8
+
+
+def start_rqvae(model, data, seed):
+    """The first state of a training; what gradients do from there is tested with the loop."""
+    model.start(data)
+    with torch.no_grad():
+        model.quantizer.start(model.encode(data), seed)
+
+
+FITS = {"rqvae": start_rqvae, "kmeans": fit_residual, "opq": fit_product}
+each_quantizer = pytest.mark.parametrize("name", FITS)
+
+
+def trained(name, data, seed=0, size=SIZE, dim=DIM):
+    torch.manual_seed(seed)
+    model = RQVAE(data.shape[1], [32] if name == "rqvae" else [], num_levels=3, codebook_size=size, codebook_dim=dim)
+    FITS[name](model, data, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def codes_of(model, data):
+    return model.quantizer(model.encode(data)).codes.numpy()
+
+
+@each_quantizer
+@pytest.mark.parametrize(
+    "data",
+    [embeddings(), embeddings(5), embeddings(1), embeddings(1).repeat(50, 1), torch.zeros(20, 16), embeddings(40, width=3)],
+    ids=["many", "fewer items than codewords", "one item", "identical items", "nothing but zeros", "fewer dimensions than the codebook"],
+)
+def test_codes_are_in_range_and_equal_items_have_equal_codes(name, data):
+    model = trained(name, data)
+    codes = codes_of(model, torch.cat([data, data]))
+    assert codes.shape == (2 * len(data), 3) and codes.min() >= 0 and codes.max() < SIZE
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    assert (codes[: len(data)] == codes[len(data) :]).all()
+
+
+@each_quantizer
+def test_fewer_items_than_codewords_are_all_told_apart_and_exact(name):
+    data = embeddings(5)
+    model = trained(name, data)
+    assert collision_rate(codes_of(model, data)) == 0.0
+    assert float(normalised_error(model, data)) < 1e-3
+
+
+@each_quantizer
+def test_every_codeword_is_in_use(name):
+    data = embeddings()
+    assert min(codebook_usage(codes_of(trained(name, data), data), SIZE)) >= 0.95
+
+
+@each_quantizer
+def test_a_seed_decides_the_codes(name):
+    data = embeddings()
+    first, again, other = (codes_of(trained(name, data, seed), data) for seed in (0, 0, 1))
+    assert (first == again).all()
+    assert not (first == other).all()
+
+
+@each_quantizer
+def test_saved_tensors_alone_give_the_same_codes(name):
+    data = embeddings()
+    model = trained(name, data)
+    rebuilt = RQVAE(16, [32] if name == "rqvae" else [], num_levels=3, codebook_size=SIZE, codebook_dim=DIM)
+    rebuilt.load_state_dict(load(save(model.state_dict())))
+    assert (codes_of(rebuilt, data) == codes_of(model, data)).all()
+
+
+@each_quantizer
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_a_number_is_said(name, bad):
+    data = embeddings()
+    data[3, 4] = bad
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        trained(name, data)
+
+
+def test_codes_of_a_product_quantizer_do_not_depend_on_each_other():
+    """Its codebooks share no dimension of the latent, so the code of a level is the nearest in that level alone."""
+    data = embeddings()
+    model = trained("opq", data)
+    books = model.quantizer.codebooks.detach()
+    used = books.abs().sum(1) > 0  # [K, E]
+    assert used.sum(0).max() == 1
+    with torch.no_grad():
+        latent = model.encode(data)
+    for level, book in enumerate(books):
+        nearest = torch.cdist(latent[:, used[level]], book[:, used[level]]).argmin(1)
+        assert (nearest.numpy() == codes_of(model, data)[:, level]).all()
+
+
+def test_the_learned_rotation_lowers_the_error(monkeypatch):
+    data = embeddings()
+    learned = trained("opq", data)
+    monkeypatch.setattr("qbert_ray.semantic_ids.kmeans.ROUNDS", 1)
+    axes = trained("opq", data)
+    assert float(normalised_error(learned, data)) < 0.98 * float(normalised_error(axes, data))
+    rotated = learned.encoder.linear.weight
+    assert torch.allclose(rotated @ rotated.T, torch.eye(DIM), atol=1e-4)
+
+
+def test_more_levels_than_dimensions_cannot_be_independent():
+    with pytest.raises(ValueError, match="3 independent codes"):
+        trained("opq", embeddings(), dim=2)

@@ -1,0 +1,244 @@
+import numpy as np
+import pytest
+import torch
+
+from qbert_ray.sequence.model import Sequencer, complexity, next_item_queries, pack
+from qbert_ray.sequence.task import rank_targets
+
+LENGTHS = np.array([3, 7, 3, 1, 5])
+ITEMS = np.arange(LENGTHS.sum()) % 20
+CATALOG = torch.from_numpy(np.random.default_rng(0).integers(0, 8, (20, 3)))
+LAYOUTS = pytest.mark.parametrize("tokens", ["item", "flat"])
+LOSSES = pytest.mark.parametrize("loss", ["catalog", "tokens"])
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return Sequencer(
+        **(
+            {
+                "num_levels": 3,
+                "codebook_size": 8,
+                "width": 16,
+                "num_layers": 2,
+                "num_heads": 2,
+                "ffn_width": 32,
+                "dropout": 0.0,
+                "max_items": 8,
+            }
+            | changes
+        )
+    )
+
+
+def last_masked(lengths):
+    return np.arange(lengths.max()) == lengths[:, None] - 1
+
+
+@LAYOUTS
+def test_batch_mates_never_matter(tokens):
+    model = build(tokens=tokens).eval()
+    packed, order = pack(ITEMS, LENGTHS, last_masked(LENGTHS))
+    together = model(packed, CATALOG, "d")
+    ends = np.cumsum(LENGTHS)
+    for place, row in enumerate(order):
+        alone, _ = pack(ITEMS[ends[row] - LENGTHS[row] : ends[row]], LENGTHS[[row]], last_masked(LENGTHS[[row]]))
+        assert torch.allclose(together[place], model(alone, CATALOG, "d")[0], atol=1e-6)
+
+
+@LAYOUTS
+def test_packing_equals_a_padded_batch_with_an_attention_mask(tokens):
+    """The packed model against the obvious one: pad, mask the padding, attend over everything."""
+    model = build(tokens=tokens).eval()
+    masks = last_masked(LENGTHS)
+    packed, order = pack(ITEMS, LENGTHS, masks)
+    got = model(packed, CATALOG, "d")
+    ends = np.cumsum(LENGTHS)
+    repeat = 3 if tokens == "flat" else 1
+    for place, row in enumerate(order):
+        length = LENGTHS[row]
+        codes = CATALOG[ITEMS[ends[row] - length : ends[row]]] + torch.arange(3) * 8
+        states = model.code_embedding(codes)
+        states = states.flatten(0, 1) if tokens == "flat" else states.sum(1)
+        hidden = torch.from_numpy(np.repeat(masks[row, :length], repeat))
+        states = torch.where(hidden[:, None], model.mask_embedding, states)
+        back = torch.arange(length - 1, -1, -1)
+        position = (back[:, None] * repeat + torch.arange(repeat)).flatten()
+        states = states + model.position_embedding(position)
+        padded = torch.nn.functional.pad(states, (0, 0, 0, 24 - len(states)))
+        valid = torch.arange(24) < len(states)
+        for layer in model.layers:
+            q, k, v = layer.query_key_value(layer.norm_attention(padded)).view(24, 3, 2, 8).permute(1, 2, 0, 3)
+            weights = ((q @ k.transpose(-1, -2)) / 8**0.5).masked_fill(~valid, -torch.inf).softmax(-1)
+            padded = padded + layer.out((weights @ v).transpose(0, 1).reshape(24, 16))
+            padded = padded + layer.ffn(layer.norm_ffn(padded))
+        expected = model.norm(padded[: len(states)][hidden]).flatten()
+        assert torch.allclose(got[place], expected, atol=1e-5)
+
+
+@LAYOUTS
+def test_scores_are_sums_of_level_logits(tokens):
+    model = build(tokens=tokens).eval()
+    packed, _ = pack(ITEMS, LENGTHS, last_masked(LENGTHS))
+    query = model(packed, CATALOG, "d")
+    scores = model.scores(query, *model.catalog_vectors(CATALOG, "d"))
+    books = model.code_embedding.weight.view(3, 8, 16)
+    bias = model.code_bias.view(3, 8)
+    for item in (0, 7, 19):
+        expected = 0
+        for level in range(3):
+            state = query.view(len(query), 3, 16)[:, level] if tokens == "flat" else query
+            expected = expected + state @ books[level, CATALOG[item, level]] + bias[level, CATALOG[item, level]]
+        assert torch.allclose(scores[:, item], expected, atol=1e-5)
+
+
+@LAYOUTS
+@LOSSES
+@pytest.mark.parametrize("logits", ["dot", "cosine"])
+def test_every_layout_and_loss_learns_a_fixed_next_item(tokens, loss, logits):
+    model = build(tokens=tokens, loss=loss, logits=logits)
+    items, lengths = np.tile(np.arange(6), 16), np.full(16, 6)
+    packed, _ = pack(items, lengths, last_masked(lengths))
+    target = packed.items[packed.masked]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        value = model.loss(model(packed, CATALOG, "d"), target, CATALOG, "d") / len(target)
+        value.backward()
+        optimizer.step()
+    queries = next_item_queries(model.eval(), [np.arange(5)], CATALOG, "d")
+    with torch.no_grad():
+        assert model.scores(queries, *model.catalog_vectors(CATALOG, "d")).argmax() == 5
+
+
+def test_only_the_latest_items_of_a_long_history_are_read():
+    model = build().eval()
+    long = np.random.default_rng(1).integers(0, 20, 30)
+    queries = next_item_queries(model, [long, long[-7:]], CATALOG, "d")
+    assert torch.allclose(queries[0], queries[1])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("recall", [True, False])
+def test_the_last_layer_at_the_ends_alone_gives_the_queries_of_all_places(tokens, recall):
+    model = build(tokens=tokens, recall=recall and tokens == "item").eval()
+    packed, _ = pack(ITEMS, LENGTHS, last_masked(LENGTHS))
+    ends = model(packed._replace(ends=True), CATALOG, "d")
+    torch.testing.assert_close(ends, model(packed, CATALOG, "d"), atol=1e-5, rtol=0)
+
+
+@LAYOUTS
+def test_dropping_at_chosen_places_is_that_of_the_whole(tokens):
+    """Losses under a fixed seed do not depend on how much of the last layer is computed."""
+    layer = build(tokens=tokens, dropout=0.3).train().layers[-1]
+    states, chosen = torch.randn(int(LENGTHS.sum()), 16), torch.from_numpy(np.arange(LENGTHS.sum()) % 3 == 0)
+    groups = [(0, 1, len(states))]
+    torch.manual_seed(1)
+    whole = layer(states, groups)[chosen]
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer(states, groups, chosen), whole, atol=1e-6, rtol=0)
+
+
+def test_queries_come_in_the_order_of_the_histories():
+    model = build().eval()
+    histories = [np.array([1, 2, 3]), np.array([4]), np.array([5, 6])]
+    together = next_item_queries(model, histories, CATALOG, "d")
+    for row, history in enumerate(histories):
+        assert torch.allclose(together[row], next_item_queries(model, [history], CATALOG, "d")[0], atol=1e-6)
+
+
+def test_a_masked_item_is_not_seen():
+    model = build().eval()
+    masks = last_masked(LENGTHS)
+    other = ITEMS.copy()
+    other[np.cumsum(LENGTHS) - 1] = 0  # what is masked
+    a, _ = pack(ITEMS, LENGTHS, masks)
+    b, _ = pack(other, LENGTHS, masks)
+    assert torch.equal(model(a, CATALOG, "d"), model(b, CATALOG, "d"))
+
+
+def test_cold_items_are_composed_of_codes_alone():
+    model = build(warm_items={"d": 20})
+    model.warm_d[3] = 0
+    vectors = model.compose(CATALOG, "d")
+    plain = model.compose(CATALOG, "other")
+    assert torch.equal(vectors[3], plain[3])
+    assert not torch.equal(vectors[4], plain[4])
+    longer = torch.cat([CATALOG, CATALOG[:2]])  # items that came after the training
+    assert torch.equal(model.compose(longer, "d"), torch.cat([vectors, plain[:2]]))
+    items = torch.tensor([21, 4, 3])
+    assert torch.equal(model.compose(longer[items], "d", items), model.compose(longer, "d")[items])
+
+
+@pytest.mark.parametrize("domain", ["items", "train", "to", "a-b"])
+def test_a_domain_may_be_called_like_a_method(domain):
+    model = build(warm_items={domain: 20})
+    assert not torch.equal(model.compose(CATALOG, domain), model.compose(CATALOG, "other"))
+
+
+def test_content_tells_items_of_equal_codes_apart_and_is_not_saved():
+    model = build(content_width=6).eval()
+    content = torch.randn(20, 6)
+    model.hold_content("d", content)
+    twins = CATALOG.clone()
+    twins[1] = twins[0]
+    vectors = model.compose(twins, "d")
+    assert not torch.allclose(vectors[0], vectors[1])
+    assert torch.allclose(vectors[1] - vectors[0], model.content(content[1] - content[0]), atol=1e-6)
+    items = torch.tensor([7, 1])
+    assert torch.allclose(model.compose(twins[items], "d", items), vectors[items], atol=1e-6)
+    assert not [name for name in model.state_dict() if name.startswith("content_")]
+
+
+def test_code_dropout_leaves_content_alone_and_only_in_training():
+    model = build(content_width=6, code_dropout=1.0)
+    model.hold_content("d", torch.randn(20, 6))
+    assert torch.allclose(model.compose(CATALOG, "d"), model.content(model.content_d), atol=1e-6)
+    assert not torch.allclose(model.eval().compose(CATALOG, "d"), model.content(model.content_d), atol=1e-3)
+
+
+def test_cold_items_stand_where_their_neighbours_do():
+    model = build(logits="cosine").eval()
+    vectors, bias = model.catalog_vectors(CATALOG, "d")
+    model.hold_neighbours("d", torch.tensor([[3, 4], [5, 5]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    borrowed, borrowed_bias = model.catalog_vectors(CATALOG, "d")
+    assert torch.equal(borrowed[:18], vectors[:18]) and torch.allclose(borrowed[19], vectors[5])
+    assert torch.allclose(borrowed[18], torch.nn.functional.normalize(vectors[3] + vectors[4], dim=0), atol=1e-6)
+    assert borrowed_bias[18] == (bias[3] + bias[4]) / 2
+
+
+def test_recall_is_the_mean_of_the_items_that_are_not_masked_the_nearer_the_more():
+    model = build(recall=True).eval()
+    vectors, far = torch.randn(4, 32), 0.25
+    model.recall.data = torch.tensor([2.0, float(np.log(far / (1 - far)))])
+    packed, _ = pack(np.arange(4), np.array([4]), np.array([[False, False, True, False]]))
+    mean = vectors[0] * far**2 + vectors[1] * far + vectors[3] * far
+    expected = 2 * 32**0.5 * torch.nn.functional.normalize(mean, dim=0)
+    assert torch.allclose(model._recall(vectors, packed)[0], expected, atol=1e-5)
+    alone, _ = pack(np.arange(1), np.array([1]), np.array([[True]]))
+    assert not model._recall(vectors[:1], alone).any()
+
+
+@pytest.mark.parametrize(("items", "parameters", "multiply_adds"), [(6250, 3.71, 185.36), (9416, 4.51, 225.68), (13839, 5.64, 282.14)])
+def test_complexity_agrees_with_table_6_within_one_percent(items, parameters, multiply_adds):
+    paper = complexity(items, 256, 4, 512, 50, 4, 256)["paper"]
+    assert sum(paper["parameters"].values()) / 1e6 == pytest.approx(parameters, rel=0.01)
+    assert sum(paper["multiply_adds"].values()) / 1e6 == pytest.approx(multiply_adds, rel=0.01)
+
+
+def test_the_real_count_is_the_models_own():
+    model = Sequencer(num_levels=4, codebook_size=256)
+    real = complexity(6250, 256, 4, 512, 50, 4, 256)["real"]["parameters"]
+    assert sum(real.values()) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.inference_mode()
+def test_a_model_is_chosen_by_ranks_among_what_its_users_have_not_had():
+    model = build().eval()
+    histories, targets = [np.array([1, 2, 3]), np.array([4, 7]), np.array([7])], np.array([9, 4, 0])  # the second had its target before
+    scores = model.scores(next_item_queries(model, histories, CATALOG, "d"), *model.catalog_vectors(CATALOG, "d"))
+    expected = []
+    for score, history, target in zip(scores.numpy(), histories, targets, strict=True):
+        others = np.setdiff1d(np.arange(20), [*history, target])
+        expected.append(1 + (score[others] > score[target]).sum())
+    assert rank_targets(model, CATALOG, "d", histories, targets, batch_size=2).tolist() == expected

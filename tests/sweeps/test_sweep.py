@@ -1,0 +1,211 @@
+"""Sweeps on real Ray Tune: trials are ordinary trainings, go on after a cut, and say why they failed."""
+
+import shutil
+import signal
+
+import polars as pl
+import pytest
+import torch
+
+from qbert_ray.config.loading import load_config, with_values
+from qbert_ray.config.search import Sweep
+from qbert_ray.execution.progress import Quiet
+from qbert_ray.run.directory import ArtifactError, RunDir
+from qbert_ray.sweeps import tuning
+from qbert_ray.sweeps.tables import Table
+from qbert_ray.sweeps.trials import Plan
+from tests.shop import small_config
+
+RATE = "finetune.learning_rate"
+INTERRUPT = signal.getsignal(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def swept(finished, tmp_path_factory):
+    """A sweep over the finished run's own learning rate and one that cannot work."""
+    config, run = finished
+    folder = tmp_path_factory.mktemp("swept") / "run"
+    shutil.copytree(run.path(), folder)
+    space = {"space": {RATE: [config.finetune.learning_rate, 1e9]}, "max_failures": 0}
+    plan = Plan(with_values(config, {"run.dir": str(folder), "sweep": space}))
+    best = tuning.search(plan, Quiet())
+    return plan, best
+
+
+def other(plan: Plan, sweep: dict, values: dict | None = None) -> Plan:
+    """Another sweep over the same run."""
+    alone = plan.config.model_copy(update={"sweep": Sweep()})
+    return Plan(with_values(alone, {"sweep": sweep} | (values or {})))
+
+
+def weights(run: RunDir) -> dict[str, torch.Tensor]:
+    return run.load_model("finetune/demo/model")[0]
+
+
+def test_a_trial_is_the_ordinary_training_on_shared_outputs(swept, finished):
+    plan, best = swept
+    good, _ = plan.trials
+    run = plan.trial_run(good)
+    assert plan.shared(good) == ["ingest", "features", "fusion", "quantizer", "semantic_ids", "pretrain"]
+    assert not (plan.folder.exists(f"trials/{good.name}/features") or plan.folder.exists(f"trials/{good.name}/pretrain"))
+    expected = weights(finished[1])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
+    assert best["values"] == {RATE: plan.config.finetune.learning_rate}
+    assert signal.getsignal(signal.SIGINT) is INTERRUPT  # what ends a process still does
+
+
+def test_tables_tell_of_every_trial_and_the_overlay_loads(swept):
+    plan, best = swept
+    trials = pl.read_parquet(plan.folder.path("trials.parquet"))
+    curves = pl.read_parquet(plan.folder.path("curves.parquet"))
+    assert dict(trials.select("trial_id", "status").iter_rows()) == {plan.trials[0].name: "done", plan.trials[1].name: "failed"}
+    done, failed = (trials.row(by_predicate=pl.col("status") == status, named=True) for status in ("done", "failed"))
+    assert "gradient is not finite" in failed["error"] and failed["ndcg@10"] is None
+    curve = curves.filter(pl.col("trial_id") == done["trial_id"])
+    assert curve["epoch"].to_list() == list(range(done["epochs"])) and curve["ndcg@10"].max() == done["ndcg@10"] == best["mean"]
+    assert load_config([plan.folder.path("best.yaml")]).finetune.learning_rate == best["values"][RATE]
+    assert plan.folder.folders("") == ["trials"]  # nothing of Tune's own stays
+
+
+@pytest.mark.slow
+def test_a_cut_sweep_repeats_only_what_is_missing(swept):
+    plan, _ = swept
+    before = pl.read_parquet(plan.folder.path("trials.parquet"))
+    good = plan.trials[0]
+    written = plan.folder.filesystem.get_file_info(plan.trial_run(good).path("result.json")).mtime
+    plan.folder.delete(f"trials/{plan.trials[1].name}")
+    assert tuning.unfinished(plan) == 1
+    tuning.search(Plan(plan.config), Quiet())
+    after = pl.read_parquet(plan.folder.path("trials.parquet"))
+    assert after.drop("seconds").equals(before.drop("seconds"))
+    assert plan.folder.filesystem.get_file_info(plan.trial_run(good).path("result.json")).mtime == written
+
+
+def test_a_sweep_on_another_config_is_refused(swept):
+    plan, _ = swept
+    tuning.check_base(plan)
+    with pytest.raises(ArtifactError, match="finetune.epochs: swept on 3, now 4"):
+        tuning.check_base(Plan(with_values(plan.config, {"finetune.epochs": 4})))
+
+
+def test_seeds_stand_on_runs_of_their_own_that_share_what_no_seed_changes(swept):
+    plan, _ = swept
+    seeds = Plan(with_values(plan.config, {"sweep": {"space": {RATE: [1e-3]}, "seeds": [0, 7]}}))
+    own, other = seeds.trials
+    assert seeds.seed_run(0) == seeds.run
+    assert seeds.trial_run(own).path("features/text") == seeds.trial_run(other).path("features/text") == seeds.run.path("features/text")
+    assert seeds.trial_run(other).path("pretrain") == seeds.folder.path("seeds/7/pretrain")
+    assert seeds.to_prepare(7)[-1] == "pretrain" and own.name != other.name
+
+
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        ({"space": {"sequencer.num_layer": [1]}}, "did you mean sequencer.num_layers"),
+        ({"space": {"sequencer.dropout": [0.1, 2]}}, "sequencer.dropout"),
+        ({"space": {"compute.address": ["x"]}}, "a sweep varies"),
+        ({"space": {"ranking.decay": [0.5]}}, "set sweep.stage to a later one"),
+        ({"space": {RATE: [1.0]}, "scheduler": "asha", "stage": "quantizer"}, "no stage up to quantizer|compares the epochs"),
+        ({"space": {RATE: [1.0]}, "scheduler": "asha", "objectives": {"ms_per_user": "min"}}, "epochs, which have no ms_per_user"),
+        ({"space": {RATE: {"uniform": [0.1, 1.0]}}, "search": "optuna", "seeds": [0, 1]}, "give one seed"),
+        ({"space": {"finetune.epochs": [1, 2]}, "scheduler": "pbt", "search": "random"}, "finetune.epochs cannot change then"),
+        ({"space": {"sequencer.dropout": [0.1]}, "scheduler": "pbt", "search": "random"}, "set sweep.stage=pretrain"),
+        ({"space": {RATE: [1e-3]}, "scheduler": "pbt"}, "give sweep.search=random"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_at_once(shop, tmp_path, sweep, said):
+    with pytest.raises(ValueError, match=said):
+        Plan(with_values(small_config(shop, tmp_path), {"sweep": sweep}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_optuna_and_asha_on_many_trials(swept):
+    plan, _ = swept
+    space = {RATE: {"loguniform": [1e-6, 1e-2]}}
+    drawn = {"name": "drawn", "space": space, "search": "optuna", "num_trials": 3, "objectives": {"ndcg@10": "max", "ms_per_user": "min"}}
+    optuna = other(plan, drawn)
+    tuning.search(optuna, Quiet())
+    assert tuning.unfinished(optuna) == 0
+    assert all(row["ms_per_user"] > 0 and row["status"] == "done" for row in tuning.trial_rows(optuna))
+    more = other(plan, drawn | {"num_trials": 4})
+    tuning.search(more, Quiet())  # goes on with what it knows
+    assert len({row[RATE] for row in tuning.trial_rows(more)}) == 4
+    halving = {"name": "halving", "space": {RATE: [3e-3, 1e-3, 1e-7, 1e-8]}, "scheduler": "asha", "grace_epochs": 1, "max_concurrent": 1}
+    asha = other(plan, halving, {"finetune.epochs": 4})
+    tuning.search(asha, Quiet())
+    rows = {row[RATE]: row for row in tuning.trial_rows(asha)}
+    assert "stopped" in {rows[1e-7]["status"], rows[1e-8]["status"]} and rows[3e-3]["status"] == "done"
+
+
+def test_a_table_ranks_every_user_by_every_variant(swept, finished):
+    plan, _ = swept
+    variants = {"whole": {}, "no memory": {"memory": {"enabled": False}}}
+    table = Table(title="T", reference="whole", variants=variants, rankings=["ridge"], seeds=[0])
+    plan = other(plan, {"name": "table", "stage": "evaluate", "search": "variants", "variants": variants, "seeds": [0]})
+    assert tuning.search(plan, Quiet())["values"] in ({}, {"ranking.enabled": False})
+    assert [row["variant"] for row in tuning.trial_rows(plan)] == ["whole", "no memory"]
+    ranks = tuning.ranks(plan, table)
+    expected = (
+        pl.DataFrame(finished[1].read("evaluate/ranks")).filter(pl.col("model").is_in(["model", "sequencer"])).sort("model", "user_id")
+    )
+    found = ranks.filter(pl.col("row") != "ridge").sort(pl.col("row") == "no memory", "user_id")
+    assert found["rank_all"].equals(expected["rank_all"]) and found["rank_unseen"].equals(expected["rank_unseen"])
+    assert ranks["row"].unique().sort().to_list() == ["no memory", "ridge", "whole"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "space", "values"),
+    [
+        ("quantizer", {"quantizer.num_levels": [2]}, {"quantizer.kind": "kmeans"}),
+        ("fusion", {"features.text.max_tokens": [8]}, {}),
+        ("ranking", {"ranking.decay": [0.5]}, {}),
+    ],
+)
+def test_trials_of_every_kind_of_stage_find_room(swept, stage, space, values):
+    """Their tasks run beside the trial, whose own placement group holds no CPU."""
+    plan = other(swept[0], {"name": stage, "stage": stage, "space": space}, values)
+    tuning.search(plan, Quiet())
+    assert [(row["status"], row["error"]) for row in tuning.trial_rows(plan)] == [("done", None)]
+
+
+PBT = {"scheduler": "pbt", "search": "random", "perturbation_epochs": 2}
+
+
+@pytest.mark.slow
+def test_a_training_in_segments_is_the_whole_training(swept, finished):
+    plan, _ = swept
+    space = {RATE: [plan.config.finetune.learning_rate]}
+    same = other(plan, PBT | {"name": "same", "space": space, "num_trials": 2})
+    assert len(same.trials) == 1  # equal settings are one trial
+    tuning.search(same, Quiet())
+    expected = weights(finished[1])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(same.trial_run(same.trials[0])).items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_population_that_was_cut_ends_as_one_that_was_not(swept):
+    plan, _ = swept
+    space = {RATE: {"loguniform": [1e-5, 1e-2]}, "finetune.last_item_share": {"uniform": [0.0, 0.5]}}
+    sweep, longer = PBT | {"space": space, "num_trials": 3}, {"finetune.epochs": 4}
+    whole = other(plan, sweep | {"name": "whole"}, longer)
+    best = tuning.search(whole, Quiet())
+    rows = tuning.trial_rows(whole)
+    changed = [row for row, trial in zip(rows, whole.trials, strict=True) if row[RATE] != trial.values[RATE]]
+    assert [row["status"] for row in rows] == ["done"] * 3 and len(changed) == 1
+    assert all(1e-5 <= row[RATE] <= 1e-2 and 0 <= row["finetune.last_item_share"] <= 0.5 for row in rows)
+    steps = pl.read_parquet(whole.folder.path("steps.parquet"))
+    assert steps["until"].to_list() == [2, 4] * 3
+    assert best["mean"] == max(row["ndcg@10"] for row in rows)
+    assert load_config([whole.folder.path("best.yaml")]).finetune.learning_rate == best["values"][RATE]
+    assert whole.folder.folders("") == ["trials"]
+
+    epoch = tuning._Budget(whole).epoch
+    cut = other(plan, sweep | {"name": "cut", "max_tokens": 5 * epoch}, longer)
+    assert tuning.search(cut, Quiet()) is None and tuning.unfinished(cut) == 3
+    cut = other(plan, sweep | {"name": "cut"}, longer)
+    assert tuning.search(cut, Quiet())["mean"] == best["mean"]
+    lines = [{name: value for name, value in row.items() if name != "seconds"} for row in tuning.trial_rows(cut)]
+    assert lines == [{name: value for name, value in row.items() if name != "seconds"} for row in rows]

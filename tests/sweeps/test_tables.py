@@ -1,0 +1,160 @@
+"""Tables over variants and seeds: right means and intervals, and a word where a difference is chance."""
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+
+from qbert_ray.cli.main import main
+from qbert_ray.config.loading import ConfigError
+from qbert_ray.run.directory import RunDir
+from qbert_ray.sweeps.tables import MARKDOWN, RANKS, Table, collect, load_table, markdown, ranks_of, summarise
+from tests import ROOT
+
+TABLE = Table(title="T", reference="base", variants={"base": {}, "better": {}}, rankings=["ridge"], seeds=[0, 1])
+
+
+def evaluated(rank, domain="shop", ridge=None):
+    """evaluate/ranks of a run in which user n's target ranked rank[n]."""
+    users = [f"u{number}" for number in range(len(rank))]
+    kinds = {"model": rank, "ridge": np.full(len(rank), 3) if ridge is None else ridge, "popularity": np.full(len(rank), 100)}
+    frames = [
+        pl.DataFrame(
+            {"domain": domain, "user_id": users, "model": kind, "target": "i", "rank_all": values, "rank_unseen": np.maximum(values - 1, 1)}
+        )
+        for kind, values in kinds.items()
+    ]
+    return pl.concat(frames)
+
+
+@pytest.fixture
+def ranks():
+    rng = np.random.default_rng(0)
+    base = [rng.integers(1, 40, 400) for _ in range(2)]
+    pieces = [ranks_of(evaluated(rank), "base", seed, TABLE) for seed, rank in enumerate(base)]
+    pieces += [ranks_of(evaluated(np.maximum(rank - 4, 1)), "better", seed, TABLE) for seed, rank in enumerate(base)]
+    return pl.concat(pieces)
+
+
+def find(summary, **wanted):
+    (line,) = [line for line in summary if all(line[name] == value for name, value in wanted.items())]
+    return line
+
+
+def test_means_and_intervals_are_those_of_the_plain_formulas(ranks):
+    summary = summarise(ranks, TABLE)
+    assert {line["row"] for line in summary} == {"base", "better", "ridge"}  # popularity was not asked for
+    line = find(summary, row="base", protocol="all", metric="hr@10")
+    by_seed = [float((ranks.filter((pl.col("row") == "base") & (pl.col("seed") == seed))["rank_all"] <= 10).mean()) for seed in (0, 1)]
+    assert line["mean"] == pytest.approx(np.mean(by_seed)) and line["seeds"] == 2 and line["users"] == 400
+    assert line["half"] == pytest.approx(12.706 * np.std(by_seed, ddof=1) / 2**0.5, rel=1e-3)
+    better = find(summary, row="better", protocol="all", metric="ndcg@10")
+    assert 0 < better["low"] < better["difference"] < better["high"]
+    assert better["difference"] == pytest.approx(better["mean"] - find(summary, row="base", protocol="all", metric="ndcg@10")["mean"])
+    assert find(summary, row="ridge", protocol="unseen", metric="hr@10")["mean"] == 1.0
+
+
+def test_a_difference_that_may_be_chance_is_not_bold(ranks):
+    rng = np.random.default_rng(1)
+    same = [ranks_of(evaluated(rng.permutation(rank)), name, 0, TABLE) for name in ("base", "better") for rank in [np.arange(1, 401)]]
+    text = markdown(summarise(pl.concat(same), TABLE), TABLE)
+    row = next(line for line in text.splitlines() if line.startswith("| better"))
+    assert "**" not in row
+    assert "| better" in (strong := markdown(summarise(ranks, TABLE), TABLE)) and "**+" in strong
+
+
+def test_the_sequence_model_of_a_variant_is_held_against_that_of_the_reference():
+    table = TABLE.model_copy(update={"sequencers": True})
+    alone = {"base": 20, "better": 5}
+    pieces = []
+    for name, rank in alone.items():
+        table_of_run = evaluated(np.arange(1, 31), ridge=np.full(30, rank))
+        table_of_run = table_of_run.with_columns(pl.col("model").replace("ridge", "sequencer"))
+        pieces.append(ranks_of(table_of_run, name, 0, table))
+    summary = summarise(pl.concat(pieces), table)
+    assert [line["row"] for line in summary if (line["protocol"], line["metric"]) == ("all", "hr@10")] == [
+        "base",
+        "base, sequencer",
+        "better",
+        "better, sequencer",
+    ]
+    assert find(summary, row="base, sequencer", protocol="all", metric="hr@10")["difference"] is None
+    assert find(summary, row="better, sequencer", protocol="all", metric="hr@10")["difference"] == 1.0  # to the model it would be 2 / 3
+
+
+def test_equal_rows_differ_by_nothing():
+    both = [ranks_of(evaluated(np.arange(1, 20)), name, 0, TABLE) for name in ("base", "better")]
+    line = find(summarise(pl.concat(both), TABLE), row="better", protocol="all", metric="hr@10")
+    assert (line["difference"], line["low"], line["high"]) == (0.0, 0.0, 0.0)
+
+
+def test_rows_are_told_without_differences_where_every_trial_of_the_reference_failed(ranks):
+    summary = summarise(ranks.filter(pl.col("row") == "better"), TABLE)
+    assert all(line["difference"] is None for line in summary) and "| better | 0." in markdown(summary, TABLE)
+
+
+def test_data_sets_add_up_in_one_folder_and_a_repeated_one_is_replaced(ranks, tmp_path):
+    folder = RunDir(str(tmp_path))
+    collect(folder, ranks, TABLE)
+    other = pl.concat([ranks_of(evaluated(np.arange(1, 31), "books"), name, 0, TABLE) for name in ("base", "better")])
+    collect(folder, other, TABLE)
+    collect(folder, other, TABLE)
+    page = (tmp_path / MARKDOWN).read_text()
+    assert "## shop, all items ranked: 400 users, 2 seeds" in page and "## books, unseen items ranked: 30 users, 1 seed\n" in page
+    assert len(pl.read_parquet(tmp_path / RANKS)) == len(ranks) + len(other)
+    theirs = ranks.filter(pl.col("row") == "base").with_columns(row=pl.lit("another system"))  # added by hand
+    pl.concat([pl.read_parquet(tmp_path / RANKS), theirs]).write_parquet(tmp_path / RANKS)
+    collect(folder, ranks, TABLE)
+    assert "| another system |" in (tmp_path / MARKDOWN).read_text()
+
+
+def test_published_figures_stand_beside_ours_for_the_protocol_they_follow():
+    published = TABLE.model_copy(update={"paper": {"shop": {"base": {"hr@10": 0.1418}}}})
+    text = markdown(summarise(ranks_of(evaluated(np.arange(1, 31)), "base", 0, TABLE), published), published)
+    first, second = text.split("## shop, unseen")
+    assert "0.1418" in first and "0.1418" not in second
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "tables").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_table_that_comes_with_the_project_is_one_a_sweep_accepts(file, tmp_path):
+    from qbert_ray.config.loading import load_config, with_values
+    from qbert_ray.sweeps.trials import Plan
+
+    table = load_table(file)
+    config = load_config([ROOT / "configs" / "movielens.yaml"], [f"run.dir={tmp_path}"])
+    sweep = {"name": file.stem, "stage": "evaluate", "search": "variants", "variants": table.variants, "seeds": [0, 1]}
+    plan = Plan(with_values(config, {"sweep": sweep}))
+    assert len(plan.trials) == 2 * len(table.variants) and set(plan.names.values()) == set(table.variants)
+    assert "ingest" in plan.shared(plan.trials[-1])
+    assert all(row in [*table.variants, *table.rankings] for rows in table.paper.values() for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"title": "T", "reference": "b", "variants": {"a": {}}}, "reference 'b' is none of the variants"),
+        ({"title": "T", "reference": "a", "variants": {"a": "nowhere.yaml"}}, "no config file at"),
+        ({"title": "T", "variants": {"a": {}}}, "reference: Field required"),
+        ({"title": "T", "reference": "a", "variants": {"a": {}}, "rankings": ["sequencer"], "sequencers": True}, "those rows are made"),
+        ({"title": "T", "reference": "a", "variants": {"a": {}, "a, sequencer": {}}, "sequencers": True}, "those rows are made"),
+        ({"title": "T", "reference": "a", "variants": ["a"]}, "variants"),
+        ({"title": "T", "reference": "a", "variants": {"a": {}}, "metrics": ["mrr@10"]}, "metrics.0: String should match"),
+        ({"title": "T", "reference": "a", "variants": {"a": {}}, "rankings": ["bert"]}, "rankings.0: Input should be 'sequencer', 'ridge'"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path, content, said):
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=said):
+        load_table(tmp_path / "t.yaml")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [("ftp://host/folder", "cannot open"), ("s3://key:secret@bucket/folder", "holds credentials")]
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_runs(output, message, tmp_path, capsys):
+    table, config = ROOT / "configs" / "tables" / "fusion.yaml", ROOT / "configs" / "demo.yaml"
+    with pytest.raises(SystemExit):
+        main(["reproduce", str(table), "-c", str(config), "-o", output, f"run.dir={tmp_path / 'run'}"])
+    told = "".join(capsys.readouterr())
+    assert message in " ".join(told.split()) and "secret" not in told
+    assert not (tmp_path / "run").exists()

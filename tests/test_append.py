@@ -1,0 +1,177 @@
+"""New items get IDs and published IDs never move, however often and wherever an append is cut."""
+
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from qbert_ray import append as appending
+from qbert_ray.append import append_ids
+from qbert_ray.execution.progress import Quiet
+from qbert_ray.execution.ray_executor import RayExecutor
+from qbert_ray.features import encoding
+from qbert_ray.features import stage as features
+from qbert_ray.pipeline import redo_from, run_stage, status
+from qbert_ray.ranking import cold_items as cold
+from qbert_ray.ranking import evaluate as evaluation
+from qbert_ray.ranking import score as scoring
+from qbert_ray.run.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.run.stages import BY_NAME, STAGES
+from qbert_ray.semantic_ids import stage as tokenization
+from tests.shop import SOURCE, small_config
+
+
+@pytest.fixture
+def catalog(shop):
+    """The shop's items; its file is put back as it was, time included."""
+    file = shop / "items.parquet"
+    content, state = file.read_bytes(), file.stat()
+    yield pl.read_parquet(file)
+    file.write_bytes(content)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    config, run = finished
+    shutil.copytree(run.uri, tmp_path / "run")
+    return config, RunDir(str(tmp_path / "run"))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Parts are worked on here, since starting actors would cost most of a small append."""
+
+    def map_parts(run, worker, arguments, parts, output, actors, progress):
+        missing = [part for part in parts if f"{part}.json" not in run.names(f"{output}/.counts")]
+        work = worker(**arguments) if missing else None
+        for part in missing:
+            run.write_json(f"{output}/.counts/{part}.json", work(part))
+        return {}
+
+    for module in (features, tokenization, evaluation, cold, scoring):
+        monkeypatch.setattr(module, "map_parts", map_parts)
+    monkeypatch.setattr(encoding, "load_text_encoder", lru_cache(encoding.load_text_encoder))
+
+
+def more(catalog: pl.DataFrame, count: int, name: str) -> pl.DataFrame:
+    """New items with the texts of others, so that they collide with each other at least."""
+    return catalog.head(1).sample(count, with_replacement=True).with_columns(pl.Series("item_id", [f"{name}-{n}" for n in range(count)]))
+
+
+def ids(run: RunDir) -> dict:
+    rows = run.read("semantic_ids").to_pylist()
+    assert len({(row["domain"], row["semantic_id"]) for row in rows}) == len(rows)
+    for domain in ("demo", "other"):
+        table = run.read("semantic_ids", domain)
+        assert table["item_index"].to_pylist() == list(range(table.num_rows))
+        for other in ("ingest/items", "features/text", "features/structure", "fusion/embeddings"):
+            assert run.read(other, domain)["item_id"].equals(table["item_id"])
+    return {(row["domain"], row["item_id"]): row["semantic_id"] for row in rows}
+
+
+def files(run: RunDir) -> dict:
+    return {str(path): path.read_bytes() for path in sorted(Path(run.uri).rglob("*")) if path.is_file()}
+
+
+def test_new_items_get_ids_and_everything_else_stays(copied, catalog, shop, finished, in_process):
+    config, run = copied
+    before = ids(run)
+    changed = catalog.with_columns(title=pl.when(pl.int_range(pl.len()) < 2).then(pl.lit("Another title")).otherwise("title"))
+    pl.concat([more(catalog, 50, "new"), changed.slice(0, 110)]).write_parquet(shop / "items.parquet")
+    kept = len(before) - run.read("semantic_ids", "other").num_rows
+    with pytest.raises(ArtifactError, match="semantic-ids --append"):
+        status(BY_NAME["ingest"], config, run)
+
+    version = append_ids(config, run, RayExecutor(), Quiet())
+    after = ids(run)
+    assert {key: after[key] for key in before} == before
+    assert set(after) - set(before) >= {("demo", f"new-{n}") for n in range(50)}
+    assert set(run.read("semantic_ids")["extra_codes"].combine_chunks().value_lengths().to_pylist()) == {6}
+    assert version["added"] == len(after) - len(before)
+    assert version["changed"] == 2 and version["changed"] + version["unchanged"] + version["gone"] == len(before)
+    assert version["gone"] == kept - sum(("demo", item) in before for item in catalog["item_id"][:110])
+    assert run.read("ingest/items", "demo")["cold"].to_pylist()[kept:] == [True] * version["added"]
+
+    manifest = Manifest.load(run, "semantic_ids")
+    first, last = manifest.counts["versions"]
+    assert last == version and last["parent"] == first["fingerprint"] == Manifest.load(finished[1], "semantic_ids").fingerprint
+    assert last["model"] == first["model"] == Manifest.load(run, "rqvae").fingerprint
+    assert manifest.counts["items"] == last["items"] == len(after)
+    for stage in STAGES:  # the run goes on as before
+        assert status(stage, config, run) is not None
+
+    written = files(run)
+    again = append_ids(config, run, RayExecutor(), Quiet())
+    assert again["added"] == 0 and again["fingerprint"] == version["fingerprint"]
+    assert files(run) == written
+
+    redo_from("evaluate", run)
+    for name in ("evaluate", "score"):
+        run_stage(BY_NAME[name], config, run, RayExecutor(), Quiet())
+    assert run.read("score").num_rows == finished[1].read("score").num_rows
+
+
+def test_ten_steps_move_no_id(copied, catalog, shop, in_process):
+    config, run = copied
+    published = ids(run)
+    for step in range(10):
+        catalog = pl.concat([catalog, more(catalog, 3 + 5 * step, f"step{step}")])
+        catalog.write_parquet(shop / "items.parquet")
+        version = append_ids(config, run, RayExecutor(), Quiet())
+        now = ids(run)
+        assert {key: now[key] for key in published} == published
+        assert version["version"] == step + 1 and version["added"] == len(now) - len(published) > 0
+        published = now
+    versions = Manifest.load(run, "semantic_ids").counts["versions"]
+    assert [version["parent"] for version in versions] == [None, *(version["fingerprint"] for version in versions[:-1])]
+    assert sorted(part for version in versions for part in version["parts"]) == run.parts("semantic_ids")
+
+
+class CutError(Exception):
+    pass
+
+
+def cut_after(monkeypatch, name):
+    work = getattr(appending, name)
+
+    def cut(*arguments):
+        work(*arguments)
+        raise CutError
+
+    monkeypatch.setattr(appending, name, cut)
+
+
+def test_an_append_that_was_cut_goes_on(copied, catalog, shop, in_process, monkeypatch):
+    config, run = copied
+    published = ids(run)
+    pl.concat([catalog, more(catalog, 100, "new")]).write_parquet(shop / "items.parquet")
+    for name in ("_append_items", "extend_features", "embed_catalog", "assign_parts", "_publish"):
+        with monkeypatch.context() as patch, pytest.raises(CutError):
+            cut_after(patch, name)
+            append_ids(config, run, RayExecutor(), Quiet())
+        if name == "_append_items":  # in the middle of it
+            run.delete(f"ingest/items/{run.parts('ingest/items', 'demo')[-1]}")
+        if name == "assign_parts":
+            last = run.parts("semantic_ids", "demo")[-1]
+            run.delete(f"semantic_ids/{last}")
+    version = append_ids(config, run, RayExecutor(), Quiet())
+    now = ids(run)
+    assert {key: now[key] for key in published} == published
+    assert {("demo", f"new-{n}") for n in range(100)} <= set(now)
+    assert len(Manifest.load(run, "semantic_ids").counts["versions"]) == 2
+    assert version["items"] == len(now)
+    status(BY_NAME["ingest"], config, run)
+
+
+def test_an_append_needs_the_run_that_made_the_ids(copied, shop, tmp_path):
+    _, run = copied
+    with pytest.raises(ArtifactError, match="codebook_size"):
+        append_ids(small_config(shop, tmp_path, SOURCE, "quantizer.codebook_size=8"), run, RayExecutor(), Quiet())
+    with pytest.raises(ArtifactError, match="needs ingest"):
+        append_ids(small_config(shop, tmp_path, SOURCE), RunDir(str(tmp_path / "none")), RayExecutor(), Quiet())
+    with pytest.raises(ArtifactError, match="data.semantic_ids"):
+        append_ids(small_config(shop, tmp_path, SOURCE, "data.semantic_ids=ids.parquet"), run, RayExecutor(), Quiet())
