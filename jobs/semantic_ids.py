@@ -5,4 +5,4 @@ import sys
 from qbert_ray.cli.main import main
 
 if __name__ == "__main__":
-    main(["semantic_ids", *sys.argv[1:]])
+    main(["semantic-ids", *sys.argv[1:]])

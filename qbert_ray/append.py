@@ -27,10 +27,10 @@ from qbert_ray.inputs.readers import REASON
 from qbert_ray.inputs.sources import POSITION, open_source
 from qbert_ray.inputs.stage import GROUP, read_catalog, split_items, write_items
 from qbert_ray.pipeline import APPENDED, file_fingerprints, status
-from qbert_ray.run.columns import COLD, ITEM_ID, ITEM_INDEX
-from qbert_ray.run.directory import ArtifactError, Manifest, RunDir
-from qbert_ray.run.stages import BY_NAME, STAGES
 from qbert_ray.semantic_ids.stage import assign_parts, figures
+from qbert_ray.storage.columns import COLD, ITEM_ID, ITEM_INDEX
+from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.stages import BY_NAME, STAGES
 
 IDS = "semantic_ids"
 CONTENT = "_content"

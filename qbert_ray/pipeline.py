@@ -18,8 +18,8 @@ from pyarrow import fs
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
-from qbert_ray.run.directory import ArtifactError, Manifest, RunDir, join, resolve
-from qbert_ray.run.stages import BY_NAME, STAGES, STARTED, Stage
+from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir, join, resolve
+from qbert_ray.storage.stages import BY_NAME, STAGES, STARTED, Stage
 
 
 def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Manifest | None:

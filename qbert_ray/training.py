@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qbert_ray.config.schema import Training
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 
 STATE = ("state.safetensors", "state.json")  # files of a checkpoint of the loop, the last written last
 

@@ -19,7 +19,7 @@ for name, value in {
 import pytest  # noqa: E402
 
 from qbert_ray.execution import ray_session as _ray_session  # noqa: E402, F401, sets what Ray reads when it is imported
-from qbert_ray.run.directory import RunDir  # noqa: E402
+from qbert_ray.storage.directory import RunDir  # noqa: E402
 from tests.shop import SOURCE, make_two_shops, small_config  # noqa: E402
 
 
@@ -61,7 +61,7 @@ def finished(shop, tmp_path_factory, ray_session):
     from qbert_ray.execution.progress import Quiet
     from qbert_ray.execution.ray_executor import RayExecutor
     from qbert_ray.pipeline import run_stage
-    from qbert_ray.run.stages import STAGES
+    from qbert_ray.storage.stages import STAGES
 
     config = small_config(shop, tmp_path_factory.mktemp("run"), SOURCE)
     run = RunDir(config.run.dir)

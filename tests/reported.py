@@ -12,10 +12,10 @@ from PIL import Image
 
 from qbert_ray.config.loading import load_config
 from qbert_ray.fusion.model import DynamicFusion
-from qbert_ray.run import columns
-from qbert_ray.run.directory import Manifest, RunDir
-from qbert_ray.run.stages import BY_NAME
 from qbert_ray.semantic_ids.collisions import to_tokens
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import Manifest, RunDir
+from qbert_ray.storage.stages import BY_NAME
 
 ITEMS, USERS, WIDTH = 24, 12, 8
 EVIL = "<script>alert(1)</script>"

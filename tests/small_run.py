@@ -14,10 +14,10 @@ from qbert_ray.config.schema import Config
 from qbert_ray.ranking import item_item as memory
 from qbert_ray.ranking.ranker import MIX, RERANKER, WEIGHTS
 from qbert_ray.ranking.reranker import Reranker
-from qbert_ray.run import columns
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids.collisions import to_tokens
 from qbert_ray.sequence.model import Sequencer
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
 
 ITEMS, COLD, USERS, LEVELS, SIZE, WIDTH, PART = 40, 4, 12, 3, 8, 16, 25
 

@@ -18,9 +18,9 @@ from qbert_ray.pipeline import redo_from, run_stage, status
 from qbert_ray.ranking import cold_items as cold
 from qbert_ray.ranking import evaluate as evaluation
 from qbert_ray.ranking import score as scoring
-from qbert_ray.run.directory import ArtifactError, Manifest, RunDir
-from qbert_ray.run.stages import BY_NAME, STAGES
 from qbert_ray.semantic_ids import stage as tokenization
+from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.stages import BY_NAME, STAGES
 from tests.shop import SOURCE, small_config
 
 

@@ -147,7 +147,7 @@ def test_dangerous_calls_are_seen() -> None:
 @cache
 def commands() -> dict[str, str]:
     """Command -> panel of its help."""
-    app = importlib.import_module(f"{PACKAGE}.cli").app
+    app = importlib.import_module(f"{PACKAGE}.cli.main").app
     alone = {command.name or command.callback.__name__: command.rich_help_panel for command in app.registered_commands}
     return alone | {group.typer_instance.info.name: group.rich_help_panel for group in app.registered_groups}
 
@@ -163,7 +163,7 @@ def _job_command(path: Path) -> str:
 @pytest.mark.parametrize("path", JOBS, ids=relative)
 def test_jobs_are_a_few_lines_around_a_command(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 12
-    assert imports(path) <= {"sys", f"{PACKAGE}.cli.main"}
+    assert imports(path) <= {"sys", f"{PACKAGE}.cli.main.main"}
     command = _job_command(path)
     assert command in commands()
     assert path.stem == ("run_pipeline" if command == "run" else command.replace("-", "_"))
@@ -178,7 +178,7 @@ def test_every_stage_can_be_submitted_as_a_job() -> None:
 
 
 def _config_paths() -> dict[str, object]:
-    overlays = importlib.import_module(f"{PACKAGE}.overlays")
+    overlays = importlib.import_module(f"{PACKAGE}.config.loading")
     return overlays.flatten(overlays.load_config().model_dump(mode="json"))
 
 
@@ -248,4 +248,4 @@ def test_readme_states_the_defaults() -> None:
 @pytest.mark.parametrize("text", re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
 def test_readme_configs_are_valid(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    importlib.import_module(f"{PACKAGE}.overlays").load_config([tmp_path / "config.yaml"])
+    importlib.import_module(f"{PACKAGE}.config.loading").load_config([tmp_path / "config.yaml"])

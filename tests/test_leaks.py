@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids.quantizers import EXTRA
+from qbert_ray.storage.directory import RunDir
 from tests.benchmarks.without_ray import run_stages
 from tests.shop import make_shop, small_config
 

@@ -14,11 +14,11 @@ from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import redo_from, run_stage, status
 from qbert_ray.ranking.ranker import Ranker
 from qbert_ray.ranking.stage import WeightsPart
-from qbert_ray.run import columns
-from qbert_ray.run.directory import ArtifactError, Manifest, RunDir
-from qbert_ray.run.stages import BY_NAME, STAGES
 from qbert_ray.semantic_ids.task import QuantizerTask
 from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.stages import BY_NAME, STAGES
 from tests.shop import SOURCE, small_config
 
 

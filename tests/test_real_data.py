@@ -11,9 +11,9 @@ from qbert_ray.features.structure import co_occurrence
 from qbert_ray.metrics import hit_rate, ndcg
 from qbert_ray.pipeline import run_stage
 from qbert_ray.ranking.item_item import co_occurrence_scores
-from qbert_ray.run import columns
-from qbert_ray.run.directory import Manifest, RunDir
-from qbert_ray.run.stages import STAGES
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import Manifest, RunDir
+from qbert_ray.storage.stages import STAGES
 from qbert_ray.top_k import hide
 from tests.shop import ROOT
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from qbert_ray.ranking.recommender import Recommender
-from qbert_ray.run import columns
+from qbert_ray.storage import columns
 from tests import ROOT
 from tests.small_run import ITEMS, LEVELS, USERS, make_run
 

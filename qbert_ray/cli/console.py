@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qbert_ray.run.directory import Manifest
+from qbert_ray.storage.directory import Manifest
 
 NAME_WIDTH = 14
 LOG_SECONDS = 30.0

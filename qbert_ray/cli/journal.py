@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qbert_ray.cli.console import LOG_SECONDS, StageBar, metrics_table, stage_line, sweep_table
-from qbert_ray.run.directory import Manifest
+from qbert_ray.storage.directory import Manifest
 
 
 class Journal(Protocol):

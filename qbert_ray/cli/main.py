@@ -18,8 +18,8 @@ from qbert_ray.cli.journal import Journal, Terminal, open_journal
 from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials, with_values
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.failures import root_cause, stoppable
-from qbert_ray.run.directory import ArtifactError, RunDir
-from qbert_ray.run.stages import STAGES
+from qbert_ray.storage.directory import ArtifactError, RunDir
+from qbert_ray.storage.stages import STAGES
 
 app = typer.Typer(
     name="qbert-ray",

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from qbert_ray.config.schema import Actors, Compute, Config, Workers
 from qbert_ray.execution.progress import Progress
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Task
 
 Handle = Any  # of a value that an executor holds; as an argument of `submit` it becomes the value

@@ -19,7 +19,7 @@ from qbert_ray.config.schema import Actors, Compute, Config, Workers
 from qbert_ray.execution import tracking
 from qbert_ray.execution.device import own_device, use_device
 from qbert_ray.execution.progress import Progress
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import STATE, Loop, Task, last_metrics, publish, trained
 
 

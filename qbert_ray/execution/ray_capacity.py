@@ -17,7 +17,7 @@ from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qbert_ray.config.schema import Actors, Config, Workers
-from qbert_ray.run.directory import RunDir, resolve
+from qbert_ray.storage.directory import RunDir, resolve
 
 MOST_THREADS = 16  # more do not speed up models of this size
 MOST_NODES = 1000  # of a group that an autoscaler may grow without bound

@@ -23,7 +23,7 @@ from qbert_ray.execution.device import use_device
 from qbert_ray.execution.progress import Progress
 from qbert_ray.execution.ray_capacity import pool
 from qbert_ray.execution.ray_metrics import count_items
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 
 PART = "part"
 ERROR = "error"

@@ -17,7 +17,7 @@ from qbert_ray.execution import ray_capacity, ray_data, ray_metrics, ray_train
 from qbert_ray.execution.device import use_device
 from qbert_ray.execution.progress import Progress
 from qbert_ray.execution.ray_session import ANYWHERE, session
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Task
 
 

@@ -26,7 +26,7 @@ from qbert_ray.execution.progress import Progress
 from qbert_ray.execution.ray_board import Watch, start_board
 from qbert_ray.execution.ray_capacity import nodes, worker_bundle
 from qbert_ray.execution.ray_trainers import Single, Together, survive
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Loop, Task, last_metrics, publish, trained
 
 

@@ -17,7 +17,7 @@ from pyarrow import fs
 from qbert_ray.config.loading import flatten
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.progress import Progress
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 
 EXPERIMENT = "qbert-ray"
 

@@ -27,8 +27,8 @@ from qbert_ray.execution.device import own_device
 from qbert_ray.features.encoders import ImageEncoder, ImageRejected, TextEncoder, decode_image
 from qbert_ray.features.vectors import features_table
 from qbert_ray.inputs.image_columns import is_own_address
-from qbert_ray.run.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
-from qbert_ray.run.directory import ArtifactError, RunDir, resolve
+from qbert_ray.storage.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
+from qbert_ray.storage.directory import ArtifactError, RunDir, resolve
 
 READERS = 8  # threads that read and decode images beside the encoder of an actor
 DOWNLOAD_SECONDS = 20

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbert_ray.run import columns
-from qbert_ray.run.catalog import read_warm
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.catalog import read_warm
+from qbert_ray.storage.directory import RunDir
 
 MODALITIES = ("text", "image", "structure")
 

@@ -24,8 +24,8 @@ from qbert_ray.execution.progress import Progress
 from qbert_ray.features.encoding import ImagePart, TextPart, load_image_encoder, load_text_encoder, write_rejected
 from qbert_ray.features.structure import co_occurrence, collaborative_vectors, neighbourhood_features
 from qbert_ray.features.vectors import Placed, features_table, read_vectors, vectors_shape
-from qbert_ray.run.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX, to_numpy
-from qbert_ray.run.directory import RunDir, join
+from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX, to_numpy
+from qbert_ray.storage.directory import RunDir, join
 
 MODALITIES = ("text", "image", "structure")  # in this order: structure may average the text vectors
 SEED = 0  # of the factorisation, which a seed only perturbs in the last digits: no knob

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import dataset
 
-from qbert_ray.run.columns import DOMAIN, ITEM_ID, ITEM_INDEX, features_schema, to_fixed_lists
-from qbert_ray.run.directory import resolve
+from qbert_ray.storage.columns import DOMAIN, ITEM_ID, ITEM_INDEX, features_schema, to_fixed_lists
+from qbert_ray.storage.directory import resolve
 
 
 @dataclass(frozen=True)

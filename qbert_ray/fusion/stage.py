@@ -15,9 +15,9 @@ from qbert_ray.execution.progress import Progress
 from qbert_ray.features.item_features import ItemFeatures
 from qbert_ray.fusion.model import DynamicFusion
 from qbert_ray.fusion.task import FusionTask
-from qbert_ray.run import columns
-from qbert_ray.run.catalog import warm_items
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.catalog import warm_items
+from qbert_ray.storage.directory import RunDir
 
 BATCH = 4096  # of the few items that go deep, enough to fill a layer
 

@@ -12,7 +12,7 @@ from qbert_ray.config.schema import Config
 from qbert_ray.features.item_features import ItemFeatures
 from qbert_ray.fusion.model import DynamicFusion, alignment_loss, geometry_loss, view_distance
 from qbert_ray.random_streams import ID_DROPOUT_STREAM, uniform
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import shuffled_batches
 
 SAMPLE = 4096  # items that the metrics are taken over

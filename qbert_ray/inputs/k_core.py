@@ -17,7 +17,7 @@ from qbert_ray.execution.executor import Executor, Handle
 from qbert_ray.inputs.readers import REASON, ROW
 from qbert_ray.inputs.rows import as_json, mix, stable_hash
 from qbert_ray.inputs.sources import POSITION
-from qbert_ray.run.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
+from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 
 CODE, USER, HASH = "_code", "_user", "_hash"
 # Salts are constants and not the seed: another seed must not mean another test set.

@@ -15,7 +15,7 @@ from qbert_ray.inputs import readers
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError
 from qbert_ray.inputs.rows import as_text, as_timestamp
 from qbert_ray.inputs.sources import detect_format
-from qbert_ray.run.directory import resolve
+from qbert_ray.storage.directory import resolve
 
 SAMPLED_ROWS = 20_000  # of which a column is judged
 PICTURE = r"(?i)\.(jpe?g|png|webp|gif|bmp)(\?.*)?$"

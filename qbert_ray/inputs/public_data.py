@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 
 from qbert_ray.inputs.download import DownloadError, Report, check, download
-from qbert_ray.run.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
+from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 MCAULEY = "https://mcauleylab.ucsd.edu/public_datasets/data"

@@ -17,7 +17,7 @@ from qbert_ray.config.schema import Domain
 from qbert_ray.inputs.image_columns import Kind, image_bytes, image_path, safe_paths
 from qbert_ray.inputs.readers import REASON, ROW, ROW_LENGTH
 from qbert_ray.inputs.sources import POSITION, Source
-from qbert_ray.run.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID
+from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID
 
 UNSAFE = "_unsafe_image"  # the image path that was refused
 _WHOLE = 2.0**53  # floats below are exact whole numbers

@@ -20,8 +20,8 @@ from pyarrow import fs
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs import readers
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
-from qbert_ray.run.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
-from qbert_ray.run.directory import join, resolve
+from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
+from qbert_ray.storage.directory import join, resolve
 
 Table = Literal["items", "interactions"]
 POSITION = "_position"

@@ -26,7 +26,7 @@ from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, USER, Core
 from qbert_ray.inputs.readers import REASON, ROW, Fragment
 from qbert_ray.inputs.rows import UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sources import POSITION, Source, SourceError, open_source
-from qbert_ray.run.columns import (
+from qbert_ray.storage.columns import (
     COLD,
     COLD_SEQUENCES,
     DOMAIN,
@@ -40,7 +40,7 @@ from qbert_ray.run.columns import (
     TIMESTAMP,
     USER_ID,
 )
-from qbert_ray.run.directory import RunDir, resolve
+from qbert_ray.storage.directory import RunDir, resolve
 
 ROWS_PER_PARTITION, MAX_TASKS = 500_000, 64
 BYTES_PER_TASK = 128 << 20  # of the catalog

@@ -11,7 +11,7 @@ import polars as pl
 from qbert_ray.inputs.profile import Column, Files
 from qbert_ray.inputs.rows import as_timestamp
 from qbert_ray.inputs.sources import AMAZON, detect_format
-from qbert_ray.run.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
+from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 
 MOST_ROWS = 2_000_000  # that items are matched and interactions counted over
 LEAST_MATCH = 0.01  # share of the interactions' items that a catalog must know

@@ -14,7 +14,7 @@ from qbert_ray.config.schema import Config
 from qbert_ray.inputs.profile import Files, look
 from qbert_ray.inputs.sources import open_source
 from qbert_ray.inputs.starter import Guess, StarterError, given_features, guess
-from qbert_ray.run.columns import ITEM_ID
+from qbert_ray.storage.columns import ITEM_ID
 
 
 def write_config(paths: Sequence[Path], output: Path, force: bool = False) -> str:

@@ -22,8 +22,8 @@ from qbert_ray.features.encoders import ImageRejected, decode_image
 from qbert_ray.features.encoding import read_bytes
 from qbert_ray.inputs.sources import Source, Table, open_source
 from qbert_ray.inputs.stage import ingest_domain
-from qbert_ray.run.columns import ATTRIBUTE_PREFIX, ITEM_ID, TEXT_PREFIX, TIMESTAMP, USER_ID
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, TEXT_PREFIX, TIMESTAMP, USER_ID
+from qbert_ray.storage.directory import RunDir
 
 EXAMPLES, EXAMPLE_LENGTH = 3, 100
 IMAGES_LOOKED_FOR, IMAGES_DECODED = 200, 100

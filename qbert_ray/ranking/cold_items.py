@@ -24,9 +24,9 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.ranking.score_features import SIGNALS
-from qbert_ray.run import columns
-from qbert_ray.run.catalog import item_ids, modality_vectors
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.catalog import item_ids, modality_vectors
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import ranks
 
 PROTOCOLS = {"unseen": "rank_unseen", "cold": "rank_cold"}

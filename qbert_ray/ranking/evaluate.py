@@ -21,9 +21,9 @@ from qbert_ray.features.structure import co_occurrence
 from qbert_ray.ranking.cold_items import evaluate_cold
 from qbert_ray.ranking.item_item import co_occurrence_scores, popularity
 from qbert_ray.ranking.ranker import Ranker, batches
-from qbert_ray.run import columns
-from qbert_ray.run.catalog import item_ids
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.catalog import item_ids
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import rank_pairs
 
 MODEL = "model"

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from qbert_ray.ranking.ranker import Ranker
 from qbert_ray.ranking.recommender import run_config, target_domain
-from qbert_ray.run import columns
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids.export import TOKENIZER, export_tokenizer
 from qbert_ray.sequence.model import EncoderLayer
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
 
 MODEL, ITEMS, ABOUT, README = "sequencer.onnx", "items.parquet", "export.json", "README.md"
 TOLERANCE = 1e-4  # largest difference between scores, in units of their standard deviation

@@ -17,9 +17,9 @@ from qbert_ray.config.schema import Ranking
 from qbert_ray.ranking import item_item as memory
 from qbert_ray.ranking.reranker import READ, Lists, Reranker, deal, read
 from qbert_ray.ranking.score_features import SIGNALS, Mixture, Said, add, by_block
-from qbert_ray.run.catalog import catalog_codes, content_vectors, modality_vectors, nearest, warm_items
-from qbert_ray.run.directory import ArtifactError, RunDir
 from qbert_ray.sequence.model import Sequencer, next_item_queries
+from qbert_ray.storage.catalog import catalog_codes, content_vectors, modality_vectors, nearest, warm_items
+from qbert_ray.storage.directory import ArtifactError, RunDir
 from qbert_ray.top_k import better, pairs, top_k
 
 WEIGHTS, MIX, RERANKER = "ranking/weights", "ranking/mix", "ranking/reranker"

@@ -16,8 +16,8 @@ import yaml
 
 from qbert_ray.config.schema import Config
 from qbert_ray.ranking.ranker import Ranker, batches
-from qbert_ray.run.catalog import item_ids
-from qbert_ray.run.directory import ArtifactError, RunDir
+from qbert_ray.storage.catalog import item_ids
+from qbert_ray.storage.directory import ArtifactError, RunDir
 
 
 class Recommendation(NamedTuple):

@@ -13,9 +13,9 @@ from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.ranking.ranker import Ranker, batches
-from qbert_ray.run import columns
-from qbert_ray.run.catalog import item_ids
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.catalog import item_ids
+from qbert_ray.storage.directory import RunDir
 
 
 def score(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:

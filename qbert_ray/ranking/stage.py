@@ -17,8 +17,8 @@ from qbert_ray.random_streams import COLD_STREAM, SAMPLE_STREAM, uniform
 from qbert_ray.ranking.item_item import SIGNALS, Candidates, RidgeRegression, candidates, fit_mix, following, nobody, popularity
 from qbert_ray.ranking.ranker import MIX, RERANKER, WEIGHTS, Ranker, batches
 from qbert_ray.ranking.reranker import Lists, Reranker, fit_reranker
-from qbert_ray.run import columns
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import ranks
 
 NEW_SHARE = 0.1  # of the trained items that play new ones while the mix is fitted

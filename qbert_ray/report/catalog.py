@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from qbert_ray.run.columns import ITEM_ID, ITEM_INDEX, to_sequences
-from qbert_ray.run.directory import ArtifactError, RunDir, resolve
 from qbert_ray.semantic_ids.collisions import to_tokens
 from qbert_ray.semantic_ids.lookup import IDS, Ids, read_ids, read_titles
+from qbert_ray.storage.columns import ITEM_ID, ITEM_INDEX, to_sequences
+from qbert_ray.storage.directory import ArtifactError, RunDir, resolve
 
 SIDE, QUALITY = 88, 68  # pixels and JPEG quality of a thumbnail
 BUDGET = 5_500_000  # bytes of all thumbnails, as base64

@@ -9,9 +9,9 @@ import numpy as np
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts
 from qbert_ray.report.figures import Figure, Series, bars, lines
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids import id_report
 from qbert_ray.semantic_ids.lookup import IDS
+from qbert_ray.storage.directory import RunDir
 
 BROWSED = 8_000  # items in the tree of a domain; of larger ones those with the most training interactions
 HINTED = 20_000  # larger catalogs are browsed without what is typical of a code

@@ -12,9 +12,9 @@ from qbert_ray.report.catalog import Catalog
 from qbert_ray.report.facts import Facts
 from qbert_ray.report.figures import Figure, Series, bars, by_epoch, intervals, label, lines
 from qbert_ray.report.summary import curve
-from qbert_ray.run.columns import USER_ID, to_sequences
-from qbert_ray.run.directory import RunDir
 from qbert_ray.sequence.masking import draw_lengths, draw_masks
+from qbert_ray.storage.columns import USER_ID, to_sequences
+from qbert_ray.storage.directory import RunDir
 
 RANKED = 200_000  # users that the groups are made of
 GROUPS = 5

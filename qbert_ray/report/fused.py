@@ -14,9 +14,9 @@ from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts
 from qbert_ray.report.figures import SYMBOLS, Figure, Series, bars, by_epoch, colour, finish, plain
 from qbert_ray.report.summary import curve
-from qbert_ray.run import columns
-from qbert_ray.run.columns import COLD, ITEM_INDEX, to_numpy
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.columns import COLD, ITEM_INDEX, to_numpy
+from qbert_ray.storage.directory import RunDir
 
 MAPPED, MAPPED_PARTS = 120, 4  # items of the map, and parts they are read from
 ASKED, KNOWN, SHOWN = 6, 300, 6  # items whose neighbours are shown, the best known ones they are among, neighbours of each

@@ -19,7 +19,7 @@ from qbert_ray.report import codes, evaluation, fused, people, summary, sweep
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts, redact
 from qbert_ray.report.figures import dark_shades, label
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 
 PAGE = "report/index.html"
 UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&'\u2028\u2029"}  # within <script> these could end or start something

@@ -10,9 +10,9 @@ from scipy import sparse
 
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts
-from qbert_ray.run.columns import ITEM_ID, USER_ID, Sequences, to_sequences
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids.collisions import to_tokens
+from qbert_ray.storage.columns import ITEM_ID, USER_ID, Sequences, to_sequences
+from qbert_ray.storage.directory import RunDir
 
 USERS, LATEST, TOP = 6, 10, 10
 

@@ -11,8 +11,8 @@ import polars as pl
 from qbert_ray.metrics import NORMAL_95, ndcg
 from qbert_ray.report.facts import Facts
 from qbert_ray.report.figures import label
-from qbert_ray.run.directory import RunDir
-from qbert_ray.run.stages import BY_NAME
+from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.stages import BY_NAME
 
 OWN = ("model", "sequencer")  # all other rankings are floors
 PROTOCOLS = ("unseen", "all")

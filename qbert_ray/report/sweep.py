@@ -11,7 +11,7 @@ import polars as pl
 
 from qbert_ray.metrics import half_over_seeds
 from qbert_ray.report.figures import DASHES, SYMBOLS, Figure, Series, colour, finish, lines, plain
-from qbert_ray.run.directory import ArtifactError, RunDir
+from qbert_ray.storage.directory import ArtifactError, RunDir
 
 SWEEP, STEPS = "sweep.json", "steps.parquet"
 MOST_CURVES, MOST_ROWS = 60, 500

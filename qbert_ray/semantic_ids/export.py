@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qbert_ray.run import columns
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids.quantizers import load_quantizers
 from qbert_ray.semantic_ids.rqvae import RQVAE
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
 
 TOKENIZER = "tokenizer.onnx"
 CHECKED = 2048  # items that are compared

@@ -8,11 +8,11 @@ import numpy as np
 import polars as pl
 
 from qbert_ray import metrics
-from qbert_ray.run.columns import ATTRIBUTE_PREFIX, ITEM_ID, ITEM_INDEX, to_numpy
-from qbert_ray.run.directory import Manifest, RunDir
 from qbert_ray.semantic_ids.collisions import to_tokens
 from qbert_ray.semantic_ids.lookup import IDS, Ids, domains, open_ids, read_codebooks, read_ids, read_titles
 from qbert_ray.semantic_ids.quality import NEIGHBOURS, NeighbourRecall, prefix_figures, prefixes, typical
+from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, ITEM_INDEX, to_numpy
+from qbert_ray.storage.directory import Manifest, RunDir
 
 QUERIES = 2_000  # items whose neighbours are compared
 DESCRIBED = 100_000  # items whose attributes are

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from qbert_ray.run.columns import ITEM_ID, ITEM_INDEX, TEXT_PREFIX, to_numpy
-from qbert_ray.run.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.semantic_ids.collisions import to_tokens
 from qbert_ray.semantic_ids.quality import decode
+from qbert_ray.storage.columns import ITEM_ID, ITEM_INDEX, TEXT_PREFIX, to_numpy
+from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 
 IDS = "semantic_ids"
 SHOWN = 8  # siblings per length of the shared prefix

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids.rqvae import RQVAE
+from qbert_ray.storage.directory import RunDir
 
 EXTRA = "quantizer/extra"  # folder of a numbered folder for each quantizer in addition to the first
 

@@ -20,11 +20,11 @@ from qbert_ray.config.schema import Config, Workers
 from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
-from qbert_ray.run import columns
-from qbert_ray.run.directory import ArtifactError, RunDir, join, resolve
 from qbert_ray.semantic_ids.collisions import Resolved, resolve_collisions, resolve_given, to_tokens
 from qbert_ray.semantic_ids.quantizers import EXTRA, load_quantizers
 from qbert_ray.semantic_ids.task import ExtraQuantizerTask, QuantizerTask
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import ArtifactError, RunDir, join, resolve
 from qbert_ray.training import Task, build, last_metrics, trained
 
 BATCH = 4096  # items that are encoded at once

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from qbert_ray import metrics
 from qbert_ray.config.schema import Config
-from qbert_ray.run import columns
-from qbert_ray.run.directory import ArtifactError, RunDir
 from qbert_ray.semantic_ids import kmeans
 from qbert_ray.semantic_ids.rqvae import RQVAE, normalised_error
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import ArtifactError, RunDir
 from qbert_ray.training import shuffled_batches
 
 SAMPLE = 4096  # items that are encoded at once

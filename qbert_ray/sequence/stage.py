@@ -7,8 +7,8 @@ from typing import Any
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
-from qbert_ray.run.directory import RunDir
 from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.storage.directory import RunDir
 
 
 def sequence_trainings(stage: str, config: Config) -> dict[str, dict[str, Any]]:

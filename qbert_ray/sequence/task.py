@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from qbert_ray import metrics
 from qbert_ray.config.schema import Config, SequenceTraining
 from qbert_ray.random_streams import VALIDATION_STREAM, WINDOW_STREAM, uniform
-from qbert_ray.run import columns
-from qbert_ray.run.catalog import catalog_codes, content_vectors, warm_items
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids.quantizers import load_quantizers
 from qbert_ray.sequence.masking import draw_lengths, draw_masks
 from qbert_ray.sequence.model import Sequencer, next_item_queries, pack, to_device
+from qbert_ray.storage import columns
+from qbert_ray.storage.catalog import catalog_codes, content_vectors, warm_items
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import ranks
 from qbert_ray.training import shuffled_batches
 

@@ -17,7 +17,7 @@ from scipy import stats
 from qbert_ray import metrics
 from qbert_ray.config.loading import ConfigError, read_layer
 from qbert_ray.config.search import Section
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 
 RANKS, MARKDOWN = "ranks.parquet", "table.md"
 ALONE = ", sequencer"  # ends the row of a variant whose sequence model ranks by itself

@@ -24,9 +24,9 @@ from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import run_stage
 from qbert_ray.ranking.ranker import Ranker, batches
-from qbert_ray.run import columns
-from qbert_ray.run.directory import RunDir
-from qbert_ray.run.stages import BY_NAME, STAGES, Stage
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.stages import BY_NAME, STAGES, Stage
 
 BEGUN, RESULT, CURVE = "trial.json", "result.json", "curve.jsonl"  # in the folder of a trial
 DONE, STOPPED, FAILED = "done", "stopped", "failed"

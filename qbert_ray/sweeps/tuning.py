@@ -27,8 +27,8 @@ from qbert_ray.execution.failures import root_cause
 from qbert_ray.execution.progress import Progress, Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import run_stage
-from qbert_ray.run.directory import ArtifactError, Manifest
-from qbert_ray.run.stages import BY_NAME
+from qbert_ray.storage.directory import ArtifactError, Manifest
+from qbert_ray.storage.stages import BY_NAME
 from qbert_ray.sweeps.tables import Table, ranks_of
 from qbert_ray.sweeps.trials import DONE, FAILED, STOPPED, Plan, Trial, run_trial
 

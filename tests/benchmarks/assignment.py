@@ -21,12 +21,12 @@ import torch
 from qbert_ray.config.schema import Actors, Quantizer
 from qbert_ray.execution.ray_data import map_parts
 from qbert_ray.execution.ray_session import session
-from qbert_ray.run import columns
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids import kmeans
 from qbert_ray.semantic_ids.quantizers import load_quantizers
 from qbert_ray.semantic_ids.rqvae import RQVAE
 from qbert_ray.semantic_ids.stage import ENCODED, EncodePart
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
 
 ROWS = 8192  # of a part: what ingest writes for large catalogs
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from qbert_ray.config.schema import Fusion
 from qbert_ray.features.item_features import ItemFeatures
 from qbert_ray.fusion.model import DynamicFusion
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids.stage import BATCH
+from qbert_ray.storage.directory import RunDir
 from tests.benchmarks.table import Figure, main
 
 ITEMS, ROUNDS = 3 * BATCH, 5

@@ -34,8 +34,8 @@ from qbert_ray.execution.ray_data import map_parts
 from qbert_ray.execution.ray_session import session
 from qbert_ray.features.encoders import decode_image
 from qbert_ray.features.encoding import ImagePart, TextPart
-from qbert_ray.run.columns import ITEMS
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.columns import ITEMS
+from qbert_ray.storage.directory import RunDir
 from tests.benchmarks.table import Figure, main
 
 FIELDS = {"text.title": "", "text.description": ""}

@@ -55,8 +55,8 @@ def stages_of(items: int, users: int) -> dict[str, float]:
 
 def streaming() -> dict[str, float]:
     """Peak MiB of this process after `EARLY` parts of the catalog and after all `PARTS`."""
-    from qbert_ray.run.directory import RunDir
     from qbert_ray.semantic_ids.stage import EncodePart
+    from qbert_ray.storage.directory import RunDir
     from tests.benchmarks.assignment import ROWS, save_quantizer, write_catalog
 
     with tempfile.TemporaryDirectory() as folder:

@@ -28,8 +28,8 @@ import polars as pl
 
 from qbert_ray.config.loading import load_config
 from qbert_ray.inputs.rows import mix, stable_hash
-from qbert_ray.run.columns import ITEM_ID, ITEM_INDEX, TIMESTAMP, USER_ID
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.columns import ITEM_ID, ITEM_INDEX, TIMESTAMP, USER_ID
+from qbert_ray.storage.directory import RunDir
 from tests.benchmarks.process_tree import GIB, Peak
 from tests.benchmarks.resampling import write_interactions
 from tests.benchmarks.table import Figure, main

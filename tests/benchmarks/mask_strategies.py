@@ -13,8 +13,8 @@ import torch
 
 from qbert_ray.config.loading import load_config
 from qbert_ray.config.schema import Config
-from qbert_ray.run.directory import RunDir
 from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Loop
 
 ARMS = {"random": "{random: 1}", "multi-mask": "{span: 1, tail: 1, multi_region: 1}"}

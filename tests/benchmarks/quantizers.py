@@ -22,9 +22,9 @@ from torch import Tensor
 
 from qbert_ray import metrics
 from qbert_ray.config.loading import load_config
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids.rqvae import RQVAE, Quantized, ResidualQuantizer
 from qbert_ray.semantic_ids.task import QuantizerTask
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Loop
 
 QUERIES, NEIGHBOURS = 2000, 10
@@ -184,7 +184,7 @@ def main() -> None:
                 task.options = options
                 started = time.process_time()
                 loop = Loop(task, torch.device("cpu"))
-                while task.settings.quantizer == "rqvae" and not loop.finished:
+                while task.settings.kind == "rqvae" and not loop.finished:
                     loop.run_epoch()
                 rows.append({"seconds": time.process_time() - started} | figures(loop.model.eval(), task.embeddings))
             mean = {key: np.mean([row[key] for row in rows]) for key in rows[0]}

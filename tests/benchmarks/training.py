@@ -29,11 +29,11 @@ from torch import Tensor
 
 from qbert_ray.config.schema import Config
 from qbert_ray.ranking.export import padded
-from qbert_ray.run import columns
-from qbert_ray.run.directory import RunDir
 from qbert_ray.semantic_ids.collisions import to_tokens
 from qbert_ray.sequence.masking import draw_masks
 from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Loop
 from tests.benchmarks.scoring import histories_of_instruments
 from tests.benchmarks.table import Figure, main

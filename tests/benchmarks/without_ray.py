@@ -8,8 +8,8 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import open_executor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.pipeline import run_stage
-from qbert_ray.run.directory import RunDir
-from qbert_ray.run.stages import STAGES
+from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.stages import STAGES
 
 THREADS = 2
 

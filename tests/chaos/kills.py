@@ -32,9 +32,9 @@ import pyarrow as pa
 from safetensors.numpy import load
 
 from qbert_ray.pipeline import redo_from
-from qbert_ray.run import columns
-from qbert_ray.run.directory import Manifest, RunDir
-from qbert_ray.run.stages import BY_NAME, STAGES
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import Manifest, RunDir
+from qbert_ray.storage.stages import BY_NAME, STAGES
 from tests.nodes import ROOT, Link, Nodes
 from tests.shop import SMALL, make_shop
 from tests.store import BUCKET, Store

@@ -21,8 +21,8 @@ from collections import Counter
 from pathlib import Path
 from typing import IO
 
-from qbert_ray.run.directory import Manifest, RunDir
-from qbert_ray.run.stages import STAGES
+from qbert_ray.storage.directory import Manifest, RunDir
+from qbert_ray.storage.stages import STAGES
 from tests.chaos.kills import Chaos, last_error
 
 FAULTS = {"worker killed": 0.4, "driver killed": 0.2, "driver stopped": 0.1, "node killed": 0.15, "link cut": 0.15}  # and how often

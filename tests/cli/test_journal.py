@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from qbert_ray.cli.journal import JsonLines, Terminal, open_journal
-from qbert_ray.run.directory import Manifest
+from qbert_ray.storage.directory import Manifest
 
 METRICS = {"users": 3, "protocols": {"all": {"model": {"hr@10": {"value": 0.5, "low": 0.25, "high": 0.75}}}}}
 

@@ -6,7 +6,7 @@ import pytest
 
 from qbert_ray.config.loading import ConfigError, load_config
 from qbert_ray.config.search import objectives, settings
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 
 LAYERS, DROPOUT = "sweep.space.sequencer.num_layers=[1,2,3]", "sweep.space.sequencer.dropout=[0.1,0.2]"
 BASE = {"sequencer.num_layers": 2, "sequencer.dropout": 0.2}

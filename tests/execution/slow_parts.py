@@ -10,7 +10,7 @@ from qbert_ray.config.schema import Actors
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_data import map_parts
 from qbert_ray.execution.ray_session import session
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 
 TABLE, NODE = "slow", "node"
 

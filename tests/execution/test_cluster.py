@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qbert_ray.run import columns
-from qbert_ray.run.directory import Manifest, RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import Manifest, RunDir
 from tests.execution import slow_parts
 from tests.execution.test_kill import compare
 from tests.nodes import RAY, ROOT, Nodes, clean_environment

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qbert_ray.run import columns
-from qbert_ray.run.directory import RunDir
-from qbert_ray.run.stages import STAGES
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.stages import STAGES
 from tests.shop import ROOT, SMALL, make_shop
 
 DEADLINE = 240  # seconds that one stage may take to be entered

@@ -5,8 +5,8 @@ import pytest
 from qbert_ray.config.loading import load_config
 from qbert_ray.config.schema import Actors, Workers
 from qbert_ray.execution import ray_capacity as capacity
-from qbert_ray.run.directory import RunDir
-from qbert_ray.run.stages import STAGES
+from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.stages import STAGES
 
 LAPTOP = [{"CPU": 2.0, "node:__internal_head__": 1.0}]
 SMALL_PAIR = [{"CPU": 1.0}, {"CPU": 1.0}]

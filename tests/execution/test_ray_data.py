@@ -6,7 +6,7 @@ import pytest
 from qbert_ray.config.schema import Actors
 from qbert_ray.execution import ray_data as sharding
 from qbert_ray.execution.progress import Quiet
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 
 PARTS = [f"shop-{number:05}.parquet" for number in range(4)]
 

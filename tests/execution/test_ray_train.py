@@ -12,9 +12,9 @@ from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.execution.ray_train import fit
 from qbert_ray.fusion.task import FusionTask
 from qbert_ray.pipeline import run_stage
-from qbert_ray.run.stages import BY_NAME
 from qbert_ray.semantic_ids.task import QuantizerTask
 from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.storage.stages import BY_NAME
 from qbert_ray.training import Loop
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 from qbert_ray.config.loading import load_config
 from qbert_ray.execution import tracking
 from qbert_ray.execution.progress import Quiet
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 
 
 @pytest.fixture

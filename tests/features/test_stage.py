@@ -16,8 +16,8 @@ from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.features.encoders import ImageRejected
 from qbert_ray.features.encoding import ImagePart, read_bytes
 from qbert_ray.features.stage import extract_features
-from qbert_ray.run.columns import features_schema, to_numpy
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.columns import features_schema, to_numpy
+from qbert_ray.storage.directory import RunDir
 
 TITLES = ["Guitar strings", "Frying pan", None, "  ", "Frying pan", "Chess set"]
 COLOURS = [None, "Red", "Blue", None, "Red", ""]

@@ -11,7 +11,7 @@ from qbert_ray.config.schema import Domain
 from qbert_ray.inputs.readers import REASON, ROW, first_image, plain_text
 from qbert_ray.inputs.rows import normalise_interactions
 from qbert_ray.inputs.sources import POSITION, SourceError, open_source
-from qbert_ray.run.directory import join
+from qbert_ray.storage.directory import join
 
 ITEMS = pl.DataFrame({"item_id": ["a", "b", "c"], "title": ["A", None, "C"]})
 

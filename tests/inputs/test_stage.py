@@ -16,8 +16,8 @@ from qbert_ray.inputs.k_core import COLD_SALT
 from qbert_ray.inputs.rows import stable_hash
 from qbert_ray.inputs.stage import ingest, ingest_domain
 from qbert_ray.inputs.validation import format_validation, validate
-from qbert_ray.run import columns
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 TABLES = {"items": None, "interactions": columns.INTERACTIONS, "sequences": columns.SEQUENCES, "rejected": columns.REJECTED}

@@ -11,9 +11,9 @@ from qbert_ray.cli.main import main
 from qbert_ray.config.schema import Ranking
 from qbert_ray.ranking.export import ABOUT, ITEMS, MODEL, README, DenseSequencer, ExportError, export, padded
 from qbert_ray.ranking.ranker import Ranker
-from qbert_ray.run import columns
 from qbert_ray.semantic_ids.export import TOKENIZER
 from qbert_ray.semantic_ids.rqvae import RQVAE
+from qbert_ray.storage import columns
 from tests import small_run
 from tests.small_run import make_run
 

@@ -8,8 +8,8 @@ from qbert_ray.config.schema import Ranking
 from qbert_ray.ranking import ranker
 from qbert_ray.ranking import score as scoring
 from qbert_ray.ranking.recommender import Recommender
-from qbert_ray.run import columns
-from qbert_ray.run.directory import ArtifactError
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import ArtifactError
 from qbert_ray.top_k import hide, top_k
 from tests.small_run import COLD, ITEMS, USERS, make_run
 

@@ -15,8 +15,8 @@ from qbert_ray.report import evaluation, figures, fused, people, summary, sweep
 from qbert_ray.report.catalog import SIDE, Album, Catalog, thumbnail
 from qbert_ray.report.facts import Facts, redact
 from qbert_ray.report.page import PAGE, embed, gather, seconds, write
-from qbert_ray.run.directory import ArtifactError, RunDir
-from qbert_ray.run.stages import BY_NAME
+from qbert_ray.storage.directory import ArtifactError, RunDir
+from qbert_ray.storage.stages import BY_NAME
 from tests.reported import EVIL, ITEMS, NAME, write_run, write_sweep
 
 
@@ -98,7 +98,7 @@ def test_a_damaged_table_costs_its_section_alone(tmp_path):
     run.write_bytes(f"score/{NAME}", b"torn")
     content = gather(run)
     (problem,) = content["problems"]
-    assert "score" in problem and "missing" in content["people"] and "domains" in content["ids"]
+    assert "recommendations" in problem and "missing" in content["people"] and "domains" in content["ids"]
     assert "could not be shown" in Path(write(run.uri)[0]).read_text()
 
 

@@ -7,8 +7,7 @@ from qbert_ray.report import fused
 from qbert_ray.report.catalog import Catalog
 from qbert_ray.report.facts import Facts
 from qbert_ray.report.page import gather
-from qbert_ray.run.directory import RunDir
-from qbert_ray.run.stages import BY_NAME, STAGES
+from qbert_ray.storage.directory import RunDir
 
 
 def test_all_of_a_finished_run_can_be_shown(finished):

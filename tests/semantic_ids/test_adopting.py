@@ -7,9 +7,9 @@ import pytest
 from qbert_ray.config.loading import load_config
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
-from qbert_ray.run import columns
-from qbert_ray.run.directory import ArtifactError, RunDir
 from qbert_ray.semantic_ids.stage import assign_ids
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import ArtifactError, RunDir
 
 ITEMS = [["7", "8"], ["9"]]  # by part
 

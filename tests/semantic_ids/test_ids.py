@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from qbert_ray.cli.main import main
-from qbert_ray.run import columns
-from qbert_ray.run.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.semantic_ids.collisions import resolve_collisions, to_tokens
 from qbert_ray.semantic_ids.id_report import report
 from qbert_ray.semantic_ids.lookup import diff, show
 from qbert_ray.semantic_ids.quality import decode
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 
 GENRES = ["Drama", "Comedy, Drama", "War", None, "Drama", "Comedy", "Western"]
 CODEBOOKS = np.array([[[0, 0], [10, 0], [0, 10]], [[0, 0], [1, 0], [0, 1]]], dtype=np.float32)  # [K = 2, M = 3, E = 2]

@@ -1,8 +1,8 @@
 """What a finished run leaves is what `qbert-ray ids` reads."""
 
-from qbert_ray.run.directory import Manifest
 from qbert_ray.semantic_ids.id_report import report
 from qbert_ray.semantic_ids.lookup import open_ids, read_ids, show
+from qbert_ray.storage.directory import Manifest
 
 
 def test_a_finished_run_has_a_report_and_its_items_can_be_looked_up(finished):

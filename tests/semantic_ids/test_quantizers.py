@@ -11,14 +11,14 @@ import torch
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import redo_from, run_stage
-from qbert_ray.run import columns
-from qbert_ray.run.catalog import catalog_codes
-from qbert_ray.run.directory import Manifest, RunDir
-from qbert_ray.run.stages import BY_NAME
 from qbert_ray.semantic_ids.quantizers import EXTRA, load_quantizers
 from qbert_ray.semantic_ids.stage import GateError
 from qbert_ray.semantic_ids.task import ExtraQuantizerTask, sample_embeddings
 from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.storage import columns
+from qbert_ray.storage.catalog import catalog_codes
+from qbert_ray.storage.directory import Manifest, RunDir
+from qbert_ray.storage.stages import BY_NAME
 from tests.shop import SOURCE, small_config
 
 

@@ -10,7 +10,7 @@ import torch
 from qbert_ray.config.loading import load_config, with_values
 from qbert_ray.config.search import Sweep
 from qbert_ray.execution.progress import Quiet
-from qbert_ray.run.directory import ArtifactError, RunDir
+from qbert_ray.storage.directory import ArtifactError, RunDir
 from qbert_ray.sweeps import tuning
 from qbert_ray.sweeps.tables import Table
 from qbert_ray.sweeps.trials import Plan

@@ -7,7 +7,7 @@ import yaml
 
 from qbert_ray.cli.main import main
 from qbert_ray.config.loading import ConfigError
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.sweeps.tables import MARKDOWN, RANKS, Table, collect, load_table, markdown, ranks_of, summarise
 from tests import ROOT
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from qbert_ray.run import columns
-from qbert_ray.run.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 
 
 @pytest.fixture

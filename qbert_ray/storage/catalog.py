@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qbert_ray.run import columns
-from qbert_ray.run.directory import RunDir
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
 
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.1  # of a cold item among those that were trained
 CHUNK = 4096  # items whose neighbours are looked up at once

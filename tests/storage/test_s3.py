@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qbert_ray.config.loading import ConfigError, load_config
-from qbert_ray.run.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.sweeps.tables import MARKDOWN, RANKS, Table, collect
 from tests.store import BUCKET, KEY, SECRET, Store
 
