@@ -22,6 +22,21 @@ from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir, join, r
 from qbert_ray.storage.stages import BY_NAME, STAGES, STARTED, Stage
 
 
+# Folders of a run directory before the first release -> those of today.
+RENAMED = {"rqvae": "quantizer", "memory": "ranking", "evaluation": "evaluate", "recommendations": "score"}
+
+
+def refuse_old_names(run: RunDir) -> None:
+    """Refuse a run directory whose folders have the names of before the first release.
+
+    Raises:
+        ArtifactError: which folder, and what it is called today.
+    """
+    for old, new in RENAMED.items():
+        if run.exists(f"{old}/manifest.json"):
+            raise ArtifactError(f"{run.uri}/{old} is of an earlier version, which now writes {new}/; choose another run.dir and run again")
+
+
 def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Manifest | None:
     """The manifest of a finished stage; None where it is still to do.
 
@@ -94,6 +109,7 @@ def preflight(stages: Sequence[Stage], config: Config, run: RunDir, executor: Ex
     Raises:
         CapacityError: what is asked for and what there is.
     """
+    refuse_old_names(run)
     pending = [stage for stage in stages if not stage.skipped(config) and status(stage, config, run) is None]
     if pending:
         executor.check(config, run, [key for stage in pending for key in stage.compute])

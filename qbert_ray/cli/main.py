@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from qbert_ray import __version__
 from qbert_ray.cli import completion, config_commands, data_commands, id_commands, model_commands
 from qbert_ray.cli.console import trials_table
 from qbert_ray.cli.journal import Journal, Terminal, open_journal
@@ -40,6 +41,21 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="SECTION.FIELD=VALUE", help="Single values on top of the files.", autocompletion=completion.overrides),
 ]
+
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"qbert-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Multimodal sequential recommendation with semantic IDs, on Ray."""
+
 
 app.command(rich_help_panel="Data")(data_commands.fetch)
 app.command(rich_help_panel="Data")(data_commands.init)
@@ -70,6 +86,21 @@ def run(
     results = {"semantic IDs": "semantic_ids", "score": "score", "metrics": "evaluate/metrics.json"}
     journal.files({name: directory.path(folder) for name, folder in results.items()})
     _write_report_or_say(settings.run.dir, journal)
+
+
+@app.command(rich_help_panel="Whole run")
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where the generated shop and the run go.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Generate a small shop and do every stage on it: two minutes, no download.
+
+    Example: qbert-ray demo
+
+    Example: qbert-ray demo runs/demo compute.executor=local
+    """
+    demo_data(folder / "data")
+    run(["configs/demo.yaml"], [f"run.dir={folder}", f"data.root={folder / 'data'}", *(overrides or [])])
 
 
 def _stage_command(name: str, help_text: str) -> Callable[..., None]:

@@ -14,8 +14,21 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qbert_ray.config.schema import Config, Data, Domain
+from qbert_ray.config.shipped import shipped
 
 WHOLE = {"masks", "variants"}  # mappings whose keys are the choice itself, so merging would only ever add some
+
+
+# Names before the first release -> those of today.
+RENAMED = {
+    "rqvae": "quantizer (and quantizer.kind for rqvae.quantizer)",
+    "quantizer.quantizer": "quantizer.kind",
+    "memory": "ranking",
+    "evaluation": "evaluate",
+    "compute.assign": "compute.semantic_ids",
+    "compute.rqvae": "compute.quantizer",
+    "compute.memory": "compute.ranking",
+}
 
 
 class ConfigError(ValueError):
@@ -75,11 +88,12 @@ def refuse_credentials(name: str, value: str) -> None:
 
 
 def read_layer(file: Path) -> dict[str, Any]:
-    """One YAML file, on top of the file beside it that its `extends` names."""
+    """One YAML file, on top of the file next to it that its `extends` names; configs/... may be one that comes with the package."""
+    file = file if file.exists() else shipped(file) or file
     try:
         layer = yaml.safe_load(file.read_text()) or {}
     except FileNotFoundError:
-        raise ConfigError(f"no config file at {file}; the ones that come with the project are in configs/") from None
+        raise ConfigError(f"no config file at {file}; the ones that come with the package are named configs/<name>.yaml") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(layer, dict):
@@ -135,6 +149,8 @@ def _explain(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     if problem["type"] != "extra_forbidden":
         return f"{path or 'config'}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"
+    if path in RENAMED:
+        return f"{path}: has a new name; write {RENAMED[path]}"
     known = _known_keys(problem["loc"][:-1])
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
     hint = f"did you mean {'.'.join([*map(str, problem['loc'][:-1]), near[0]])}?" if near else f"known there: {', '.join(known)}"

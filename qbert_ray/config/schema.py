@@ -376,6 +376,8 @@ class Compute(Section):
 
 
 class Config(Section):
+    """Every setting of a run; a section per step. Frozen, unknown keys are refused, and the defaults are what measured best."""
+
     run: Run = Run()
     data: Data = Data()
     features: Features = Features()

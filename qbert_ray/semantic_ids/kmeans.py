@@ -19,6 +19,30 @@ from qbert_ray.semantic_ids.rqvae import RQVAE, k_means, nearest, sample
 ROUNDS = 10  # of improving rotation and centres in turn; the error hardly falls after a few
 
 
+def fit_residual_kmeans(
+    embeddings: np.ndarray | Tensor, num_levels: int = 4, codebook_size: int = 256, codebook_dim: int = 32, seed: int = 0
+) -> RQVAE:
+    """A quantizer whose codebooks are residual k-means of the embeddings' principal components; no gradients.
+
+    Args:
+        embeddings: [N, D] float32, one row per item.
+        num_levels: K, codes per item.
+        codebook_size: M, codewords per level.
+        codebook_dim: E, principal components that are quantized; at most D.
+        seed: of k-means++ and of the sample that it is fitted on.
+
+    Returns:
+        A model in evaluation mode: `model.codes(embeddings)` gives [N, K] codes, `model.quantizer.codebooks` is [K, M, E].
+
+    Raises:
+        ValueError: NaN or infinite numbers among the embeddings.
+    """
+    rows = torch.as_tensor(embeddings, dtype=torch.float32)
+    model = RQVAE(rows.shape[1], hidden=[], num_levels=num_levels, codebook_size=codebook_size, codebook_dim=codebook_dim)
+    fit_residual(model, rows, seed)
+    return model.eval()
+
+
 @torch.no_grad()
 def fit_residual(model: RQVAE, embeddings: Tensor, seed: int) -> None:
     """Set the weights of a model without hidden layers to residual k-means of embeddings [N, D].

@@ -172,6 +172,11 @@ class RQVAE(nn.Module):
             weight.zero_()
             weight[: given.shape[0], : given.shape[1]] = given
 
+    @torch.no_grad()
+    def codes(self, embeddings: Tensor) -> Tensor:
+        """[N, K] nearest codes of embeddings [N, D]; two items may share them until `resolve_collisions`."""
+        return self.quantizer.codes(self.encode(embeddings))
+
     def encode(self, embedding: Tensor) -> Tensor:
         """The latent [B, E] of embeddings [B, D]."""
         return self.encoder((embedding - self.mean) / self.deviation)

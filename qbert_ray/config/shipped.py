@@ -1,0 +1,16 @@
+"""The configs that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve()
+_FOLDERS = (_HERE.parents[1] / "configs", _HERE.parents[2] / "configs")  # of an installed wheel, of a checkout
+
+
+def shipped(path: Path) -> Path | None:
+    """The config of the package that a path such as configs/demo.yaml names; None where there is none."""
+    if path.parts[:1] != ("configs",):
+        return None
+    found = (folder / Path(*path.parts[1:]) for folder in _FOLDERS)
+    return next((file for file in found if file.is_file()), None)
