@@ -60,7 +60,7 @@ def test_a_second_run_skips_what_is_done_and_a_changed_config_is_refused(local):
     before = local.directory.read_bytes("finetune/manifest.json")
     assert qb.run(local.config, executor="local").directory == local.directory
     assert local.directory.read_bytes("finetune/manifest.json") == before
-    with pytest.raises(qb.ArtifactError, match=r"finetune\.epochs: made with 3, now 4.*--from finetune"):
+    with pytest.raises(qb.ArtifactError, match=r"(?s)finetune\.epochs: made with 3, now 4.*--from finetune"):
         qb.run(with_values(local.config, {"finetune.epochs": 4}), executor="local")
 
 

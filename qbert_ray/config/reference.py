@@ -15,9 +15,6 @@ import yaml
 from qbert_ray.config.loading import ConfigError
 from qbert_ray.config.schema import Config, Section
 
-# What a description says of the paper: a place there, at times with its value, in brackets, alone, or before or after the rest.
-_PLACE = r"(?:§[\d.]+\d|Eq\. \d+|Table \d+)"
-_PAPER = re.compile(rf"\s*\((?:from )?({_PLACE}[^)]*)\)|^(?:from )?({_PLACE}(?:: [^;]+)?)(?:; |$)|;? ?paper: ([^;]+)|({_PLACE})")
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _EVERY = "<name>"  # stands for the keys of a mapping that the user chooses
 
@@ -35,7 +32,7 @@ def json_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     for model in _subclasses(Section):
         for name, content in schema["$defs"].get(model.__name__, {}).get("properties", {}).items():
-            if description := _description(model, name):
+            if description := _inherited(model, name):
                 content["description"] = description
     extends = {"type": "string", "description": "config file beside this one that this one is laid over"}
     return schema | {"title": "qbert-ray config", "properties": {"extends": extends} | schema["properties"]}
@@ -104,14 +101,13 @@ def _subclasses(model: type[Section]) -> Iterator[type[Section]]:
         yield from _subclasses(child)
 
 
-def _description(model: type[Section], name: str) -> str:
-    """What a model says of its field; where that is nothing, or the paper's value alone, what the model it extends says before that."""
-    own = model.model_fields[name].description or ""
-    parents = [parent for parent in model.__mro__[1:] if name in getattr(parent, "model_fields", {})]
-    if _split(own)[0] or not parents:
-        return own
-    inherited = _description(parents[0], name)
-    return f"{inherited} ({own})" if own else inherited
+def _inherited(model: type[Section], name: str) -> str:
+    """The description of a field, or of the one that it overrides without a description of its own."""
+    for parent in model.__mro__:
+        field = getattr(parent, "model_fields", {}).get(name)
+        if field is not None and field.description:
+            return field.description
+    return ""
 
 
 def _walk(schema: dict[str, Any], root: dict[str, Any], path: str) -> Iterator[Field]:
@@ -124,7 +120,9 @@ def _walk(schema: dict[str, Any], root: dict[str, Any], path: str) -> Iterator[F
         elif "properties" in entries:
             yield from _walk(entries, root, f"{here}.{_EVERY}")
         else:
-            yield Field(here, _type(content), _text(content.get("default")), *_split(content.get("description", "")))
+            yield Field(
+                here, _type(content), _text(content.get("default")), _null(content.get("description", "")), content.get("paper", "")
+            )
 
 
 def _text(default: Any) -> str:
@@ -132,6 +130,10 @@ def _text(default: Any) -> str:
     quoted = json.dumps(default, ensure_ascii=False)
     plain = quoted.replace('"', "")
     return plain if yaml.safe_load(plain) == default else quoted
+
+
+def _null(description: str) -> str:
+    return re.sub(r"\bNone\b", "null", description)
 
 
 def _resolve(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
@@ -152,13 +154,6 @@ def _type(schema: dict[str, Any]) -> str:
         return f"{{{_type(schema.get('propertyNames', {}))}: {_type(schema['additionalProperties'])}}}"
     bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
     return f"{kind} {bounds}".strip()
-
-
-def _split(description: str) -> tuple[str, str]:
-    """What a description says, and what of it is on the paper."""
-    paper = [next(filter(None, found.groups())) for found in _PAPER.finditer(description)]
-    text = _PAPER.sub(lambda found: found[4] or "", description)
-    return re.sub(r"\bNone\b", "null", text.strip(" ;")), "; ".join(paper)
 
 
 if __name__ == "__main__":

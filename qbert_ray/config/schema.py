@@ -1,6 +1,6 @@
-"""Every knob of a run: name, unit, the paper's value and section.
+"""Every setting of a run: name, unit, default, the paper's value and section.
 
-One frozen `Config` describes a whole run; `overlays.load_config` reads it. A fact is said once: what follows from other
+One frozen `Config` describes a whole run; `loading.load_config` reads it. A fact is said once: what follows from other
 fields (number of levels of given IDs, widths of features) is derived where it is used. `compute` never enters a stage's
 fingerprint: more machines change the time, never the answer.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from qbert_ray.config.search import NonNegativeInt, PositiveFloat, PositiveInt, Section, Sweep
 
@@ -20,29 +20,38 @@ Modality = Literal["text", "image", "structure"]
 MaskStrategy = Literal["span", "tail", "multi_region", "random"]
 
 
+def paper(value: str) -> dict[str, JsonValue]:
+    """Where the paper speaks of a field, and its value there; part of the field's schema."""
+    return {"paper": value}
+
+
 class Run(Section):
     dir: str = Field("runs/run", description="run directory: a local path or an s3:// or gs:// URI")
     seed: int = Field(0, description="seeds initialisation, batch order, masks and dropout")
     log: Literal["auto", "text", "json"] = Field(
-        "auto", description="what is printed: bars and tables, or a JSON object per event and line; auto: the first at a terminal"
+        "auto", description="text: progress bars and tables; json: one JSON object per event and line; auto: text at a terminal"
     )
-    tensorboard: bool = Field(True, description="each training also leaves its epochs in <folder>/tensorboard")
+    tensorboard: bool = Field(True, description="write each epoch's metrics to <folder>/tensorboard")
     mlflow: str | None = Field(None, description="tracking URI of an MLflow server (needs mlflow-skinny); each training is a run there")
 
 
 class Domain(Section):
     items: str = Field("items.parquet", description="catalog: file, folder or glob (Parquet, CSV, JSONL), under data.root")
     interactions: str = Field("interactions.parquet", description="histories: file, folder or glob, under data.root")
-    role: Literal["target", "source"] = Field("target", description="source: only pre-trained on; target: also fine-tuned (§4.1)")
+    role: Literal["target", "source"] = Field(
+        "target", description="source: only pre-trained on; target: also fine-tuned", json_schema_extra=paper("§4.1")
+    )
     format: Literal["auto", "amazon_2018", "amazon_2023"] = Field(
         "auto", description="raw Amazon review and metadata files, or the input contract"
     )
-    item_columns: dict[Literal["item_id"], str] = Field({}, description="what the items file calls it, where that is not item_id")
+    item_columns: dict[Literal["item_id"], str] = Field({}, description="name of the column in the items file, where it is not item_id")
     interaction_columns: dict[Literal["user_id", "item_id", "timestamp", "rating"], str] = Field(
-        {}, description="what the interactions file calls them, where it has other names"
+        {}, description="names of the columns in the interactions file, where they differ"
     )
-    text_fields: list[str] = Field(["title"], description="text columns; each gives one of the J text vectors of an item (Eq. 3)")
-    attributes: list[str] = Field([], description="columns kept for reports; each is also one more text vector")
+    text_fields: list[str] = Field(
+        ["title"], description="text columns; each gives one of the J text vectors of an item", json_schema_extra=paper("Eq. 3")
+    )
+    attributes: list[str] = Field([], description="columns kept for reports; each also gives one text vector")
     image_column: str | None = Field(None, description="path relative to the items file, URI, or bytes")
     text_features: str | None = Field(None, description="your own vectors (item_id, vector | vectors) instead of encoding text")
     image_features: str | None = Field(None, description="your own vectors instead of encoding images")
@@ -53,13 +62,18 @@ class Data(Section):
     root: str = Field(".", description="folder or URI that the domains' paths are relative to")
     domains: dict[str, Domain] = Field({"items": Domain()}, description="name -> one catalog with its interactions")
     semantic_ids: str | None = Field(None, description="semantic IDs made elsewhere (item_id, codes[, domain]): stages 1 and 2 are skipped")
-    min_interactions: NonNegativeInt = Field(5, description="k of the iterative k-core over users and items (§4.1: 5-core sets)")
-    min_item_interactions: NonNegativeInt | None = Field(None, description="another k for items; 0 keeps every item of the catalog")
+    min_interactions: NonNegativeInt = Field(
+        5, description="k of the iterative k-core over users and items", json_schema_extra=paper("§4.1: 5-core sets")
+    )
+    min_item_interactions: NonNegativeInt | None = Field(
+        None, description="k for items, where it differs; 0 keeps every item of the catalog"
+    )
     min_rating: float | None = Field(None, description="drop interactions rated below")
     cold_share: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the target domains' items, chosen by a hash, held out of all training to measure how new items do"
+        0.0,
+        description="share of the target domains' items, chosen by a hash, that is held out of all training to measure cold-start ranking",
     )
-    rows_per_part: PositiveInt | None = Field(None, description="rows per Parquet part, the unit of work; None: from the row count")
+    rows_per_part: PositiveInt | None = Field(None, description="rows per Parquet part, the unit of work; None: follows from the row count")
 
     @model_validator(mode="after")
     def _some_domain(self) -> Data:
@@ -83,7 +97,9 @@ class Data(Section):
 
 class TextEncoder(Section):
     model: str = Field(
-        "minilm", description="'minilm' or 'smollm2' (offline packages), or anything AutoModel.from_pretrained takes; paper: LLaMA"
+        "minilm",
+        description="'minilm' or 'smollm2' (offline packages), or anything AutoModel.from_pretrained takes",
+        json_schema_extra=paper("LLaMA"),
     )
     gguf_file: str | None = Field(None, description="GGUF file inside the model folder or repository")
     pooling: Literal["mean", "last"] = Field("mean", description="mean over tokens, or the last token (decoder-only models)")
@@ -91,7 +107,7 @@ class TextEncoder(Section):
     prompt: str = Field("{text}", description="what is encoded; {text} is the field's text")
     max_tokens: PositiveInt = Field(128, description="longer texts are cut")
     batch_size: PositiveInt = Field(64, description="texts per forward pass")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which the model computes")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of the encoder's computation")
 
     @model_validator(mode="after")
     def _prompt_holds_text(self) -> TextEncoder:
@@ -101,14 +117,20 @@ class TextEncoder(Section):
 
 
 class ImageEncoder(Section):
-    model: str = Field("efficientnet-lite0", description="'efficientnet-lite0' (offline package) or any open_clip model; paper: CLIP ViT")
+    model: str = Field(
+        "efficientnet-lite0",
+        description="'efficientnet-lite0' (offline package) or any open_clip model",
+        json_schema_extra=paper("CLIP ViT"),
+    )
     pretrained: str | None = Field(None, description="open_clip's tag or a path to weights")
     image_size: PositiveInt | None = Field(None, description="pixels per side; None: what the model was trained with")
-    grid: PositiveInt = Field(2, description="the patch grid is pooled to grid x grid vectors, the J image vectors (Eq. 3)")
+    grid: PositiveInt = Field(
+        2, description="the patch grid is pooled to grid x grid vectors, the J image vectors", json_schema_extra=paper("Eq. 3")
+    )
     batch_size: PositiveInt = Field(32, description="images per forward pass")
     max_bytes: PositiveInt = Field(20_000_000, description="larger files are rejected")
-    max_pixels: PositiveInt = Field(50_000_000, description="larger pictures are rejected (decompression bombs)")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which the model computes")
+    max_pixels: PositiveInt = Field(50_000_000, description="images with more pixels are rejected (decompression bombs)")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of the encoder's computation")
 
 
 class Structure(Section):
@@ -117,12 +139,14 @@ class Structure(Section):
         description="factorised co-occurrence, or text features averaged over co-occurrence neighbours (comparable between domains)",
     )
     dim: PositiveInt = Field(64, description="width of the collaborative vectors")
-    window: PositiveInt = Field(50, description="training items of a user that count as occurring together")
+    window: PositiveInt = Field(50, description="latest training items of a user that count as co-occurring")
 
 
 class Features(Section):
     modalities: list[Modality] = Field(
-        ["text", "image", "structure"], description="§3.1; those a domain has no input for are left out there"
+        ["text", "image", "structure"],
+        description="modalities; a domain without input for one does without it",
+        json_schema_extra=paper("§3.1"),
     )
     text: TextEncoder = TextEncoder()
     image: ImageEncoder = ImageEncoder()
@@ -138,13 +162,13 @@ class Features(Section):
 class Training(Section):
     """What the three trainings share."""
 
-    epochs: PositiveInt = Field(20, description="passes over the training data; fewer where patience ends them")
+    epochs: PositiveInt = Field(20, description="most passes over the training data")
     batch_size: PositiveInt = Field(512, description="global: over all workers")
     microbatches: PositiveInt = Field(
         2,
-        description="pieces a batch is cut into, each with its own random state; workers share them out, so any number of workers that divides it gives the same model",
+        description="pieces of a batch, each with its own random state; any number of workers that divides it gives the same model",
     )
-    learning_rate: PositiveFloat = Field(1e-3, description="of AdamW, after the warm-up")
+    learning_rate: PositiveFloat = Field(1e-3, description="learning rate of AdamW after the warm-up")
     weight_decay: NonNegativeFloat = Field(0.01, description="of AdamW")
     warmup_steps: NonNegativeInt = Field(100, description="linear warm-up of the learning rate, in steps")
     patience: PositiveInt | None = Field(
@@ -157,26 +181,30 @@ class Training(Section):
 class Fusion(Training):
     """Stage 1, §3.3."""
 
-    epochs: PositiveInt = 30
+    epochs: PositiveInt = 15
     batch_size: PositiveInt = 512
-    width: PositiveInt = Field(256, description="D, width of the model")
-    num_layers: PositiveInt = Field(5, description="largest depth of the dynamic transformer (§4.1: 5)")
+    width: PositiveInt = Field(128, description="D, width of the model")
+    num_layers: PositiveInt = Field(5, description="largest depth of the dynamic transformer", json_schema_extra=paper("§4.1: 5"))
     num_heads: PositiveInt = Field(4, description="H, attention heads")
-    ffn_width: PositiveInt = Field(512, description="hidden width of a layer's MLP")
+    ffn_width: PositiveInt = Field(256, description="hidden width of a layer's MLP")
     dropout: Share = Field(0.1, description="share of activations that training drops")
-    dynamic: bool = Field(True, description="false: every item runs through all layers (Table 5, traditional fusion)")
+    dynamic: bool = Field(
+        True, description="false: every item runs through all layers", json_schema_extra=paper("Table 5, traditional fusion")
+    )
     halt_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.75, description="accumulated halting probability at which an item's depth ends"
     )
-    ponder_weight: NonNegativeFloat = Field(1.0, description="price of a batch whose expected number of layers is off its target")
-    ponder_target: Annotated[float, Field(ge=1)] = Field(1.6, description="expected layers of an item, averaged over a batch")
-    temperature: PositiveFloat = Field(0.1, description="tau of the alignment, Eq. 3")
-    contrast_temperature: PositiveFloat = Field(0.07, description="temperature of InfoNCE, Eq. 5")
-    consistency_weight: NonNegativeFloat = Field(0.01, description="lambda of Eq. 5")
+    ponder_weight: NonNegativeFloat = Field(1.0, description="weight of the loss that holds a batch's expected depth at its target")
+    ponder_target: Annotated[float, Field(ge=1)] = Field(1.6, description="target of the expected depth, averaged over a batch, in layers")
+    temperature: PositiveFloat = Field(0.1, description="tau of the alignment, Eq. 3", json_schema_extra=paper("Eq. 3"))
+    contrast_temperature: PositiveFloat = Field(0.07, description="temperature of InfoNCE, Eq. 5", json_schema_extra=paper("Eq. 5"))
+    consistency_weight: NonNegativeFloat = Field(0.01, description="lambda of Eq. 5", json_schema_extra=paper("Eq. 5"))
     geometry_weight: NonNegativeFloat = Field(
-        30.0, description="how strictly cosines of fused embeddings are held at the mean cosine of the modalities; 0: Eq. 5 alone"
+        30.0,
+        description="weight of the loss that holds cosines of fused embeddings at the mean cosine of the modalities; 0: Eq. 5 alone",
+        json_schema_extra=paper("Eq. 5"),
     )
-    id_dropout: Share = Field(0.2, description="share of items that train with the shared unknown query, the query of a cold item")
+    id_dropout: Share = Field(0.2, description="share of items trained with the shared query of cold items instead of their ID embedding")
 
 
 class Quantizer(Training):
@@ -187,54 +215,52 @@ class Quantizer(Training):
     )
     extra_quantizers: list[Literal["kmeans", "opq"]] = Field(
         ["opq", "kmeans"],
-        description="further quantizers of the same embeddings: their codes, K each, are no part of the semantic ID, but the sequence model reads them beside it",
+        description="further quantizers of the same embeddings; the sequence model reads their K codes each in addition to the semantic ID",
     )
-    max_items: PositiveInt = Field(
-        500_000, description="items of the catalog that train it, drawn at random; memory holds their embeddings"
-    )
+    max_items: PositiveInt = Field(500_000, description="items drawn at random to fit it on; their embeddings are held in memory")
     epochs: PositiveInt = 100
-    batch_size: PositiveInt = Field(1024, description="§4.1: 1024")
-    learning_rate: PositiveFloat = Field(1e-3, description="§4.1: 0.001")
+    batch_size: PositiveInt = Field(1024, json_schema_extra=paper("§4.1: 1024"))
+    learning_rate: PositiveFloat = Field(1e-3, json_schema_extra=paper("§4.1: 0.001"))
     weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
-    num_levels: PositiveInt = Field(4, description="K, codes of an ID (§4.1: 4)")
-    codebook_size: Annotated[int, Field(ge=2)] = Field(256, description="M, codewords of a level (§4.1: 256)")
-    codebook_dim: PositiveInt = Field(32, description="E, width of a codeword (§4.1: 32)")
-    hidden: list[PositiveInt] = Field([512, 256, 128], description="widths of the encoder's hidden layers; the decoder mirrors them")
-    commitment_weight: NonNegativeFloat = Field(0.25, description="beta of Eq. 8")
-    shortcut: bool = Field(True, description="a linear path beside the MLPs that starts as the principal axes; paper: none")
+    num_levels: PositiveInt = Field(4, description="K, codes of an ID", json_schema_extra=paper("§4.1: 4"))
+    codebook_size: Annotated[int, Field(ge=2)] = Field(256, description="M, codewords of a level", json_schema_extra=paper("§4.1: 256"))
+    codebook_dim: PositiveInt = Field(32, description="E, width of a codeword", json_schema_extra=paper("§4.1: 32"))
+    hidden: list[PositiveInt] = Field([512, 256, 128], description="widths of the encoder's hidden layers; the decoder has them in reverse")
+    commitment_weight: NonNegativeFloat = Field(0.25, description="beta of Eq. 8", json_schema_extra=paper("Eq. 8"))
+    shortcut: bool = Field(
+        True, description="a linear path parallel to the MLPs, initialised with the principal axes", json_schema_extra=paper("none")
+    )
     warmup_epochs: NonNegativeInt = Field(10, description="epochs of the plain autoencoder before k-means++ starts the codebooks")
 
 
 class Sequencer(Section):
     """Stage 3, §3.5-3.6 and §4.1."""
 
-    width: PositiveInt = Field(256, description="D, width of the model (from Table 6)")
-    num_layers: PositiveInt = Field(4, description="layers of the encoder (§4.1: 4)")
-    num_heads: PositiveInt = Field(4, description="H, attention heads (§4.1: 4)")
-    ffn_width: PositiveInt = Field(512, description="hidden width of a layer's MLP (from Table 6)")
-    dropout: Share = Field(0.2, description="share of activations that training drops (§4.1: 0.2)")
+    width: PositiveInt = Field(128, description="D, width of the model", json_schema_extra=paper("256 (Table 6)"))
+    num_layers: PositiveInt = Field(2, description="layers of the encoder", json_schema_extra=paper("§4.1: 4"))
+    num_heads: PositiveInt = Field(4, description="H, attention heads", json_schema_extra=paper("§4.1: 4"))
+    ffn_width: PositiveInt = Field(256, description="hidden width of a layer's MLP", json_schema_extra=paper("512 (Table 6)"))
+    dropout: Share = Field(0.2, description="share of activations that training drops", json_schema_extra=paper("§4.1: 0.2"))
     max_items: Annotated[int, Field(ge=2)] = Field(
-        50, description="T: latest items of a history that are read, the masked one included (from Table 6)"
+        50, description="T, most items of a sequence, the masked one included", json_schema_extra=paper("Table 6")
     )
     tokens: Literal["item", "flat"] = Field("item", description="one position per item, or K positions per item")
     loss: Literal["catalog", "tokens"] = Field(
-        "catalog", description="softmax over the domain's items, or per-level cross-entropy (Eq. 11)"
+        "catalog", description="softmax over the domain's items, or per-level cross-entropy", json_schema_extra=paper("Eq. 11")
     )
-    logits: Literal["dot", "cosine"] = Field("dot", description="dot product, or cosine over temperature")
+    logits: Literal["dot", "cosine"] = Field("cosine", description="dot product, or cosine over temperature")
     temperature: PositiveFloat = Field(0.07, description="of cosine logits")
     start: Literal["codebooks", "random"] = Field(
-        "codebooks", description="code embeddings start as the quantizer's codewords, rotated, or at random"
+        "codebooks", description="initial code embeddings: the quantizer's codewords, rotated, or random ones"
     )
-    content: bool = Field(
-        True, description="an item's vector is its codes' embeddings and a projection of its fused embedding, or codes alone"
-    )
+    content: bool = Field(True, description="add a projection of an item's fused embedding to its codes' embeddings")
     code_dropout: Share = Field(
-        0.2, description="share of items that train by content alone, as codes of a cold item are new; needs content"
+        0.2, description="share of items whose codes are hidden in training, as a cold item's codes are new; needs content"
     )
-    recall: bool = Field(True, description="queries also hold the mean of the sequence's items, the nearer the more; with tokens: item")
+    recall: bool = Field(True, description="add a recency-weighted mean of the history's item vectors to the query; needs tokens: item")
     item_embedding: bool = Field(
-        False, description="add an embedding per item to the composed one; zero for cold items; with tokens: item and loss: catalog"
+        True, description="add an embedding per item to its composed vector; zero for cold items; needs tokens: item and loss: catalog"
     )
 
     @property
@@ -247,11 +273,12 @@ class SequenceTraining(Training):
     masks: dict[MaskStrategy, PositiveFloat] = Field({"random": 1.0}, description="strategy -> weight with which a sequence draws it")
     mask_ratio: dict[MaskStrategy, Share] = Field(
         {"span": 0.3, "tail": 0.1, "multi_region": 0.15, "random": 0.3},
-        description="share of a sequence's items that a strategy masks (§4.1)",
+        description="share of a sequence's items that a strategy masks",
+        json_schema_extra=paper("§4.1"),
     )
-    last_item_share: Share = Field(0.2, description="share of sequences that mask only their last item, as the test does")
+    last_item_share: Share = Field(0.2, description="share of sequences that mask their last item alone, as at inference")
     prefix_share: Share = Field(
-        0.0, description="share of those that end early, at a place drawn anew each epoch, so that other items are the last; paper: none"
+        0.0, description="share of last-item samples truncated at a random position, redrawn each epoch", json_schema_extra=paper("none")
     )
 
     @model_validator(mode="after")
@@ -264,71 +291,74 @@ class SequenceTraining(Training):
 
 class Pretrain(SequenceTraining):
     enabled: bool = Field(True, description="false: fine-tuning starts from a fresh model")
-    epochs: PositiveInt = 20
-    batch_size: PositiveInt = Field(512, description="§4.1: 512 sequences")
-    learning_rate: PositiveFloat = Field(5e-4, description="§4.1: 0.0005")
-    masks: dict[MaskStrategy, PositiveFloat] = Field({"span": 1.0, "tail": 1.0, "multi_region": 1.0}, description="§3.5")
+    epochs: PositiveInt = 5
+    batch_size: PositiveInt = Field(128, json_schema_extra=paper("§4.1: 512 sequences"))
+    microbatches: PositiveInt = 1
+    learning_rate: PositiveFloat = Field(2e-3, json_schema_extra=paper("§4.1: 0.0005"))
+    masks: dict[MaskStrategy, PositiveFloat] = Field({"span": 1.0, "tail": 1.0, "multi_region": 1.0}, json_schema_extra=paper("§3.5"))
     domains: list[str] | None = Field(None, description="None: the source domains, or the targets where there is no source")
 
 
 class Finetune(SequenceTraining):
-    epochs: PositiveInt = 50
-    batch_size: PositiveInt = Field(256, description="§4.1: 256 sequences")
-    learning_rate: PositiveFloat = Field(1e-4, description="§4.1: 0.0001")
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = Field(128, json_schema_extra=paper("§4.1: 256 sequences"))
+    learning_rate: PositiveFloat = Field(1e-3, json_schema_extra=paper("§4.1: 0.0001"))
+    microbatches: PositiveInt = 1
     patience: PositiveInt | None = 5
+    averaging: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    last_item_share: Share = 0.4
+    prefix_share: Share = 1.0
     validation_users: PositiveInt = Field(
-        5000, description="users, chosen by hash, whose validation item is ranked among unseen ones after each epoch"
+        5000, description="users, chosen by hash, whose validation items are ranked among unseen items after each epoch"
     )
     transfer: Literal["layers", "all"] = Field(
         "layers",
-        description="taken from a pre-training that has not seen the domain: the encoder's layers (its items start anew), or all; one that has seen it is taken whole",
+        description="weights taken from a pre-training on other domains: the encoder's layers, or all; a pre-training on the same domain is taken whole",
     )
 
 
 class Ranking(Section):
     """Item-item weights, their blend with the sequence model's scores, and the reranker; not in the paper."""
 
-    enabled: bool = Field(True, description="mix item-item weights of training interactions into the ranking")
+    enabled: bool = Field(True, description="blend item-item scores into the ranking")
     regularisation: PositiveFloat = Field(100.0, description="ridge penalty of the item-item regression, in users")
-    neighbours: PositiveInt = Field(200, description="most items that speak for an item; training and table grow with it")
-    decay: Share = Field(0.85, description="weight of each further step back in a history, for the regression")
-    following_window: PositiveInt = Field(5, description="largest number of steps between an item and one that follows it")
-    following_decay: Share = Field(
-        0.5, description="weight of each further step between the two, and of each further step back in a history"
-    )
-    following_shrinkage: NonNegativeFloat = Field(5.0, description="added to an item's number of followers, so that rare items say little")
-    scale: PositiveFloat = Field(0.01, description="signals are log(1 + weight / scale)")
-    candidates: PositiveInt = Field(50, description="best items by each signal, among which the mix learns to rank validation items")
-    validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation item the mix is fitted on")
-    rerank: NonNegativeInt = Field(64, description="best items by the mix whose order a small network refines; 0: the mix alone")
-    rerank_users: PositiveInt = Field(20000, description="users, chosen by hash, whose validation item that network is fitted on")
+    neighbours: PositiveInt = Field(200, description="most neighbours of an item in the regression; time and table grow with it")
+    decay: Share = Field(0.85, description="decay of the history's items per step back, for the regression")
+    following_window: PositiveInt = Field(5, description="largest number of steps of a transition")
+    following_decay: Share = Field(0.5, description="decay of a transition's weight per step, and of the history's items per step back")
+    following_shrinkage: NonNegativeFloat = Field(5.0, description="added to an item's transition count, so that rare items weigh little")
+    scale: PositiveFloat = Field(0.01, description="item-item features are log(1 + score / scale)")
+    candidates: PositiveInt = Field(50, description="best items by each score feature that the blend is fitted on")
+    validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation items the blend is fitted on")
+    rerank: NonNegativeInt = Field(64, description="best items by the blend that a small network reorders; 0: the blend alone")
+    rerank_users: PositiveInt = Field(20000, description="users, chosen by hash, whose validation items the reranker is fitted on")
     new_item_bonus: float = Field(
         0.5,
-        description="added to the scores of items that no training has seen: fitted scores alone show them as rarely as they are bought",
+        description="added to the scores of cold items, which are otherwise shown as rarely as they are bought",
     )
 
 
 class Gates(Section):
-    """Semantic IDs that fall short of these stop a run. No stage depends on them: lower one, and the run goes on."""
+    """Quality bars of the semantic IDs; a run that misses one stops, and resumes when the bar is lowered."""
 
-    min_usage: Share = Field(0.5, description="share of the codewords in use, at every level; not asked of fewer than 4 M items")
+    min_usage: Share = Field(0.5, description="least share of codewords in use at every level; not checked with fewer than 4 M items")
     max_raw_collision: Share | None = Field(None, description="1 - distinct IDs / items of a domain before reallocation; None: any")
 
 
 class Evaluate(Section):
-    cutoffs: list[PositiveInt] = Field([1, 5, 10], description="k of hr@k and ndcg@k (§4.1)")
-    co_occurrence_history: PositiveInt = Field(20, description="latest items of a history that the co-occurrence floor sums over")
+    cutoffs: list[PositiveInt] = Field([1, 5, 10], description="k of hr@k and ndcg@k", json_schema_extra=paper("§4.1"))
+    co_occurrence_history: PositiveInt = Field(20, description="latest items of a history that the co-occurrence baseline sums over")
 
 
 class Score(Section):
     top_k: PositiveInt = Field(10, description="items per user")
-    remove_seen: bool = Field(True, description="never recommend what the user has had")
+    remove_seen: bool = Field(True, description="never recommend items of the user's history")
 
 
 class Actors(Section):
     """Names as in Ray: ActorPoolStrategy and ray.remote."""
 
-    min_size: PositiveInt = Field(1, description="fewest actors; a cluster that cannot carry them is refused")
+    min_size: PositiveInt = Field(1, description="fewest actors; a cluster without room for them is refused")
     max_size: PositiveInt | None = Field(None, description="None: one per GPU, or as many as the CPUs carry")
     num_cpus: PositiveFloat = Field(1, description="CPUs of each actor, and its threads")
     num_gpus: NonNegativeFloat | None = Field(None, description="None: 1 where the cluster has GPUs, else 0")
@@ -339,7 +369,9 @@ class Workers(Section):
     """Names as in Ray: ScalingConfig."""
 
     num_workers: PositiveInt = Field(1, description="training processes; must divide microbatches")
-    cpus_per_worker: PositiveFloat | None = Field(None, description="None: what the cluster has, shared out, at most 16; also the threads")
+    cpus_per_worker: PositiveFloat | None = Field(
+        None, description="None: an equal share of the cluster's, at most 16; also the number of threads"
+    )
     use_gpu: bool | None = Field(None, description="None: where the cluster has one per worker")
     max_failures: int = Field(3, description="worker failures survived per training; -1: any number")
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
@@ -358,12 +390,8 @@ class Compute(Section):
     )
     threads: PositiveInt | None = Field(None, description="of torch in the local executor; None: as torch has them")
     address: str | None = Field(None, description="Ray cluster; None: RAY_ADDRESS, or a local one that ends with the run")
-    autoscaling: bool = Field(
-        False, description="the cluster adds nodes on demand but does not tell Ray how many: ask for what it does not have yet"
-    )
-    checkpoint_seconds: NonNegativeFloat = Field(
-        20.0, description="a training checkpoints at the end of an epoch when this long has passed since the last"
-    )
+    autoscaling: bool = Field(False, description="the cluster adds nodes on demand without telling Ray how many: allow more than it has")
+    checkpoint_seconds: NonNegativeFloat = Field(20.0, description="seconds between checkpoints of a training, at the end of an epoch")
     features: Actors = Actors()
     fusion: Workers = Workers()
     quantizer: Workers = Workers()
