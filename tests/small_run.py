@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from qbert_ray.config.schema import Config
-from qbert_ray.ranking import item_item as memory
-from qbert_ray.ranking.ranker import MIX, RERANKER, WEIGHTS
+from qbert_ray.ranking.blend import fit_blend, no_candidates
+from qbert_ray.ranking.item_item import RidgeRegression, Transitions, popularity
+from qbert_ray.ranking.loader import BLEND, RERANKER, WEIGHTS
 from qbert_ray.ranking.reranker import Reranker
 from qbert_ray.semantic_ids.collisions import to_tokens
 from qbert_ray.sequence.model import Sequencer
@@ -32,7 +33,7 @@ def make_run(folder: Path, domains: tuple[str, ...] = ("shop",), **sequencer: An
         codes = _write_catalog(run, domain, rng)
         histories = [rng.integers(0, ITEMS - COLD, rng.integers(4, 30)) for _ in range(USERS)]
         _write_sequences(run, domain, histories)
-        _write_memory(run, domain, config.ranking, histories)
+        _write_ranking(run, domain, config.ranking, histories)
         description = {"num_levels": LEVELS, "codebook_size": SIZE, "width": WIDTH, "num_layers": 2, "num_heads": 2, "ffn_width": 32}
         description |= {"max_items": 20, "content_width": WIDTH, "recall": True, "logits": "cosine"} | sequencer
         model = Sequencer(**description)
@@ -76,22 +77,21 @@ def _write_sequences(run: RunDir, domain: str, histories: list[np.ndarray]) -> N
     run.write_part("ingest/sequences", f"{domain}-00000.parquet", pa.table(arrays, schema=columns.SEQUENCES))
 
 
-def _write_memory(run: RunDir, domain: str, settings: Any, histories: list[np.ndarray]) -> None:
+def _write_ranking(run: RunDir, domain: str, settings: Any, histories: list[np.ndarray]) -> None:
     indptr = np.cumsum([0, *(len(history) for history in histories)])
     items = np.concatenate(histories)
-    ridge = memory.RidgeRegression(indptr, items, ITEMS, 1.0, settings.neighbours).rows(np.arange(ITEMS - COLD))
-    follows = memory.following(indptr, items, ITEMS, 3, 0.5, 1.0, settings.neighbours)[: ITEMS - COLD]
+    ridge = RidgeRegression(indptr, items, ITEMS, 1.0, settings.neighbours).rows(np.arange(ITEMS - COLD))
+    transitions = Transitions(indptr, items, ITEMS, 3, 0.5, 1.0, settings.neighbours).rows(np.arange(ITEMS - COLD))
     lists = [
         pa.ListArray.from_arrays(matrix.indptr.astype(np.int32), pa.array(values))
-        for matrix in (ridge, follows)
+        for matrix in (ridge, transitions)
         for values in (matrix.indices.astype(np.int32), matrix.data.astype(np.float32))
     ]
     names = pa.array([f"{domain}-item-{row}" for row in range(ITEMS - COLD)])
     keys = [pa.array([domain] * (ITEMS - COLD)), names, pa.array(np.arange(ITEMS - COLD), pa.int32())]
-    popular = pa.array(memory.popularity(indptr, items, ITEMS)[: ITEMS - COLD])
-    run.write_part(WEIGHTS, f"{domain}-00000.parquet", pa.table([*keys, *lists, popular], schema=columns.MEMORY))
-    mix = memory.fit_mix(memory.nobody())
-    run.save_model(f"{MIX}/{domain}", mix._asdict(), {})
+    popular = pa.array(popularity(indptr, items, ITEMS)[: ITEMS - COLD])
+    run.write_part(WEIGHTS, f"{domain}-00000.parquet", pa.table([*keys, *lists, popular], schema=columns.ITEM_ITEM))
+    run.save_model(f"{BLEND}/{domain}", fit_blend(no_candidates())._asdict(), {})
     reranker = Reranker()
     torch.nn.init.normal_(reranker.layers[-1].weight)
     run.save_model(f"{RERANKER}/{domain}", reranker.state_dict(), {})

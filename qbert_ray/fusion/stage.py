@@ -62,10 +62,8 @@ class EmbedPart:
     """
 
     def __init__(self, run: RunDir, known: dict[str, tuple[int, int]]) -> None:
-        tensors, description = run.load_model("fusion/model")
         self.run, self.known, self.device = run, known, torch.device(own_device())
-        self.model = DynamicFusion(**description).to(self.device).eval()
-        self.model.load_state_dict(tensors)
+        self.model = run.load_module(DynamicFusion, "fusion/model").to(self.device)
 
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:

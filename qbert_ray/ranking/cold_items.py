@@ -1,8 +1,8 @@
-"""Items that no training has seen, ranked beside all others: what semantic IDs are for.
+"""Ranks of cold items, those without training interactions, among the whole catalog and among each other.
 
-A cold item is known by its content alone. For each user who had one, the last is the target, after all that the user had of
-the other items before it. Beside the model stand the expected value of a random order, and neighbours by text: the cosine of
-the mean text vectors of a candidate and of the latest items of the history, of their mean or of the nearest of them.
+For each user who had a cold item, the last is the target, after all that the user had of the other items before it. The model is
+compared with the expected value of a random order and with neighbours by text: the cosine of the text vectors of a candidate and
+of the latest items of the history, of their mean or of the nearest of them.
 
 Shapes: B users, N catalog, D width of text vectors.
 """
@@ -22,8 +22,9 @@ from qbert_ray.config.schema import Config, Ranking
 from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
-from qbert_ray.ranking.ranker import Ranker, batches
-from qbert_ray.ranking.score_features import SIGNALS
+from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.ranking.ranker import batches
+from qbert_ray.ranking.score_features import SCORE_FEATURES
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import item_ids, modality_vectors
 from qbert_ray.storage.directory import RunDir
@@ -37,7 +38,7 @@ def evaluate_cold(config: Config, run: RunDir, domain: str, executor: Executor, 
     parts = run.parts("ingest/cold", domain)
     if not parts:
         return None
-    arguments = {"run": run, "domain": domain, "memory": config.ranking, "latest": config.evaluate.co_occurrence_history}
+    arguments = {"run": run, "domain": domain, "settings": config.ranking, "latest": config.evaluate.co_occurrence_history}
     executor.map_parts(run, ColdPart, arguments, parts, "evaluate/cold", config.compute.evaluate, progress)
     return summarise_cold(run.read("evaluate/cold", domain), list(config.evaluate.cutoffs))
 
@@ -56,9 +57,9 @@ def summarise_cold(table: pa.Table, cutoffs: list[int]) -> dict[str, Any]:
 class ColdPart:
     """Ranks of the cold targets of a part of the users."""
 
-    def __init__(self, run: RunDir, domain: str, memory: Ranking, latest: int) -> None:
+    def __init__(self, run: RunDir, domain: str, settings: Ranking, latest: int) -> None:
         self.run, self.domain, self.latest = run, domain, latest
-        self.ranker = Ranker(run, domain, memory, own_device())
+        self.ranker = load_ranker(run, domain, settings, own_device())
         self.item_ids = item_ids(run, domain).to_pylist()
         self.warm = self.ranker.trained
         self.text = modality_vectors(run, domain, "text")
@@ -69,7 +70,7 @@ class ColdPart:
         users, targets = table[columns.USER_ID].to_pylist(), table["target"].to_numpy()
         histories = [np.array(history, dtype=np.int64) for history in table["history"].to_pylist()]
         rows = []
-        for batch in batches(len(users), len(SIGNALS) * len(self.item_ids)):
+        for batch in batches(len(users), len(SCORE_FEATURES) * len(self.item_ids)):
             target = torch.from_numpy(targets[batch].astype(np.int64))
             for model, scores in self._scores(histories[batch]).items():
                 pair = (ranks(scores, target, seen=histories[batch]), ranks(scores[:, self.warm :], target - self.warm))
@@ -79,7 +80,7 @@ class ColdPart:
 
     def _scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
         scores = self.ranker.scores(histories)
-        scores.pop("ridge", None)  # knows no cold item
+        scores.pop("ridge", None)  # it has no weights for cold items
         if self.text is not None:
             latest = [self.text[history[-self.latest :]] for history in histories]
             scores["text_mean"] = F.normalize(torch.stack([vectors.mean(0) for vectors in latest]), dim=-1) @ self.text.T

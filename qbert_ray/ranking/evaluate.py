@@ -1,7 +1,7 @@
-"""Leave-one-out over every user on Ray Data: the whole catalog of the domain is ranked for each.
+"""The stage `evaluate`: leave-one-out over every user, with the whole catalog of the domain ranked for each.
 
-Two protocols side by side: all items (the paper's), and unseen items only. Popularity and item co-occurrence, from the same
-training interactions, stand beside the model as floors.
+Two protocols: all items (the paper's), and unseen items only. The baselines are popularity and item co-occurrence, from the same
+training interactions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from qbert_ray.execution.progress import Progress
 from qbert_ray.features.structure import co_occurrence
 from qbert_ray.ranking.cold_items import evaluate_cold
 from qbert_ray.ranking.item_item import co_occurrence_scores, popularity
-from qbert_ray.ranking.ranker import Ranker, batches
+from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import item_ids
 from qbert_ray.storage.directory import RunDir
@@ -38,7 +39,7 @@ def evaluate(config: Config, run: RunDir, executor: Executor, progress: Progress
     for domain in config.data.targets:
         progress.note(domain)
         baselines = executor.submit(_baselines, run, domain)
-        arguments = {"run": run, "domain": domain, "memory": config.ranking, "baselines": baselines}
+        arguments = {"run": run, "domain": domain, "settings": config.ranking, "baselines": baselines}
         arguments["latest"] = config.evaluate.co_occurrence_history
         parts = run.parts("ingest/sequences", domain)
         counts[domain] = dict(executor.map_parts(run, RankPart, arguments, parts, "evaluate/ranks", config.compute.evaluate, progress))
@@ -50,7 +51,11 @@ def evaluate(config: Config, run: RunDir, executor: Executor, progress: Progress
 
 
 def summarise(table: pa.Table, cutoffs: list[int]) -> dict[str, Any]:
-    """{users, protocols: {all | unseen: {model | sequencer | ridge | popularity | co_occurrence: {"hr@10": {value, low, high}, ...}}}} of a ranks table."""
+    """Hit rates and NDCG of a ranks table.
+
+    Returns:
+        {users, protocols: {all | unseen: {model | sequencer | ridge | popularity | co_occurrence: {"hr@10": {value, low, high}, ...}}}}.
+    """
     model = np.array(table["model"].to_pylist())
     protocols = {}
     for protocol, column in PROTOCOLS.items():
@@ -68,10 +73,10 @@ def _baselines(run: RunDir, domain: str) -> tuple[Any, np.ndarray]:
 class RankPart:
     """Ranks of the test items of a part of the users."""
 
-    def __init__(self, run: RunDir, domain: str, memory: Ranking, baselines: tuple[Any, np.ndarray], latest: int) -> None:
+    def __init__(self, run: RunDir, domain: str, settings: Ranking, baselines: tuple[Any, np.ndarray], latest: int) -> None:
         self.run, self.domain, self.latest = run, domain, latest
         self.counts, self.popularity = baselines
-        self.ranker = Ranker(run, domain, memory, own_device())
+        self.ranker = load_ranker(run, domain, settings, own_device())
         self.item_ids = item_ids(run, domain).to_pylist()
 
     @torch.inference_mode()

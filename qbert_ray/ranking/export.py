@@ -1,4 +1,4 @@
-"""The sequence model of one domain as an ONNX file, with the tables that translate between item IDs and what it reads.
+"""The sequence model of one domain as an ONNX file, with the table that translates between item_id and item_index.
 
 Training packs sequences of different lengths without padding; here all have the same length, padded at the front, so that a
 batch is one dense tensor. The numbers are the same but for rounding, which `export` measures on real histories.
@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.ranking.ranker import Ranker
 from qbert_ray.ranking.recommender import run_config, target_domain
 from qbert_ray.semantic_ids.export import TOKENIZER, export_tokenizer
-from qbert_ray.sequence.model import EncoderLayer
+from qbert_ray.sequence.model import EncoderLayer, at_query_size, recency_weights
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import RunDir
 
@@ -30,7 +31,7 @@ MODEL, ITEMS, ABOUT, README = "sequencer.onnx", "items.parquet", "export.json", 
 TOLERANCE = 1e-4  # largest difference between scores, in units of their standard deviation
 CHECKED = 64  # histories that are compared
 OPSET = 20
-MOST_BYTES = 1 << 30  # of weights in the ONNX file itself; larger ones go to a file beside it, since 2 GiB is the format's limit
+MOST_BYTES = 1 << 30  # of weights in the ONNX file itself; larger ones go to a separate file, since 2 GiB is the format's limit
 
 
 class ExportError(ValueError):
@@ -40,7 +41,7 @@ class ExportError(ValueError):
 class DenseSequencer(nn.Module):
     """Scores of every item of a domain's catalog, from histories of one length, padded at the front."""
 
-    read: Tensor  # [N, K or 1, D] what stands for an item in a history
+    inputs: Tensor  # [N, K or 1, D] vectors with which an item enters a history
     vectors: Tensor
     bias: Tensor
 
@@ -51,22 +52,25 @@ class DenseSequencer(nn.Module):
         with torch.no_grad():
             if model.tokens == "flat":
                 first = torch.arange(model.num_levels, device=ranker.device) * model.codebook_size
-                read = model.code_embedding(ranker.catalog + first)  # [N, K, D]
+                inputs = model.code_embedding(ranker.items.codes + first)  # [N, K, D]
             else:
-                read = model.compose(ranker.catalog, ranker.domain)[:, None]  # [N, 1, D]
-        self.register_buffer("read", read)
+                inputs = model.compose(ranker.items)[:, None]  # [N, 1, D]
+        self.register_buffer("inputs", inputs)
         self.register_buffer("vectors", ranker.vectors.clone())
         self.register_buffer("bias", ranker.bias.clone())
 
     def forward(self, items: Tensor, mask: Tensor) -> Tensor:
-        """[B, N] scores.
+        """Scores of the whole catalog as the next item of each history.
 
         Args:
             items: [B, T] item_index in time order, the latest last; anything from 0 to N - 1 where there is none.
             mask: [B, T] true where there is an item.
+
+        Returns:
+            [B, N].
         """
-        model, places = self.model, self.read.shape[1]
-        vectors = self.read[items]  # [B, T, K or 1, D]
+        model, places = self.model, self.inputs.shape[1]
+        vectors = self.inputs[items]  # [B, T, K or 1, D]
         masked = model.mask_embedding.expand(items.shape[0], 1, places, -1)
         states = torch.cat([vectors, masked], dim=1).flatten(1, 2)
         steps = torch.arange(self.history, -1, -1, device=items.device)
@@ -77,14 +81,9 @@ class DenseSequencer(nn.Module):
             states = _layer(layer, states, there)
         query = model.norm(states[:, -places:]).flatten(1)
         if model.recall is not None:
-            query = query + self._recall(vectors[:, :, 0], mask, steps[:-1])
+            weights = recency_weights(steps[:-1], model.recall) * mask  # [B, T]
+            query = query + at_query_size((weights[:, None] @ vectors[:, :, 0])[:, 0], model.recall)
         return model.scores(query, self.vectors, self.bias)
-
-    def _recall(self, vectors: Tensor, mask: Tensor, steps: Tensor) -> Tensor:
-        """As `Sequencer._recall` for the last place; only the direction of the mean counts, so its weights need not sum to 1."""
-        weight, decay = self.model.recall[0], F.logsigmoid(self.model.recall[1])
-        near = torch.exp(decay * (steps - 1)) * mask  # [B, T]
-        return weight * vectors.shape[2] ** 0.5 * F.normalize((near[:, None] @ vectors)[:, 0], dim=-1)
 
 
 def _layer(layer: EncoderLayer, states: Tensor, there: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ def _layer(layer: EncoderLayer, states: Tensor, there: Tensor) -> Tensor:
 
 
 def export(run_dir: str, folder: Path, domain: str | None = None) -> dict[str, Any]:
-    """Write the ONNX file, the table of items and what there is to know of both; the content of export.json.
+    """Write a domain's sequence model as an ONNX file with its table of items; returns the content of export.json.
 
     Raises:
         ArtifactError: there is no such run or domain.
@@ -108,7 +107,7 @@ def export(run_dir: str, folder: Path, domain: str | None = None) -> dict[str, A
     run = RunDir(run_dir)
     config = run_config(run)
     domain = target_domain(run, config, domain)
-    ranker = Ranker(run, domain, config.ranking.model_copy(update={"enabled": False}))
+    ranker = load_ranker(run, domain, config.ranking.model_copy(update={"enabled": False}))
     dense = DenseSequencer(ranker).eval()
     folder.mkdir(parents=True, exist_ok=True)
     _write_onnx(dense, folder / MODEL)
@@ -116,13 +115,13 @@ def export(run_dir: str, folder: Path, domain: str | None = None) -> dict[str, A
     about = {
         "run": run.uri,
         "domain": domain,
-        "items": len(ranker.catalog),
-        "levels": ranker.catalog.shape[1],
+        "items": len(ranker.items.codes),
+        "levels": ranker.items.codes.shape[1],
         "history": dense.history,
-        "memory": config.ranking.enabled,
+        "blended": config.ranking.enabled,
         "note": _note(config.ranking.enabled),
         "inputs": {"items": ["batch", dense.history, "int64"], "mask": ["batch", dense.history, "bool"]},
-        "outputs": {"scores": ["batch", len(ranker.catalog), "float32"]},
+        "outputs": {"scores": ["batch", len(ranker.items.codes), "float32"]},
         "largest_difference": _difference(session, ranker, dense.history, run, domain),
         "tokenizer": export_tokenizer(run, domain, folder / TOKENIZER, onnxruntime, OPSET),
     }
@@ -190,11 +189,11 @@ def padded(histories: list[np.ndarray], length: int) -> tuple[np.ndarray, np.nda
     return items, mask
 
 
-def _note(memory: bool) -> str:
-    if not memory:
-        return "The whole ranking of the run: its collaborative memory is off."
+def _note(blended: bool) -> str:
+    if not blended:
+        return "The whole ranking of the run: it ranks by the sequence model alone."
     return (
-        "The sequence model alone. The run ranks with a collaborative memory beside it (ranking.enabled), which this file does not hold: "
+        "The sequence model alone. The run blends its scores with item-item weights (ranking.enabled), which this file does not hold: "
         "its rankings are those called sequencer in evaluate/metrics.json, not those of qbert-ray score."
     )
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from qbert_ray.config.schema import Config
+from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.storage.catalog import item_ids
 from qbert_ray.storage.directory import ArtifactError, RunDir
@@ -26,7 +27,7 @@ class Recommendation(NamedTuple):
 
 
 class Recommender:
-    """The ranking of one domain of a run: the same that `qbert-ray score` writes, for any histories.
+    """Recommends items of one domain of a run for any histories, as `qbert-ray score` does for the run's users.
 
     Args:
         ranker: the domain's models.
@@ -39,7 +40,7 @@ class Recommender:
 
     @classmethod
     def load(cls, run_dir: str, domain: str | None = None, device: str = "cpu") -> Recommender:
-        """The models of a finished run.
+        """The recommender of a finished run.
 
         Args:
             run_dir: a local path, s3:// or gs://.
@@ -51,7 +52,8 @@ class Recommender:
         """
         run = RunDir(run_dir)
         config = run_config(run)
-        return cls(Ranker(run, domain := target_domain(run, config, domain), config.ranking, device), item_ids(run, domain).to_pylist())
+        domain = target_domain(run, config, domain)
+        return cls(load_ranker(run, domain, config.ranking, device), item_ids(run, domain).to_pylist())
 
     def __contains__(self, item_id: object) -> bool:
         return item_id in self.index
@@ -66,9 +68,10 @@ class Recommender:
         """The k best items for each history, best first; fewer where a history leaves fewer.
 
         Args:
-            histories: item_id in time order, the latest last; one that is empty gets what suits anybody.
+            histories: item_id in time order, the latest last; an empty one gets what is popular in general.
+            k: how many.
             remove_seen: leave out what the history holds.
-            unknown: what to do with an item_id that the run does not know: pass over it with one warning that counts them, or refuse.
+            unknown: what to do with an item_id that the run does not know: skip it with one warning that counts them, or refuse.
 
         Raises:
             ValueError: k is not positive, histories is not a list of lists, or there are unknown items and `unknown` is "error".
@@ -92,7 +95,7 @@ class Recommender:
             such = f"{len(missing)} of {sum(map(len, histories))} items of the histories are not in the catalog, such as {missing[0]!r}"
             if unknown == "error":
                 raise ValueError(f'{such}; give items of the run, or unknown="ignore"')
-            warnings.warn(f"{such}; they are passed over", stacklevel=3)
+            warnings.warn(f"{such}; they are skipped", stacklevel=3)
         return [np.array([self.index[item] for item in history if item in self.index], dtype=np.int64) for history in histories]
 
 
@@ -108,7 +111,7 @@ def run_config(run: RunDir) -> Config:
 
 
 def target_domain(run: RunDir, config: Config, domain: str | None) -> str:
-    """The domain that is meant: the one named, or the only one.
+    """The target domain of a name, or the only one.
 
     Raises:
         ArtifactError: none is named where there are several, or the run was not fine-tuned on it.

@@ -1,4 +1,4 @@
-"""Every user against the whole catalog on Ray Data: the k best items of each, restartable part by part."""
+"""The stage `score`: the k best items of the whole catalog for every user, part by part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from qbert_ray.config.schema import Config, Ranking
 from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
-from qbert_ray.ranking.ranker import Ranker, batches
+from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import item_ids
 from qbert_ray.storage.directory import RunDir
@@ -23,7 +24,7 @@ def score(config: Config, run: RunDir, executor: Executor, progress: Progress) -
     counts: dict[str, Any] = {}
     for domain in config.data.targets:
         progress.note(domain)
-        arguments = {"run": run, "domain": domain, "memory": config.ranking, "k": config.score.top_k}
+        arguments = {"run": run, "domain": domain, "settings": config.ranking, "k": config.score.top_k}
         arguments["remove_seen"] = config.score.remove_seen
         parts = run.parts("ingest/sequences", domain)
         counts[domain] = dict(executor.map_parts(run, ScorePart, arguments, parts, "score", config.compute.score, progress))
@@ -33,9 +34,9 @@ def score(config: Config, run: RunDir, executor: Executor, progress: Progress) -
 class ScorePart:
     """The k best items for a part of the users, from their whole history."""
 
-    def __init__(self, run: RunDir, domain: str, memory: Ranking, k: int, remove_seen: bool) -> None:
+    def __init__(self, run: RunDir, domain: str, settings: Ranking, k: int, remove_seen: bool) -> None:
         self.run, self.domain, self.k, self.remove_seen = run, domain, k, remove_seen
-        self.ranker = Ranker(run, domain, memory, own_device())
+        self.ranker = load_ranker(run, domain, settings, own_device())
         self.item_ids = item_ids(run, domain)
 
     @torch.inference_mode()

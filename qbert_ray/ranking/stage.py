@@ -1,4 +1,4 @@
-"""The collaborative memory of each target domain: item-item weights part by part on Ray Data, then the mix on validation items."""
+"""The stage `ranking`: item-item weights part by part, then the blend and the reranker, fitted on validation items."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from qbert_ray import metrics
 from qbert_ray.config.schema import Config, Ranking, Workers
@@ -14,18 +15,21 @@ from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.random_streams import COLD_STREAM, SAMPLE_STREAM, uniform
-from qbert_ray.ranking.item_item import SIGNALS, Candidates, RidgeRegression, candidates, fit_mix, following, nobody, popularity
-from qbert_ray.ranking.ranker import MIX, RERANKER, WEIGHTS, Ranker, batches
-from qbert_ray.ranking.reranker import Lists, Reranker, fit_reranker
+from qbert_ray.ranking.blend import Blend, Candidates, candidates, fit_blend, no_candidates
+from qbert_ray.ranking.item_item import RidgeRegression, Transitions, popularity
+from qbert_ray.ranking.loader import BLEND, RERANKER, WEIGHTS, load_ranker
+from qbert_ray.ranking.ranker import Ranker, batches
+from qbert_ray.ranking.reranker import CandidateLists, Reranker, fit_reranker
+from qbert_ray.ranking.score_features import SCORE_FEATURES
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import ranks
 
-NEW_SHARE = 0.1  # of the trained items that play new ones while the mix is fitted
+COLD_SHARE = 0.1  # of the trained items that are treated as cold while the blend is fitted
 
 
 def fit_ranking(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
-    """Write ranking/weights and ranking/mix/<domain>; the mix's weights and what it gains on validation items."""
+    """Write ranking/weights, ranking/blend/<domain> and ranking/reranker/<domain>; returns the counts of the manifest."""
     counts: dict[str, Any] = {}
     for domain in config.data.targets:
         progress.note(domain)
@@ -44,59 +48,37 @@ class WeightsPart:
         size = run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows
         train = (sequences.indptr, sequences.items, size)
         self.ridge = RidgeRegression(*train, s.regularisation, s.neighbours)
-        self.following = following(*train, s.following_window, s.following_decay, s.following_shrinkage, s.neighbours)
+        self.transitions = Transitions(*train, s.following_window, s.following_decay, s.following_shrinkage, s.neighbours)
         self.popularity = popularity(*train)
 
     def __call__(self, name: str) -> dict[str, int]:
         items = self.run.read_part("ingest/items", name, columns.KEYS)
         targets = items[columns.ITEM_INDEX].to_numpy()
-        rows = (self.ridge.rows(targets), self.following[targets])
+        rows = (self.ridge.rows(targets), self.transitions.rows(targets))
         lists = [
             pa.ListArray.from_arrays(matrix.indptr.astype(np.int32), pa.array(values))
             for matrix in rows
             for values in (matrix.indices.astype(np.int32), matrix.data.astype(np.float32))
         ]
-        table = pa.table([*items.columns, *lists, pa.array(self.popularity[targets])], schema=columns.MEMORY)
+        table = pa.table([*items.columns, *lists, pa.array(self.popularity[targets])], schema=columns.ITEM_ITEM)
         self.run.write_part(WEIGHTS, name, table)
         return {"items": items.num_rows, "weights": sum(matrix.nnz for matrix in rows)}
 
 
 def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, Any]:
-    """Fit the mix on validation items, save it, and rank them with it and without; then the reranker."""
-    ranker = Ranker(run, domain, settings, own_device(), mixed=False)
+    """Fit the blend on validation items, then the reranker, and save both; returns what they gain on validation items."""
+    ranker = load_ranker(run, domain, settings, own_device(), blended=False)
     sequences = columns.to_sequences(run.read("ingest/sequences", domain))
     everybody = np.flatnonzero(sequences.valid >= 0)
     everybody = everybody[np.argsort(uniform(SAMPLE_STREAM, 0, everybody, 1)[:, 0])]
     users = everybody[: settings.validation_users]
-    target = torch.from_numpy(sequences.valid[users])
-    histories = [sequences.history(user, "valid") for user in users]
-    new = torch.zeros(ranker.trained, dtype=torch.bool)
-    if "content" in ranker.memory.contents:
-        drawn = torch.from_numpy(uniform(COLD_STREAM, 0, np.arange(ranker.trained), 1)[:, 0] < NEW_SHARE)
-        new = drawn & ~drawn.all()  # a catalog of a few items: somebody must stay to be near to
-    pretender = ranker.pretending(new.nonzero()[:, 0]) if new.any() else ranker
-    samples = []
-    with torch.inference_mode():
-        for rows in batches(len(users), len(SIGNALS) * len(ranker.catalog)):
-            scores, signals, lengths = pretender.signals(histories[rows])
-            trained = (scores[:, : ranker.trained], signals[:, :, : ranker.trained], lengths)
-            samples.append(candidates(*trained, target[rows], new, ranker.memory.known, settings.candidates))
-    joined = Candidates(*(torch.cat(pieces).clone() for pieces in zip(*samples, strict=True))) if samples else nobody()
-    mix = fit_mix(joined)
-    run.save_model(f"{MIX}/{domain}", mix._asdict(), {"signals": list(SIGNALS)})
-    ranker.use(mix)
-    trust = mix.trust(mix.centre[None] + torch.tensor([[1.0, 0, 0]]))[0].tolist()
-    result: dict[str, Any] = {"users": len(users), "fitted_on": len(joined.place)}
-    result["weights_of_signals"] = dict(zip(SIGNALS, trust, strict=False))
-    result["weights_for_new_items"] = dict(zip((*SIGNALS, "new"), trust[len(SIGNALS) :], strict=True))
-    found: dict[str, list[np.ndarray]] = {"model": [np.zeros(0, int)], "sequencer": [np.zeros(0, int)]}
-    with torch.inference_mode():
-        for rows in batches(len(users), len(SIGNALS) * len(ranker.catalog)):
-            scores = ranker.scores(histories[rows])
-            for name, pieces in found.items():
-                pieces.append(ranks(scores[name], target[rows], histories[rows]).numpy())  # as fine-tuning is judged
-    ndcg = {name: metrics.interval(metrics.ndcg(np.concatenate(pieces), 10))["value"] for name, pieces in found.items()}
-    result |= {f"{name}_ndcg@10": value for name, value in ndcg.items()}
+    histories, target = [sequences.history(user, "valid") for user in users], torch.from_numpy(sequences.valid[users])
+    found = _candidates(ranker, histories, target, settings.candidates)
+    blend = fit_blend(found)
+    run.save_model(f"{BLEND}/{domain}", blend._asdict(), {"score_features": list(SCORE_FEATURES)})
+    ranker.use(blend)
+    result: dict[str, Any] = {"users": len(users), "fitted_on": len(found.target)} | _average_weights(blend)
+    result |= _validation_ndcg(ranker, histories, target)
     if settings.rerank:
         reranker, gain = _fit_reranker(ranker, sequences, everybody[: settings.rerank_users])
         if reranker is not None:
@@ -105,12 +87,49 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, Any]:
     return result
 
 
+def _candidates(ranker: Ranker, histories: list[np.ndarray], target: Tensor, count: int) -> Candidates:
+    """What the blend is fitted on: a share of the trained items is scored as cold items are, and real cold items are left out."""
+    assert ranker.item_item is not None
+    trained, available = ranker.trained, ranker.item_item.available
+    cold = torch.zeros(trained, dtype=torch.bool)
+    if "content" in ranker.item_item.contents:
+        drawn = torch.from_numpy(uniform(COLD_STREAM, 0, np.arange(trained), 1)[:, 0] < COLD_SHARE)
+        cold = drawn & ~drawn.all()  # a catalog of a few items: some must stay trained to be neighbours
+    simulating = ranker.with_simulated_cold_items(cold.nonzero()[:, 0]) if cold.any() else ranker
+    samples = []
+    with torch.inference_mode():
+        for rows in batches(len(histories), len(SCORE_FEATURES) * ranker.num_items):
+            sequence, features, lengths = simulating.score_features(histories[rows])
+            samples.append(candidates(sequence[:, :trained], features[:, :, :trained], lengths, target[rows], cold, available, count))
+    return Candidates(*(torch.cat(pieces).clone() for pieces in zip(*samples, strict=True))) if samples else no_candidates()
+
+
+def _average_weights(blend: Blend) -> dict[str, dict[str, float]]:
+    """Blend weights for a history of average description, by score feature."""
+    weights = blend.weights_for(blend.centre[None] + torch.tensor([[1.0, 0, 0]]))[0].tolist()
+    return {
+        "blend_weights": dict(zip(SCORE_FEATURES, weights, strict=False)),
+        "blend_weights_of_cold_items": dict(zip((*SCORE_FEATURES, "cold"), weights[len(SCORE_FEATURES) :], strict=True)),
+    }
+
+
+def _validation_ndcg(ranker: Ranker, histories: list[np.ndarray], target: Tensor) -> dict[str, float]:
+    """ndcg@10 of validation items among unseen ones, as fine-tuning is judged: of the blend, and of the sequence model alone."""
+    found: dict[str, list[np.ndarray]] = {"model": [np.zeros(0, int)], "sequencer": [np.zeros(0, int)]}
+    with torch.inference_mode():
+        for rows in batches(len(histories), len(SCORE_FEATURES) * ranker.num_items):
+            scores = ranker.scores(histories[rows])
+            for name, pieces in found.items():
+                pieces.append(ranks(scores[name], target[rows], histories[rows]).numpy())
+    return {f"{name}_ndcg@10": metrics.interval(metrics.ndcg(np.concatenate(pieces), 10))["value"] for name, pieces in found.items()}
+
+
 def _fit_reranker(ranker: Ranker, sequences: columns.Sequences, users: np.ndarray) -> tuple[Reranker | None, dict[str, float]]:
-    """What `fit_reranker` gives for the validation items of users."""
+    """As `fit_reranker`, on the validation items of some users."""
     lists = []
     with torch.inference_mode():
         for rows in batches(len(users)):
             histories = [sequences.history(user, "valid") for user in users[rows]]
-            lists.append(ranker.lists(histories, torch.from_numpy(sequences.valid[users[rows]])))
+            lists.append(ranker.candidate_lists(histories, torch.from_numpy(sequences.valid[users[rows]])))
     joined = [torch.cat(pieces).clone() for pieces in zip(*lists, strict=True)]
-    return fit_reranker(Lists(*joined), seed=0) if lists else (None, {})
+    return fit_reranker(CandidateLists(*joined), seed=0) if lists else (None, {})

@@ -92,10 +92,8 @@ def _fuse(run: RunDir, facts: Facts, catalog: Catalog) -> tuple[np.ndarray, dict
 
     from qbert_ray.fusion.model import DynamicFusion
 
-    tensors, description = run.load_model("fusion/model")
-    model = DynamicFusion(**description).eval()
-    model.load_state_dict(tensors)
-    modalities = list(description["feature_widths"])
+    model = run.load_module(DynamicFusion, "fusion/model")
+    modalities = list(model.project)
     parts = run.parts(f"features/{modalities[0]}", catalog.domain)
     if not parts:
         return None

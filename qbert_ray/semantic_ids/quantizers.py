@@ -10,10 +10,5 @@ EXTRA = "quantizer/extra"  # folder of a numbered folder for each quantizer in a
 
 def load_quantizers(run: RunDir) -> list[RQVAE]:
     """The quantizer of the semantic IDs, then those of the codes beside them, in the order of `catalog_codes`; ready to encode."""
-    models = []
-    for folder in ["quantizer/model", *(f"{EXTRA}/{name}/model" for name in run.folders(EXTRA))]:
-        tensors, description = run.load_model(folder)
-        models.append(RQVAE(**description))
-        models[-1].load_state_dict(tensors)
-        models[-1].eval()
-    return models
+    folders = ["quantizer/model", *(f"{EXTRA}/{name}/model" for name in run.folders(EXTRA))]
+    return [run.load_module(RQVAE, folder) for folder in folders]

@@ -4,8 +4,9 @@ An item enters as the sum of its K code embeddings (`tokens: item`) or as K posi
 the same embeddings and linear in them, so the score of an item is one dot product with its composed vector, and one matrix
 product ranks the whole catalog: no beam search.
 
-Notable choices: sequences of a batch are packed without padding, those of equal length side by side, so attention is a
-plain batched product over each group; positions count from the end, so that "the last item" is one embedding.
+Notable choices: sequences of a batch are packed without padding and grouped by length, so attention is a plain batched product
+over each group; positions count from the end, so that "the last item" is one embedding; what belongs to a catalog (codes, content
+vectors, cold items) is passed as an `ItemTable`, so that one model serves several catalogs.
 
 Shapes: S items of all packed sequences, T items of a sequence, N catalog, K levels, M codewords per level, D width,
 P masked positions.
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert_ray.products import Linear, product
+from qbert_ray.sequence.item_table import ColdItems, ItemTable
 
-RECALL_START = 1.0  # size of what is recalled beside what the encoder says
+RECALL_START = 1.0  # initial weight of the history's mean item vector in the query, relative to the encoder's output
 CONTENT_START = 0.1  # size of an item's projected content in each dimension; four codes start at about half of that
 
 
@@ -46,10 +48,11 @@ class Sequencer(nn.Module):
         tokens: "item" or "flat".
         loss: "catalog" or "tokens" (Eq. 11).
         logits: "dot" or "cosine".
-        warm_items: domain -> number of items that have an embedding of their own beside their codes; none by default.
-        content_width: F of the content vectors that an item's vector also holds a projection of (`hold_content`); 0: codes alone.
-        recall: add what the sequence's other items are to the queries, the nearer the more: the model starts as neighbours by content.
-        code_dropout: share of items whose codes are hidden in training, so that content alone has to place them.
+        temperature: of cosine logits.
+        item_embeddings: domain -> number of items that have an embedding of their own in addition to their codes; none by default.
+        content_width: F of the content vectors whose projection is part of an item's vector; 0: codes alone.
+        code_dropout: fraction of items whose codes are hidden in training, so that they have to be placed by content alone.
+        recall: add the recency-weighted mean of the history's item vectors to the query (`recency_weighted_mean`).
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Sequencer(nn.Module):
         loss: str = "catalog",
         logits: str = "dot",
         temperature: float = 0.07,
-        warm_items: dict[str, int] | None = None,
+        item_embeddings: dict[str, int] | None = None,
         content_width: int = 0,
         code_dropout: float = 0.0,
         recall: bool = False,
@@ -76,10 +79,8 @@ class Sequencer(nn.Module):
         self.tokens, self.loss_kind, self.logits_kind, self.temperature = tokens, loss, logits, temperature
         self.code_embedding = nn.Embedding(num_levels * codebook_size, width)
         self.code_bias = nn.Parameter(torch.zeros(num_levels * codebook_size))
-        # a module's name must not be that of a method of ModuleDict, and "items" is what a lone domain is called
-        self.item_embedding = nn.ModuleDict({f"in_{name}": nn.Embedding(size, width) for name, size in (warm_items or {}).items()})
-        for name, size in (warm_items or {}).items():
-            self.register_buffer(f"warm_{name}", torch.ones(size, 1))  # 0: no training interaction, so codes alone
+        # prefixed, since a module's name must not be that of a method of ModuleDict, and a lone domain is called "items"
+        self.item_embedding = nn.ModuleDict({f"in_{name}": nn.Embedding(size, width) for name, size in (item_embeddings or {}).items()})
         self.content = Linear(content_width, width, bias=False) if content_width else None
         self.code_dropout = code_dropout
         self.recall = nn.Parameter(torch.tensor([RECALL_START, 0.0])) if recall else None  # weight, and logit of the decay per step
@@ -93,25 +94,20 @@ class Sequencer(nn.Module):
         if self.content is not None:
             nn.init.normal_(self.content.weight, std=CONTENT_START / content_width**0.5)
 
-    def hold_content(self, domain: str, content: Tensor) -> None:
-        """Take the content vectors [N, F] of a domain's catalog; they are no weights, so they are not saved with the model."""
-        self.register_buffer(f"content_{domain}", content, persistent=False)
-
-    def hold_neighbours(self, domain: str, nearest: Tensor, weights: Tensor) -> None:
-        """Let the last C items of a domain's catalog stand where trained ones do: the weighted mean of their nearest, [C, n] each."""
-        self.register_buffer(f"nearest_{domain}", nearest, persistent=False)
-        self.register_buffer(f"weights_{domain}", weights, persistent=False)
-
-    def forward(self, batch: Packed, catalog: Tensor, domain: str) -> Tensor:
-        """Queries of the masked positions, in packed order: [P, D], or [P, K * D] with flat tokens.
+    def forward(self, batch: Packed, table: ItemTable) -> Tensor:
+        """Query vectors of the masked positions, in packed order.
 
         Args:
-            catalog: [N, K] codes of the domain's items.
+            batch: sequences of items of the table.
+            table: the catalog.
+
+        Returns:
+            [P, D], or [P, K * D] with flat tokens.
         """
         if self.tokens == "flat":
-            states, groups = self._embed_flat(batch, catalog, domain)
+            states, groups = self._embed_flat(batch, table)
         else:
-            items = self.compose(catalog[batch.items], domain, batch.items)
+            items = self.compose(table, batch.items)
             states = torch.where(batch.masked[:, None], self.mask_embedding, items) + self.position_embedding(batch.position)
             groups = batch.groups
         states = self.dropout(states)
@@ -121,75 +117,73 @@ class Sequencer(nn.Module):
         last: Any = self.layers[-1]
         wanted = batch.masked.repeat_interleave(places)
         states = last.at_the_ends(states, groups, places) if batch.ends else last(states, groups, wanted)
-        queries = self.norm(states).view(-1, places * states.shape[1])  # K states of an item beside each other
-        return queries if self.recall is None else queries + self._recall(items, batch)
+        queries = self.norm(states).view(-1, places * states.shape[1])  # the K states of an item, concatenated
+        return queries if self.recall is None else queries + recency_weighted_mean(items, batch, self.recall)
 
-    def _recall(self, items: Tensor, batch: Packed) -> Tensor:
-        """[P, D] mean of the items of a sequence that are not masked, the nearer the more, at the size of a query."""
-        weight, decay = self.recall[0], F.logsigmoid(self.recall[1])
-        if batch.ends:  # only the direction of a mean counts, so its weights need not sum to 1
-            near = torch.exp(decay * (batch.position - 1)).masked_fill(batch.masked, 0)
-            sums = items.new_zeros(sum(count for _, count, _ in batch.groups), items.shape[1])
-            sums.index_add_(0, batch.masked.cumsum(0) - batch.masked.long(), items * near[:, None])
-            return weight * items.shape[1] ** 0.5 * F.normalize(sums, dim=-1)
-        means = []
-        sizes = [count * length for _, count, length in batch.groups]
-        for vectors, masked, (_, count, length) in zip(items.split(sizes), batch.masked.split(sizes), batch.groups, strict=True):
-            place = torch.arange(length, device=items.device)
-            logits = decay * (place - place[:, None]).abs()  # [T, T]
-            logits = logits.masked_fill(masked.view(count, 1, length), -torch.inf)  # [count, T, T]
-            mean = logits.softmax(-1).nan_to_num() @ vectors.view(count, length, -1)  # nothing but masked items: zeros
-            means.append(mean.flatten(0, 1)[masked])
-        return weight * items.shape[1] ** 0.5 * F.normalize(torch.cat(means), dim=-1)
+    def compose(self, table: ItemTable, items: Tensor | None = None) -> Tensor:
+        """Item vectors: the sum of the code embeddings, the projected content, and the item's own embedding where it has one.
 
-    def compose(self, codes: Tensor, domain: str, items: Tensor | None = None) -> Tensor:
-        """[B, D] vectors of items by their codes [B, K], with what content and warm items add (rows `items` of the domain's)."""
+        Args:
+            table: the catalog.
+            items: [B] item_index; None: the whole catalog.
+
+        Returns:
+            [B, D], or [N, D].
+        """
+        codes = table.codes if items is None else table.codes[items]
         vectors = F.embedding_bag(self._slots(codes), self.code_embedding.weight, mode="sum")
         if self.content is not None:
             if self.training and self.code_dropout:
                 vectors = vectors * (torch.rand(len(vectors), 1, device=vectors.device) >= self.code_dropout)
-            content = getattr(self, f"content_{domain}")
-            vectors = vectors + self.content(content[: len(codes)] if items is None else content[items])
-        if f"in_{domain}" in self.item_embedding:
-            own = self.item_embedding[f"in_{domain}"].weight * getattr(self, f"warm_{domain}")
-            if items is None:  # the whole catalog: items beyond the embedding are cold
-                return vectors + F.pad(own, (0, 0, 0, len(codes) - len(own)))
-            known = items < len(own)
-            vectors = vectors + own[items.where(known, 0)] * known[:, None]
-        return vectors
+            assert table.content is not None, "a model that reads content needs a table with content"
+            vectors = vectors + self.content(table.content if items is None else table.content[items])
+        if f"in_{table.domain}" not in self.item_embedding:
+            return vectors
+        own = self.item_embedding[f"in_{table.domain}"].weight
+        own = own if table.known is None else own * table.known[:, None]
+        if items is None:  # items beyond the embedding came after the training
+            return vectors + F.pad(own, (0, 0, 0, len(codes) - len(own)))
+        has = items < len(own)
+        return vectors + own[items.where(has, 0)] * has[:, None]
 
-    def catalog_vectors(self, catalog: Tensor, domain: str) -> tuple[Tensor, Tensor]:
-        """Vectors [N, D or K * D] and biases [N] whose product with a query is an item's score."""
-        slots = self._slots(catalog)
+    def catalog_vectors(self, table: ItemTable) -> tuple[Tensor, Tensor]:
+        """Vectors [N, D or K * D] and biases [N] of the catalog whose product with a query is the items' scores."""
+        slots = self._slots(table.codes)
         bias = self.code_bias[slots].sum(1)
-        vectors = self.code_embedding(slots).flatten(1) if self.tokens == "flat" else self.compose(catalog, domain)
+        vectors = self.code_embedding(slots).flatten(1) if self.tokens == "flat" else self.compose(table)
         vectors = F.normalize(vectors, dim=-1) if self.logits_kind == "cosine" else vectors
-        if not hasattr(self, f"nearest_{domain}"):
-            return vectors, bias
-        nearest, weights = getattr(self, f"nearest_{domain}"), getattr(self, f"weights_{domain}")
-        return self.borrow(vectors, bias, torch.arange(len(vectors) - len(nearest), len(vectors), device=vectors.device), nearest, weights)
+        return (vectors, bias) if table.cold is None else self.average_neighbours(vectors, bias, table.cold)
 
-    def borrow(self, vectors: Tensor, bias: Tensor, rows: Tensor, nearest: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The catalog's vectors and biases with those of `rows` [C] replaced by the weighted mean of their nearest, [C, n] each."""
-        borrowed = F.embedding_bag(nearest, vectors, per_sample_weights=weights, mode="sum")
+    def average_neighbours(self, vectors: Tensor, bias: Tensor, cold: ColdItems) -> tuple[Tensor, Tensor]:
+        """The catalog's vectors and biases with those of cold items replaced by the weighted mean of their nearest trained items."""
+        mean = F.embedding_bag(cold.nearest, vectors, per_sample_weights=cold.weights, mode="sum")
         if self.logits_kind == "cosine":
-            borrowed = F.normalize(borrowed, dim=-1)
-        return vectors.index_copy(0, rows, borrowed), bias.index_copy(0, rows, (bias[nearest] * weights).sum(1))
+            mean = F.normalize(mean, dim=-1)
+        return vectors.index_copy(0, cold.rows, mean), bias.index_copy(0, cold.rows, (bias[cold.nearest] * cold.weights).sum(1))
 
     def scores(self, query: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
-        """[P, N] score of every item of the catalog for each query; [P, C] where each query has vectors [P, C, D] and biases [P, C] of its own."""
+        """Scores of items for each query.
+
+        Args:
+            query: [P, D or K * D].
+            vectors: [N, D or K * D] of the whole catalog, or [P, C, D or K * D] of candidates of each query.
+            bias: [N] or [P, C].
+
+        Returns:
+            [P, N] or [P, C].
+        """
         if self.logits_kind == "cosine":
             query = F.normalize(query, dim=-1) / self.temperature
         if vectors.dim() == 3:
             return torch.baddbmm(bias[:, None], query[:, None], vectors.transpose(1, 2))[:, 0]
         return product(query, vectors, bias)
 
-    def loss(self, query: Tensor, target: Tensor, catalog: Tensor, domain: str) -> Tensor:
+    def loss(self, query: Tensor, target: Tensor, table: ItemTable) -> Tensor:
         """Cross-entropy of the masked items, summed over the P positions; target is [P] item_index."""
         if self.loss_kind == "catalog":
-            return F.cross_entropy(self.scores(query, *self.catalog_vectors(catalog, domain)), target, reduction="sum")
+            return F.cross_entropy(self.scores(query, *self.catalog_vectors(table)), target, reduction="sum")
         # Eq. 11 level by level. A flat query has a state of its own for each level.
-        size, codes = self.codebook_size, catalog[target]  # [P, K]
+        size, codes = self.codebook_size, table.codes[target]  # [P, K]
         queries = query.view(len(query), self.num_levels, -1) if self.tokens == "flat" else query[:, None].expand(-1, self.num_levels, -1)
         books = self.code_embedding.weight.view(self.num_levels, size, -1)
         if self.logits_kind == "cosine":
@@ -214,9 +208,9 @@ class Sequencer(nn.Module):
     def _slots(self, codes: Tensor) -> Tensor:
         return codes + torch.arange(self.num_levels, device=codes.device) * self.codebook_size
 
-    def _embed_flat(self, batch: Packed, catalog: Tensor, domain: str) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    def _embed_flat(self, batch: Packed, table: ItemTable) -> tuple[Tensor, list[tuple[int, int, int]]]:
         levels = self.num_levels
-        states = self.code_embedding(self._slots(catalog[batch.items]))  # [S, K, D]
+        states = self.code_embedding(self._slots(table.codes[batch.items]))  # [S, K, D]
         states = torch.where(batch.masked[:, None, None], self.mask_embedding, states)
         position = batch.position[:, None] * levels + torch.arange(levels, device=states.device)
         states = states + self.position_embedding(position)
@@ -236,7 +230,7 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, states: Tensor, groups: list[tuple[int, int, int]], chosen: Tensor | None = None) -> Tensor:
-        """New states [S, D]; or [P, D] of the `chosen` places [S] alone, where nobody asks for the others."""
+        """New states [S, D], or [P, D] of the `chosen` places [S] alone where the others are not needed."""
         attended = self._attend(self.query_key_value(self.norm_attention(states)), groups)
         if chosen is not None:
             states, attended = states[chosen], attended[chosen]
@@ -245,7 +239,7 @@ class EncoderLayer(nn.Module):
         return states + self.dropout(self.ffn[3](hidden), chosen)
 
     def at_the_ends(self, states: Tensor, groups: list[tuple[int, int, int]], places: int) -> Tensor:
-        """New states of the last `places` of each sequence, where nobody asks for the others: only keys and values of all."""
+        """New states of the last `places` of each sequence: queries are computed for those alone, keys and values for all."""
         width = states.shape[1]
         sizes = np.concatenate([np.full(count, length) for _, count, length in groups])
         ends = torch.from_numpy((sizes.cumsum()[:, None] + np.arange(-places, 0)).ravel()).to(states.device)
@@ -262,10 +256,10 @@ class EncoderLayer(nn.Module):
         parts = []
         queries = query.split([count * places for _, count, _ in groups])
         blocks = key_value.split([count * length for _, count, length in groups])
-        for asking, block, (_, count, length) in zip(queries, blocks, groups, strict=True):
+        for last, block, (_, count, length) in zip(queries, blocks, groups, strict=True):
             key, value = block.view(count, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-            asking = asking.view(count, places, self.num_heads, -1).transpose(1, 2)
-            parts.append(F.scaled_dot_product_attention(asking, key, value).transpose(1, 2).reshape(-1, width))
+            last = last.view(count, places, self.num_heads, -1).transpose(1, 2)
+            parts.append(F.scaled_dot_product_attention(last, key, value).transpose(1, 2).reshape(-1, width))
         states = states[ends] + self.out(torch.cat(parts))
         return states + self.ffn(self.norm_ffn(states))
 
@@ -291,7 +285,7 @@ class Dropout(nn.Module):
         self.threshold = round(rate * 256)
 
     def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Some of x [P, D] dropped; where x is the `chosen` places [S] of something, as they would be in the whole."""
+        """Some of x [P, D] dropped; where x is the `chosen` places [S] of something, the same numbers are dropped as in the whole."""
         if not self.training or not self.threshold:
             return x
         size = x.numel() if chosen is None else len(chosen) * x.shape[1]
@@ -328,9 +322,9 @@ def pack(items: np.ndarray, lengths: np.ndarray, masks: np.ndarray) -> tuple[Pac
 
 
 @torch.inference_mode()
-def next_item_queries(model: Sequencer, histories: list[np.ndarray], catalog: Tensor, domain: str) -> Tensor:
-    """[B, D or K * D] query for the item after each history: one masked item appended to its latest items."""
-    device = catalog.device
+def next_item_queries(model: Sequencer, histories: list[np.ndarray], table: ItemTable) -> Tensor:
+    """[B, D or K * D] query for the item after each history: one masked item appended to its latest items (§3.6)."""
+    device = table.codes.device
     cut = [history[-(model.max_items - 1) :] for history in histories]
     lengths = np.array([len(history) + 1 for history in cut])
     ends = np.cumsum(lengths)
@@ -338,8 +332,45 @@ def next_item_queries(model: Sequencer, histories: list[np.ndarray], catalog: Te
     items[np.delete(np.arange(len(items)), ends - 1)] = np.concatenate(cut)
     masks = np.arange(lengths.max()) == lengths[:, None] - 1
     packed, order = pack(items, lengths, masks)
-    queries = model(to_device(packed._replace(ends=True), device), catalog, domain)
+    queries = model(to_device(packed._replace(ends=True), device), table)
     return queries[torch.from_numpy(np.argsort(order)).to(device)]
+
+
+def recency_weighted_mean(items: Tensor, batch: Packed, recall: Tensor) -> Tensor:
+    """The recency-weighted mean of the history's item vectors, for every masked position: what `recall` adds to the queries.
+
+    Args:
+        items: [S, D] vectors of the packed items.
+        batch: the sequences; masked items do not count.
+        recall: [2] the weight of the mean, and the logit of its decay per step.
+
+    Returns:
+        [P, D] of length weight * sqrt(D), the size of a query; zeros where every item is masked.
+    """
+    if batch.ends:
+        weights = recency_weights(batch.position, recall).masked_fill(batch.masked, 0)
+        sums = items.new_zeros(sum(count for _, count, _ in batch.groups), items.shape[1])
+        sums.index_add_(0, batch.masked.cumsum(0) - batch.masked.long(), items * weights[:, None])
+        return at_query_size(sums, recall)
+    means = []
+    sizes = [count * length for _, count, length in batch.groups]
+    for vectors, masked, (_, count, length) in zip(items.split(sizes), batch.masked.split(sizes), batch.groups, strict=True):
+        place = torch.arange(length, device=items.device)
+        logits = F.logsigmoid(recall[1]) * (place - place[:, None]).abs()  # [T, T]
+        logits = logits.masked_fill(masked.view(count, 1, length), -torch.inf)  # [count, T, T]
+        mean = logits.softmax(-1).nan_to_num() @ vectors.view(count, length, -1)  # nothing but masked items: zeros
+        means.append(mean.flatten(0, 1)[masked])
+    return at_query_size(torch.cat(means), recall)
+
+
+def recency_weights(steps: Tensor, recall: Tensor) -> Tensor:
+    """Weight of each item by its steps before the masked item: 1 for the last; only the direction of a mean counts, so no sum to 1."""
+    return torch.exp(F.logsigmoid(recall[1]) * (steps - 1))
+
+
+def at_query_size(means: Tensor, recall: Tensor) -> Tensor:
+    """Mean item vectors [P, D] scaled to length weight * sqrt(D), which is that of a normalized query."""
+    return recall[0] * means.shape[1] ** 0.5 * F.normalize(means, dim=-1)
 
 
 def to_device(packed: Packed, device: torch.device | str) -> Packed:

@@ -12,6 +12,7 @@ from qbert_ray import metrics
 from qbert_ray.config.schema import Config, SequenceTraining
 from qbert_ray.random_streams import VALIDATION_STREAM, WINDOW_STREAM, uniform
 from qbert_ray.semantic_ids.quantizers import load_quantizers
+from qbert_ray.sequence.item_table import ItemTable
 from qbert_ray.sequence.masking import draw_lengths, draw_masks
 from qbert_ray.sequence.model import Sequencer, next_item_queries, pack, to_device
 from qbert_ray.storage import columns
@@ -34,29 +35,30 @@ class SequencerTask:
         counts = run.read_json("semantic_ids/manifest.json")["counts"]
         self.codebook_size = counts["codebook_size"]
         levels = None if config.sequencer.tokens == "item" else counts["num_levels"]  # flat: a position for each code of the ID alone
-        self.catalogs = {name: catalog_codes(run, name)[: warm_items(run, name), :levels] for name in domains}
         self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
-        self.contents = {name: content_vectors(run, name)[: len(self.catalogs[name])] for name in domains} if self._reads_content() else {}
+        self.tables = {name: self._table(name, levels) for name in domains}  # of the items that training may see
+
+    def _table(self, name: str, levels: int | None) -> ItemTable:
+        codes = torch.from_numpy(catalog_codes(self.run, name)[: warm_items(self.run, name), :levels])
+        content = content_vectors(self.run, name)[: len(codes)] if self._reads_content() else None
+        known = torch.from_numpy(np.bincount(self.sequences[name].items, minlength=len(codes)) > 0)
+        return ItemTable(codes, content, known, domain=name)
 
     def description(self) -> dict[str, Any]:
         s = self.config.sequencer
         names = ("width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature")
         names += ("code_dropout",)
+        codes, content = self.tables[self.domains[0]][:2]
         return {
             "recall": s.recall and s.tokens == "item",
-            "content_width": next(iter(self.contents.values())).shape[1] if self.contents else 0,
-            "num_levels": int(self.catalogs[self.domains[0]].shape[1]),
+            "content_width": content.shape[1] if content is not None else 0,
+            "num_levels": codes.shape[1],
             "codebook_size": self.codebook_size,
-            "warm_items": {name: len(self.catalogs[name]) for name in self.domains} if s.embeds_items else {},
+            "item_embeddings": {name: len(table.codes) for name, table in self.tables.items()} if s.embeds_items else {},
         } | {name: getattr(s, name) for name in names}
 
     def build(self) -> nn.Module:
         model = Sequencer(**self.description())
-        for name, content in self.contents.items():
-            model.hold_content(name, content)
-        for name in self.domains if self.config.sequencer.embeds_items else []:
-            counts = np.bincount(self.sequences[name].items, minlength=len(self.catalogs[name]))
-            getattr(model, f"warm_{name}").copy_(torch.from_numpy(counts > 0)[:, None])
         if self.config.sequencer.start == "codebooks" and not self.config.data.semantic_ids:
             books = torch.cat([each.quantizer.codebooks for each in load_quantizers(self.run)])
             model.start_from(books[: model.num_levels])
@@ -64,6 +66,8 @@ class SequencerTask:
             tensors, _ = self.run.load_model(self.start)
             known = model.state_dict()
             model.load_state_dict({name: each for name, each in tensors.items() if name in known and self._takes(name)}, strict=False)
+        for name, embedding in zip(self.domains, model.item_embedding.values(), strict=False):
+            embedding.weight.data[~self.tables[name].known.cpu()] = 0  # they get no gradient, so the saved model ignores them too
         return model
 
     def _takes(self, name: str) -> bool:
@@ -107,9 +111,9 @@ class SequencerTask:
         items = self.sequences[name].items[np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))]
         masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, dict(s.masks), dict(s.mask_ratio), s.last_item_share)
         batch, _ = pack(items, lengths, masks)
-        batch, catalog = to_device(batch, device), self._catalog(name, device)
-        query = model(batch, catalog, name)
-        return model.loss(query, batch.items[batch.masked], catalog, name), float(len(query))
+        batch, table = to_device(batch, device), self._table_on(name, device)
+        query = model(batch, table)
+        return model.loss(query, batch.items[batch.masked], table), float(len(query))
 
     def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
         """Ranks of the validation items among all that their users have not had, averaged over domains."""
@@ -120,30 +124,28 @@ class SequencerTask:
             most = getattr(self.settings, "validation_users", SAMPLE)
             users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
             if len(users):
-                rank = rank_targets(
-                    model, self._catalog(name, device), name, [sequences.history(u, "valid") for u in users], sequences.valid[users]
-                )
+                histories = [sequences.history(user, "valid") for user in users]
+                rank = rank_targets(model, self._table_on(name, device), histories, sequences.valid[users])
                 values.append([metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()])
         hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
         return {"hr@10": float(hit_rate), "ndcg@10": float(ndcg)}
 
-    def _catalog(self, name: str, device: torch.device) -> Tensor:
-        return torch.from_numpy(self.catalogs[name]).to(device)
+    def _table_on(self, name: str, device: torch.device) -> ItemTable:
+        """A domain's table on a device, where it stays."""
+        self.tables[name] = self.tables[name].to(device)
+        return self.tables[name]
 
 
-def rank_targets(
-    model: Sequencer, catalog: Tensor, domain: str, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 512
-) -> np.ndarray:
-    """[B] rank of each target after its history, among all that is not in it.
+def rank_targets(model: Sequencer, table: ItemTable, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 512) -> np.ndarray:
+    """[B] rank of each target after its history, among all items that are not in the history.
 
-    What a sequence model thinks of items that were had already is not what it is chosen by: the memory's mix knows them, and
-    `score` leaves them out.
+    A sequence model is not chosen by how it ranks items of the history: the blend has a weight for those, and `score` leaves them out.
     """
-    vectors, bias = model.catalog_vectors(catalog, domain)
+    vectors, bias = model.catalog_vectors(table)
     result = []
     for begin in range(0, len(histories), batch_size):
         rows = slice(begin, begin + batch_size)
-        queries = next_item_queries(model, histories[rows], catalog, domain)
-        target = torch.from_numpy(targets[rows]).to(catalog.device)
+        queries = next_item_queries(model, histories[rows], table)
+        target = torch.from_numpy(targets[rows]).to(table.codes.device)
         result.append(ranks(model.scores(queries, vectors, bias), target, histories[rows]).cpu().numpy())
     return np.concatenate(result)

@@ -13,9 +13,6 @@ from torch import Tensor
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import RunDir
 
-NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.1  # of a cold item among those that were trained
-CHUNK = 4096  # items whose neighbours are looked up at once
-
 
 def warm_items(run: RunDir, domain: str) -> int:
     """How many items training may see: the first of the catalog."""
@@ -60,11 +57,3 @@ def modality_vectors(run: RunDir, domain: str, modality: str) -> Tensor | None:
     has = present.any(1)
     warm = has & (torch.arange(len(mean)) < warm_items(run, domain))
     return F.normalize((mean - mean[warm].mean(0)) * has[:, None], dim=-1) if warm.any() else None
-
-
-def nearest(content: Tensor, rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """[C, n] items of `among` nearest by cosine of content [N, D] to each of C rows; and their weights, summing to 1."""
-    unit = F.normalize(content, dim=-1)
-    others, count = unit[among].T, min(NEIGHBOURS, len(among))
-    cosine, found = zip(*(torch.topk(unit[piece] @ others, count, dim=1) for piece in rows.split(CHUNK)), strict=True)
-    return among[torch.cat(found)], torch.softmax(torch.cat(cosine) / NEIGHBOUR_TEMPERATURE, dim=1)

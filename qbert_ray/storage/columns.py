@@ -92,8 +92,8 @@ SEMANTIC_IDS = pa.schema(
     ]
 )  # and, with extra quantizers, their codes as a list under EXTRA_CODES
 
-# ranking/weights: which items of a history speak for an item, and how much (memory.py).
-MEMORY = pa.schema(
+# ranking/weights: item-item weights, the items of a history that add to an item's score and by how much (ranking/item_item.py).
+ITEM_ITEM = pa.schema(
     [
         (DOMAIN, pa.string()),
         (ITEM_ID, pa.string()),

@@ -15,11 +15,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    Module = TypeVar("Module", bound=nn.Module)
 
 MANIFEST = "manifest.json"
 S3_ATTEMPTS = 8  # of one request, further and further apart: 50 seconds in all
@@ -201,6 +206,21 @@ class RunDir:
         if not self.exists(f"{folder}/model.json"):
             raise ArtifactError(f"no model in {self.uri}/{folder}; run the stage that trains it: qbert-ray run")
         return load(self.read_bytes(f"{folder}/model.safetensors")), self.read_json(f"{folder}/model.json")
+
+    def load_module(self, kind: Callable[..., Module], folder: str) -> Module:
+        """The model of a folder, ready to use: built from its description, with its weights, in evaluation mode.
+
+        Args:
+            kind: the model's class.
+            folder: as `save_model` was given it.
+
+        Raises:
+            ArtifactError: there is no model in that folder.
+        """
+        tensors, description = self.load_model(folder)
+        model = kind(**description)
+        model.load_state_dict(tensors)
+        return model.eval()
 
     def _write(self, path: str, content: bytes | pa.Buffer) -> None:
         with self.filesystem.open_output_stream(path) as stream:

@@ -1,0 +1,114 @@
+"""Builds the ranker of a domain from a run directory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from scipy import sparse
+from torch import Tensor
+
+from qbert_ray.config.schema import Ranking
+from qbert_ray.ranking.blend import Blend
+from qbert_ray.ranking.item_item import ItemItem
+from qbert_ray.ranking.ranker import Ranker
+from qbert_ray.ranking.reranker import Reranker
+from qbert_ray.ranking.score_features import SCORE_FEATURES
+from qbert_ray.sequence.item_table import ColdItems, ItemTable, nearest_trained_items
+from qbert_ray.sequence.model import Sequencer
+from qbert_ray.storage.catalog import catalog_codes, content_vectors, modality_vectors, warm_items
+from qbert_ray.storage.directory import ArtifactError, RunDir
+
+WEIGHTS, BLEND, RERANKER = "ranking/weights", "ranking/blend", "ranking/reranker"
+
+
+def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu", blended: bool = True) -> Ranker:
+    """The fine-tuned sequence model of a domain with its item-item model, blend and reranker, where they are enabled.
+
+    Args:
+        run: a run whose stages up to `ranking` are done, or up to `finetune` where ranking is disabled.
+        domain: one that was fine-tuned.
+        settings: the config's section `ranking`.
+        device: where the models compute.
+        blended: false: without the blend and the reranker, which are still to be fitted.
+
+    Raises:
+        ArtifactError: a model or table is not there.
+    """
+    content = content_vectors(run, domain) if run.parts("fusion/embeddings", domain) else None  # none: semantic IDs were given
+    trained = warm_items(run, domain)
+    cold = None
+    if content is not None and trained < len(content):
+        cold = nearest_trained_items(content, torch.arange(trained, len(content)), torch.arange(trained))
+    model = run.load_module(Sequencer, f"finetune/{domain}/model").to(device)
+    items = _item_table(run, domain, model, content, cold).to(device)
+    if not settings.enabled:
+        return Ranker(model, items, trained)
+    blend = _load_blend(run, domain) if blended else None
+    contents = _contents(run, domain, content, blend.used() if blend else SCORE_FEATURES)
+    contents = {name: vectors.to(device) for name, vectors in contents.items()}
+    item_item = _load_item_item(run, domain, settings, model.max_items, contents, cold, len(items.codes))
+    ranker = Ranker(model, items, trained, item_item, settings.rerank, settings.new_item_bonus)
+    if blend is not None:
+        ranker.use(blend, _load_reranker(run, domain) if settings.rerank else None)
+    return ranker
+
+
+def _item_table(run: RunDir, domain: str, model: Sequencer, content: Tensor | None, cold: ColdItems | None) -> ItemTable:
+    """The catalog as a model reads it; where it reads codes alone, they also place cold items."""
+    codes = torch.from_numpy(catalog_codes(run, domain)[:, : model.num_levels])
+    if model.content is None:
+        return ItemTable(codes, domain=domain)
+    assert content is not None, "a model that reads content was trained on embeddings"
+    return ItemTable(codes, content, cold=cold, domain=domain)
+
+
+def _contents(run: RunDir, domain: str, content: Tensor | None, used: list[str] | tuple[str, ...]) -> dict[str, Tensor]:
+    """[N, D] vectors of length 1 of the kinds of content that are used and there."""
+    vectors = {name: modality_vectors(run, domain, name) for name in ("text", "image") if name in used}
+    if "content" in used:
+        vectors["content"] = F.normalize(content, dim=-1) if content is not None else None
+    return {name: each for name, each in vectors.items() if each is not None}
+
+
+def _load_item_item(
+    run: RunDir,
+    domain: str,
+    settings: Ranking,
+    latest: int,
+    contents: dict[str, Tensor],
+    cold: ColdItems | None,
+    num_items: int,
+) -> ItemItem:
+    """The item-item model of a domain; items that came after the stage have no weights in its table."""
+    table = run.read(WEIGHTS, domain)
+    ridge, transitions = (_matrix(table[f"{name}_items"], table[f"{name}_weights"], num_items) for name in ("ridge", "following"))
+    popularity = torch.zeros(num_items)
+    popularity[: table.num_rows] = torch.from_numpy(table["popularity"].to_numpy())
+    decays = (settings.decay, settings.following_decay)
+    return ItemItem(ridge, transitions, decays, settings.scale, latest, contents, popularity, cold)
+
+
+def _load_blend(run: RunDir, domain: str) -> Blend:
+    blend = Blend(**run.load_model(f"{BLEND}/{domain}")[0])
+    if blend.weights.shape[1] != 2 * len(SCORE_FEATURES) + 1:
+        raise ArtifactError(f"the blend in {run.uri}/{BLEND}/{domain} has other score features; fit it again: qbert-ray ranking --redo")
+    return blend
+
+
+def _load_reranker(run: RunDir, domain: str) -> Reranker | None:
+    """None where it did not help."""
+    folder = f"{RERANKER}/{domain}"
+    return run.load_module(Reranker, folder) if run.exists(f"{folder}/model.json") else None
+
+
+def _matrix(items: pa.ChunkedArray, weights: pa.ChunkedArray, num_items: int) -> sparse.csr_matrix:
+    """[N, N] matrix of the lists of a table's rows."""
+    items, weights = items.combine_chunks(), weights.combine_chunks()
+    indptr = items.offsets.to_numpy().astype(np.int64)
+    matrix = sparse.csr_matrix(
+        (weights.flatten().to_numpy(), items.flatten().to_numpy(), indptr - indptr[0]), shape=(len(items), num_items)
+    )
+    matrix.resize(num_items, num_items)
+    return matrix
