@@ -30,16 +30,16 @@ COUNTS = {
     "semantic_ids": {"items": ITEMS, "num_levels": 2, "codebook_size": 8},
     "pretrain": {"domains": ["shop"], "metrics": {"epoch": 1, "hr@10": 0.1}},
     "finetune": {"metrics": {"shop": {"epoch": 2}}},
-    "ranking": {"shop": {"users": USERS, "fitted_on": 5, "weights": 50, "weights_of_signals": {"sequencer": 0.5, "seen": -2.0},
+    "ranking": {"shop": {"users": USERS, "fitted_on": 5, "weights": 50, "blend_weights": {"sequencer": 0.5, "seen": -2.0},
                               "sequencer_ndcg@10": 0.1, "model_ndcg@10": 0.2,
-                              "reranking": {"kept": True, "mixed": 0.2, "reranked": 0.25, "error": 0.01}}},
+                              "reranking": {"kept": True, "blended": 0.2, "reranked": 0.25, "error": 0.01}}},
     "evaluate": {"shop": {"users": USERS}},
     "score": {"shop": {"users": USERS, "rows": 60}},
 }  # fmt: skip
 
 
-def write_run(folder, stages=tuple(BY_NAME), model_rank=1, floor_rank=9, **config):
-    """A run of which these stages are done; in the evaluation the model ranks every target here, and the floor there."""
+def write_run(folder, stages=tuple(BY_NAME), model_rank=1, baseline_rank=9, **config):
+    """A run of which these stages are done; in the evaluation the model ranks every target here, and the baseline there."""
     run = RunDir(str(folder))
     settings = load_config([], [f"run.dir={folder}", "data.domains={shop: {attributes: [genre]}}"]).model_dump(mode="json")
     for path, value in config.items():
@@ -51,7 +51,7 @@ def write_run(folder, stages=tuple(BY_NAME), model_rank=1, floor_rank=9, **confi
         WRITERS.get(stage, lambda *_: None)(run, random)
         Manifest(stage, {}, {}, "0", 2.0, COUNTS[stage]).save(run, stage)
     if "evaluate" in stages:
-        _evaluation(run, {"model": model_rank, "sequencer": 5, "ridge": floor_rank, "popularity": 12, "co_occurrence": 11})
+        _evaluation(run, {"model": model_rank, "sequencer": 5, "ridge": baseline_rank, "popularity": 12, "co_occurrence": 11})
     return run
 
 

@@ -18,7 +18,7 @@ from tests.shop import make_shop, small_config
 ONE_EPOCH = ["pretrain.epochs=1", "finetune.epochs=1", "data.cold_share=0", "quantizer.extra_quantizers=[opq]"]
 TRAINED = ["fusion/model", "quantizer/model", "pretrain/model", "finetune/demo/model"]
 TABLES = ["features/text", "features/structure", "fusion/embeddings", "semantic_ids", "ranking/weights"]
-CHOSEN = ["ranking/mix/demo"]
+CHOSEN = ["ranking/blend/demo"]
 
 
 def dealt_out_anew(run, columns):

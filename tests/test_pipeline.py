@@ -12,9 +12,10 @@ import torch
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import redo_from, run_stage, status
-from qbert_ray.ranking.ranker import Ranker
+from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.ranking.stage import WeightsPart
 from qbert_ray.semantic_ids.task import QuantizerTask
+from qbert_ray.sequence.item_table import ColdItems
 from qbert_ray.sequence.task import SequencerTask
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
@@ -38,7 +39,7 @@ def test_every_stage_leaves_its_manifest_and_no_scraps(finished):
         ("ingest/interactions", columns.INTERACTIONS),
         ("ingest/sequences", columns.SEQUENCES),
         ("semantic_ids", columns.SEMANTIC_IDS.append(pa.field(columns.EXTRA_CODES, pa.list_(pa.int32())))),
-        ("ranking/weights", columns.MEMORY),
+        ("ranking/weights", columns.ITEM_ITEM),
         ("evaluate/ranks", columns.RANKS),
         ("evaluate/cold", columns.COLD_RANKS),
         ("score", columns.RECOMMENDATIONS),
@@ -72,27 +73,28 @@ def test_metrics_are_those_of_the_ranks(finished):
         assert (rank <= ranks["rank_all"].to_numpy()[model == name]).all()
 
 
-def test_without_memory_the_model_is_the_sequencer(finished, shop, tmp_path):
+def test_without_a_blend_the_model_is_the_sequencer(finished, shop, tmp_path):
     config, run = finished
-    ranker = Ranker(run, "demo", small_config(shop, run.uri, SOURCE, "ranking.enabled=false").memory)
+    ranker = load_ranker(run, "demo", small_config(shop, run.uri, SOURCE, "ranking.enabled=false").ranking)
     histories = [np.array([1, 2, 3]), np.array([4])]
-    alone = Ranker(run, "demo", config.ranking).scores(histories)["sequencer"]
+    alone = load_ranker(run, "demo", config.ranking).scores(histories)["sequencer"]
     assert torch.equal(ranker.scores(histories)["model"], alone) and torch.equal(ranker.model_scores(histories), alone)
 
 
-def test_cold_items_stand_in_the_memory_where_their_nearest_trained_items_do(finished):
+def test_cold_items_have_the_item_item_features_of_their_nearest_trained_items(finished):
     config, run = finished
-    ranker = Ranker(run, "demo", config.ranking)
-    rows, items, weights = ranker.borrowed
+    ranker = load_ranker(run, "demo", config.ranking)
+    rows, items, weights = ranker.items.cold
     known = ranker.trained
-    assert rows.tolist() == list(range(known, len(ranker.catalog)))
+    assert rows.tolist() == list(range(known, ranker.num_items))
     assert known == int((~run.read("ingest/items", "demo")["cold"].to_numpy()).sum()) and items.max() < known
-    _, signals, _ = ranker.signals([np.array([1, 2, 3]), np.array([4])])
-    plain = ranker.memory.signals([np.array([1, 2, 3]), np.array([4])], ranker.mix.wanted())
-    assert not plain[:2, :, known:].any() and signals[:2, :, known:].any()
-    assert torch.equal(signals[:, :, :known], plain[:, :, :known]) and torch.equal(signals[2:], plain[2:])
+    _, features, _ = ranker.score_features([np.array([1, 2, 3]), np.array([4])])
+    without = ranker.item_item.with_cold_items(ColdItems(*(each[:0] for each in ranker.items.cold)))
+    plain = without.features([np.array([1, 2, 3]), np.array([4])], ranker.blend.used()).dense()
+    assert not plain[:2, :, known:].any() and features[:2, :, known:].any()
+    assert torch.equal(features[:, :, :known], plain[:, :, :known]) and torch.equal(features[2:], plain[2:])
     expected = (plain[0, 0, items[0]] * weights[0]).sum()
-    assert signals[0, 0, known] == pytest.approx(float(expected), abs=1e-5)
+    assert features[0, 0, known] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_cold_metrics_are_those_of_the_ranks(finished):
@@ -118,7 +120,7 @@ def test_no_training_sees_a_cold_item(finished):
     warm = run.read("ingest/items", "other").num_rows + int((~cold).sum())
     assert cold.any() and run.load_model("fusion/model")[1]["num_items"] == warm
     assert not columns.to_numpy(run.read("features/structure", "demo")["present"])[cold].any()
-    assert len(SequencerTask(config, run, ["demo"], config.finetune).catalogs["demo"]) == int((~cold).sum())
+    assert len(SequencerTask(config, run, ["demo"], config.finetune).tables["demo"].codes) == int((~cold).sum())
     assert len(QuantizerTask(config, run).embeddings) == warm
     assert run.read("semantic_ids", "demo").num_rows == len(cold)
 

@@ -142,7 +142,7 @@ def _summary(manifest: Manifest) -> str:
             return "; ".join(f"{name}: {figures['epoch'] + 1} epochs" for name, figures in counts["metrics"].items())
         case "ranking":
             return "; ".join(
-                f"{name}: validation ndcg@10 {figures['sequencer_ndcg@10']:.4f} -> {figures['model_ndcg@10']:.4f} with memory"
+                f"{name}: validation ndcg@10 {figures['sequencer_ndcg@10']:.4f} -> {figures['model_ndcg@10']:.4f} with the blend"
                 + _reranking(figures.get("reranking", {}))
                 for name, figures in counts.items()
             )
@@ -160,7 +160,7 @@ def _ingested(domain: str, figures: dict[str, Any]) -> str:
 def _reranking(gain: dict[str, Any]) -> str:
     if "reranked" not in gain:
         return ""
-    return f", the best reranked {gain['mixed']:.4f} -> {gain['reranked']:.4f}" + ("" if gain["kept"] else " (no gain, left out)")
+    return f", the best reranked {gain['blended']:.4f} -> {gain['reranked']:.4f}" + ("" if gain["kept"] else " (no gain, left out)")
 
 
 def _encoded(modality: str, figures: dict[str, Any]) -> str:

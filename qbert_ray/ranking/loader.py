@@ -85,7 +85,7 @@ def _load_item_item(
     table = run.read(WEIGHTS, domain)
     ridge, transitions = (_matrix(table[f"{name}_items"], table[f"{name}_weights"], num_items) for name in ("ridge", "following"))
     popularity = torch.zeros(num_items)
-    popularity[: table.num_rows] = torch.from_numpy(table["popularity"].to_numpy())
+    popularity[: table.num_rows] = torch.from_numpy(table["popularity"].to_numpy().copy())
     decays = (settings.decay, settings.following_decay)
     return ItemItem(ridge, transitions, decays, settings.scale, latest, contents, popularity, cold)
 

@@ -1,4 +1,4 @@
-"""Stage 3: did training converge, is the model better than the floors, and for whom."""
+"""Stage 3: did training converge, is the model better than the baselines, and for whom."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gather(run: RunDir, facts: Facts, ranks: dict[str, pl.DataFrame]) -> dict[st
     content = run.read_json("evaluate/metrics.json") if run.exists("evaluate/metrics.json") else {}
     domains = []
     for domain in facts.targets:
-        mix = facts.counts("ranking").get(domain)
+        blend = facts.counts("ranking").get(domain)
         domains.append(
             {
                 "name": domain,
@@ -35,7 +35,7 @@ def gather(run: RunDir, facts: Facts, ranks: dict[str, pl.DataFrame]) -> dict[st
                 "figures": comparison(content[domain]) if domain in content else [],
                 "groups": groups(ranks[domain]) if domain in ranks else [],
                 "cold": cold(content.get(domain, {})),
-                "mix": {"counts": mix, "figure": memory(mix)} if mix else None,
+                "blend": {"counts": blend, "figure": blend_weights(blend)} if blend else None,
             }
         )
     return {
@@ -63,7 +63,7 @@ def training(name: str, epochs: list[dict[str, Any]]) -> list[Figure]:
 
 
 def comparison(content: dict[str, Any]) -> list[Figure]:
-    """The model beside the floors, for both protocols."""
+    """The model compared with the baselines, for both protocols."""
     first = next(iter(next(iter(content["protocols"].values())).values()))
     shown = [name for name in ("ndcg@10", "hr@10") if name in first] or list(first)[-2:]
     result = []
@@ -142,16 +142,16 @@ def _group(ranks: pl.DataFrame, column: str, axis: str, title: str, note: str) -
     return Figure(title, note, f"{axis} {', '.join(names)}: " + "; ".join(alt), plot, 340)
 
 
-def memory(counts: dict[str, Any]) -> Figure | None:
-    """How much the mix trusts each signal."""
-    weights = counts.get("weights_of_signals")
+def blend_weights(counts: dict[str, Any]) -> Figure | None:
+    """The blend weight of each score feature."""
+    weights = counts.get("blend_weights")
     if not weights:
         return None
-    plot = bars(list(weights), [round(value, 4) for value in weights.values()], "signal", "weight", "model")
+    plot = bars(list(weights), [round(value, 4) for value in weights.values()], "score feature", "weight", "model")
     plot["data"][0] |= {"text": [f"{value:.2f}" for value in weights.values()], "textposition": "outside", "cliponaxis": False}
     alt = "; ".join(f"{name} {value:.2f}" for name, value in weights.items())
-    note = "Weights of the mix for a history of average length. A negative weight of seen pushes down what the user has had."
-    return Figure("How far is each signal trusted?", note, f"Bars: {alt}.", plot, 280)
+    note = "Blend weights for a history of average length. A negative weight of seen lowers the scores of seen items."
+    return Figure("Blend weights", note, f"Bars: {alt}.", plot, 280)
 
 
 def masks(facts: Facts) -> list[dict[str, Any]]:

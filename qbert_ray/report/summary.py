@@ -14,7 +14,7 @@ from qbert_ray.report.figures import label
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.storage.stages import BY_NAME
 
-OWN = ("model", "sequencer")  # all other rankings are floors
+OWN = ("model", "sequencer")  # all other rankings are baselines
 PROTOCOLS = ("unseen", "all")
 LEVELS = ("bad", "unclear", "good")
 MANY_REJECTED = 0.05
@@ -22,7 +22,7 @@ EXAMPLE = 160  # characters of a rejected row
 
 
 def verdicts(facts: Facts, ranks: dict[str, pl.DataFrame]) -> list[dict[str, Any]]:
-    """Per target domain, whether the model beats the best floor: ndcg@10, all items ranked and unseen ones alone."""
+    """Per target domain, whether the model beats the best baseline: ndcg@10, all items ranked and unseen ones alone."""
     result = []
     for domain in facts.targets:
         users = ranks.get(domain, pl.DataFrame())
@@ -31,7 +31,7 @@ def verdicts(facts: Facts, ranks: dict[str, pl.DataFrame]) -> list[dict[str, Any
             level = min((row["level"] for row in rows), key=LEVELS.index)  # the harder protocol decides
             worst = next(row for row in rows if row["level"] == level)
             says = {
-                "good": "The model beats every floor, whether all items are ranked or unseen ones alone.",
+                "good": "The model beats every baseline, whether all items are ranked or unseen ones alone.",
                 "unclear": f"The model does not clearly beat {worst['best']}, which needs no sequence model ({worst['protocol']} items ranked).",
                 "bad": f"The model is worse than {worst['best']}, which needs no sequence model ({worst['protocol']} items ranked).",
             }[level]
@@ -40,7 +40,7 @@ def verdicts(facts: Facts, ranks: dict[str, pl.DataFrame]) -> list[dict[str, Any
 
 
 def _compare(users: pl.DataFrame, protocol: str) -> dict[str, Any] | None:
-    """The model and the best floor under one protocol, and their difference paired over users; None where one is missing."""
+    """The model and the best baseline under one protocol, and their difference paired over users; None where one is missing."""
     gains = users.with_columns(gain=ndcg(users[f"rank_{protocol}"].to_numpy(), 10)).pivot("model", index="user_id", values="gain")
     means = {name: float(np.mean(gains[name].to_numpy())) for name in gains.columns if name != "user_id"}
     best = max((name for name in means if name not in OWN), key=lambda name: means[name], default=None)
@@ -51,7 +51,7 @@ def _compare(users: pl.DataFrame, protocol: str) -> dict[str, Any] | None:
     half = NORMAL_95 * float(difference.std(ddof=1)) / len(difference) ** 0.5 if len(difference) > 1 else float("inf")
     level = "good" if mean > half else "bad" if mean < -half else "unclear"
     return {
-        "protocol": protocol, "level": level, "model": means["model"], "best": label(best), "floor": means[best],
+        "protocol": protocol, "level": level, "model": means["model"], "best": label(best), "baseline": means[best],
         "difference": mean, "half": half, "users": len(gains),
     }  # fmt: skip
 

@@ -352,11 +352,11 @@ def recency_weighted_mean(items: Tensor, batch: Packed, recall: Tensor) -> Tenso
         sums = items.new_zeros(sum(count for _, count, _ in batch.groups), items.shape[1])
         sums.index_add_(0, batch.masked.cumsum(0) - batch.masked.long(), items * weights[:, None])
         return at_query_size(sums, recall)
-    means = []
+    means, decay = [], F.logsigmoid(recall[1])
     sizes = [count * length for _, count, length in batch.groups]
     for vectors, masked, (_, count, length) in zip(items.split(sizes), batch.masked.split(sizes), batch.groups, strict=True):
         place = torch.arange(length, device=items.device)
-        logits = F.logsigmoid(recall[1]) * (place - place[:, None]).abs()  # [T, T]
+        logits = decay * (place - place[:, None]).abs()  # [T, T]
         logits = logits.masked_fill(masked.view(count, 1, length), -torch.inf)  # [count, T, T]
         mean = logits.softmax(-1).nan_to_num() @ vectors.view(count, length, -1)  # nothing but masked items: zeros
         means.append(mean.flatten(0, 1)[masked])

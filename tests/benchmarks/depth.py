@@ -48,9 +48,7 @@ def made_up() -> tuple[str, DynamicFusion, list[Batch]]:
 
 def of_a_run(folder: str) -> tuple[str, DynamicFusion, list[Batch]]:
     run = RunDir(folder)
-    tensors, description = run.load_model("fusion/model")
-    model = DynamicFusion(**description)
-    model.load_state_dict(tensors)
+    model = run.load_module(DynamicFusion, "fusion/model")
     pieces = [ItemFeatures(run, part).batch(slice(None), torch.device("cpu")) for part in run.parts("ingest/items")]  # type: ignore[arg-type]
     features, present = ({name: torch.cat([piece[side][name] for piece in pieces]) for name in pieces[0][side]} for side in (0, 1))
     item = torch.arange(len(next(iter(present.values()))))

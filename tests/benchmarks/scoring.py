@@ -4,7 +4,7 @@
     python -m tests.benchmarks.scoring --full   # more users and rounds
 
 Real histories where QBERT_REAL_DATA names a folder with instruments/interactions.parquet, else generated ones. Weights are random, the
-mix is one that a finished run on instruments had. Two processes of one thread each, as two actors on two cores; so have the others.
+blend is one that a finished run on instruments had. Two processes of one thread each, as two actors on two cores; so have the others.
 Time is that of all users over their number, the median of alternating rounds.
 """
 
@@ -26,19 +26,21 @@ from scipy import sparse
 from torch import Tensor
 
 from qbert_ray.features.structure import co_occurrence
-from qbert_ray.ranking.item_item import Memory, Mix, describe, following
+from qbert_ray.ranking.blend import Blend, describe
+from qbert_ray.ranking.item_item import ItemItem, Transitions
 from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.ranking.reranker import Reranker
-from qbert_ray.ranking.score_features import SIGNALS
+from qbert_ray.ranking.score_features import SCORE_FEATURES
+from qbert_ray.sequence.item_table import ItemTable
 from qbert_ray.sequence.model import Sequencer
 from qbert_ray.top_k import hide, top_k
 from tests.benchmarks.table import Figure, main
-from tests.ranking.test_item_item import plainly_mixed
+from tests.ranking.test_blend import plainly_blended
 
 ITEMS, USERS, LENGTH, PROCESSES, K = 6250, 17_112, 9.0, 2, 10
 PAPER = {"width": 256, "num_layers": 4, "num_heads": 4, "ffn_width": 512}
 RECIPE = {"width": 128, "num_layers": 2, "num_heads": 4, "ffn_width": 256, "logits": "cosine", "recall": True, "content_width": 128}
-TRUST = (0.37, 1.31, 0.45, -0.33, 0.0, 0.0, -6.8)  # of SIGNALS, as a finished run on instruments had it
+BLEND_WEIGHTS = (0.37, 1.31, 0.45, -0.33, 0.0, 0.0, -6.8)  # of SCORE_FEATURES, as a finished run on instruments had it
 LEVELS, CODES = 4, 256
 TOLD = "the paper, on an RTX 4090 (told, not measured): 2.66 ms"
 
@@ -60,32 +62,24 @@ def zipf(rng: np.random.Generator, num_items: int, length: int) -> np.ndarray:
     return np.minimum(num_items ** rng.random(length), num_items - 1).astype(np.int64) * 7919 % num_items
 
 
-def bare_ranker(num_items: int, settings: dict[str, Any], memory: Memory | None, content: Tensor | None = None) -> Ranker:
-    """A `Ranker` of random weights, without a run directory."""
+def bare_ranker(num_items: int, settings: dict[str, Any], item_item: ItemItem | None, content: Tensor | None = None) -> Ranker:
+    """A `Ranker` of random weights."""
     torch.manual_seed(0)
-    ranker = object.__new__(Ranker)
-    ranker.domain, ranker.device, ranker.trained, ranker.bonus = "shop", torch.device("cpu"), num_items, 0.5
-    ranker.borrowed = ranker.borrow = None
-    ranker.model = Sequencer(LEVELS, CODES, **settings).eval()
-    if content is not None:
-        ranker.model.hold_content("shop", content * content.shape[1] ** 0.5)
-    ranker.catalog = torch.randint(CODES, (num_items, LEVELS))
-    with torch.inference_mode():
-        ranker.vectors, ranker.bias = ranker.model.catalog_vectors(ranker.catalog, "shop")
-    ranker.memory = memory
-    ranker.mix = ranker.reranker = None
-    ranker.candidates = 64
-    if memory is not None:
-        weights = torch.zeros(3, 2 * len(SIGNALS) + 1)
-        weights[0] = torch.tensor([*TRUST, *TRUST, -0.67])
+    model = Sequencer(LEVELS, CODES, **settings).eval()
+    codes = torch.randint(CODES, (num_items, LEVELS))
+    items = ItemTable(codes, content * content.shape[1] ** 0.5 if content is not None else None)
+    ranker = Ranker(model, items, num_items, item_item, cold_item_bonus=0.5)
+    if item_item is not None:
+        weights = torch.zeros(3, 2 * len(SCORE_FEATURES) + 1)
+        weights[0] = torch.tensor([*BLEND_WEIGHTS, *BLEND_WEIGHTS, -0.67])
         weights[1:, :3] = torch.tensor([[0.02, 0.1, 0.05], [-0.05, 0.2, 0.1]])
-        ranker.mix = Mix(weights, torch.tensor([0.0, 1.9, 3.0]), torch.tensor([1.0, 0.5, 1.0]))
-        ranker.reranker = Reranker().eval()
-        torch.nn.init.normal_(ranker.reranker.layers[-1].weight)
+        reranker = Reranker().eval()
+        torch.nn.init.normal_(reranker.layers[-1].weight)
+        ranker.use(Blend(weights, torch.tensor([0.0, 1.9, 3.0]), torch.tensor([1.0, 0.5, 1.0])), reranker)
     return ranker
 
 
-def memory_of(histories: list[np.ndarray], num_items: int, content: Tensor) -> Memory:
+def item_item_of(histories: list[np.ndarray], num_items: int, content: Tensor) -> ItemItem:
     """Item-item weights with the sparsity that real ones have: the 200 strongest neighbours of each item."""
     indptr, items = np.cumsum([0, *map(len, histories)]), np.concatenate(histories)
     counts = co_occurrence(indptr, items, num_items)
@@ -96,7 +90,8 @@ def memory_of(histories: list[np.ndarray], num_items: int, content: Tensor) -> M
         if len(entries) > 200:
             entries[np.argsort(-entries)[200:]] = 0
     alike.eliminate_zeros()
-    return Memory(alike, following(indptr, items, num_items, 5, 0.5, 5.0, 200), (0.85, 0.5), 0.01, 50, {"content": content})
+    transitions = Transitions(indptr, items, num_items, 5, 0.5, 5.0, 200).weights
+    return ItemItem(alike, transitions, (0.85, 0.5), 0.01, 50, {"content": content})
 
 
 def ours(ranker: Ranker) -> Callable[[list[np.ndarray]], None]:
@@ -193,7 +188,7 @@ def milliseconds(score: Callable[[list[np.ndarray]], None], histories: list[np.n
 
 @torch.inference_mode()
 def check(ranker: Ranker, histories: list[np.ndarray]) -> None:
-    """The ranking is the naive one: dense signals, whole scores, a plain sort. Where items differ, their scores do by rounding alone."""
+    """The ranking is the naive one: dense features, whole scores, a plain sort. Where items differ, their scores do by rounding alone."""
     values, found = ranker.best(histories, K)
     expected, items = naively(ranker, histories)
     same = (items[:, :K] == found).float().mean().item()
@@ -202,17 +197,17 @@ def check(ranker: Ranker, histories: list[np.ndarray]) -> None:
 
 def naively(ranker: Ranker, histories: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Scores and indices of unseen items, the best first."""
-    sequencer = torch.cat([scores for _, scores in ranker._sequencer(ranker._queries(histories))], dim=1)
-    if ranker.mix is None:
-        return hide(sequencer, histories).sort(dim=1, descending=True, stable=True)
-    lengths = torch.tensor([len(history) for history in histories])
-    whole, last = (ranker._asked(each).dense() for each in (histories, [history[-1:] for history in histories]))
-    mixed, items = hide(plainly_mixed(ranker.mix, sequencer, whole, lengths, ranker.trained), histories).sort(descending=True, stable=True)
-    mixed, items = mixed[:, : ranker.candidates], items[:, : ranker.candidates]
-    signals = torch.stack([each.gather(1, items) for each in (sequencer, *whole, *last[:-1])], dim=2)
-    read = torch.cat([mixed[..., None], signals, ranker.memory.popularity[items].log1p()[..., None]], dim=2)
-    order = (mixed + ranker.reranker(read, describe(whole[0].amax(1), lengths))).argsort(dim=1, descending=True)
-    return mixed, items.gather(1, order)  # scores stay where they are, items change places
+    if ranker.blend is None or ranker.item_item is None or ranker.reranker is None:
+        return hide(ranker.model_scores(histories), histories).sort(dim=1, descending=True, stable=True)
+    sequence = ranker.scores(histories)["sequencer"]
+    lengths, used = torch.tensor([len(history) for history in histories]), ranker.blend.used()
+    whole, last = (ranker.item_item.features(each, used).dense() for each in (histories, [history[-1:] for history in histories]))
+    blended = hide(plainly_blended(ranker.blend, sequence, whole, lengths, ranker.trained), histories)
+    blended, items = (each[:, : ranker.candidates] for each in blended.sort(descending=True, stable=True))
+    features = torch.stack([each.gather(1, items) for each in (sequence, *whole, *last[:-1])], dim=2)
+    inputs = torch.cat([blended[..., None], features, ranker.item_item.popularity[items].log1p()[..., None]], dim=2)
+    order = (blended + ranker.reranker(inputs, describe(whole[0].amax(1), lengths))).argsort(dim=1, descending=True)
+    return blended, items.gather(1, order)  # scores are reassigned in the new order of the items
 
 
 def figures(full: bool) -> Iterator[Figure]:
@@ -222,7 +217,7 @@ def figures(full: bool) -> Iterator[Figure]:
     num_items = max(ITEMS, 1 + max(int(history.max()) for history in histories))
     content = F.normalize(torch.from_numpy(rng.standard_normal((num_items, 128), dtype=np.float32)), dim=-1)
     paper = bare_ranker(num_items, PAPER, None)
-    recipe = bare_ranker(num_items, RECIPE, memory_of(histories, num_items, content), content)
+    recipe = bare_ranker(num_items, RECIPE, item_item_of(histories, num_items, content), content)
     for ranker in (paper, recipe):
         check(ranker, histories[:64])
     few = len(histories) if full else 4096
@@ -234,7 +229,7 @@ def figures(full: bool) -> Iterator[Figure]:
             times[name].append(milliseconds(score, histories[: sizes[name]]))
     took = {name: float(np.median(each)) for name, each in times.items()}
     what = f"{num_items:,} items, {source} of {len(histories):,} users"
-    names = {"paper": "the paper's model (4 x 256)", "recipe": "recipe (2 x 128), memory, content, reranking"}
+    names = {"paper": "the paper's model (4 x 256)", "recipe": "recipe (2 x 128), item-item model, content, reranking"}
     for name, most in (("paper", 0.30), ("recipe", 0.15)):
         mine = f"{took[name]:.3f} ms per user"
         yield Figure(f"scoring, {names[name]}; {what}", mine, TOLD, 2.66 / took[name], f"<= {most:.2f} ms", took[name] <= most)
@@ -251,7 +246,7 @@ def large(rng: np.random.Generator, full: bool) -> Iterator[Figure]:
     """Catalogs up to a million items: generated vectors and generated sparse weights."""
     took = {}
     for num_items in (250_000, 500_000, 1_000_000):
-        ranker = bare_ranker(num_items, RECIPE | {"content_width": 0}, generated_memory(rng, num_items))
+        ranker = bare_ranker(num_items, RECIPE | {"content_width": 0}, generated_item_item(rng, num_items))
         histories = [zipf(rng, num_items, length) for length in 5 + rng.geometric(1 / 5, 1024 if full else 512)]
         check(ranker, histories[:4])
         took[num_items] = float(np.median([milliseconds(ours(ranker), histories) for _ in range(5 if full else 3)]))
@@ -259,21 +254,21 @@ def large(rng: np.random.Generator, full: bool) -> Iterator[Figure]:
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     one, quarter = took[1_000_000], took[250_000]
     sizes = ", ".join(f"{size:,}: {each:.2f} ms" for size, each in took.items())
-    yield Figure("scoring, 1,000,000 items, generated, sparse memory", f"{one:.2f} ms per user", "", None, "<= 4 ms", one <= 4)
+    yield Figure("scoring, 1,000,000 items, generated, sparse item-item weights", f"{one:.2f} ms per user", "", None, "<= 4 ms", one <= 4)
     yield Figure("scoring, 1,000,000 items: peak of a process", f"{peak:.1f} GiB", "", None, "< 4 GiB", peak < 4)
     yield Figure(
         "scoring, 1,000,000 items against 250,000", f"{one / quarter:.2f} x the time", sizes, None, "linear: <= 4.4 x", one <= 4.4 * quarter
     )
 
 
-def generated_memory(rng: np.random.Generator, num_items: int, each: int = 30) -> Memory:
+def generated_item_item(rng: np.random.Generator, num_items: int, each: int = 30) -> ItemItem:
     matrices = []
     for _ in range(2):
         indices = rng.integers(0, num_items, num_items * each, dtype=np.int32)
         weights = rng.random(num_items * each, dtype=np.float32) * 0.1
         indptr = np.arange(0, num_items * each + 1, each, dtype=np.int32)
         matrices.append(sparse.csr_matrix((weights, indices, indptr), shape=(num_items, num_items)))
-    return Memory(*matrices, (0.85, 0.5), 0.01, 50)
+    return ItemItem(*matrices, (0.85, 0.5), 0.01, 50)
 
 
 if __name__ == "__main__":

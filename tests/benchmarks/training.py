@@ -57,8 +57,8 @@ class PaddedTask(SequencerTask):
         items, there = map(torch.from_numpy, padded(histories, size))
         masked = torch.zeros(len(histories), size, dtype=torch.bool)
         masked[there] = torch.from_numpy(masks[np.arange(masks.shape[1]) < lengths[:, None]])
-        catalog = self._catalog(name, device)
-        vectors = model.compose(catalog[items.flatten()], name, items.flatten()).view(len(histories), size, -1)
+        table = self._table_on(name, device)
+        vectors = model.compose(table, items.flatten()).view(len(histories), size, -1)
         states = torch.where(masked[..., None], model.mask_embedding, vectors)
         states = model.dropout(states + model.position_embedding(torch.arange(size - 1, -1, -1)))
         for layer in model.layers:
@@ -67,7 +67,7 @@ class PaddedTask(SequencerTask):
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=there[:, None, None]).transpose(1, 2).flatten(2)
             states = states + layer.dropout(layer.out(attended))
             states = states + layer.dropout(layer.ffn(layer.norm_ffn(states)))
-        logits = model.scores(model.norm(states).flatten(0, 1), *model.catalog_vectors(catalog, name))
+        logits = model.scores(model.norm(states).flatten(0, 1), *model.catalog_vectors(table))
         losses = F.cross_entropy(logits, items.flatten(), reduction="none")
         return losses[masked.flatten()].sum(), float(masked.sum())
 

@@ -88,7 +88,7 @@ def test_a_sequence_that_masks_its_last_item_reads_a_prefix_that_varies_by_epoch
     settings = config.finetune.model_copy(update={"last_item_share": 1.0, "prefix_share": 1.0})
     task, read = SequencerTask(config, run, ["demo"], settings), []
     model = task.build()
-    model.forward = lambda batch, catalog, domain: read.append(batch) or torch.zeros(int(batch.masked.sum()), config.sequencer.width)
+    model.forward = lambda batch, table: read.append(batch) or torch.zeros(int(batch.masked.sum()), config.sequencer.width)
     samples = task.batches(0)[0]
     for epoch in range(2):
         task.loss(model, samples, epoch, CPU)

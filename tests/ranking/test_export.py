@@ -10,7 +10,7 @@ import torch
 from qbert_ray.cli.main import main
 from qbert_ray.config.schema import Ranking
 from qbert_ray.ranking.export import ABOUT, ITEMS, MODEL, README, DenseSequencer, ExportError, export, padded
-from qbert_ray.ranking.ranker import Ranker
+from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.semantic_ids.export import TOKENIZER
 from qbert_ray.semantic_ids.rqvae import RQVAE
 from qbert_ray.storage import columns
@@ -27,21 +27,21 @@ HISTORIES = [np.array(items, dtype=np.int64) for items in ([], [3], [1, 2, 3], [
         {"logits": "dot"},
         {"recall": False},
         {"content_width": 0},
-        {"warm_items": {"shop": 30}},
+        {"item_embeddings": {"shop": 30}},
         {"tokens": "flat", "content_width": 0, "recall": False},
         {"tokens": "flat", "content_width": 0, "recall": False, "logits": "dot"},
     ],
     ids=str,
 )
 def test_the_dense_path_gives_the_numbers_of_the_packed_one(tmp_path, settings):
-    ranker = Ranker(make_run(tmp_path, **settings), "shop", Ranking(enabled=False))
+    ranker = load_ranker(make_run(tmp_path, **settings), "shop", Ranking(enabled=False))
     dense = DenseSequencer(ranker).eval()
     items, mask = map(torch.from_numpy, padded(HISTORIES, dense.history))
     with torch.inference_mode():
         expected = ranker.model_scores(HISTORIES)
         found = dense(items, mask)
         noise = torch.where(mask, items, torch.randint(small_run.ITEMS, items.shape))
-        assert torch.equal(dense(noise, mask), found)  # what stands at the padding never matters
+        assert torch.equal(dense(noise, mask), found)  # items at the padding never matter
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -69,7 +69,7 @@ def test_the_onnx_file_gives_the_scores_of_pytorch_for_any_batch(exported):
     import onnxruntime
 
     run, folder = exported
-    ranker = Ranker(run, "shop", Ranking(enabled=False))
+    ranker = load_ranker(run, "shop", Ranking(enabled=False))
     session = onnxruntime.InferenceSession(str(folder / MODEL))
     for histories in (HISTORIES, HISTORIES[:1], HISTORIES * 7):
         items, mask = padded(histories, ranker.model.max_items - 1)
@@ -81,9 +81,7 @@ def test_the_tokenizer_gives_the_codes_of_pytorch_for_any_batch(exported):
     import onnxruntime
 
     run, folder = exported
-    tensors, description = run.load_model("quantizer/model")
-    model = RQVAE(**description)
-    model.load_state_dict(tensors)
+    model = run.load_module(RQVAE, "quantizer/model")
     session = onnxruntime.InferenceSession(str(folder / TOKENIZER))
     for size in (1, 7, 300):
         embedding = torch.randn(size, small_run.WIDTH)
@@ -102,10 +100,10 @@ def test_the_table_translates_items(exported):
     assert table["item_id"].to_list() == run.read("ingest/items", "shop")["item_id"].to_pylist()
 
 
-def test_the_files_say_that_the_memory_is_left_out(exported):
+def test_the_files_say_that_the_blend_is_left_out(exported):
     _, folder = exported
     about = json.loads((folder / ABOUT).read_text())
-    assert about["memory"] is True and about["history"] == 19
+    assert about["blended"] is True and about["history"] == 19
     assert 0 <= about["largest_difference"] < 1e-4
     assert "sequence model alone" in about["note"] and about["note"] in (folder / README).read_text()
 
@@ -116,7 +114,7 @@ def test_the_code_in_the_readme_runs(exported, monkeypatch):
     (code,) = re.findall(r"^```python\n(.*?)^```", (folder / README).read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {}
     exec(code, names)  # noqa: S102
-    ranker = Ranker(run, "shop", Ranking(enabled=False))
+    ranker = load_ranker(run, "shop", Ranking(enabled=False))
     scores = ranker.model_scores([np.arange(3)])[0]
     scores[:3] = -torch.inf
     assert names["best"] == [f"shop-item-{item}" for item in scores.argsort(descending=True)[:10]]

@@ -1,12 +1,11 @@
-import shutil
-
 import numpy as np
 import pytest
 import torch
 
 from qbert_ray.config.schema import Ranking
-from qbert_ray.ranking import ranker
+from qbert_ray.ranking import blocks
 from qbert_ray.ranking import score as scoring
+from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import ArtifactError
@@ -33,11 +32,11 @@ def histories_of(run, recommender):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_it_ranks_as_the_scoring_stage_does(run, recommender, monkeypatch, remove_seen, enabled):
     monkeypatch.setattr(scoring, "own_device", lambda: "cpu")  # which asks Ray otherwise
-    memory = Ranking(enabled=enabled)
-    scoring.ScorePart(run, "shop", memory, 7, remove_seen)("shop-00000.parquet")
+    settings = Ranking(enabled=enabled)
+    scoring.ScorePart(run, "shop", settings, 7, remove_seen)("shop-00000.parquet")
     stored = run.read("score").to_pylist()
     if not enabled:
-        recommender = Recommender(type(recommender.ranker)(run, "shop", memory), recommender.ids)
+        recommender = Recommender(load_ranker(run, "shop", settings), recommender.ids)
     found = recommender.recommend(histories_of(run, recommender), 7, remove_seen)
     flat = [(f"user-{user}", rank, item, score) for user, best in enumerate(found) for rank, (item, score) in enumerate(best, 1)]
     assert len(found) == USERS
@@ -47,10 +46,10 @@ def test_it_ranks_as_the_scoring_stage_does(run, recommender, monkeypatch, remov
 @pytest.mark.parametrize("enabled", [True, False])
 def test_block_by_block_ranks_as_the_whole_matrix_does(run, recommender, monkeypatch, enabled):
     histories = [np.array([recommender.index[item] for item in history]) for history in histories_of(run, recommender)]
-    whole = ranker.Ranker(run, "shop", Ranking(enabled=enabled, rerank=0))
+    whole = load_ranker(run, "shop", Ranking(enabled=enabled, rerank=0))
     scores = whole.model_scores(histories)
-    monkeypatch.setattr(ranker, "BLOCK", 7)
-    blocked = ranker.Ranker(run, "shop", Ranking(enabled=enabled, rerank=0))
+    monkeypatch.setattr(blocks, "BLOCK", 7)
+    blocked = load_ranker(run, "shop", Ranking(enabled=enabled, rerank=0))
     torch.testing.assert_close(blocked.model_scores(histories), scores, atol=1e-5, rtol=1e-5)
     for hidden in (True, False):
         values, items = top_k(hide(scores, histories) if hidden else scores, 9)
@@ -61,10 +60,10 @@ def test_block_by_block_ranks_as_the_whole_matrix_does(run, recommender, monkeyp
 
 @pytest.mark.parametrize("block", [7, 8192])
 def test_the_best_change_places_and_the_others_stay_where_they_are(run, recommender, monkeypatch, block):
-    monkeypatch.setattr(ranker, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     histories = [np.array([recommender.index[item] for item in history]) for history in histories_of(run, recommender)]
-    mixed, corrected = (ranker.Ranker(run, "shop", Ranking(rerank=size)) for size in (0, 5))
-    before, after = (each.model_scores(histories).argsort(dim=1, descending=True) for each in (mixed, corrected))
+    blended, corrected = (load_ranker(run, "shop", Ranking(rerank=size)) for size in (0, 5))
+    before, after = (each.model_scores(histories).argsort(dim=1, descending=True) for each in (blended, corrected))
     assert torch.equal(before[:, :5].sort(1).values, after[:, :5].sort(1).values)
     assert torch.equal(before[:, 5:], after[:, 5:])
     assert not torch.equal(before[:, :5], after[:, :5])
@@ -72,35 +71,25 @@ def test_the_best_change_places_and_the_others_stay_where_they_are(run, recommen
         values, items = corrected.best(histories, k, remove_seen=False)
         assert torch.equal(items, after[:, :k])
         torch.testing.assert_close(values, corrected.model_scores(histories).gather(1, items), atol=1e-5, rtol=1e-5)
-    whole = ranker.Ranker(run, "shop", Ranking())  # hidden items leave their places to others, which new items do not take
+    whole = load_ranker(run, "shop", Ranking())  # seen items leave their places to others, which cold items do not take
     trained = [
         [item for item in row if item < ITEMS - COLD] for row in hide(whole.model_scores(histories), histories).argsort(1, True).tolist()
     ]
     for found, expected in zip(whole.best(histories, ITEMS)[1].tolist(), trained, strict=True):
         found = [item for item in found if 0 <= item < ITEMS - COLD]
         assert found == expected[: len(found)]
-    assert set(mixed.scores(histories)) == set(corrected.scores(histories))
-    assert torch.equal(mixed.scores(histories)["sequencer"], corrected.scores(histories)["sequencer"])
+    assert set(blended.scores(histories)) == set(corrected.scores(histories))
+    assert torch.equal(blended.scores(histories)["sequencer"], corrected.scores(histories)["sequencer"])
 
 
-def test_a_memory_from_before_popularity_ranks_by_the_mix(tmp_path):
-    run = make_run(tmp_path)
+def test_cold_items_keep_their_places(run):
     histories = [np.array([0, 3, 5])]
-    mixed = ranker.Ranker(run, "shop", Ranking(rerank=0)).model_scores(histories)
-    for name in run.parts(ranker.WEIGHTS):
-        run.write_part(ranker.WEIGHTS, name, run.read_part(ranker.WEIGHTS, name).drop_columns("popularity"))
-    shutil.rmtree(tmp_path / ranker.RERANKER)
-    assert torch.equal(ranker.Ranker(run, "shop", Ranking()).model_scores(histories), mixed)
-
-
-def test_new_items_keep_their_places(run):
-    histories = [np.array([0, 3, 5])]
-    lists = ranker.Ranker(run, "shop", Ranking()).lists(histories, torch.tensor([2]))
-    mixed, dealt = (ranker.Ranker(run, "shop", Ranking(rerank=size)).model_scores(histories)[0] for size in (0, 64))
-    assert torch.equal(mixed[-COLD:], dealt[-COLD:]) and not torch.equal(mixed, dealt)
-    assert torch.equal(mixed.sort().values, dealt.sort().values)
+    lists = load_ranker(run, "shop", Ranking()).candidate_lists(histories, torch.tensor([2]))
+    blended, reordered = (load_ranker(run, "shop", Ranking(rerank=size)).model_scores(histories)[0] for size in (0, 64))
+    assert torch.equal(blended[-COLD:], reordered[-COLD:]) and not torch.equal(blended, reordered)
+    assert torch.equal(blended.sort().values, reordered.sort().values)
     assert lists.moved.sum() == ITEMS - COLD and lists.is_target.sum() == 1 and lists.seen.sum() == 3
-    torch.testing.assert_close(lists.mixed[0], mixed.sort(descending=True).values)
+    torch.testing.assert_close(lists.blended[0], blended.sort(descending=True).values)
 
 
 def test_batch_mates_never_matter(run, recommender):
@@ -161,8 +150,8 @@ def test_given_ids_leave_no_content_and_ranking_works(tmp_path):
     assert len(Recommender.load(run.uri).recommend([["shop-item-1"]], 5)[0]) == 5
 
 
-def test_a_mix_of_an_older_format_is_refused_by_name(tmp_path):
+def test_a_blend_of_other_features_is_refused_by_name(tmp_path):
     run = make_run(tmp_path)
-    run.save_model("ranking/mix/shop", {"weights": torch.zeros(3, 5), "centre": torch.zeros(3), "spread": torch.ones(3)}, {})
-    with pytest.raises(ArtifactError, match="older format.*ranking --redo"):
+    run.save_model("ranking/blend/shop", {"weights": torch.zeros(3, 5), "centre": torch.zeros(3), "spread": torch.ones(3)}, {})
+    with pytest.raises(ArtifactError, match="other score features.*ranking --redo"):
         Recommender.load(run.uri)

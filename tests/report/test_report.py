@@ -107,9 +107,9 @@ def test_no_run_is_an_error_that_says_so(tmp_path):
         write(str(tmp_path))
 
 
-@pytest.mark.parametrize(("model", "floor", "level"), [(1, 9, "good"), (9, 1, "bad"), (5, 5, "unclear")])
-def test_the_verdict_follows_the_paired_difference(tmp_path, model, floor, level):
-    run = write_run(tmp_path, model_rank=model, floor_rank=floor)
+@pytest.mark.parametrize(("model", "baseline", "level"), [(1, 9, "good"), (9, 1, "bad"), (5, 5, "unclear")])
+def test_the_verdict_follows_the_paired_difference(tmp_path, model, baseline, level):
+    run = write_run(tmp_path, model_rank=model, baseline_rank=baseline)
     content = gather(run)["summary"]
     (verdict,) = content["verdicts"]
     assert verdict["level"] == level and {row["best"] for row in verdict["rows"]} == {"ridge"}

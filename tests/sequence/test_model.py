@@ -2,12 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from qbert_ray.sequence.model import Sequencer, complexity, next_item_queries, pack
+from qbert_ray.sequence.item_table import ColdItems, ItemTable, nearest_trained_items
+from qbert_ray.sequence.model import Sequencer, complexity, next_item_queries, pack, recency_weighted_mean
 from qbert_ray.sequence.task import rank_targets
 
 LENGTHS = np.array([3, 7, 3, 1, 5])
 ITEMS = np.arange(LENGTHS.sum()) % 20
-CATALOG = torch.from_numpy(np.random.default_rng(0).integers(0, 8, (20, 3)))
+CODES = torch.from_numpy(np.random.default_rng(0).integers(0, 8, (20, 3)))
+TABLE = ItemTable(CODES)
 LAYOUTS = pytest.mark.parametrize("tokens", ["item", "flat"])
 LOSSES = pytest.mark.parametrize("loss", ["catalog", "tokens"])
 
@@ -39,11 +41,11 @@ def last_masked(lengths):
 def test_batch_mates_never_matter(tokens):
     model = build(tokens=tokens).eval()
     packed, order = pack(ITEMS, LENGTHS, last_masked(LENGTHS))
-    together = model(packed, CATALOG, "d")
+    together = model(packed, TABLE)
     ends = np.cumsum(LENGTHS)
     for place, row in enumerate(order):
         alone, _ = pack(ITEMS[ends[row] - LENGTHS[row] : ends[row]], LENGTHS[[row]], last_masked(LENGTHS[[row]]))
-        assert torch.allclose(together[place], model(alone, CATALOG, "d")[0], atol=1e-6)
+        assert torch.allclose(together[place], model(alone, TABLE)[0], atol=1e-6)
 
 
 @LAYOUTS
@@ -52,12 +54,12 @@ def test_packing_equals_a_padded_batch_with_an_attention_mask(tokens):
     model = build(tokens=tokens).eval()
     masks = last_masked(LENGTHS)
     packed, order = pack(ITEMS, LENGTHS, masks)
-    got = model(packed, CATALOG, "d")
+    got = model(packed, TABLE)
     ends = np.cumsum(LENGTHS)
     repeat = 3 if tokens == "flat" else 1
     for place, row in enumerate(order):
         length = LENGTHS[row]
-        codes = CATALOG[ITEMS[ends[row] - length : ends[row]]] + torch.arange(3) * 8
+        codes = CODES[ITEMS[ends[row] - length : ends[row]]] + torch.arange(3) * 8
         states = model.code_embedding(codes)
         states = states.flatten(0, 1) if tokens == "flat" else states.sum(1)
         hidden = torch.from_numpy(np.repeat(masks[row, :length], repeat))
@@ -80,15 +82,15 @@ def test_packing_equals_a_padded_batch_with_an_attention_mask(tokens):
 def test_scores_are_sums_of_level_logits(tokens):
     model = build(tokens=tokens).eval()
     packed, _ = pack(ITEMS, LENGTHS, last_masked(LENGTHS))
-    query = model(packed, CATALOG, "d")
-    scores = model.scores(query, *model.catalog_vectors(CATALOG, "d"))
+    query = model(packed, TABLE)
+    scores = model.scores(query, *model.catalog_vectors(TABLE))
     books = model.code_embedding.weight.view(3, 8, 16)
     bias = model.code_bias.view(3, 8)
     for item in (0, 7, 19):
         expected = 0
         for level in range(3):
             state = query.view(len(query), 3, 16)[:, level] if tokens == "flat" else query
-            expected = expected + state @ books[level, CATALOG[item, level]] + bias[level, CATALOG[item, level]]
+            expected = expected + state @ books[level, CODES[item, level]] + bias[level, CODES[item, level]]
         assert torch.allclose(scores[:, item], expected, atol=1e-5)
 
 
@@ -103,18 +105,18 @@ def test_every_layout_and_loss_learns_a_fixed_next_item(tokens, loss, logits):
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(40):
         optimizer.zero_grad()
-        value = model.loss(model(packed, CATALOG, "d"), target, CATALOG, "d") / len(target)
+        value = model.loss(model(packed, TABLE), target, TABLE) / len(target)
         value.backward()
         optimizer.step()
-    queries = next_item_queries(model.eval(), [np.arange(5)], CATALOG, "d")
+    queries = next_item_queries(model.eval(), [np.arange(5)], TABLE)
     with torch.no_grad():
-        assert model.scores(queries, *model.catalog_vectors(CATALOG, "d")).argmax() == 5
+        assert model.scores(queries, *model.catalog_vectors(TABLE)).argmax() == 5
 
 
 def test_only_the_latest_items_of_a_long_history_are_read():
     model = build().eval()
     long = np.random.default_rng(1).integers(0, 20, 30)
-    queries = next_item_queries(model, [long, long[-7:]], CATALOG, "d")
+    queries = next_item_queries(model, [long, long[-7:]], TABLE)
     assert torch.allclose(queries[0], queries[1])
 
 
@@ -123,8 +125,8 @@ def test_only_the_latest_items_of_a_long_history_are_read():
 def test_the_last_layer_at_the_ends_alone_gives_the_queries_of_all_places(tokens, recall):
     model = build(tokens=tokens, recall=recall and tokens == "item").eval()
     packed, _ = pack(ITEMS, LENGTHS, last_masked(LENGTHS))
-    ends = model(packed._replace(ends=True), CATALOG, "d")
-    torch.testing.assert_close(ends, model(packed, CATALOG, "d"), atol=1e-5, rtol=0)
+    ends = model(packed._replace(ends=True), TABLE)
+    torch.testing.assert_close(ends, model(packed, TABLE), atol=1e-5, rtol=0)
 
 
 @LAYOUTS
@@ -142,9 +144,9 @@ def test_dropping_at_chosen_places_is_that_of_the_whole(tokens):
 def test_queries_come_in_the_order_of_the_histories():
     model = build().eval()
     histories = [np.array([1, 2, 3]), np.array([4]), np.array([5, 6])]
-    together = next_item_queries(model, histories, CATALOG, "d")
+    together = next_item_queries(model, histories, TABLE)
     for row, history in enumerate(histories):
-        assert torch.allclose(together[row], next_item_queries(model, [history], CATALOG, "d")[0], atol=1e-6)
+        assert torch.allclose(together[row], next_item_queries(model, [history], TABLE)[0], atol=1e-6)
 
 
 def test_a_masked_item_is_not_seen():
@@ -154,69 +156,87 @@ def test_a_masked_item_is_not_seen():
     other[np.cumsum(LENGTHS) - 1] = 0  # what is masked
     a, _ = pack(ITEMS, LENGTHS, masks)
     b, _ = pack(other, LENGTHS, masks)
-    assert torch.equal(model(a, CATALOG, "d"), model(b, CATALOG, "d"))
+    assert torch.equal(model(a, TABLE), model(b, TABLE))
 
 
-def test_cold_items_are_composed_of_codes_alone():
-    model = build(warm_items={"d": 20})
-    model.warm_d[3] = 0
-    vectors = model.compose(CATALOG, "d")
-    plain = model.compose(CATALOG, "other")
+def test_items_that_are_not_known_are_composed_of_codes_alone():
+    model = build(item_embeddings={"d": 20})
+    table = ItemTable(CODES, known=torch.arange(20) != 3, domain="d")
+    vectors, plain = model.compose(table), model.compose(TABLE)
     assert torch.equal(vectors[3], plain[3])
     assert not torch.equal(vectors[4], plain[4])
-    longer = torch.cat([CATALOG, CATALOG[:2]])  # items that came after the training
-    assert torch.equal(model.compose(longer, "d"), torch.cat([vectors, plain[:2]]))
+    longer = ItemTable(torch.cat([CODES, CODES[:2]]), known=table.known, domain="d")  # items that came after the training
+    assert torch.equal(model.compose(longer), torch.cat([vectors, plain[:2]]))
     items = torch.tensor([21, 4, 3])
-    assert torch.equal(model.compose(longer[items], "d", items), model.compose(longer, "d")[items])
+    assert torch.equal(model.compose(longer, items), model.compose(longer)[items])
+    model.item_embedding["in_d"].weight.data[3] = 0  # as a saved model has it
+    assert torch.equal(model.compose(table._replace(known=None)), vectors)
 
 
 @pytest.mark.parametrize("domain", ["items", "train", "to", "a-b"])
 def test_a_domain_may_be_called_like_a_method(domain):
-    model = build(warm_items={domain: 20})
-    assert not torch.equal(model.compose(CATALOG, domain), model.compose(CATALOG, "other"))
+    model = build(item_embeddings={domain: 20})
+    assert not torch.equal(model.compose(TABLE._replace(domain=domain)), model.compose(TABLE))
 
 
 def test_content_tells_items_of_equal_codes_apart_and_is_not_saved():
     model = build(content_width=6).eval()
-    content = torch.randn(20, 6)
-    model.hold_content("d", content)
-    twins = CATALOG.clone()
-    twins[1] = twins[0]
-    vectors = model.compose(twins, "d")
+    codes = CODES.clone()
+    codes[1] = codes[0]
+    twins = ItemTable(codes, torch.randn(20, 6))
+    vectors = model.compose(twins)
     assert not torch.allclose(vectors[0], vectors[1])
-    assert torch.allclose(vectors[1] - vectors[0], model.content(content[1] - content[0]), atol=1e-6)
+    assert torch.allclose(vectors[1] - vectors[0], model.content(twins.content[1] - twins.content[0]), atol=1e-6)
     items = torch.tensor([7, 1])
-    assert torch.allclose(model.compose(twins[items], "d", items), vectors[items], atol=1e-6)
-    assert not [name for name in model.state_dict() if name.startswith("content_")]
+    assert torch.allclose(model.compose(twins, items), vectors[items], atol=1e-6)
+    assert [name for name in model.state_dict() if "content" in name] == ["content.weight"]
+    with pytest.raises(AssertionError, match="a table with content"):
+        model.compose(TABLE)
 
 
 def test_code_dropout_leaves_content_alone_and_only_in_training():
-    model = build(content_width=6, code_dropout=1.0)
-    model.hold_content("d", torch.randn(20, 6))
-    assert torch.allclose(model.compose(CATALOG, "d"), model.content(model.content_d), atol=1e-6)
-    assert not torch.allclose(model.eval().compose(CATALOG, "d"), model.content(model.content_d), atol=1e-3)
+    model, table = build(content_width=6, code_dropout=1.0), ItemTable(CODES, torch.randn(20, 6))
+    assert torch.allclose(model.compose(table), model.content(table.content), atol=1e-6)
+    assert not torch.allclose(model.eval().compose(table), model.content(table.content), atol=1e-3)
 
 
-def test_cold_items_stand_where_their_neighbours_do():
+def test_cold_items_are_the_weighted_mean_of_their_nearest_trained_items():
     model = build(logits="cosine").eval()
-    vectors, bias = model.catalog_vectors(CATALOG, "d")
-    model.hold_neighbours("d", torch.tensor([[3, 4], [5, 5]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
-    borrowed, borrowed_bias = model.catalog_vectors(CATALOG, "d")
-    assert torch.equal(borrowed[:18], vectors[:18]) and torch.allclose(borrowed[19], vectors[5])
-    assert torch.allclose(borrowed[18], torch.nn.functional.normalize(vectors[3] + vectors[4], dim=0), atol=1e-6)
-    assert borrowed_bias[18] == (bias[3] + bias[4]) / 2
+    vectors, bias = model.catalog_vectors(TABLE)
+    cold = ColdItems(torch.tensor([18, 19]), torch.tensor([[3, 4], [5, 5]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    averaged, averaged_bias = model.catalog_vectors(TABLE._replace(cold=cold))
+    assert torch.equal(averaged[:18], vectors[:18]) and torch.allclose(averaged[19], vectors[5])
+    assert torch.allclose(averaged[18], torch.nn.functional.normalize(vectors[3] + vectors[4], dim=0), atol=1e-6)
+    assert averaged_bias[18] == (bias[3] + bias[4]) / 2
 
 
-def test_recall_is_the_mean_of_the_items_that_are_not_masked_the_nearer_the_more():
+def test_the_nearest_trained_items_are_those_of_a_plain_sort():
+    content = torch.randn(30, 6)
+    cold = nearest_trained_items(content, torch.tensor([29, 28]), torch.arange(25))
+    cosine = torch.nn.functional.cosine_similarity(content[29], content[:25])
+    assert cold.nearest[0].tolist() == cosine.argsort(descending=True)[:10].tolist()
+    assert torch.allclose(cold.weights[0], (cosine[cold.nearest[0]] / 0.1).softmax(0), atol=1e-5)
+    few = nearest_trained_items(content, torch.tensor([29]), torch.arange(3))
+    assert few.nearest.shape == (1, 3) and few.weights.sum() == pytest.approx(1)
+
+
+def test_a_table_moves_whole():
+    cold = ColdItems(torch.tensor([1]), torch.tensor([[0]]), torch.ones(1, 1))
+    table = ItemTable(CODES, torch.ones(20, 2), torch.ones(20, dtype=torch.bool), cold, "d").to("meta")
+    assert {each.device.type for each in (table.codes, table.content, table.known, *table.cold)} == {"meta"} and table.domain == "d"
+    assert TABLE.to("cpu").content is None and TABLE.to("cpu").cold is None
+
+
+def test_recall_is_the_recency_weighted_mean_of_the_items_that_are_not_masked():
     model = build(recall=True).eval()
     vectors, far = torch.randn(4, 32), 0.25
     model.recall.data = torch.tensor([2.0, float(np.log(far / (1 - far)))])
     packed, _ = pack(np.arange(4), np.array([4]), np.array([[False, False, True, False]]))
     mean = vectors[0] * far**2 + vectors[1] * far + vectors[3] * far
     expected = 2 * 32**0.5 * torch.nn.functional.normalize(mean, dim=0)
-    assert torch.allclose(model._recall(vectors, packed)[0], expected, atol=1e-5)
+    assert torch.allclose(recency_weighted_mean(vectors, packed, model.recall)[0], expected, atol=1e-5)
     alone, _ = pack(np.arange(1), np.array([1]), np.array([[True]]))
-    assert not model._recall(vectors[:1], alone).any()
+    assert not recency_weighted_mean(vectors[:1], alone, model.recall).any()
 
 
 @pytest.mark.parametrize(("items", "parameters", "multiply_adds"), [(6250, 3.71, 185.36), (9416, 4.51, 225.68), (13839, 5.64, 282.14)])
@@ -236,9 +256,9 @@ def test_the_real_count_is_the_models_own():
 def test_a_model_is_chosen_by_ranks_among_what_its_users_have_not_had():
     model = build().eval()
     histories, targets = [np.array([1, 2, 3]), np.array([4, 7]), np.array([7])], np.array([9, 4, 0])  # the second had its target before
-    scores = model.scores(next_item_queries(model, histories, CATALOG, "d"), *model.catalog_vectors(CATALOG, "d"))
+    scores = model.scores(next_item_queries(model, histories, TABLE), *model.catalog_vectors(TABLE))
     expected = []
     for score, history, target in zip(scores.numpy(), histories, targets, strict=True):
         others = np.setdiff1d(np.arange(20), [*history, target])
         expected.append(1 + (score[others] > score[target]).sum())
-    assert rank_targets(model, CATALOG, "d", histories, targets, batch_size=2).tolist() == expected
+    assert rank_targets(model, TABLE, histories, targets, batch_size=2).tolist() == expected

@@ -1,0 +1,105 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from qbert_ray.ranking import item_item
+from qbert_ray.ranking.blend import START, BlendedScores, Candidates, candidates, describe, fit_blend, no_candidates
+from qbert_ray.ranking.score_features import SCORE_FEATURES
+from qbert_ray.top_k import hide
+from tests.ranking.test_item_item import make_item_item, means_of_two
+
+
+def sample(rng, follows, users=400, num_items=40, cold=0):
+    """Histories whose target `follows(scores, features)` gives, as the fit sees them; the last items are simulated cold ones."""
+    model = make_item_item(rng, num_items)
+    histories = [rng.choice(num_items, 5, replace=False) for _ in range(users)]
+    features, scores = model.features(histories).dense(), torch.from_numpy(rng.standard_normal((users, num_items))).float()
+    target = follows(scores, features)
+    is_cold = torch.arange(num_items) >= num_items - cold
+    return candidates(scores, features, torch.full((users,), 5), target, is_cold, model.available, 20)
+
+
+def only(found, users):
+    return Candidates(*(each[:users] for each in found))
+
+
+def by(name):
+    return lambda scores, features: (features[SCORE_FEATURES.index(name) - 1] - 100 * features[-1]).argmax(1)
+
+
+def test_the_blend_weights_what_predicts():
+    from_scores = fit_blend(sample(np.random.default_rng(3), lambda scores, features: scores.argmax(1)))
+    ridge, sequencer = SCORE_FEATURES.index("ridge"), SCORE_FEATURES.index("sequencer")
+    from_ridge = fit_blend(sample(np.random.default_rng(3), by("ridge")))
+    assert from_ridge.weights[0, ridge] > 3 * from_scores.weights[0, ridge]
+    assert from_scores.weights[0, sequencer] > 3 * from_ridge.weights[0, sequencer]
+    assert from_ridge.weights[0, SCORE_FEATURES.index("seen")] < -1  # no target was seen before
+    from_text = fit_blend(sample(np.random.default_rng(3), by("text")))
+    assert from_text.weights[0, SCORE_FEATURES.index("text")] > 3 > abs(from_ridge.weights[0, SCORE_FEATURES.index("text")])
+
+
+def test_cold_items_have_weights_of_their_own():
+    """Targets are the trained item of the largest score or, for every other history, the cold item with the nearest text."""
+
+    def follows(scores, features):
+        trained, text = scores[:, :30].argmax(1), 30 + features[SCORE_FEATURES.index("text") - 1, :, 30:].argmax(1)
+        return torch.where(torch.arange(len(scores)) % 2 == 0, trained, text)
+
+    blend = fit_blend(sample(np.random.default_rng(6), follows, users=1000, cold=10))
+    trained, cold = blend.weights[0, : len(SCORE_FEATURES)], blend.weights[0, len(SCORE_FEATURES) : -1]
+    sequencer, text = SCORE_FEATURES.index("sequencer"), SCORE_FEATURES.index("text")
+    assert trained[sequencer] > 3 * cold[sequencer] and cold[text] > 3 * abs(trained[text])
+
+
+def test_features_that_are_not_there_are_not_used():
+    blend = fit_blend(sample(np.random.default_rng(3), by("text")))
+    assert blend.used() == ["sequencer", "ridge", "following", "text", "seen"]
+
+
+def plainly_blended(blend, sequence, features, lengths, trained):
+    """[B, N] scores by the definition: every feature as a dense array, its weights for each item and history."""
+    all_weights = blend.weights_for(describe(features[0].amax(1), lengths))
+    cold, count = torch.arange(features.shape[2]) >= trained, len(SCORE_FEATURES)
+    each = torch.cat([sequence[None], features])  # [F, B, N]
+    weights = torch.where(cold, all_weights[:, count : 2 * count, None], all_weights[:, :count, None]).transpose(0, 1)
+    return (each * weights).sum(0) + cold * all_weights[:, -1:]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept products", "products"])
+@pytest.mark.parametrize("blocks", [[40], [7, 30, 40], [30, 33, 40]], ids=str)
+def test_the_blend_block_by_block_is_the_plain_one(blocks, kept, monkeypatch):
+    """Sparse and blocked against dense and whole: within 1e-5 of scores of size 10."""
+    monkeypatch.setattr(item_item, "MOST_PAIRS", 40**2 if kept else 0)
+    rng = np.random.default_rng(4)
+    blend = fit_blend(sample(rng, by("text"), cold=4))
+    trained = 30 if len(blocks) > 1 else 40
+    histories = [rng.choice(40, size) for size in (1, 0, 25, 5, 12)]  # with repetitions
+    sequence, lengths = torch.randn(5, 40), torch.tensor([len(history) for history in histories])
+    model = make_item_item(np.random.default_rng(4), cold=means_of_two(trained) if trained < 40 else None)
+    features = model.features(histories)
+    expected = plainly_blended(blend, sequence, features.dense(), lengths, trained)
+    slices = [slice(begin, end) for begin, end in pairwise([0, *blocks])]
+    for hidden in (False, True):
+        blended = BlendedScores(features, blend.weights_for(describe(features.strongest, lengths)), slices, trained, hidden)
+        found = torch.cat([blended.of(sequence[:, block].clone(), block) for block in slices], dim=1)
+        torch.testing.assert_close(found, hide(expected, histories) if hidden else expected, atol=1e-5, rtol=0)
+
+
+def test_without_data_the_blend_is_the_start():
+    found = sample(np.random.default_rng(5), lambda scores, features: scores.argmax(1))
+    assert torch.isfinite(fit_blend(only(found, 1)).weights).all()
+    for none in (only(found, 0), no_candidates()):
+        weights = fit_blend(none).weights_for(found.description)
+        assert weights.unique(dim=0).tolist() == [pytest.approx([*START, *START, 0])]
+
+
+def test_an_item_that_is_a_candidate_twice_counts_once():
+    scores, features = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(len(SCORE_FEATURES) - 1, 1, 3)
+    found = candidates(scores, features, torch.tensor([1]), torch.tensor([1]), torch.tensor([False, False, True]), [0, 1, 2], 3)
+    assert found.features.shape == (1, 12, len(SCORE_FEATURES)) and len(found.target) == 1
+    assert (~found.repeated).sum() == 3 and found.cold[~found.repeated].sum() == 1
+    assert not found.repeated[0, found.target[0]]
+    nowhere = candidates(scores, features, torch.tensor([1]), torch.tensor([2]), torch.zeros(3, dtype=torch.bool), [0], 2)
+    assert len(nowhere.target) == 0  # its target is not among the two best
