@@ -150,7 +150,7 @@ class Ranker:
     # the path of a history
 
     def _read(self, histories: list[np.ndarray], last_item: bool = False) -> HistoryBatch:
-        """Queries of the sequence model and score features of the item-item model, each asked for once."""
+        """Queries of the sequence model and score features of the item-item model, both computed once per batch."""
         queries = next_item_queries(self.model, histories, self.items)
         if self.item_item is None:
             return HistoryBatch(histories, queries)

@@ -1,6 +1,6 @@
 """The reranker: a small network that reorders the best candidates of a history. Beyond the paper.
 
-The blend is a weighted sum; how far a score feature is to be trusted also depends on the others, on how popular an item is, and on the
+The blend is a weighted sum; how much a score feature should count also depends on the others, on how popular an item is, and on the
 features of the last item alone. So the best C items by the blend get a correction each, fitted like the blend on validation items. All
 other items keep their order behind them. The reranker is kept only where it helps: what was fitted on each half of the users is
 compared with the blend on the other half.

@@ -31,7 +31,7 @@ class Content(NamedTuple):
 class ScoreFeatures:
     """All `SCORE_FEATURES` but the sequence model's score, for a batch of histories.
 
-    Item-item weights and seen items are sparse matrices; the dense cosines are computed for the items that are asked for.
+    Item-item weights and seen items are sparse matrices; the dense cosines are computed block by block or for some items.
 
     Args:
         regression: [B, N] scores of the ridge regression by itself.

@@ -1,4 +1,4 @@
-"""The items of a catalog as tensors: what a `Sequencer` reads of them besides its own weights.
+"""The items of a catalog as tensors: what a `Sequencer` reads of them in addition to its own weights.
 
 Shapes: N catalog, K levels, F width of content vectors, C cold items, n neighbours of a cold item.
 """

@@ -1,7 +1,7 @@
 """Stage 3, §3.5: which items of a sequence are masked.
 
 Span (one run of neighbours), tail (the last few), multi-region (several runs that do not touch), random (BERT4Rec's), and
-the last item alone, as the test asks. Whole items are masked: the codes of one item would give each other away.
+the last item alone, as in evaluation. Whole items are masked: the codes of one item would give each other away.
 
 Every draw is a hash of (seed, epoch, sample), so a sample's mask does not depend on its batch mates, on workers, or on
 where a training was resumed.
@@ -22,12 +22,12 @@ MAX_REGIONS = 3
 def draw_lengths(
     lengths: np.ndarray, samples: np.ndarray, seed: int, epoch: int, last_item_share: float, prefix_share: float
 ) -> np.ndarray:
-    """[B] lengths of the prefixes that are read: of all of a sequence, or of two items at least where its last item alone is masked.
+    """[B] lengths of the prefixes that are read; only sequences whose last item alone is masked are truncated, to two items at least.
 
-    Otherwise the item that is masked as the test masks it would be the same in every epoch, and soon be known by heart.
+    Without it the last item would be the same in every epoch, and soon be memorized.
 
     Args:
-        prefix_share: share of the sequences that mask only their last item (`draw_masks`) which end early.
+        prefix_share: fraction of last-item samples truncated at a random position, redrawn each epoch.
     """
     draws = uniform(seed + PREFIX_STREAM, epoch, samples, 2)
     early = _masks_last(samples, seed, epoch, last_item_share) & (draws[:, 0] < prefix_share)

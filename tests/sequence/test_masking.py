@@ -28,7 +28,7 @@ def runs(row):
     return int((np.diff(np.pad(row.astype(int), 1)) == 1).sum())
 
 
-def test_a_span_is_one_run_of_the_asked_length():
+def test_a_span_is_one_run_of_its_ratio():
     mask = masks_of("span", [20] * 200)
     assert {runs(row) for row in mask} == {1}
     assert set(mask.sum(1)) == {6}
@@ -72,7 +72,7 @@ def test_a_prefix_is_no_longer_than_its_sequence_and_keeps_two_items_of_it(lengt
     assert (cut >= np.minimum(lengths, 2)).all()
 
 
-def test_a_sample_draws_the_same_mask_whoever_is_beside_it():
+def test_a_sample_draws_the_same_mask_in_any_batch():
     weights = {"span": 1.0, "tail": 1.0, "multi_region": 1.0, "random": 1.0}
     lengths, samples = np.array([7, 30, 12, 2]), np.array([4, 9, 2**40 + 1, 7])
     together = draw_masks(lengths, samples, 3, 1, weights, RATIOS, 0.2)
@@ -81,7 +81,7 @@ def test_a_sample_draws_the_same_mask_whoever_is_beside_it():
         assert (together[row, : lengths[row]] == alone[0]).all()
 
 
-def test_epochs_and_seeds_draw_anew():
+def test_epochs_and_seeds_draw_other_masks():
     a = masks_of("random", [30] * 50)
     assert (a != masks_of("random", [30] * 50, epoch=1)).any()
     assert (a != masks_of("random", [30] * 50, seed=1)).any()
