@@ -14,7 +14,7 @@ P masked positions.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,19 +23,10 @@ from torch import Tensor, nn
 
 from qbert_ray.products import Linear, product
 from qbert_ray.sequence.item_table import ColdItems, ItemTable
+from qbert_ray.sequence.packing import Packed, pack, to_device
 
 RECALL_START = 1.0  # initial weight of the history's mean item vector in the query, relative to the encoder's output
 CONTENT_START = 0.1  # size of an item's projected content in each dimension; four codes start at about half of that
-
-
-class Packed(NamedTuple):
-    """Sequences laid end to end, shortest first."""
-
-    items: Tensor  # [S] item_index
-    masked: Tensor  # [S]
-    position: Tensor  # [S] 0 for the last item of a sequence
-    groups: list[tuple[int, int, int]]  # (first item, sequences, length) of each run of equally long sequences
-    ends: bool = False  # masked is the last item of every sequence, and no other
 
 
 class Sequencer(nn.Module):
@@ -295,32 +286,6 @@ class Dropout(nn.Module):
         return x * keep * (256 / (256 - self.threshold)) if self.threshold < 256 else x * 0
 
 
-def pack(items: np.ndarray, lengths: np.ndarray, masks: np.ndarray) -> tuple[Packed, np.ndarray]:
-    """Sequences as the model reads them, and the order [B] in which they lie.
-
-    Args:
-        items: [S] sequences end to end.
-        lengths: [B] items of each.
-        masks: [B, T] left-aligned, as `masking.draw_masks` gives them.
-    """
-    order = np.argsort(lengths, kind="stable")
-    begin = np.cumsum(lengths) - lengths
-    sizes = lengths[order]
-    first = np.cumsum(sizes) - sizes
-    offset = np.arange(int(sizes.sum())) - np.repeat(first, sizes)  # place of each item in its sequence
-    row = np.repeat(order, sizes)
-    values, counts = np.unique(sizes, return_counts=True)
-    starts = np.cumsum(values * counts) - values * counts
-    groups = [(int(start), int(count), int(length)) for start, count, length in zip(starts, counts, values, strict=True)]
-    packed = Packed(
-        torch.from_numpy(items[begin[row] + offset].astype(np.int64)),
-        torch.from_numpy(masks[row, offset]),
-        torch.from_numpy(lengths[row] - 1 - offset),
-        groups,
-    )
-    return packed, order
-
-
 @torch.inference_mode()
 def next_item_queries(model: Sequencer, histories: list[np.ndarray], table: ItemTable) -> Tensor:
     """[B, D or K * D] query for the item after each history: one masked item appended to its latest items (§3.6)."""
@@ -371,11 +336,6 @@ def recency_weights(steps: Tensor, recall: Tensor) -> Tensor:
 def at_query_size(means: Tensor, recall: Tensor) -> Tensor:
     """Mean item vectors [P, D] scaled to length weight * sqrt(D), which is that of a normalized query."""
     return recall[0] * means.shape[1] ** 0.5 * F.normalize(means, dim=-1)
-
-
-def to_device(packed: Packed, device: torch.device | str) -> Packed:
-    items, masked, position = (tensor.to(device, non_blocking=True) for tensor in packed[:3])
-    return packed._replace(items=items, masked=masked, position=position)
 
 
 def complexity(num_items: int, width: int, num_layers: int, ffn_width: int, max_items: int, num_levels: int, codebook_size: int) -> dict:

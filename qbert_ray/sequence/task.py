@@ -14,7 +14,8 @@ from qbert_ray.random_streams import VALIDATION_STREAM, WINDOW_STREAM, uniform
 from qbert_ray.semantic_ids.quantizers import load_quantizers
 from qbert_ray.sequence.item_table import ItemTable
 from qbert_ray.sequence.masking import draw_lengths, draw_masks
-from qbert_ray.sequence.model import Sequencer, next_item_queries, pack, to_device
+from qbert_ray.sequence.model import Sequencer, next_item_queries
+from qbert_ray.sequence.packing import pack, to_device
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import catalog_codes, content_vectors, warm_items
 from qbert_ray.storage.directory import RunDir
