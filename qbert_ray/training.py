@@ -8,6 +8,7 @@ division. So any number of workers gives the same model, up to the order of floa
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from qbert_ray.config.schema import Training
 from qbert_ray.storage.directory import RunDir
 
+LAST_RATE = 0.05  # of the cosine schedule, as a share of the learning rate
 STATE = ("state.safetensors", "state.json")  # files of a checkpoint of the loop, the last written last
 
 
@@ -87,8 +89,9 @@ class Loop:
         self._adjust()
         self.model.train()
         total, weight = 0.0, 0.0
-        for samples in self.task.batches(self.epoch):
-            loss, size = self._step(samples)
+        batches = self.task.batches(self.epoch)
+        for number, samples in enumerate(batches):
+            loss, size = self._step(samples, self._rate((self.epoch + number / len(batches)) / self.task.settings.epochs))
             total, weight = total + loss, weight + size
         metrics = {"epoch": self.epoch, "train_loss": total / max(weight, 1e-12)}
         self.epoch += 1
@@ -106,8 +109,19 @@ class Loop:
                 self.task.adjust(self.model, self.epoch)
         self._broadcast_weights()
 
-    def _step(self, samples: np.ndarray) -> tuple[float, float]:
-        """One update from a global batch; its summed loss and weight over all workers."""
+    def _rate(self, done: float) -> float:
+        """The learning rate of the next step.
+
+        Args:
+            done: share of the epochs that is behind.
+        """
+        settings = self.task.settings
+        warm = min(1.0, (self.step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        falling = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2 if settings.schedule == "cosine" else 1.0
+        return settings.learning_rate * warm * falling
+
+    def _step(self, samples: np.ndarray, rate: float) -> tuple[float, float]:
+        """One update from a global batch at a learning rate; its summed loss and weight over all workers."""
         settings = self.task.settings
         self.optimizer.zero_grad(set_to_none=False)
         total, weight = torch.zeros((), device=self.device), 0.0
@@ -120,9 +134,8 @@ class Loop:
                 loss.backward()
                 total, weight = total + loss.detach(), weight + size
         loss_sum, weight = self._sum_gradients(float(total), weight)
-        warm = min(1.0, (self.step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warm
+            group["lr"] = rate
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(

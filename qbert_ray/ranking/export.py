@@ -23,7 +23,8 @@ from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.ranking.ranker import Ranker
 from qbert_ray.ranking.recommender import run_config, target_domain
 from qbert_ray.semantic_ids.export import TOKENIZER, export_tokenizer
-from qbert_ray.sequence.model import EncoderLayer, at_query_size, recency_weights
+from qbert_ray.sequence.model import EncoderLayer
+from qbert_ray.sequence.recency import at_query_size, recency_weights
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import RunDir
 
