@@ -1,9 +1,9 @@
 """Running a config from Python, and reading what a run left.
 
-    config = load_config("shop.yaml", "finetune.epochs=5")
-    finished = run(config, executor="local")
-    finished.table("semantic_ids")
-    finished.recommender().recommend([["item-1"]], k=10)
+config = load_config("shop.yaml", "finetune.epochs=5")
+finished = run(config, executor="local")
+finished.table("semantic_ids")
+finished.recommender().recommend([["item-1"]], k=10)
 """
 
 from __future__ import annotations

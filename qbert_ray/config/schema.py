@@ -171,7 +171,9 @@ class Training(Section):
     learning_rate: PositiveFloat = Field(1e-3, description="learning rate of AdamW after the warm-up")
     weight_decay: NonNegativeFloat = Field(0.01, description="of AdamW")
     warmup_steps: NonNegativeInt = Field(100, description="linear warm-up of the learning rate, in steps")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate after the warm-up; cosine: falls to a twentieth")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the learning rate after the warm-up; cosine: falls to a twentieth"
+    )
     patience: PositiveInt | None = Field(
         None, description="epochs without a better validation metric before stopping; None: run all epochs"
     )
