@@ -54,7 +54,7 @@ clean: ## forget the environments; runs stay
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "qbert-ray needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt -e '.[test,jobs,export]'
+	$(PIP) install -c constraints.txt -e '.[test,jobs]'
 	@touch $@
 
 .venv/.linters: .venv/.installed

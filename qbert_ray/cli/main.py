@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qbert_ray import __version__
-from qbert_ray.cli import completion, config_commands, data_commands, id_commands, model_commands
+from qbert_ray.cli import completion, config_commands, data_commands, id_commands
 from qbert_ray.cli.console import trials_table
 from qbert_ray.cli.journal import Journal, Terminal, open_journal
 from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials, with_values
@@ -284,7 +284,6 @@ def describe(
 
 
 app.command(rich_help_panel="Looking")(config_commands.config)
-app.command(rich_help_panel="Looking")(model_commands.export)
 
 
 @app.command(rich_help_panel="Looking")
