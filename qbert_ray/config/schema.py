@@ -260,7 +260,11 @@ class Sequencer(Section):
     item_start: Literal["collaborative", "random"] = Field(
         "collaborative", description="initial item embeddings: collaborative vectors of the training interactions, rotated, or random ones"
     )
-    content: bool = Field(True, description="add a projection of an item's fused embedding to its codes' embeddings")
+    content: Literal["modalities", "fused", "none"] = Field(
+        "modalities",
+        description="add a projection of an item's text and image vectors, or of its fused embedding, to its codes' embeddings",
+        json_schema_extra=paper("none"),
+    )
     code_dropout: Share = Field(
         0.2, description="share of items whose codes are hidden in training, as a cold item's codes are new; needs content"
     )

@@ -14,7 +14,7 @@ def complexity_table(config: Config, num_items: int) -> Table:
     counts = complexity(num_items, s.width, s.num_layers, s.ffn_width, positions, q.num_levels, q.codebook_size)
     if q.extra_quantizers and s.tokens == "item" and not config.data.semantic_ids:
         counts["real"]["parameters"]["extra codes"] = len(q.extra_quantizers) * q.num_levels * q.codebook_size * (s.width + 1)
-    if s.content and not config.data.semantic_ids:
+    if s.content == "fused" and not config.data.semantic_ids:
         counts["real"]["parameters"]["content projection"] = config.fusion.width * s.width
         counts["real"]["multiply_adds"]["content projection"] = positions * config.fusion.width * s.width
     if s.recall and s.tokens == "item":

@@ -19,7 +19,7 @@ from qbert_ray.sequence.masking import draw_lengths, draw_masks
 from qbert_ray.sequence.model import Sequencer, next_item_queries
 from qbert_ray.sequence.packing import pack, to_device
 from qbert_ray.storage import columns
-from qbert_ray.storage.catalog import catalog_codes, content_vectors, warm_items
+from qbert_ray.storage.catalog import catalog_codes, item_content, warm_items
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import ranks
 from qbert_ray.training import shuffled_batches
@@ -45,7 +45,8 @@ class SequencerTask:
 
     def _table(self, name: str, levels: int | None) -> ItemTable:
         codes = torch.from_numpy(catalog_codes(self.run, name)[: warm_items(self.run, name), :levels])
-        content = content_vectors(self.run, name)[: len(codes)] if self._reads_content() else None
+        content = item_content(self.run, name, self.config.sequencer.content) if self.config.sequencer.tokens == "item" else None
+        content = None if content is None else content[: len(codes)]
         counts = torch.from_numpy(np.bincount(self.sequences[name].items, minlength=len(codes)))
         self.frequency[name] = counts / max(int(counts.sum()), 1)
         return ItemTable(codes, content, counts > 0, domain=name)
@@ -102,10 +103,6 @@ class SequencerTask:
             batches += [windows[rows] for rows in shuffled_batches(len(windows), self.settings.batch_size, self.seed + number, epoch)]
         order = np.random.default_rng([self.seed, epoch]).permutation(len(batches))
         return [batches[place] for place in order]
-
-    def _reads_content(self) -> bool:
-        s = self.config.sequencer
-        return s.content and s.tokens == "item" and bool(self.run.parts("fusion/embeddings"))
 
     def _windows(self, number: int, name: str, epoch: int) -> np.ndarray:
         """Windows of at most `max_items` training items: the latest of each user, and earlier ones at places that vary by epoch."""

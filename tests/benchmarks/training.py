@@ -87,7 +87,7 @@ def make_run(folder: str, histories: list[np.ndarray], num_items: int) -> tuple[
     run = RunDir(folder)
     masks = {"masks": {"random": 1.0}, "mask_ratio": {"random": MASKED}, "last_item_share": 0.0, "batch_size": BATCH}
     finetune = {**masks, "objective": "masked", "schedule": "constant", "microbatches": 1, "averaging": 0.99, "patience": None}
-    sequencer = SIZES | {"content": False, "recall": False, "code_dropout": 0.0, "start": "random"}
+    sequencer = SIZES | {"content": "none", "recall": False, "code_dropout": 0.0, "start": "random"}
     domains = {"run": {"dir": run.uri}, "data": {"domains": {"shop": {}}}}
     config = Config.model_validate(domains | {"sequencer": sequencer, "finetune": finetune})
     run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json")).encode())
