@@ -286,7 +286,8 @@ class SequenceTraining(Training):
         json_schema_extra=paper("masked (§3.5)"),
     )
     sampled_items: PositiveInt | None = Field(
-        None, description="random items that a causal objective's softmax runs over, with those of the batch; None: the whole catalog"
+        4096,
+        description="random items that a causal objective's softmax runs over, with those of the batch, where the catalog has more than twice as many; None: always the whole catalog",
     )
     masks: dict[MaskStrategy, PositiveFloat] = Field({"random": 1.0}, description="strategy -> weight with which a sequence draws it")
     mask_ratio: dict[MaskStrategy, Share] = Field(

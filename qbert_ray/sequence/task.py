@@ -131,7 +131,7 @@ class SequencerTask:
         following, _ = pack(items[places + 1], lengths, everywhere)
         batch, table, target = to_device(batch, device), self._table_on(name, device), following.items.to(device)
         sampled = None
-        if self.settings.sampled_items and self.settings.sampled_items < len(table.codes):
+        if self.settings.sampled_items and 2 * self.settings.sampled_items < len(table.codes):
             sampled = sample_items(torch.cat([batch.items, target]), self.frequency[name].to(device), self.settings.sampled_items)
         return model.loss(model(batch, table), target, table, sampled), float(len(target))
 
