@@ -44,15 +44,15 @@ class Task(Protocol):
         """Samples of each global batch; the same on every worker."""
         ...
 
-    def loss(self, model: nn.Module, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+    def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
         """Summed loss of some samples, and what to divide the sum over the batch by."""
         ...
 
-    def adjust(self, model: nn.Module, epoch: int) -> None:
+    def adjust(self, model: Any, epoch: int) -> None:
         """Changes of the weights outside of gradients, on rank 0, before each epoch and after the last."""
         ...
 
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
         """Metrics after an epoch, computed on rank 0."""
         ...
 
@@ -146,15 +146,16 @@ class Loop:
         if self.average is not None:
             decay = min(settings.averaging, self.step / (self.step + 10))  # short memory while there is little to remember
             pairs = [(self.average[name], tensor) for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()]
-            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - decay)
+            torch._foreach_lerp_([mean for mean, _ in pairs], [tensor for _, tensor in pairs], 1 - decay)
         return loss_sum, weight
 
     def _sum_gradients(self, loss: float, weight: float) -> tuple[float, float]:
         """Divide the gradients, summed over all workers, by the summed weight."""
+        gradients = []
         for parameter in self.model.parameters():
             if parameter.grad is None:  # unused by this worker's pieces, perhaps not by others'
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.model.parameters()]
+            gradients.append(parameter.grad)
         if self.world_size > 1:
             sums = torch.tensor([loss, weight], dtype=torch.float64)
             flat = torch.cat([gradient.flatten() for gradient in gradients])

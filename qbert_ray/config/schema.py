@@ -134,10 +134,6 @@ class ImageEncoder(Section):
 
 
 class Structure(Section):
-    kind: Literal["collaborative", "neighbourhood"] = Field(
-        "collaborative",
-        description="factorised co-occurrence, or text features averaged over co-occurrence neighbours (comparable between domains)",
-    )
     dim: PositiveInt = Field(64, description="width of the collaborative vectors")
     window: PositiveInt = Field(50, description="latest training items of a user that count as co-occurring")
 

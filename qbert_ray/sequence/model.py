@@ -92,8 +92,8 @@ class Sequencer(nn.Module):
         distances = max_items if causal else 0
         self.layers = nn.ModuleList(EncoderLayer(width, num_heads, ffn_width, dropout, distances) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        for embedding in [self.code_embedding, *self.item_embedding.values()]:
-            nn.init.normal_(embedding.weight, std=0.02)
+        for parameter in [self.code_embedding.weight, *self.item_embedding.parameters()]:
+            nn.init.normal_(parameter, std=0.02)
         if self.content is not None:
             nn.init.normal_(self.content.weight, std=CONTENT_START / content_width**0.5)
 
@@ -144,12 +144,16 @@ class Sequencer(nn.Module):
             vectors = vectors + self.content(table.content if items is None else table.content[items])
         if f"in_{table.domain}" not in self.item_embedding:
             return vectors
-        own = self.item_embedding[f"in_{table.domain}"].weight
+        own = self._own(table.domain)
         own = own if table.known is None else own * table.known[:, None]
         if items is None:  # items beyond the embedding came after the training
             return vectors + F.pad(own, (0, 0, 0, len(codes) - len(own)))
         has = items < len(own)
         return vectors + own[items.where(has, 0)] * has[:, None]
+
+    def _own(self, domain: str) -> Tensor:
+        """[N, D] item embeddings of a domain."""
+        return next(self.item_embedding[f"in_{domain}"].parameters())
 
     def catalog_vectors(self, table: ItemTable, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Vectors [N, D or K * D] and biases [N] of the catalog, or of `items` of it, whose product with a query is the items' scores."""
@@ -211,7 +215,7 @@ class Sequencer(nn.Module):
     @torch.no_grad()
     def start_items_from(self, domain: str, vectors: Tensor) -> None:
         """Start a domain's item embeddings as a random rotation of vectors [N, E] of its items, such as collaborative ones."""
-        weight = self.item_embedding[f"in_{domain}"].weight
+        weight = self._own(domain)
         rotation = torch.linalg.qr(torch.randn(max(weight.shape[1], vectors.shape[1]), weight.shape[1]))[0][: vectors.shape[1]]  # [E, D]
         rotated = vectors @ rotation
         weight.add_(ITEM_START * rotated / rotated.std().clamp_min(1e-12))

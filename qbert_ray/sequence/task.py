@@ -53,8 +53,8 @@ class SequencerTask:
 
     def description(self) -> dict[str, Any]:
         s = self.config.sequencer
-        names = ("width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature")
-        names += ("code_dropout",)
+        names = ["width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature"]
+        names.append("code_dropout")
         codes, content = self.tables[self.domains[0]][:2]
         return {
             "causal": self.causal,
@@ -75,10 +75,12 @@ class SequencerTask:
                 model.start_items_from(name, self._collaborative(name))
         if self.start:
             tensors, _ = self.run.load_model(self.start)
-            known = model.state_dict()
-            model.load_state_dict({name: each for name, each in tensors.items() if name in known and self._takes(name)}, strict=False)
-        for name, embedding in zip(self.domains, model.item_embedding.values(), strict=False):
-            embedding.weight.data[~self.tables[name].known.cpu()] = 0  # they get no gradient, so the saved model ignores them too
+            wanted = model.state_dict()
+            model.load_state_dict({name: each for name, each in tensors.items() if name in wanted and self._takes(name)}, strict=False)
+        for name in self.domains if model.item_embedding else []:
+            known = self.tables[name].known
+            assert known is not None
+            model.item_embedding[f"in_{name}"].get_parameter("weight").data[~known.cpu()] = 0  # they get no gradient: the saved model ignores them
         return model
 
     def _collaborative(self, name: str) -> Tensor:
@@ -141,7 +143,7 @@ class SequencerTask:
         lengths = draw_lengths(samples[:, 3] - begin, samples[:, 4], self.seed, epoch, s.last_item_share, s.prefix_share)
         first = np.cumsum(lengths) - lengths
         items = self.sequences[name].items[np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))]
-        masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, dict(s.masks), dict(s.mask_ratio), s.last_item_share)
+        masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, {**s.masks}, {**s.mask_ratio}, s.last_item_share)
         batch, _ = pack(items, lengths, masks)
         batch, table = to_device(batch, device), self._table_on(name, device)
         query = model(batch, table)
@@ -156,7 +158,7 @@ class SequencerTask:
             most = getattr(self.settings, "validation_users", SAMPLE)
             users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
             if len(users):
-                histories = [sequences.history(user, "valid") for user in users]
+                histories = [sequences.history(int(user), "valid") for user in users]
                 rank = rank_targets(model, self._table_on(name, device), histories, sequences.valid[users])
                 values.append([metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()])
         hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
