@@ -28,9 +28,17 @@ STATE = ("state.safetensors", "state.json")  # files of a checkpoint of the loop
 class Task(Protocol):
     """What differs between trainings."""
 
-    settings: Training
     seed: int
-    criterion: tuple[str, float] | None  # metric that picks the best epoch, and +1 where more is better; None: the last epoch
+
+    @property
+    def settings(self) -> Training:
+        """The section of the config that it trains by."""
+        ...
+
+    @property
+    def criterion(self) -> tuple[str, float] | None:
+        """The metric that picks the best epoch, and +1 where more is better; None: the last epoch."""
+        ...
 
     def build(self) -> nn.Module:
         """The model with its starting weights; seeded by the loop."""

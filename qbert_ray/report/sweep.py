@@ -241,6 +241,6 @@ def pareto(trials: pl.DataFrame, pair: tuple[str, str], sweep: dict[str, Any]) -
 
 def on_front(points: np.ndarray) -> np.ndarray:
     """[N] whether no other point is at least as large everywhere and larger somewhere; of points [N, 2]."""
-    at_least: np.ndarray = (points[None] >= points[:, None]).all(2)
-    larger: np.ndarray = (points[None] > points[:, None]).any(2)
-    return np.asarray(~(at_least & larger).any(1))
+    at_least = np.all(points[None] >= points[:, None], axis=2)
+    larger = np.any(points[None] > points[:, None], axis=2)
+    return ~np.any(at_least & larger, axis=1)

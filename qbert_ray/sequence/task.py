@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert_ray import metrics
-from qbert_ray.config.schema import Config, SequenceTraining
+from qbert_ray.config.schema import Config, MaskStrategy, SequenceTraining
 from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.random_streams import VALIDATION_STREAM, WINDOW_STREAM, uniform
 from qbert_ray.semantic_ids.quantizers import load_quantizers
@@ -80,7 +81,9 @@ class SequencerTask:
         for name in self.domains if model.item_embedding else []:
             known = self.tables[name].known
             assert known is not None
-            model.item_embedding[f"in_{name}"].get_parameter("weight").data[~known.cpu()] = 0  # they get no gradient: the saved model ignores them
+            model.item_embedding[f"in_{name}"].get_parameter("weight").data[~known.cpu()] = (
+                0  # they get no gradient: the saved model ignores them
+            )
         return model
 
     def _collaborative(self, name: str) -> Tensor:
@@ -143,7 +146,7 @@ class SequencerTask:
         lengths = draw_lengths(samples[:, 3] - begin, samples[:, 4], self.seed, epoch, s.last_item_share, s.prefix_share)
         first = np.cumsum(lengths) - lengths
         items = self.sequences[name].items[np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))]
-        masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, {**s.masks}, {**s.mask_ratio}, s.last_item_share)
+        masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, _plain(s.masks), _plain(s.mask_ratio), s.last_item_share)
         batch, _ = pack(items, lengths, masks)
         batch, table = to_device(batch, device), self._table_on(name, device)
         query = model(batch, table)
@@ -168,6 +171,10 @@ class SequencerTask:
         """A domain's table on a device, where it stays."""
         self.tables[name] = self.tables[name].to(device)
         return self.tables[name]
+
+
+def _plain(values: Mapping[MaskStrategy, float]) -> dict[str, float]:
+    return {str(name): value for name, value in values.items()}
 
 
 def rank_targets(model: Sequencer, table: ItemTable, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 512) -> np.ndarray:
