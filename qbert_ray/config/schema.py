@@ -283,7 +283,7 @@ class SequenceTraining(Training):
     )
     sampled_items: PositiveInt | None = Field(
         4096,
-        description="random items that a causal objective's softmax runs over, with those of the batch, where the catalog has more than twice as many; None: always the whole catalog",
+        description="random items of a causal objective's softmax, with those of the batch, for catalogs of more than twice as many; None: always the whole catalog",
     )
     masks: dict[MaskStrategy, PositiveFloat] = Field({"random": 1.0}, description="strategy -> weight with which a sequence draws it")
     mask_ratio: dict[MaskStrategy, Share] = Field(

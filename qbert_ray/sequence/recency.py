@@ -35,10 +35,8 @@ def recency_weighted_mean(items: Tensor, batch: Packed, recall: Tensor, causal: 
     for vectors, masked, (_, count, length) in zip(items.split(sizes), batch.masked.split(sizes), batch.groups, strict=True):
         place = torch.arange(length, device=items.device)
         logits = decay * (place - place[:, None]).abs()  # [T, T]
-        if causal:
-            logits = logits.masked_fill(place > place[:, None], -torch.inf)
-        else:
-            logits = logits.masked_fill(masked.view(count, 1, length), -torch.inf)  # [count, T, T]
+        hidden = place > place[:, None] if causal else masked.view(count, 1, length)
+        logits = logits.masked_fill(hidden, -torch.inf)  # [count, T, T], or [T, T]
         mean = logits.softmax(-1).nan_to_num() @ vectors.view(count, length, -1)  # nothing but masked items: zeros
         means.append(mean.flatten(0, 1)[masked])
     return at_query_size(torch.cat(means), recall)
