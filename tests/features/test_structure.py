@@ -1,7 +1,11 @@
+import math
+
 import numpy as np
 import pytest
+from scipy import sparse
 
-from qbert_ray.features.structure import co_occurrence, collaborative_vectors
+from qbert_ray.features import structure
+from qbert_ray.features.structure import co_occurrence, collaborative_vectors, gram
 
 
 def ragged(*histories):
@@ -70,3 +74,46 @@ def test_without_pairs_everything_is_zero(histories):
 def test_dim_beyond_the_catalog_is_padded_with_zeros():
     vectors = collaborative_vectors(together([0, 1], [1, 2], num_items=3), dim=8, seed=0)
     assert vectors.shape == (3, 8) and not vectors[:, 3:].any() and np.isfinite(vectors).all()
+
+
+def test_the_products_of_vectors_are_the_positive_information_of_pairs():
+    """With as many dimensions as positive eigenvalues, vectors are those of the best positive approximation; by hand from NumPy."""
+    expected = positive_information(COUNTS)
+    raw = math.log((1 / 18) / (6 / 18 * 4 / 18))
+    assert raw < 0 and expected[1, 2] == 0  # a pair that is rarer than by chance counts as no pair
+    values, axes = np.linalg.eigh(expected)
+    factors = axes[:, values > 1e-9] * np.sqrt(values[values > 1e-9])
+    unit = factors / np.linalg.norm(factors, axis=1, keepdims=True)
+    vectors = collaborative_vectors(sparse.csr_matrix(COUNTS), dim=4, seed=0)
+    assert vectors @ vectors.T == pytest.approx(unit @ unit.T, abs=1e-5)
+    assert structure._positive_mutual_information(sparse.csr_matrix(COUNTS)).toarray() == pytest.approx(expected)
+
+
+def test_the_largest_eigenvalues_come_first_and_their_sign_is_fixed():
+    matrix = sparse.csr_matrix(np.diag([2.0, 5.0, -7.0, 1e-12, 3.0]))
+    values, vectors = structure._top_eigenvectors(matrix, 4, seed=0)
+    assert values.tolist() == [5, 3, 2]
+    assert np.abs(vectors).argmax(0).tolist() == [1, 4, 0] and (vectors.max(0) == pytest.approx(1))
+    assert structure._top_eigenvectors(matrix, 2, seed=0)[0].tolist() == [5, 3]
+
+
+def test_iterated_eigenvectors_are_repeatable_and_start_from_the_seed(monkeypatch):
+    monkeypatch.setattr(structure, "SMALL", 0)
+    pairs = together(*[np.random.default_rng(user).permutation(40)[:6] for user in range(200)], num_items=40)
+    first, again = (collaborative_vectors(pairs, dim=4, seed=3) for _ in range(2))
+    assert np.array_equal(first, again)
+
+
+def test_counts_hold_the_users_of_an_item_on_their_diagonal():
+    counts = gram(*ragged([0, 1, 0], [1], [2, 1]), num_items=4)
+    assert counts.toarray().tolist() == [[1, 1, 0, 0], [1, 3, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+    assert counts.has_sorted_indices and counts.shape == (4, 4)
+    assert co_occurrence(*ragged([0, 1], [2]), num_items=3).nnz == 2  # the diagonal is not even stored
+
+
+def test_a_window_counts_the_latest_items_of_each_user():
+    histories = [0, 1, 2], [3], [4, 5, 0, 1]
+    assert co_occurrence(*ragged(*histories), 6, window=3).toarray()[4].tolist() == [0] * 6
+    assert co_occurrence(*ragged(*histories), 6, window=3).toarray()[0].tolist() == [0, 2, 1, 0, 0, 1]
+    assert co_occurrence(*ragged(*histories), 6, window=1).nnz == 0
+    assert (co_occurrence(*ragged(*histories), 6, window=4) != co_occurrence(*ragged(*histories), 6)).nnz == 0
