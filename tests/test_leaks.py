@@ -1,28 +1,50 @@
-"""Nothing sees a validation or test item before it should: other labels, the same training outputs.
+"""Nothing sees a validation or test item before it should, and ranks are those of plain loops over the model's scores.
 
-Validation items choose among epochs and fit the mix, as they must; so there is one epoch here, and nothing to choose.
+The shop has more users than a reranker needs, and fine-tuning has several epochs to choose from. Labels are permuted among users:
+what must not know them comes out equal, down to the metrics of every epoch.
 """
 
+import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+import torch
 
+from qbert_ray.execution.local import LocalExecutor
+from qbert_ray.execution.progress import Quiet
+from qbert_ray.inputs.demo_shop import generate
+from qbert_ray.ranking import stage as ranking_stage
+from qbert_ray.ranking.loader import BLEND, RERANKER, load_ranker
+from qbert_ray.ranking.ranker import Ranker
+from qbert_ray.ranking.reranker import FEWEST
 from qbert_ray.semantic_ids.quantizers import EXTRA
+from qbert_ray.sequence.model import Sequencer, next_item_queries
+from qbert_ray.sequence.task import SequencerTask
 from qbert_ray.storage.directory import RunDir
 from tests.benchmarks.without_ray import run_stages
-from tests.shop import make_shop, small_config
+from tests.shop import small_config
 
-ONE_EPOCH = ["pretrain.epochs=1", "finetune.epochs=1", "data.cold_share=0", "quantizer.extra_quantizers=[opq]"]
-TRAINED = ["fusion/model", "quantizer/model", "pretrain/model", "finetune/demo/model"]
-TABLES = ["features/text", "features/structure", "fusion/embeddings", "semantic_ids", "ranking/weights"]
-CHOSEN = ["ranking/blend/demo"]
+USERS, EPOCHS = 340, 4
+SETTINGS = [
+    "features.modalities=[structure]",  # no encoder to load
+    "quantizer.kind=kmeans",
+    "quantizer.extra_quantizers=[opq]",
+    "pretrain.epochs=1",  # nothing to choose, so the start of fine-tuning knows no validation item
+    f"finetune.epochs={EPOCHS}",
+    "finetune.patience=null",
+    "data.cold_share=0",
+]
+BEFORE_LABELS = ["fusion/model", "quantizer/model", "pretrain/model"]
+CHOSEN_BY_VALIDATION = ["finetune/demo/model", f"{BLEND}/demo"]
+TABLES = ["features/structure", "fusion/embeddings", "semantic_ids", "ranking/weights"]
+LOGS = ["fusion", "quantizer", "pretrain", "finetune/demo"]
 
 
-def dealt_out_anew(run, columns):
-    """Deal labels out to other users, in the sequences and in the interactions."""
+def permute_labels(run, columns):
+    """Give labels to other users, in the sequences and in the interactions."""
     rng = np.random.default_rng(0)
     for name in run.parts("ingest/sequences"):
         table = run.read_part("ingest/sequences", name)
@@ -43,32 +65,169 @@ def dealt_out_anew(run, columns):
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("honest")
-    shop = make_shop(folder / "shop")
-    run_stages(small_config(shop, folder / "run", *ONE_EPOCH), threads=1)
-    return shop, RunDir(str(folder / "run"))
-
-
-def same(one, other, models, tables):
-    for name in [*models, *(f"{EXTRA}/{number}/model" for number in one.folders(EXTRA))]:
-        a, b = one.load_model(name)[0], other.load_model(name)[0]
-        assert a.keys() == b.keys()
-        for key in a:
-            assert np.array_equal(a[key].numpy(), b[key].numpy(), equal_nan=True), (name, key)
-    for name in tables:
-        assert one.parts(name) and one.read(name).equals(other.read(name)), name
-
-
-@pytest.mark.parametrize(("labels", "models"), [(["test"], TRAINED + CHOSEN), (["valid", "test"], TRAINED)], ids=["test", "both"])
-def test_training_sees_no_label(honest, labels, models, tmp_path):
-    shop, run = honest
-    shutil.copytree(f"{run.uri}/ingest", tmp_path / "run" / "ingest")
-    other = RunDir(str(tmp_path / "run"))
-    dealt_out_anew(other, labels)
-    config = small_config(shop, tmp_path / "run", *ONE_EPOCH)
+    generate(folder / "shop", seed=0, num_items=120, num_users=USERS)
+    config = small_config(folder / "shop", folder / "run", *SETTINGS)
     run_stages(config, threads=1)
-    same(run, other, models, TABLES)
-    if labels == ["test"]:
-        assert run.folders("ranking/reranker") == other.folders("ranking/reranker")
-        same(run, other, [f"ranking/reranker/{domain}" for domain in run.folders("ranking/reranker")], [])
-    evaluated = [pq.read_table(f"{each.uri}/evaluate/ranks").column("rank_all") for each in (run, other)]
-    assert not evaluated[0].equals(evaluated[1])  # the labels are others
+    return config, RunDir(config.run.dir)
+
+
+@pytest.fixture(scope="module", params=[("test",), ("valid", "test")], ids=["test", "both"])
+def permuted(request, honest, tmp_path_factory):
+    """The labels that were permuted, and the run on them."""
+    config, run = honest
+    folder = tmp_path_factory.mktemp("permuted")
+    shutil.copytree(f"{run.uri}/ingest", folder / "run" / "ingest")
+    other = RunDir(str(folder / "run"))
+    permute_labels(other, list(request.param))
+    run_stages(small_config(config.data.root, folder / "run", *SETTINGS), threads=1)
+    return request.param, other
+
+
+def log(run, folder):
+    return [json.loads(line) for line in run.read_bytes(f"{folder}/metrics.jsonl").splitlines()]
+
+
+def ranking_counts(run):
+    return run.read_json("ranking/manifest.json")["counts"]["demo"]
+
+
+def assert_same_model(one, other, name):
+    a, b = one.load_model(name)[0], other.load_model(name)[0]
+    assert a and a.keys() == b.keys()
+    for key in a:
+        assert np.array_equal(a[key].numpy(), b[key].numpy(), equal_nan=True), (name, key)
+
+
+def test_the_shop_is_large_enough_for_what_is_compared(honest):
+    _, run = honest
+    counts = ranking_counts(run)
+    assert counts["users"] >= 300 > FEWEST
+    assert counts["reranking"].keys() == {"kept", "blended", "reranked", "error"}
+    assert len(log(run, "finetune/demo")) == EPOCHS
+    assert len({line["ndcg@10"] for line in log(run, "finetune/demo")}) > 1  # there is something to choose
+    assert run.folders(EXTRA)
+
+
+def test_what_comes_before_labels_knows_none(honest, permuted):
+    _, run = honest
+    _, other = permuted
+    for name in [*BEFORE_LABELS, *(f"{EXTRA}/{number}/model" for number in run.folders(EXTRA))]:
+        assert_same_model(run, other, name)
+    for name in TABLES:
+        assert run.parts(name) and run.read(name).equals(other.read(name)), name
+    losses = [[line["train_loss"] for line in log(each, "finetune/demo")] for each in (run, other)]
+    assert len(losses[0]) == EPOCHS and losses[0] == losses[1]
+
+
+def test_what_validation_items_choose_knows_no_test_item(honest, permuted):
+    """The epoch that is kept, the blend, and whether a reranker is, with every figure that they were chosen by."""
+    _, run = honest
+    labels, other = permuted
+    if labels == ("test",):
+        for name in CHOSEN_BY_VALIDATION:
+            assert_same_model(run, other, name)
+        assert run.folders(RERANKER) == other.folders(RERANKER)
+        for domain in run.folders(RERANKER):
+            assert_same_model(run, other, f"{RERANKER}/{domain}")
+        assert ranking_counts(run) == ranking_counts(other)
+        for folder in LOGS:
+            assert log(run, folder) == log(other, folder), folder
+    else:  # other validation items choose otherwise, or the comparison would say nothing
+        assert ranking_counts(run)["reranking"] != ranking_counts(other)["reranking"]
+        assert [line["ndcg@10"] for line in log(run, "finetune/demo")] != [line["ndcg@10"] for line in log(other, "finetune/demo")]
+    assert not run.read("evaluate/ranks")["rank_all"].equals(other.read("evaluate/ranks")["rank_all"])
+
+
+def histories_of(run):
+    """user_id -> item_index of the training items, the validation item and the test item, from the interactions alone."""
+    items = run.read("ingest/items", "demo")
+    index = dict(zip(items["item_id"].to_pylist(), items["item_index"].to_pylist(), strict=True))
+    rows = run.read("ingest/interactions", "demo").select(["user_id", "item_id", "split"]).to_pylist()
+    found = {row["user_id"]: ([], [], []) for row in rows}
+    for row in rows:
+        found[row["user_id"]][("train", "valid", "test").index(row["split"])].append(index[row["item_id"]])
+    return {user: (train, *valid, *test) for user, (train, valid, test) in found.items() if test}
+
+
+def plain_rank(scores, target, left_out=()):
+    """1 + the items before the target: of larger scores, or of equal ones and a smaller index."""
+    own, left_out = scores[target], set(left_out) - {target}
+    return 1 + sum(score > own or (score == own and item < target) for item, score in enumerate(scores) if item not in left_out)
+
+
+def test_ranks_are_those_of_plain_loops_over_scores_of_everything_before_the_test_item(honest):
+    config, run = honest
+    ranker, histories, expected = load_ranker(run, "demo", config.ranking), histories_of(run), Counter()
+    for part in run.parts("ingest/sequences", "demo"):
+        users = [user for user in run.read_part("ingest/sequences", part)["user_id"].to_pylist() if user in histories]
+        before = [[*histories[user][0], histories[user][1]] for user in users]
+        with torch.inference_mode():
+            scores = ranker.scores([np.array(each) for each in before])["model"].tolist()
+        for user, history, row in zip(users, before, scores, strict=True):
+            target = histories[user][2]
+            expected[user, plain_rank(row, target), plain_rank(row, target, history)] += 1
+    table = [row for row in run.read("evaluate/ranks", "demo").to_pylist() if row["model"] == "model"]
+    assert Counter((row["user_id"], row["rank_all"], row["rank_unseen"]) for row in table) == expected
+    assert len(table) == len(histories) >= 300 and any(row["rank_all"] != row["rank_unseen"] for row in table)
+    report = run.read_json("evaluate/metrics.json")["demo"]["protocols"]
+    for protocol, place in (("all", 1), ("unseen", 2)):
+        hits = sum(found[place] <= 10 for found in expected)
+        gains = sum(1 / np.log2(found[place] + 1) for found in expected if found[place] <= 10)
+        assert report[protocol]["model"]["hr@10"]["value"] == pytest.approx(hits / len(expected))
+        assert report[protocol]["model"]["ndcg@10"]["value"] == pytest.approx(gains / len(expected))
+
+
+def test_popularity_counts_training_items_alone(honest):
+    _, run = honest
+    histories = histories_of(run)
+    trained = run.read("ingest/sequences", "demo")["train"].to_pylist()
+    counts = np.bincount([item for items in trained for item in items], minlength=len(run.read("ingest/items", "demo"))).tolist()
+    found = {row["user_id"]: row for row in run.read("evaluate/ranks", "demo").to_pylist() if row["model"] == "popularity"}
+    for user, (train, valid, test) in histories.items():
+        assert found[user]["rank_all"] == plain_rank(counts, test)
+        assert found[user]["rank_unseen"] == plain_rank(counts, test, [*train, valid])
+
+
+def test_the_kept_epoch_is_the_best_by_validation_items_after_training_items(honest):
+    """The saved model's ndcg@10 in plain loops is the largest of the log, so neither labels nor histories were others."""
+    config, run = honest
+    model = run.load_module(Sequencer, "finetune/demo/model")
+    items = SequencerTask(config, run, ["demo"], config.finetune).tables["demo"]
+    histories = histories_of(run).values()
+    with torch.inference_mode():
+        queries = next_item_queries(model, [np.array(train) for train, _, _ in histories], items)
+        scores = model.scores(queries, *model.catalog_vectors(items)).tolist()
+    ranks = [plain_rank(row, valid, train) for row, (train, valid, _) in zip(scores, histories, strict=True)]
+    best = max(line["ndcg@10"] for line in log(run, "finetune/demo"))
+    assert sum(1 / np.log2(rank + 1) for rank in ranks if rank <= 10) / len(ranks) == pytest.approx(best, abs=2e-3)
+
+
+def test_blend_and_reranker_are_fitted_on_validation_items_after_training_items(honest, tmp_path, monkeypatch):
+    config, run = honest
+    shutil.copytree(run.uri, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "ranking")
+    asked: dict[str, list] = {"features": [], "lists": []}
+    targets: dict[str, list] = {"features": [], "lists": []}
+    features, lists, candidates = Ranker.score_features, Ranker.candidate_lists, ranking_stage.candidates
+
+    def score_features(self, histories):
+        asked["features"] += map(tuple, histories)
+        return features(self, histories)
+
+    def drawn(sequence, known, lengths, target, *rest):
+        targets["features"] += target.tolist()
+        return candidates(sequence, known, lengths, target, *rest)
+
+    def candidate_lists(self, histories, target):
+        asked["lists"] += map(tuple, histories)
+        targets["lists"] += target.tolist()
+        return lists(self, histories, target)
+
+    monkeypatch.setattr(Ranker, "score_features", score_features)
+    monkeypatch.setattr(Ranker, "candidate_lists", candidate_lists)
+    monkeypatch.setattr(ranking_stage, "candidates", drawn)
+    ranking_stage.fit_ranking(config, RunDir(str(tmp_path / "run")), LocalExecutor(), Quiet())
+    expected = Counter((tuple(train), valid) for train, valid, _ in histories_of(run).values())
+    assert sum(expected.values()) >= 300
+    for name in asked:
+        assert Counter(zip(asked[name], targets[name], strict=True)) == expected, name

@@ -150,7 +150,7 @@ def test_the_last_item_alone_is_masked_whatever_the_ratio():
         (10, 0.3, 0.0, [0, 3, 6]),  # zones of 3, 3 and 4
         (10, 0.3, 0.999, [1, 4, 8]),
         (4, 0.5, 0.0, [0, 2]),
-        (3, 0.5, 0.0, [0]),
+        (3, 0.5, 0.0, [0, 1]),  # too short for two regions
         (2, 0.5, 0.999, [0]),
         (1, 0.5, 0.999, [0]),
     ],
@@ -172,7 +172,7 @@ def test_multi_region_masks_the_share_that_is_asked_for(ratio):
 
 def test_random_masks_items_whose_draw_is_below_the_ratio():
     noise = [[0.29, 0.3, 0.31, 0.1, 0.2, 0.0], [0.9, 0.8, 0.7, 0.1, 0.1, 0.1], [0.1, 0.05, 0.2, 0.9, 0.9, 0.9]]
-    assert by_hand("random", [5, 3, 3], 0.3, noise=noise) == [[0, 3, 4], [2], [0, 1]]  # the lowest draw, and all but the highest
+    assert by_hand("random", [5, 3, 3], 0.3, noise=noise, longest=6) == [[0, 3, 4], [2], [0, 1]]  # the lowest draw, and all but the highest
     assert by_hand("random", [1], 0.3, noise=[[0.1]]) == [[0]] == by_hand("random", [1], 0.3, noise=[[0.9]])
 
 

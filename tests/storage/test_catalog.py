@@ -3,11 +3,10 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 
 from qbert_ray.features.vectors import features_table
-from qbert_ray.storage import catalog, columns
-from qbert_ray.storage.catalog import catalog_codes, content_vectors, item_ids, modality_vectors, nearest, warm_items
+from qbert_ray.storage import columns
+from qbert_ray.storage.catalog import catalog_codes, content_vectors, item_ids, modality_vectors, warm_items
 from qbert_ray.storage.directory import RunDir
 
 # Four items, the last of them cold; all vectors share a large part that says nothing.
@@ -68,18 +67,3 @@ def test_codes_are_in_the_order_of_item_index(tmp_path):
         pa.table([*keys, nested[0], nested[1]], names=[*columns.KEYS, "codes", columns.EXTRA_CODES]),
     )
     assert catalog_codes(run, "shop").tolist() == [[1, 2, 7], [3, 4, 8], [5, 6, 9]]
-
-
-@pytest.mark.parametrize("chunk", [1, 4096])
-def test_nearest_items_are_those_of_the_largest_cosine_weighted_by_it(chunk, monkeypatch):
-    monkeypatch.setattr(catalog, "CHUNK", chunk)
-    monkeypatch.setattr(catalog, "NEIGHBOURS", 2)
-    content = torch.tensor([[3.0, 0], [0, 1], [1, 1], [-1, 0], [5, 0.5], [0.1, 2]])
-    found, weights = nearest(content, torch.tensor([4, 5]), torch.tensor([1, 0, 2, 3]))
-    assert found.tolist() == [[0, 2], [1, 2]]
-    for row, (query, places) in enumerate(((content[4], [0, 2]), (content[5], [1, 2]))):
-        cosine = [float(query @ content[place] / query.norm() / content[place].norm()) for place in places]
-        strength = np.exp(np.array(cosine) / 0.1)
-        assert weights[row].numpy() == pytest.approx(strength / strength.sum(), abs=1e-5)
-    few, one = nearest(content, torch.tensor([4]), torch.tensor([3]))
-    assert few.tolist() == [[3]] and one.tolist() == [[1]]

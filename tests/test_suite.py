@@ -1,0 +1,53 @@
+"""Rules for the tests themselves: each compares something, and no list of parameters is empty."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+FILES = sorted((ROOT / "tests").rglob("*.py"))
+TEST_FILES = [path for path in FILES if path.name.startswith("test_")]
+RAISERS = {"raises", "warns", "fail", "gradcheck"}  # calls that fail by themselves
+# Tests that pass by not raising, with what would raise.
+MAY_JUST_RUN: dict[str, str] = {}
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(ast.parse(path.read_text(), str(path))) if isinstance(node, ast.FunctionDef))
+
+
+def called(node: ast.AST) -> set[str]:
+    """Last names of everything that is called."""
+    calls = [each.func for each in ast.walk(node) if isinstance(each, ast.Call)]
+    return {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
+
+
+def compares(node: ast.FunctionDef) -> bool:
+    names = called(node)
+    asserts = any(isinstance(each, ast.Assert) for each in ast.walk(node))
+    return asserts or bool(names & RAISERS) or any(name.startswith("assert_") for name in names)
+
+
+# Helpers that compare, and helpers that call those.
+COMPARING = {node.name for path in FILES for node in functions(path) if compares(node)}
+COMPARING |= {node.name for path in FILES for node in functions(path) if called(node) & COMPARING}
+
+
+def test_every_test_compares_something() -> None:
+    tests = [(path.relative_to(ROOT).as_posix(), node) for path in TEST_FILES for node in functions(path) if node.name.startswith("test_")]
+    assert len(tests) > 300
+    idle = [f"{path}::{node.name}" for path, node in tests if not compares(node) and not called(node) & COMPARING]
+    assert not set(idle) ^ set(MAY_JUST_RUN)
+
+
+def test_an_empty_list_of_parameters_fails_the_collection(request: pytest.FixtureRequest) -> None:
+    assert request.config.getini("empty_parameter_set_mark") == "fail_at_collect"
+
+
+def test_deprecations_are_errors_here(request: pytest.FixtureRequest) -> None:
+    assert "error::DeprecationWarning" in request.config.getini("filterwarnings")
