@@ -5,8 +5,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KILLS ?= 20
 HITS ?= 100
 SEED ?= 0
+MODULE ?=
+SAMPLE ?= 100
 
-.PHONY: help demo test test-slow lint types contracts docs chaos audit peers bench bench-full clean
+.PHONY: help demo test test-slow lint types contracts docs chaos mutants audit peers bench bench-full clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,7 +18,7 @@ demo: .venv/.installed ## every stage on a generated shop; outputs in runs/demo
 	@echo "The command is in $(BIN): run 'source $(BIN)/activate', then qbert-ray works by name."
 
 test: .venv/.installed ## the tests; QBERT_REAL_DATA=<folder> adds those on real data
-	$(BIN)/python -m pytest --durations 15
+	$(BIN)/python -m pytest --durations 15 --cov --cov-report=term
 
 test-slow: .venv/.installed ## also the tests that take minutes
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
@@ -37,6 +39,9 @@ docs: .venv/.installed ## write docs/config.md and its schema anew from qbert_ra
 chaos: .venv/.installed ## faults in random stages, then over whole runs; KILLS=20 HITS=100 SEED=0
 	$(BIN)/python -m tests.chaos.kills --kills $(KILLS) --seed $(SEED) --out runs/chaos.md
 	$(BIN)/python -m tests.chaos.storm --hits $(HITS) --seed $(SEED) --out runs/storm.md
+
+mutants: .venv/.linters ## share of small changes that the tests notice; MODULE=qbert_ray/metrics.py SAMPLE=100 SEED=0
+	$(BIN)/python -m tests.mutants $(MODULE) --sample $(SAMPLE) --seed $(SEED)
 
 audit: .venv/.linters ## known vulnerabilities of the versions in constraints.txt
 	$(BIN)/python -m tests.audit
