@@ -34,6 +34,7 @@ TESTS = {
     "qbert_ray/semantic_ids/collisions.py": ["tests/semantic_ids/test_collisions.py"],
     "qbert_ray/semantic_ids/quality.py": ["tests/semantic_ids/test_quality.py"],
     "qbert_ray/sequence/model.py": ["tests/sequence/test_model.py", "tests/sequence/test_equations.py"],
+    "qbert_ray/sequence/packing.py": ["tests/sequence/test_equations.py"],
     "qbert_ray/sequence/item_table.py": ["tests/sequence/test_item_table.py"],
     "qbert_ray/sequence/masking.py": ["tests/sequence/test_masking.py"],
     "qbert_ray/metrics.py": ["tests/test_metrics.py"],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qbert_ray.fusion.model import DynamicFusion, FusionLayer, Fused, alignment_loss, geometry_loss, info_nce, view_distance
+from qbert_ray.fusion.model import DynamicFusion, Fused, FusionLayer, alignment_loss, geometry_loss, info_nce, view_distance
 
 B, D, V = 4, 6, 2
 
@@ -236,9 +236,7 @@ def test_a_pair_of_views_of_a_single_item_is_not_contrasted():
 def test_eq_5_pulls_the_fused_embedding_to_the_query_and_never_the_query():
     found = fused()
     embedding, query = found.embedding.clone().requires_grad_(), found.query.clone().requires_grad_()
-    one, other = (
-        alignment_loss(found._replace(embedding=embedding, query=query), 0.4, weight, 0.0, 1.5)["loss"] for weight in (1.0, 0.0)
-    )
+    one, other = (alignment_loss(found._replace(embedding=embedding, query=query), 0.4, weight, 0.0, 1.5)["loss"] for weight in (1.0, 0.0))
     to_embedding, to_query = torch.autograd.grad(one - other, [embedding, query], allow_unused=True)
     assert torch.allclose(to_embedding, 2 * (found.embedding - found.query) / (B * D))
     assert to_query is None or not to_query.any()

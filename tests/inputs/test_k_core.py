@@ -145,7 +145,12 @@ def test_a_core_is_counted_again_until_nothing_more_goes():
     baskets = {"a": "01", "b": "12", "c": "23", "d": "01"}
     pairs = [(user, f"i{item}") for user, items in baskets.items() for item in items]
     log = pl.DataFrame(
-        {"user_id": [user for user, _ in pairs], "item_id": [item for _, item in pairs], "timestamp": [1] * 8, "rating": np.ones(8, np.float32)}
+        {
+            "user_id": [user for user, _ in pairs],
+            "item_id": [item for _, item in pairs],
+            "timestamp": [1] * 8,
+            "rating": np.ones(8, np.float32),
+        }
     )
     catalog = make_catalog(4)
     parts = partition(LocalExecutor(), as_blocks(log, []), catalog.to_arrow(), 2)

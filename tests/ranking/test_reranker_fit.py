@@ -8,7 +8,6 @@ import torch
 from qbert_ray.ranking import reranker
 from qbert_ray.ranking.reranker import FEWEST, CandidateLists, Reranker, fit_reranker
 
-
 USERS, CANDIDATES = 160, 12
 
 

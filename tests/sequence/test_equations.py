@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qbert_ray.sequence.item_table import ColdItems, ItemTable
-from qbert_ray.sequence.model import Dropout, Sequencer, next_item_queries, pack
+from qbert_ray.sequence.model import Dropout, Sequencer, next_item_queries
+from qbert_ray.sequence.packing import pack
 
 K, M, D, N, F = 3, 4, 6, 9, 5
 CODES = torch.from_numpy(np.random.default_rng(0).permutation(M**K)[:N, None] // np.array([M**2, M, 1]) % M)
@@ -72,10 +73,7 @@ def test_eq_11_over_tokens_is_the_mean_log_probability_of_the_codes(tokens, logi
         for level in range(K):
             own = row[level * D : (level + 1) * D] if tokens == "flat" else row
             book = model.code_embedding.weight[level * M : (level + 1) * M].tolist()
-            if logits == "cosine":
-                products = [dot(unit(own), unit(word)) / 0.3 for word in book]
-            else:
-                products = [dot(own, word) for word in book]
+            products = [dot(unit(own), unit(word)) / 0.3 for word in book] if logits == "cosine" else [dot(own, word) for word in book]
             products = [x + b for x, b in zip(products, model.code_bias[level * M : (level + 1) * M].tolist(), strict=True)]
             expected -= log_softmax(products, int(CODES[item, level])) / K
     assert model.loss(query, torch.tensor(target), ItemTable(CODES)).item() == pytest.approx(expected)
@@ -87,7 +85,9 @@ def test_gradients_of_eq_11_are_those_of_finite_differences(loss):
     names = ["code_embedding.weight", "code_bias"]
 
     def value(query, *parameters):
-        return torch.func.functional_call(Losses(model), dict(zip([f"model.{n}" for n in names], parameters, strict=True)), (query, target, table))
+        return torch.func.functional_call(
+            Losses(model), dict(zip([f"model.{n}" for n in names], parameters, strict=True)), (query, target, table)
+        )
 
     inputs = [queries().requires_grad_(), *(dict(model.named_parameters())[name].detach().clone().requires_grad_() for name in names)]
     assert torch.autograd.gradcheck(value, inputs)
