@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,4 +51,6 @@ def test_an_empty_list_of_parameters_fails_the_collection(request: pytest.Fixtur
 
 
 def test_deprecations_are_errors_here(request: pytest.FixtureRequest) -> None:
-    assert "error::DeprecationWarning" in request.config.getini("filterwarnings")
+    assert "error::DeprecationWarning:(qbert_ray|tests)" in request.config.getini("filterwarnings")
+    with pytest.raises(DeprecationWarning):
+        warnings.warn("old", DeprecationWarning, stacklevel=1)

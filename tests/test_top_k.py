@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbert_ray.top_k import better, hide, rank_pairs, ranks, top_k
+from qbert_ray.top_k import better, hide, pairs, rank_pairs, ranks, top_k
 
 scores_with_ties = st.integers(2, 12).flatmap(
     lambda n: st.lists(st.lists(st.integers(0, 4), min_size=n, max_size=n), min_size=1, max_size=5)
@@ -75,3 +75,67 @@ def test_ranks_among_the_unseen_are_those_of_hidden_scores():
     hidden.scatter_(1, target[:, None], scores.gather(1, target[:, None]))
     assert torch.equal(found[:, 0], ranks(scores, target)) and torch.equal(found[:, 1], ranks(hidden, target))
     assert torch.equal(found[:, 1], ranks(scores, target, seen))
+
+
+def plain_best(row, k):
+    """(score, index) of the k best, the largest first, equal scores by index, hidden items as -1."""
+    order = sorted(range(len(row)), key=lambda item: (-row[item], item))[:k]
+    return [(row[item], -1 if row[item] == -np.inf else item) for item in order]
+
+
+def found_by(pair):
+    return [list(zip(scores, items, strict=True)) for scores, items in zip(pair[0].tolist(), pair[1].tolist(), strict=True)]
+
+
+def test_a_block_changes_the_rows_that_it_has_something_better_for():
+    """The first row has nothing above its third best, the second one item, the third more than four times as many as are kept."""
+    rows = [[9.0, 8, 7, 7, 1, 0] + [2.0] * 14, [3.0, 2, 1, 5, 0, 0] + [0.0] * 14, [1.0, 1, 1, *(4.0 + n % 3 for n in range(17))]]
+    scores = torch.tensor(rows)
+    best = better(None, scores[:, :3], 0, 3)
+    assert found_by(best) == [plain_best(row[:3], 3) for row in rows]
+    for width in (1, 4, 17):
+        best = better(None, scores[:, :3], 0, 3)
+        for begin in range(3, 20, width):
+            best = better(best, scores[:, begin : begin + width], begin, 3)
+        assert found_by(best) == [plain_best(row, 3) for row in rows]
+
+
+def test_blocks_smaller_than_the_list_fill_it_up():
+    rows = [[1.0, 5, 5, 2, 7], [4.0, 4, 4, 4, 4], [0.0, -np.inf, 3, -np.inf, 1]]
+    scores, best = torch.tensor(rows), None
+    for begin in range(5):
+        best = better(best, scores[:, begin : begin + 1], begin, 4)
+        assert found_by(best) == [plain_best(row[: begin + 1], 4) for row in rows]
+
+
+def test_a_catalog_of_groups_and_a_rest_is_cut_as_a_plain_sort_does():
+    """32 neighbours make a group; the rest, and equal scores in different groups, count as all others do."""
+    rng = np.random.default_rng(3)
+    for size, k in ((32 * 41 + 5, 10), (32 * 41, 10), (32 * 40 + 31, 10), (700, 5)):
+        scores = torch.from_numpy(rng.integers(0, 40, (6, size))).float()
+        scores[0, -3:] = 99.0
+        scores[1] = 1.0
+        scores[2, ::2] = -torch.inf
+        scores[3] = torch.arange(size)
+        assert found_by(top_k(scores, k)) == [plain_best(row, k) for row in scores.tolist()]
+
+
+def test_equal_scores_before_the_target_count_and_those_after_it_do_not():
+    scores = torch.tensor([[2.0, 3, 2, 2, 1], [5.0, 1, 1, 1, 1]])
+    assert ranks(scores, torch.tensor([2, 0])).tolist() == [3, 1]
+    assert ranks(scores, torch.tensor([3, 4])).tolist() == [4, 5]
+    assert ranks(scores, torch.tensor([3, 4]), seen=[np.array([0, 1, 1]), np.array([], int)]).tolist() == [2, 5]
+    assert rank_pairs(scores, torch.tensor([3, 4]), [np.array([0, 1, 3, 4]), np.array([1, 2])]).tolist() == [[4, 2], [5, 3]]
+
+
+def test_a_pair_of_user_and_item_is_there_once():
+    user, item = pairs([np.array([3, 1, 3]), np.array([], int), np.array([0])], 4)
+    assert user.tolist() == [0, 0, 2] and item.tolist() == [1, 3, 0]
+    nothing = pairs([np.array([], int)], 4)
+    assert [each.tolist() for each in nothing] == [[], []]
+    assert hide(torch.ones(2, 3), [np.array([2]), np.array([], int)]).tolist() == [[1, 1, -np.inf], [1, 1, 1]]
+
+
+def test_more_items_than_there_are_are_not_asked_for():
+    values, indices = top_k(torch.tensor([[1.0, 2.0]]), 5)
+    assert values.tolist() == [[2, 1]] and indices.tolist() == [[1, 0]]

@@ -1,12 +1,14 @@
 """Laws that every quantizer holds, however its weights came about."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
 
 from qbert_ray.metrics import codebook_usage, collision_rate
+from qbert_ray.semantic_ids import kmeans
 from qbert_ray.semantic_ids.kmeans import fit_product, fit_residual
-from qbert_ray.semantic_ids.rqvae import RQVAE, normalised_error
+from qbert_ray.semantic_ids.rqvae import RQVAE, k_means, normalised_error
 from tests.semantic_ids.test_rqvae import embeddings
 
 SIZE, DIM = 16, 8
@@ -116,3 +118,37 @@ def test_the_learned_rotation_lowers_the_error(monkeypatch):
 def test_more_levels_than_dimensions_cannot_be_independent():
     with pytest.raises(ValueError, match="3 independent codes"):
         trained("opq", embeddings(), dim=2)
+
+
+@pytest.mark.parametrize(
+    ("variance", "sizes", "expected"),
+    [
+        ([8.0, 4, 2, 1], [2, 2], [0, 3, 1, 2]),  # products 8 * 1 and 4 * 2
+        ([1.0, 2, 4, 8], [2, 2], [3, 0, 2, 1]),
+        ([9.0, 3, 3, 3, 1], [3, 2], [0, 3, 4, 1, 2]),  # a block that is full takes no more
+        ([5.0, 0, 0], [1, 1, 1], [0, 1, 2]),
+    ],
+)
+def test_principal_components_are_dealt_to_blocks_of_about_equal_products(variance, sizes, expected):
+    blocks = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    found = kmeans._balanced(np.array(variance), blocks)
+    assert found.argmax(0).tolist() == expected
+    assert found.sum(0).tolist() == found.sum(1).tolist() == [1] * len(variance) and found.dtype == np.float32
+
+
+def test_residual_k_means_is_that_of_the_principal_components():
+    """By hand: centre, scale, project on the eigenvectors of the covariance, then k-means level by level."""
+    data = embeddings()
+    model = trained("kmeans", data, dim=4)
+    rows = data.numpy().astype(np.float64)
+    centred = rows - rows.mean(0)
+    covariance = centred.T @ centred / len(rows)
+    scale = np.sqrt(np.trace(covariance) / len(covariance))
+    axes = np.linalg.eigh(covariance)[1][:, ::-1][:, :4]
+    latent = model.encode(data).detach().numpy()
+    assert np.abs(latent) == pytest.approx(np.abs(centred @ axes / scale), abs=1e-3)  # an axis may point either way
+    assert np.allclose(model.decode(torch.from_numpy(latent)).detach().numpy(), centred @ axes @ axes.T + rows.mean(0), atol=1e-2)
+    residual = latent
+    for level, book in enumerate(model.quantizer.codebooks.detach().numpy()):
+        assert book == pytest.approx(k_means(residual, SIZE, level), abs=1e-4)
+        residual = residual - book[np.square(residual[:, None] - book).sum(2).argmin(1)]
