@@ -15,7 +15,11 @@ FILES = sorted((ROOT / "tests").rglob("*.py"))
 TEST_FILES = [path for path in FILES if path.name.startswith("test_")]
 RAISERS = {"raises", "warns", "fail", "gradcheck"}  # calls that fail by themselves
 # Tests that pass by not raising, with what would raise.
-MAY_JUST_RUN: dict[str, str] = {}
+MAY_JUST_RUN = {
+    "tests/config/test_reference.py::test_the_schema_takes_every_config_file": "jsonschema.validate",
+    "tests/report/test_report.py::test_a_sweep_that_has_hardly_begun": "the page of a sweep without data",
+    "tests/test_layout.py::test_readme_configs_are_valid": "load_config",
+}
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef]:
@@ -43,7 +47,7 @@ def test_every_test_compares_something() -> None:
     tests = [(path.relative_to(ROOT).as_posix(), node) for path in TEST_FILES for node in functions(path) if node.name.startswith("test_")]
     assert len(tests) > 300
     idle = [f"{path}::{node.name}" for path, node in tests if not compares(node) and not called(node) & COMPARING]
-    assert not set(idle) ^ set(MAY_JUST_RUN)
+    assert sorted(idle) == sorted(MAY_JUST_RUN)
 
 
 def test_an_empty_list_of_parameters_fails_the_collection(request: pytest.FixtureRequest) -> None:
