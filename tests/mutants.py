@@ -64,6 +64,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="mutants tried at a time")
     parser.add_argument("--out", type=Path, help="file to which the table and the survivors are appended")
     arguments = parser.parse_args()
+    if unknown := set(arguments.modules) - set(TESTS):
+        parser.error(
+            f"no tests are named for {', '.join(sorted(unknown))}; add them to TESTS in tests/mutants.py, known: {', '.join(TESTS)}"
+        )
     for module in arguments.modules:
         folder = prepare(module)
         names = mutant_names(folder, module)

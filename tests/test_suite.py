@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, mutants
 
 FILES = sorted((ROOT / "tests").rglob("*.py"))
 TEST_FILES = [path for path in FILES if path.name.startswith("test_")]
@@ -58,3 +58,17 @@ def test_deprecations_are_errors_here(request: pytest.FixtureRequest) -> None:
     assert "error::DeprecationWarning:(qbert_ray|tests)" in request.config.getini("filterwarnings")
     with pytest.raises(DeprecationWarning):
         warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+
+def test_modules_that_are_mutated_and_their_tests_are_there() -> None:
+    for module, tests in mutants.TESTS.items():
+        assert tests and all((ROOT / path).exists() for path in (module, *tests)), module
+
+
+def test_functions_without_gradients_are_mutated_too() -> None:
+    """mutmut leaves decorated functions alone, so these decorators become `with` statements."""
+    before = ["class A:", "    @torch.no_grad()", "    def f(self, x):", "        if x:", "            return 1", "", "        return 2"]
+    after = ["class A:", "    def f(self, x):", "        with torch.no_grad():", "            if x:", "                return 1", ""]
+    rest = ["", "    @property", "    def g(self):", "        return 3", ""]
+    source, expected = "\n".join([*before, *rest]), "\n".join([*after, "            return 2", *rest])
+    assert mutants.without_decorators(source) == expected
