@@ -21,7 +21,6 @@ from qbert_ray.execution.progress import Progress
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir, join, resolve
 from qbert_ray.storage.stages import BY_NAME, STAGES, STARTED, Stage
 
-
 # Folders of a run directory before the first release -> those of today.
 RENAMED = {"rqvae": "quantizer", "memory": "ranking", "evaluation": "evaluate", "recommendations": "score"}
 

@@ -76,6 +76,20 @@ def test_dim_beyond_the_catalog_is_padded_with_zeros():
     assert vectors.shape == (3, 8) and not vectors[:, 3:].any() and np.isfinite(vectors).all()
 
 
+COUNTS = np.array([[0.0, 4, 1, 0], [4, 0, 1, 1], [1, 1, 0, 2], [0, 1, 2, 0]])
+
+
+def positive_information(counts):
+    """max(0, log p(i, j) / (p(i) p(j))), pair by pair."""
+    total, rows = counts.sum(), counts.sum(1)
+    result = np.zeros_like(counts)
+    for i in range(len(counts)):
+        for j in range(len(counts)):
+            if counts[i, j]:
+                result[i, j] = max(0.0, math.log((counts[i, j] / total) / (rows[i] / total * rows[j] / total)))
+    return result
+
+
 def test_the_products_of_vectors_are_the_positive_information_of_pairs():
     """With as many dimensions as positive eigenvalues, vectors are those of the best positive approximation; by hand from NumPy."""
     expected = positive_information(COUNTS)
