@@ -236,6 +236,12 @@ class Quantizer(Training):
 class Sequencer(Section):
     """Stage 3, §3.5-3.6 and §4.1."""
 
+    kind: Literal["masked", "generative"] = Field(
+        "masked",
+        description="the paper's masked encoder, or an encoder-decoder that writes the next item's ID code by code (TIGER), by codes alone",
+    )
+    beam: PositiveInt = Field(20, description="generative: most IDs kept at every level while the best items are searched for")
+    head_width: PositiveInt | None = Field(None, description="generative: width of an attention head; None: width / num_heads")
     width: PositiveInt = Field(128, description="D, width of the model", json_schema_extra=paper("256 (Table 6)"))
     num_layers: PositiveInt = Field(2, description="layers of the encoder", json_schema_extra=paper("§4.1: 4"))
     num_heads: PositiveInt = Field(4, description="H, attention heads", json_schema_extra=paper("§4.1: 4"))
