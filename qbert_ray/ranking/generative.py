@@ -5,10 +5,15 @@ Shapes: B histories, N catalog, K levels.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
+from qbert_ray.config.schema import Config, Ranking
+from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.sequence.beam_search import Trie
 from qbert_ray.sequence.decoder import Generator
 from qbert_ray.sequence.decoder_task import encode, search
@@ -16,6 +21,20 @@ from qbert_ray.storage.catalog import catalog_codes, warm_items
 from qbert_ray.storage.directory import RunDir
 
 EXACT_AT_ONCE = 8  # histories; each is scored against all items
+
+
+class CatalogRanker(Protocol):
+    """What evaluation, scoring and the recommender ask of a model that ranks a catalog."""
+
+    trained: int  # number of items with training interactions
+
+    def best(self, histories: list[np.ndarray], k: int, remove_seen: bool = True) -> tuple[Tensor, Tensor]:
+        """Scores and item_index [B, min(k, N)] of the best items, best first."""
+        ...
+
+    def scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
+        """[B, N] scores of the catalog by the "model", and by parts of it; minus infinity for items that it does not reach."""
+        ...
 
 
 class GenerativeRanker:
@@ -82,8 +101,21 @@ def load_generative_ranker(run: RunDir, domain: str, beam: int, device: str = "c
     Raises:
         ArtifactError: the model or the IDs are not there.
     """
-    tensors, description = run.load_model(f"finetune/{domain}/model")
-    model = Generator(**description)
-    model.load_state_dict(tensors)
+    model = run.load_module(Generator, f"finetune/{domain}/model").to(device)
     codes = catalog_codes(run, domain)[:, : model.num_levels]
-    return GenerativeRanker(model.eval().to(device), codes, warm_items(run, domain), beam)
+    return GenerativeRanker(model, codes, warm_items(run, domain), beam)
+
+
+def load_catalog_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu") -> CatalogRanker:
+    """The ranker of a domain for the kind of sequence model that the run was made with.
+
+    Args:
+        settings: the config's section `ranking`; beams rank without it.
+
+    Raises:
+        ArtifactError: a model or table is not there.
+    """
+    sequencer = Config.model_validate(yaml.safe_load(run.read_bytes("config.yaml"))).sequencer
+    if sequencer.kind == "generative":
+        return load_generative_ranker(run, domain, sequencer.beam, device)
+    return load_ranker(run, domain, settings, device)
