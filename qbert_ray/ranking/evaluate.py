@@ -19,8 +19,8 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.features.structure import co_occurrence
 from qbert_ray.ranking.cold_items import evaluate_cold
-from qbert_ray.ranking.item_item import co_occurrence_scores, popularity
 from qbert_ray.ranking.generative import load_catalog_ranker
+from qbert_ray.ranking.item_item import co_occurrence_scores, popularity
 from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import item_ids

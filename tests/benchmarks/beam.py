@@ -34,8 +34,8 @@ TOLERANCE = 1e-3  # between the sums of four log-probabilities
 def catalog(num_items: int) -> np.ndarray:
     """[N, K] different codes at random."""
     rng = np.random.default_rng(1)
-    codes = np.unique(rng.integers(0, SIZE, (num_items + num_items // 50 + 8, LEVELS)), axis=0)
-    return rng.permutation(codes)[:num_items]
+    numbers = np.unique(rng.integers(0, SIZE**LEVELS, num_items + num_items // 50 + 8))
+    return rng.permutation(numbers)[:num_items, None] // SIZE ** np.arange(LEVELS)[::-1] % SIZE
 
 
 def model() -> Generator:
