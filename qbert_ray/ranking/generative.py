@@ -14,9 +14,8 @@ from torch import Tensor
 
 from qbert_ray.config.schema import Config, Ranking
 from qbert_ray.ranking.loader import load_ranker
-from qbert_ray.sequence.beam_search import Trie
+from qbert_ray.sequence.beam_search import Trie, encode, search
 from qbert_ray.sequence.decoder import Generator
-from qbert_ray.sequence.decoder_task import encode, search
 from qbert_ray.storage.catalog import catalog_codes, warm_items
 from qbert_ray.storage.directory import RunDir
 

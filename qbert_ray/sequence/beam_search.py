@@ -14,12 +14,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qbert_ray.sequence.decoder import Generator, Memory, unpacked
 from qbert_ray.top_k import pairs, top_k
 
 MOST_DISTANCES = 2**22  # from generated codes to items, computed at once
+SEARCHED_AT_ONCE = 128  # histories; more do not fit the processor's caches
 
 
 class Beams(NamedTuple):
@@ -216,6 +218,32 @@ def beam_search(model: Generator, memory: Memory, tree: Codes, beam: int, seen: 
     return Beams(*(unpacked(each, memory.order) for each in found))
 
 
+def search(
+    model: Generator, catalog: np.ndarray, trie: Trie, histories: list[np.ndarray], beam: int, seen: list[np.ndarray] | None = None
+) -> Beams:
+    """The best items after each history, in its order.
+
+    Args:
+        catalog: [N, K] codes.
+        trie: of that catalog, or of a part of it.
+        seen: items that each history must not get.
+    """
+    found = []
+    for begin in range(0, len(histories), SEARCHED_AT_ONCE):
+        rows = slice(begin, begin + SEARCHED_AT_ONCE)
+        memory = encode(model, histories[rows], catalog)
+        found.append(beam_search(model, memory, trie, beam, None if seen is None else seen[rows]))
+    width = max(each.items.shape[1] for each in found)
+    return Beams(*(torch.cat(pieces) for pieces in zip(*(_widened(each, width) for each in found), strict=True)))
+
+
+def encode(model: Generator, histories: list[np.ndarray], catalog: np.ndarray) -> Memory:
+    """The encoded histories, as `beam_search` and `Generator.score_all` read them."""
+    cut = [history[-model.max_items :] for history in histories]
+    items = np.concatenate([np.zeros(0, np.int64), *cut]).astype(np.int64)
+    return model.encode(model.read(items, np.array([len(history) for history in cut]), catalog))
+
+
 def _expand(
     logp: Tensor, scores: Tensor, node: Tensor, tree: Codes, level: int, beam: int, empty: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -260,3 +288,10 @@ def _by_score(scores: Tensor, items: Tensor) -> Tensor:
     """[B, W] order of the beams, the best first, equal ones by item_index."""
     by_item = items.argsort(dim=1, stable=True)
     return by_item.gather(1, scores.gather(1, by_item).argsort(dim=1, descending=True, stable=True))
+
+
+def _widened(beams: Beams, width: int) -> Beams:
+    """Beams with `width` columns, the added ones empty."""
+    more = width - beams.items.shape[1]
+    pad = F.pad
+    return Beams(pad(beams.scores, (0, more), value=-torch.inf), pad(beams.items, (0, more), value=-1), pad(beams.codes, (0, 0, 0, more)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qbert_ray import metrics
 from qbert_ray.config.schema import Config, SequenceTraining
 from qbert_ray.random_streams import VALIDATION_STREAM, uniform
-from qbert_ray.sequence.beam_search import Beams, Trie, beam_search
+from qbert_ray.sequence.beam_search import Trie, search
 from qbert_ray.sequence.decoder import Generator
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import catalog_codes, warm_items
@@ -19,7 +19,7 @@ from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import shuffled_batches
 
 MOST_VALIDATED = 2000  # users whose validation item is looked for among the beams after an epoch; decoding is not cheap
-SEARCHED_AT_ONCE = 128  # histories; more do not fit the processor's caches
+VALIDATION_BEAM = 20  # whatever beam ranks later, so that another one needs no new training
 
 
 class GenerativeTask:
@@ -88,50 +88,17 @@ class GenerativeTask:
             most = min(getattr(self.settings, "validation_users", MOST_VALIDATED), MOST_VALIDATED)
             users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
             if len(users):
-                histories, target = [sequences.history(user, "valid") for user in users], torch.from_numpy(sequences.valid[users])
-                found = search(model, self.catalogs[name], None, histories, self.config.sequencer.beam, histories)
-                rank = ranks_in_beams(found.items, target.to(device)).cpu().numpy()
+                histories, target = [sequences.history(user, "valid") for user in users], sequences.valid[users]
+                seen = [history[history != item] for history, item in zip(histories, target, strict=True)]
+                trie = Trie.build(torch.from_numpy(self.catalogs[name]).to(device))
+                found = search(model, self.catalogs[name], trie, histories, VALIDATION_BEAM, seen)
+                rank = ranks_in_beams(found.items, torch.from_numpy(target).to(device)).cpu().numpy()
                 values.append([metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()])
         hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
         return {"hr@10": float(hit_rate), "ndcg@10": float(ndcg)}
-
-
-def search(
-    model: Generator, catalog: np.ndarray, trie: Trie | None, histories: list[np.ndarray], beam: int, seen: list[np.ndarray] | None = None
-) -> Beams:
-    """The best items after each history, in its order.
-
-    Args:
-        catalog: [N, K] codes.
-        trie: of that catalog; None: it is built.
-        seen: items that each history must not get.
-    """
-    if trie is None:
-        trie = Trie.build(torch.from_numpy(catalog).to(model.table.weight.device))
-    found = []
-    for begin in range(0, len(histories), SEARCHED_AT_ONCE):
-        rows = slice(begin, begin + SEARCHED_AT_ONCE)
-        memory = encode(model, histories[rows], catalog)
-        found.append(beam_search(model, memory, trie, beam, None if seen is None else seen[rows]))
-    width = max(each.items.shape[1] for each in found)
-    return Beams(*(torch.cat(pieces) for pieces in zip(*(_widened(each, width) for each in found), strict=True)))
-
-
-def encode(model: Generator, histories: list[np.ndarray], catalog: np.ndarray) -> Any:
-    """The encoded histories, as `beam_search` and `Generator.score_all` read them."""
-    cut = [history[-model.max_items :] for history in histories]
-    items = np.concatenate([np.zeros(0, np.int64), *cut]).astype(np.int64)
-    return model.encode(model.read(items, np.array([len(history) for history in cut]), catalog))
 
 
 def ranks_in_beams(items: Tensor, target: Tensor) -> Tensor:
     """[B] 1-based rank of each target in its row of items [B, W]; behind all of them where it is not among them."""
     there = items == target[:, None]
     return torch.where(there.any(1), there.int().argmax(1) + 1, torch.iinfo(torch.int32).max)
-
-
-def _widened(beams: Beams, width: int) -> Beams:
-    """Beams with `width` columns, the added ones empty."""
-    more = width - beams.items.shape[1]
-    pad = torch.nn.functional.pad
-    return Beams(pad(beams.scores, (0, more), value=-torch.inf), pad(beams.items, (0, more), value=-1), pad(beams.codes, (0, 0, 0, more)))

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qbert_ray.sequence.beam_search import Trie, beam_search
+from qbert_ray.sequence.beam_search import Trie, beam_search, encode
 from qbert_ray.sequence.decoder import Generator
-from qbert_ray.sequence.decoder_task import encode
 from tests.benchmarks.scoring import histories_of_instruments
 from tests.benchmarks.table import Figure, main
 from tests.sequence.t5 import LevelT5, t5_of
