@@ -9,14 +9,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from qbert_ray.config.schema import Config, Ranking
+from qbert_ray.config.schema import Ranking
 from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.sequence.beam_search import Trie, encode, search
 from qbert_ray.sequence.decoder import Generator
-from qbert_ray.storage.catalog import catalog_codes, warm_items
+from qbert_ray.storage.catalog import catalog_codes, run_config, warm_items
 from qbert_ray.storage.directory import RunDir
 
 EXACT_AT_ONCE = 8  # histories; each is scored against all items
@@ -114,7 +113,7 @@ def load_catalog_ranker(run: RunDir, domain: str, settings: Ranking, device: str
     Raises:
         ArtifactError: a model or table is not there.
     """
-    sequencer = Config.model_validate(yaml.safe_load(run.read_bytes("config.yaml"))).sequencer
+    sequencer = run_config(run).sequencer
     if sequencer.kind == "generative":
         return load_generative_ranker(run, domain, sequencer.beam, device)
     return load_ranker(run, domain, settings, device)
