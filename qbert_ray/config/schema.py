@@ -236,6 +236,12 @@ class Quantizer(Training):
 class Sequencer(Section):
     """Stage 3, §3.5-3.6 and §4.1."""
 
+    kind: Literal["masked", "generative"] = Field(
+        "masked",
+        description="the paper's masked encoder, or an encoder-decoder that writes the next item's ID code by code (TIGER), by codes alone",
+    )
+    beam: PositiveInt = Field(20, description="generative: most IDs kept at every level while the best items are searched for")
+    head_width: PositiveInt | None = Field(None, description="generative: width of an attention head; None: width / num_heads")
     width: PositiveInt = Field(128, description="D, width of the model", json_schema_extra=paper("256 (Table 6)"))
     num_layers: PositiveInt = Field(2, description="layers of the encoder", json_schema_extra=paper("§4.1: 4"))
     num_heads: PositiveInt = Field(4, description="H, attention heads", json_schema_extra=paper("§4.1: 4"))
@@ -438,7 +444,33 @@ class Config(Section):
     sweep: Sweep = Sweep()
     compute: Compute = Compute()
 
+    @model_validator(mode="after")
+    def _beams_suffice(self) -> Config:
+        wanted = max([self.score.top_k, *self.evaluate.cutoffs])
+        if self.sequencer.kind == "generative" and wanted > self.sequencer.beam:
+            raise ValueError(
+                f"sequencer.beam is {self.sequencer.beam}: items outside the beams have no rank, so it must be at least {wanted}, "
+                "the largest of score.top_k and evaluate.cutoffs"
+            )
+        return self
+
     @property
     def pretrained(self) -> list[str]:
         """Domains that stage 3 pre-trains on."""
         return self.pretrain.domains or self.data.sources or self.data.targets
+
+    @property
+    def no_pretraining(self) -> str | None:
+        """Why stage 3 does not pre-train; None where it does."""
+        if not self.pretrain.enabled:
+            return "pretrain.enabled is false"
+        if self.sequencer.kind == "generative" and not (self.pretrain.domains or self.data.sources):
+            return "the generative model is trained on every prefix anyway, and there is no source domain"
+        return None
+
+    @property
+    def no_blend(self) -> str | None:
+        """Why the sequence model ranks alone; None where item-item weights and a reranker help."""
+        if not self.ranking.enabled:
+            return "ranking.enabled is false"
+        return "beams have no scores of other items to blend" if self.sequencer.kind == "generative" else None

@@ -22,7 +22,7 @@ from qbert_ray.config.schema import Config, Ranking
 from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
-from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.ranker import batches
 from qbert_ray.ranking.score_features import SCORE_FEATURES
 from qbert_ray.storage import columns
@@ -59,7 +59,7 @@ class ColdPart:
 
     def __init__(self, run: RunDir, domain: str, settings: Ranking, latest: int) -> None:
         self.run, self.domain, self.latest = run, domain, latest
-        self.ranker = load_ranker(run, domain, settings, own_device())
+        self.ranker = load_catalog_ranker(run, domain, settings, own_device())
         self.item_ids = item_ids(run, domain).to_pylist()
         self.warm = self.ranker.trained
         self.text = modality_vectors(run, domain, "text")

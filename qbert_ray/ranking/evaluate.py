@@ -19,8 +19,8 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.features.structure import co_occurrence
 from qbert_ray.ranking.cold_items import evaluate_cold
+from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.item_item import co_occurrence_scores, popularity
-from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import item_ids
@@ -76,7 +76,7 @@ class RankPart:
     def __init__(self, run: RunDir, domain: str, settings: Ranking, baselines: tuple[Any, np.ndarray], latest: int) -> None:
         self.run, self.domain, self.latest = run, domain, latest
         self.counts, self.popularity = baselines
-        self.ranker = load_ranker(run, domain, settings, own_device())
+        self.ranker = load_catalog_ranker(run, domain, settings, own_device())
         self.item_ids = item_ids(run, domain).to_pylist()
 
     @torch.inference_mode()

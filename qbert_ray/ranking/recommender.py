@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from qbert_ray.config.schema import Config
-from qbert_ray.ranking.loader import load_ranker
-from qbert_ray.ranking.ranker import Ranker, batches
+from qbert_ray.ranking.generative import CatalogRanker, load_catalog_ranker
+from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage.catalog import item_ids, run_config
 from qbert_ray.storage.directory import ArtifactError, RunDir
 
@@ -33,7 +33,7 @@ class Recommender:
         ids: [N] item_id of its items.
     """
 
-    def __init__(self, ranker: Ranker, ids: Sequence[str]) -> None:
+    def __init__(self, ranker: CatalogRanker, ids: Sequence[str]) -> None:
         self.ranker, self.ids = ranker, list(ids)
         self.index = {item: number for number, item in enumerate(self.ids)}
 
@@ -52,7 +52,7 @@ class Recommender:
         run = RunDir(run_dir)
         config = run_config(run)
         domain = target_domain(run, config, domain)
-        return cls(load_ranker(run, domain, config.ranking, device), item_ids(run, domain).to_pylist())
+        return cls(load_catalog_ranker(run, domain, config.ranking, device), item_ids(run, domain).to_pylist())
 
     def __contains__(self, item_id: object) -> bool:
         return item_id in self.index

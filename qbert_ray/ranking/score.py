@@ -12,7 +12,7 @@ from qbert_ray.config.schema import Config, Ranking
 from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
-from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import item_ids
@@ -36,7 +36,7 @@ class ScorePart:
 
     def __init__(self, run: RunDir, domain: str, settings: Ranking, k: int, remove_seen: bool) -> None:
         self.run, self.domain, self.k, self.remove_seen = run, domain, k, remove_seen
-        self.ranker = load_ranker(run, domain, settings, own_device())
+        self.ranker = load_catalog_ranker(run, domain, settings, own_device())
         self.item_ids = item_ids(run, domain)
 
     @torch.inference_mode()

@@ -7,18 +7,19 @@ from typing import Any
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
+from qbert_ray.sequence.decoder_task import GenerativeTask
 from qbert_ray.sequence.task import SequencerTask
 from qbert_ray.storage.directory import RunDir
 
 
 def sequence_trainings(stage: str, config: Config) -> dict[str, dict[str, Any]]:
-    """Folder of each training of the stage "pretrain" or "finetune" -> arguments of its `SequencerTask`.
+    """Folder of each training of the stage "pretrain" or "finetune" -> arguments of its task.
 
     Raises:
         ValueError: pretrain.domains names what is not there.
     """
     if stage == "finetune":
-        start = "pretrain/model" if config.pretrain.enabled else None
+        start = None if config.no_pretraining else "pretrain/model"
         return {f"finetune/{name}": {"domains": [name], "settings": config.finetune, "start": start} for name in config.data.targets}
     unknown = set(config.pretrained) - set(config.data.domains)
     if unknown:
@@ -26,11 +27,16 @@ def sequence_trainings(stage: str, config: Config) -> dict[str, dict[str, Any]]:
     return {"pretrain": {"domains": config.pretrained, "settings": config.pretrain}}
 
 
+def sequence_task(config: Config) -> type[SequencerTask] | type[GenerativeTask]:
+    """The task that trains the kind of sequence model that is asked for."""
+    return GenerativeTask if config.sequencer.kind == "generative" else SequencerTask
+
+
 def pretrain(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
-    """Multi-mask pre-training on the source domains."""
+    """Pre-train on the source domains: with several masks, or the generative model on every prefix."""
     ((folder, arguments),) = sequence_trainings("pretrain", config).items()
     arguments = {"config": config, "run": run} | arguments
-    figures = executor.fit(SequencerTask, arguments, config.compute.pretrain, run, folder, progress, config.compute)
+    figures = executor.fit(sequence_task(config), arguments, config.compute.pretrain, run, folder, progress, config.compute)
     return {"domains": arguments["domains"], "metrics": figures}
 
 
@@ -41,5 +47,5 @@ def finetune(config: Config, run: RunDir, executor: Executor, progress: Progress
         (domain,) = arguments["domains"]
         progress.note(domain)
         arguments = {"config": config, "run": run} | arguments
-        figures[domain] = executor.fit(SequencerTask, arguments, config.compute.finetune, run, folder, progress, config.compute)
+        figures[domain] = executor.fit(sequence_task(config), arguments, config.compute.finetune, run, folder, progress, config.compute)
     return {"metrics": figures}

@@ -28,6 +28,7 @@ class Stage:
         config: sections, or dotted paths, that its outputs depend on.
         inputs: stages whose outputs it reads.
         compute: keys of `compute` that name what it runs on.
+        ignores: dotted paths under those of `config` that its outputs do not depend on.
         keeps: restarts part by part or from a checkpoint, so that an unfinished try is kept; others start over.
         skipped: why there is nothing to do under a config; None where there is.
     """
@@ -39,6 +40,7 @@ class Stage:
     config: tuple[str, ...]
     inputs: tuple[str, ...] = ()
     compute: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
     keeps: bool = True
     skipped: Callable[[Config], str | None] = lambda config: None
 
@@ -50,7 +52,11 @@ class Stage:
     def depends_on(self, config: Config) -> dict[str, Any]:
         """Dotted path -> value of the config that its outputs depend on."""
         leaves = flatten(config.model_dump(mode="json"))
-        return {path: value for path, value in leaves.items() if any(path == key or path.startswith(f"{key}.") for key in self.config)}
+        return {path: value for path, value in leaves.items() if _under(path, self.config) and not _under(path, self.ignores)}
+
+
+def _under(path: str, keys: tuple[str, ...]) -> bool:
+    return any(path == key or path.startswith(f"{key}.") for key in keys)
 
 
 def _given_ids(config: Config) -> str | None:
@@ -118,7 +124,8 @@ STAGES = (
         ("run.seed", "sequencer", "pretrain"),
         ("semantic_ids",),
         ("pretrain",),
-        skipped=lambda config: None if config.pretrain.enabled else "pretrain.enabled is false",
+        ignores=("sequencer.beam",),
+        skipped=lambda config: config.no_pretraining,
     ),
     Stage(
         "finetune",
@@ -128,6 +135,7 @@ STAGES = (
         ("run.seed", "sequencer", "finetune", "pretrain.enabled"),
         ("semantic_ids", "pretrain"),
         ("finetune",),
+        ignores=("sequencer.beam",),
     ),
     Stage(
         "ranking",
@@ -137,14 +145,14 @@ STAGES = (
         ("ranking",),
         ("ingest", "finetune"),
         ("ranking",),
-        skipped=lambda config: None if config.ranking.enabled else "ranking.enabled is false",
+        skipped=lambda config: config.no_blend,
     ),
     Stage(
         "evaluate",
         "qbert_ray.ranking.evaluate:evaluate",
         "Rank every item for every user: hit rate and NDCG, next to baselines.",
         _RANKING,
-        ("evaluate", "ranking.enabled"),
+        ("evaluate", "ranking.enabled", "sequencer.beam"),
         ("finetune", "ranking"),
         ("evaluate",),
     ),
@@ -153,7 +161,7 @@ STAGES = (
         "qbert_ray.ranking.score:score",
         "Write the k best items for every user.",
         _RANKING,
-        ("score", "ranking.enabled"),
+        ("score", "ranking.enabled", "sequencer.beam"),
         ("finetune", "ranking"),
         ("score",),
     ),

@@ -23,7 +23,7 @@ from qbert_ray.config.search import objectives, settings
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import run_stage
-from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import RunDir
@@ -277,7 +277,7 @@ def milliseconds_per_user(config: Config, run: RunDir, domain: str) -> float:
     """Time to rank the catalog for a user with what the trial has, in batches on one thread; the median of five passes."""
     enabled = config.ranking.enabled and bool(run.parts("ranking/weights", domain))
     torch.set_num_threads(1)
-    ranker = load_ranker(run, domain, config.ranking.model_copy(update={"enabled": enabled}))
+    ranker = load_catalog_ranker(run, domain, config.ranking.model_copy(update={"enabled": enabled}))
     sequences = columns.to_sequences(run.read("ingest/sequences", domain))
     users = min(TIMED_USERS, len(sequences.valid))
     histories = [sequences.history(user, "test") for user in range(users)]

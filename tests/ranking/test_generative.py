@@ -1,0 +1,182 @@
+"""The generative kind of sequence model from training to recommendations, in this process."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from qbert_ray.config.schema import Config
+from qbert_ray.execution.local import LocalExecutor
+from qbert_ray.execution.progress import Quiet
+from qbert_ray.ranking import evaluate, score
+from qbert_ray.ranking.generative import GenerativeRanker, load_generative_ranker
+from qbert_ray.ranking.recommender import Recommender
+from qbert_ray.sequence import stage as sequence
+from qbert_ray.sequence.decoder_task import GenerativeTask
+from qbert_ray.storage import columns
+from qbert_ray.storage.stages import BY_NAME
+from qbert_ray.training import Loop
+from tests.small_run import COLD, ITEMS, LEVELS, SIZE, USERS, make_run
+
+SEQUENCER = {"kind": "generative", "width": 16, "num_layers": 1, "num_heads": 2, "head_width": 4, "ffn_width": 16, "max_items": 6}
+FINETUNE = {"epochs": 5, "batch_size": 32, "microbatches": 2, "learning_rate": 3e-3, "warmup_steps": 0, "patience": None}
+SECTIONS = {"sequencer": SEQUENCER, "finetune": FINETUNE, "evaluate": {"cutoffs": [1, 10]}}
+
+
+def make_config(run, **sections):
+    domains = {"run": {"dir": run.uri, "tensorboard": False}, "data": {"domains": {"shop": {}}}}
+    config = Config.model_validate(domains | SECTIONS | sections)
+    run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json")).encode())
+    return config
+
+
+@pytest.fixture(scope="module")
+def config_and_run(tmp_path_factory):
+    """A run that was trained, evaluated and scored."""
+    run = make_run(tmp_path_factory.mktemp("run"))
+    run.write_json("semantic_ids/manifest.json", {"stage": "semantic_ids", "counts": {"codebook_size": SIZE, "num_levels": LEVELS}})
+    run.delete("finetune")
+    config = make_config(run)
+    for work in (sequence.finetune, evaluate.evaluate, score.score):
+        work(config, run, LocalExecutor(), Quiet())
+    return config, run
+
+
+@pytest.fixture(scope="module")
+def ranker(config_and_run):
+    return load_generative_ranker(config_and_run[1], "shop", 20)
+
+
+def histories_of(run, upto="test"):
+    sequences = columns.to_sequences(run.read("ingest/sequences", "shop"))
+    return [sequences.history(user, upto) for user in range(len(sequences.user_ids))]
+
+
+def test_training_learns_and_leaves_its_epochs(config_and_run):
+    log = [json.loads(line) for line in config_and_run[1].read_bytes("finetune/shop/metrics.jsonl").splitlines()]
+    assert len(log) == FINETUNE["epochs"]
+    assert log[-1]["train_loss"] < log[0]["train_loss"] < 2 * np.log(SIZE)
+    assert all(0 <= line["ndcg@10"] <= line["hr@10"] <= 1 for line in log)
+
+
+def test_every_prefix_is_a_sample_once_an_epoch(config_and_run):
+    config, run = config_and_run
+    task = GenerativeTask(config, run, ["shop"], config.finetune)
+    sequences = task.sequences["shop"]
+    expected = Counter()
+    for begin, end in zip(sequences.indptr[:-1], sequences.indptr[1:], strict=True):
+        for place in range(begin + 1, end):
+            expected[(0, max(begin, place - SEQUENCER["max_items"]), place)] += 1
+    for epoch in (0, 1):
+        batches = task.batches(epoch)
+        assert Counter(tuple(row) for batch in batches for row in batch.tolist()) == expected
+        assert max(map(len, batches)) <= FINETUNE["batch_size"]
+    assert not np.array_equal(task.batches(0)[0], task.batches(1)[0])
+
+
+def test_microbatches_do_not_change_the_loss(config_and_run):
+    config, run = config_and_run
+    task = GenerativeTask(config, run, ["shop"], config.finetune)
+    model = task.build().eval()
+    samples = task.batches(0)[0]
+    device = torch.device("cpu")
+    whole, size = task.loss(model, samples, 0, device)
+    parts = [task.loss(model, piece, 0, device) for piece in np.array_split(samples, 3)]
+    assert size == sum(each for _, each in parts) == LEVELS * len(samples)
+    assert torch.allclose(whole, sum(loss for loss, _ in parts), rtol=1e-5)
+
+
+def test_a_wide_beam_ranks_as_exact_scores_do(ranker, config_and_run):
+    histories = histories_of(config_and_run[1])
+    wide = GenerativeRanker(ranker.model, ranker.codes, ranker.trained, ITEMS)
+    exact = ranker.exact_scores(histories)
+    scores, items = wide.best(histories, ITEMS, remove_seen=False)
+    expected = exact.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(items, expected.indices)
+    torch.testing.assert_close(scores, expected.values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(wide.model_scores(histories), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_scores_are_those_of_the_beams_and_cold_items_are_among_them(ranker, config_and_run):
+    histories = histories_of(config_and_run[1])
+    narrow = GenerativeRanker(ranker.model, ranker.codes, ranker.trained, 10)
+    scores, exact = narrow.model_scores(histories), narrow.exact_scores(histories)
+    found = scores > -torch.inf
+    assert (found.sum(1) >= 10).all() and (found.sum(1) <= 10 + COLD).all() and not found.all()
+    assert found[:, -COLD:].all()
+    torch.testing.assert_close(scores[found], exact[found], atol=1e-5, rtol=1e-5)
+
+
+def test_the_scores_table_holds_unseen_items_by_beams(ranker, config_and_run):
+    config, run = config_and_run
+    table = run.read("score").to_pylist()
+    histories = histories_of(run, "end")
+    _, items = ranker.best(histories, config.score.top_k)
+    expected = [(f"user-{user}", f"shop-item-{item}") for user, row in enumerate(items.tolist()) for item in row if item >= 0]
+    assert [(row["user_id"], row["item_id"]) for row in table] == expected
+    assert not {(user, f"shop-item-{item}") for user, history in enumerate(histories) for item in history} & {
+        (int(row["user_id"].removeprefix("user-")), row["item_id"]) for row in table
+    }
+
+
+def test_the_recommender_gives_what_the_stage_wrote(config_and_run):
+    run = config_and_run[1]
+    recommender = Recommender.load(run.uri)
+    assert isinstance(recommender.ranker, GenerativeRanker)
+    lists = recommender.recommend([[f"shop-item-{item}" for item in history] for history in histories_of(run, "end")], 10)
+    found = [(f"user-{user}", item, value) for user, row in enumerate(lists) for item, value in row]
+    table = run.read("score").to_pylist()
+    assert [(user, item) for user, item, _ in found] == [(row["user_id"], row["item_id"]) for row in table]
+    assert [value for *_, value in found] == pytest.approx([row["score"] for row in table], abs=1e-5)
+    assert len(recommender.recommend([[]], 5)[0]) == 5
+
+
+def test_evaluation_writes_ranks_of_the_model(config_and_run):
+    run = config_and_run[1]
+    table = run.read("evaluate/ranks", "shop").to_pylist()
+    ranks = {row["user_id"]: row for row in table if row["model"] == "model"}
+    assert len(ranks) == USERS
+    exact = load_generative_ranker(run, "shop", 20).exact_scores(histories_of(run))
+    target = columns.to_sequences(run.read("ingest/sequences", "shop")).test
+    for user in range(USERS):
+        rank = 1 + int((exact[user] > exact[user, target[user]]).sum())
+        if ranks[f"user-{user}"]["rank_all"] <= 10 and rank <= 10:  # a beam of 20 of 40 items may miss, but not err
+            assert ranks[f"user-{user}"]["rank_all"] <= rank
+    assert set(run.read_json("evaluate/metrics.json")["shop"]["protocols"]["all"]) == {"model", "popularity", "co_occurrence"}
+
+
+def test_pretraining_is_of_other_domains_and_taken_whole(tmp_path):
+    run = make_run(tmp_path, ("shop", "other"))
+    run.write_json("semantic_ids/manifest.json", {"stage": "semantic_ids", "counts": {"codebook_size": SIZE, "num_levels": LEVELS}})
+    run.delete("finetune")
+    roles = {"domains": {"shop": {}, "other": {"role": "source"}}}
+    config = make_config(run, data=roles, pretrain={"epochs": 1, "batch_size": 32})
+    assert config.no_pretraining is None
+    sequence.pretrain(config, run, LocalExecutor(), Quiet())
+    tensors, _ = run.load_model("pretrain/model")
+    (arguments,) = sequence.sequence_trainings("finetune", config).values()
+    loop = Loop(GenerativeTask(config, run, **arguments), torch.device("cpu"))
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in loop.model.state_dict().items())
+
+
+def test_stages_that_do_not_apply_are_skipped(config_and_run):
+    config = config_and_run[0]
+    assert BY_NAME["pretrain"].skipped(config) and BY_NAME["ranking"].skipped(config)
+    masked = config.model_copy(update={"sequencer": config.sequencer.model_copy(update={"kind": "masked"})})
+    assert not BY_NAME["pretrain"].skipped(masked) and not BY_NAME["ranking"].skipped(masked)
+
+
+def test_another_beam_needs_no_new_training(config_and_run):
+    config = config_and_run[0]
+    wider = config.model_copy(update={"sequencer": config.sequencer.model_copy(update={"beam": 50})})
+    changed = {name for name, stage in BY_NAME.items() if stage.depends_on(config) != stage.depends_on(wider)}
+    assert changed == {"evaluate", "score"}
+
+
+def test_a_beam_narrower_than_the_lists_is_refused():
+    with pytest.raises(ValueError, match="sequencer.beam is 5"):
+        Config.model_validate({"sequencer": {"kind": "generative", "beam": 5}})
+    Config.model_validate({"sequencer": {"beam": 5}})  # the masked model has no beams
