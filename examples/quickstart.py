@@ -8,12 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qbert_ray.fusion.model import DynamicFusion, alignment_loss, geometry_loss
-from qbert_ray.semantic_ids.collisions import resolve_collisions, to_tokens
-from qbert_ray.semantic_ids.kmeans import fit_residual
-from qbert_ray.semantic_ids.rqvae import RQVAE
-from qbert_ray.sequence.masking import draw_masks
-from qbert_ray.sequence.model import Sequencer, next_item_queries, pack
+import qbert_ray as qb
+from qbert_ray.fusion.model import alignment_loss, geometry_loss
+from qbert_ray.sequence.model import next_item_queries, pack
 from qbert_ray.top_k import hide, top_k
 
 ITEMS, USERS, LEVELS, CODEWORDS, WIDTH = 200, 300, 3, 16, 64
@@ -25,15 +22,14 @@ torch.manual_seed(0)
 # A catalog: each item has a title vector and two image vectors, near those of its kind. A user buys mostly items of one kind.
 kind = rng.integers(len(KINDS), size=ITEMS)
 text, image = (rng.normal(size=(len(KINDS), 1, 32))[kind] + rng.normal(size=(ITEMS, parts, 32)) for parts in (1, 2))
-features = {"text": torch.tensor(text).float(), "image": torch.tensor(image).float()}
-present = {name: torch.ones(vectors.shape[:2], dtype=torch.bool) for name, vectors in features.items()}
+features = {"text": torch.tensor(text).float(), "image": torch.tensor(image).float()}  # [N, J, F]
+present = {name: torch.ones(vectors.shape[:2], dtype=torch.bool) for name, vectors in features.items()}  # [N, J]
 liked = rng.integers(len(KINDS), size=USERS)
 chance = np.where(kind == liked[:, None], 20.0, 1.0)
-chance /= chance.sum(1, keepdims=True)
-histories = np.array([rng.choice(ITEMS, 8, replace=False, p=row) for row in chance])
+histories = np.array([rng.choice(ITEMS, 8, replace=False, p=row / row.sum()) for row in chance])
 
 # Stage 1 (section 3.3): fuse the modalities of each item into its ID embedding, through as many layers as it needs.
-fusion = DynamicFusion(ITEMS, {"text": 32, "image": 32}, width=WIDTH, num_layers=3, ffn_width=128)
+fusion = qb.DynamicFusion(ITEMS, {"text": 32, "image": 32}, width=WIDTH, num_layers=3, ffn_width=128)
 optimizer = torch.optim.AdamW(fusion.parameters(), 1e-3)
 for _ in range(20):
     fused = fusion(torch.arange(ITEMS), features, present)
@@ -41,25 +37,23 @@ for _ in range(20):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-embeddings = fused.embedding.detach()
+embeddings = fused.embedding.detach()  # [N, D]
 print(f"stage 1: {fused.depth.float().mean():.1f} fusion layers per item on average")
 
 # Stage 2 (section 3.4): quantize the fused embeddings to codes, then resolve collisions so that every item has its own.
-quantizer = RQVAE(WIDTH, hidden=[], num_levels=LEVELS, codebook_size=CODEWORDS, codebook_dim=16)
-fit_residual(quantizer, embeddings, seed=0)
+quantizer = qb.fit_residual_kmeans(embeddings, num_levels=LEVELS, codebook_size=CODEWORDS, codebook_dim=16)
 with torch.no_grad():
-    latents = quantizer.encode(embeddings)
-    nearest = quantizer.quantizer.codes(latents)
-codes, moved = resolve_collisions(nearest.numpy(), latents.numpy(), quantizer.quantizer.codebooks.detach().numpy())
-tokens = to_tokens(codes)
+    nearest, latents = quantizer.codes(embeddings).numpy(), quantizer.encode(embeddings).numpy()
+codes, moved = qb.resolve_collisions(nearest, latents, quantizer.quantizer.codebooks.detach().numpy())  # [N, K], [N]
+tokens = qb.to_tokens(codes)
 print(f"stage 2: {moved.sum()} of {ITEMS} items moved; item 0, one of the {KINDS[kind[0]]}, is {tokens[0]}")
 
 # Stage 3 (sections 3.5 and 3.6): a bidirectional encoder learns to fill in masked items of the histories.
 catalog, lengths = torch.from_numpy(codes), np.full(USERS, 8)
-model = Sequencer(LEVELS, CODEWORDS, width=WIDTH, num_layers=2, ffn_width=128, max_items=10)
+model = qb.Sequencer(LEVELS, CODEWORDS, width=WIDTH, num_layers=2, ffn_width=128, max_items=10)
 optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
 for epoch in range(20):
-    masks = draw_masks(lengths, np.arange(USERS), 0, epoch, weights={name: 1.0 for name in RATIOS}, ratios=RATIOS)
+    masks = qb.draw_masks(lengths, np.arange(USERS), 0, epoch, weights={name: 1.0 for name in RATIOS}, ratios=RATIOS)  # [B, T]
     batch, _ = pack(histories.ravel(), lengths, masks)
     loss = model.loss(model(batch, catalog, "shop"), batch.items[batch.masked], catalog, "shop") / int(masks.sum())
     optimizer.zero_grad()
@@ -70,7 +64,7 @@ model.eval()
 # Recommend: append a mask to each history and rank the whole catalog by one matrix product.
 with torch.inference_mode():
     queries = next_item_queries(model, list(histories), catalog, "shop")
-    scores = model.scores(queries, *model.catalog_vectors(catalog, "shop"))
+    scores = model.scores(queries, *model.catalog_vectors(catalog, "shop"))  # [B, N]
 best = top_k(hide(scores, list(histories)), 5)[1].numpy()
 for user in range(3):
     print(f"user {user} likes {KINDS[liked[user]]}: " + ", ".join(f"{KINDS[kind[item]]} {tokens[item]}" for item in best[user]))
