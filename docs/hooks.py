@@ -31,4 +31,4 @@ def fill(page: str) -> str:
         ConfigError: a named field does not exist.
     """
     page = re.sub(r"<!-- fields: ([\w. \n<>]+) -->", lambda found: "\n".join(rows(found[1].split())), page)
-    return page.replace("<!-- fields -->", markdown())
+    return page.replace("<!-- fields -->", markdown()) if "<!-- fields -->" in page else page

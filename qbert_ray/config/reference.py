@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import yaml
@@ -42,8 +43,7 @@ def fields(prefix: str = "") -> list[Field]:
     Raises:
         ConfigError: there is nothing under that path.
     """
-    schema = json_schema()
-    known = [field for field in _walk(schema, schema, "") if field.path != "extends"]
+    known = _every_field()
     wanted = re.sub(r"^(data\.domains\.)[\w-]+", rf"\1{_EVERY}", prefix.strip("."))
     found = [field for field in known if not wanted or field.path == wanted or field.path.startswith(f"{wanted}.")]
     if not found:
@@ -53,6 +53,12 @@ def fields(prefix: str = "") -> list[Field]:
             f"{prefix}: no such section or field; {'did you mean' if len(near) == 1 else 'the sections are'} {', '.join(near)}"
         )
     return found
+
+
+@cache
+def _every_field() -> tuple[Field, ...]:
+    schema = json_schema()
+    return tuple(field for field in _walk(schema, schema, "") if field.path != "extends")
 
 
 def sections() -> list[str]:
