@@ -10,7 +10,9 @@ import torch
 
 import qbert_ray as qb
 from qbert_ray.fusion.model import alignment_loss, geometry_loss
-from qbert_ray.sequence.model import next_item_queries, pack
+from qbert_ray.sequence.item_table import ItemTable
+from qbert_ray.sequence.model import next_item_queries
+from qbert_ray.sequence.packing import pack
 from qbert_ray.top_k import hide, top_k
 
 ITEMS, USERS, LEVELS, CODEWORDS, WIDTH = 200, 300, 3, 16, 64
@@ -49,13 +51,13 @@ tokens = qb.to_tokens(codes)
 print(f"stage 2: {moved.sum()} of {ITEMS} items moved; item 0, one of the {KINDS[kind[0]]}, is {tokens[0]}")
 
 # Stage 3 (sections 3.5 and 3.6): a bidirectional encoder learns to fill in masked items of the histories.
-catalog, lengths = torch.from_numpy(codes), np.full(USERS, 8)
+table, lengths = ItemTable(torch.from_numpy(codes)), np.full(USERS, 8)
 model = qb.Sequencer(LEVELS, CODEWORDS, width=WIDTH, num_layers=2, ffn_width=128, max_items=10)
 optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
 for epoch in range(20):
     masks = qb.draw_masks(lengths, np.arange(USERS), 0, epoch, weights={name: 1.0 for name in RATIOS}, ratios=RATIOS)  # [B, T]
     batch, _ = pack(histories.ravel(), lengths, masks)
-    loss = model.loss(model(batch, catalog, "shop"), batch.items[batch.masked], catalog, "shop") / int(masks.sum())
+    loss = model.loss(model(batch, table), batch.items[batch.masked], table) / int(masks.sum())
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -63,8 +65,8 @@ model.eval()
 
 # Recommend: append a mask to each history and rank the whole catalog by one matrix product.
 with torch.inference_mode():
-    queries = next_item_queries(model, list(histories), catalog, "shop")
-    scores = model.scores(queries, *model.catalog_vectors(catalog, "shop"))  # [B, N]
+    queries = next_item_queries(model, list(histories), table)
+    scores = model.scores(queries, *model.catalog_vectors(table))  # [B, N]
 best = top_k(hide(scores, list(histories)), 5)[1].numpy()
 for user in range(3):
     print(f"user {user} likes {KINDS[liked[user]]}: " + ", ".join(f"{KINDS[kind[item]]} {tokens[item]}" for item in best[user]))

@@ -234,7 +234,9 @@ def site(tmp_path_factory):
 
 
 def test_the_site_loads_nothing_from_elsewhere(site):
-    loading = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//|<link\b[^>]*rel=[\"']?(?:stylesheet|icon|preconnect)[^>]*//")
+    loading = re.compile(
+        r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//|<link\b[^>]*rel=[\"']?(?:stylesheet|icon|preconnect)[^>]*//"
+    )
     pages = sorted(site.rglob("*.html"))
     assert len(pages) >= 13
     assert [page.name for page in pages if loading.search(page.read_text())] == []
