@@ -124,6 +124,10 @@ def test_every_public_name_is_in_the_api_reference():
     assert {name.rpartition(".")[2] for name in named if name.count(".") == 1} <= set(qb.__all__)
 
 
+def test_the_readme_stays_short():
+    assert 7_000 < len((ROOT / "README.md").read_text()) < 10_000
+
+
 # what is shown loads, compiles and runs
 
 
