@@ -42,7 +42,7 @@ def blocks(language: str) -> list[str]:
 def code(text: str) -> Iterator[str]:
     """Lines of fenced blocks, and code between single backticks."""
     for found in FENCE.finditer(text):
-        yield from textwrap.dedent(found[3]).splitlines()
+        yield from re.sub(r" \\\n *", " ", textwrap.dedent(found[3])).splitlines()  # continued lines are one
     yield from re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
 
 
