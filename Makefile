@@ -8,7 +8,7 @@ SEED ?= 0
 MODULE ?=
 SAMPLE ?= 100
 
-.PHONY: help demo test test-slow lint types contracts docs chaos mutants audit peers bench bench-full clean
+.PHONY: help demo test test-slow lint types contracts docs docs-serve chaos mutants audit peers bench bench-full clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +33,11 @@ types: .venv/.linters ## types: mypy
 contracts: .venv/.linters ## which folder may import which: import-linter
 	$(BIN)/lint-imports --no-logo
 
-docs: .venv/.installed ## write docs/config.md and its schema anew from qbert_ray/config.py
-	$(BIN)/python -m qbert_ray.config.reference docs
+docs: .venv/.installed ## the documentation site, in site/; warnings are errors, and no network is needed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+
+docs-serve: .venv/.installed ## the same on http://127.0.0.1:8000, rebuilt when a page changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
 
 chaos: .venv/.installed ## faults in random stages, then over whole runs; KILLS=20 HITS=100 SEED=0
 	$(BIN)/python -m tests.chaos.kills --kills $(KILLS) --seed $(SEED) --out runs/chaos.md

@@ -27,7 +27,8 @@ def make_run(folder: Path, domains: tuple[str, ...] = ("shop",), **sequencer: An
     """A run whose sequence model has random weights; `sequencer` are arguments of it."""
     run, rng = RunDir(str(folder)), np.random.default_rng(0)
     torch.manual_seed(0)
-    config = Config.model_validate({"run": {"dir": run.uri}, "data": {"domains": {name: {} for name in domains}}})
+    settings = {"run": {"dir": run.uri}, "data": {"domains": {name: {} for name in domains}}, "sequencer": {"content": "fused"}}
+    config = Config.model_validate(settings)
     run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json")).encode())
     for domain in domains:
         codes = _write_catalog(run, domain, rng)

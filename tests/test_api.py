@@ -1,15 +1,18 @@
 """The public API: every name of `qbert_ray`, and a whole run from Python in this process."""
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import yaml
 
 import qbert_ray as qb
 from qbert_ray.config.loading import with_values
 from qbert_ray.storage.columns import to_numpy
 from qbert_ray.storage.stages import STAGES
+from tests import ROOT
 from tests.shop import SOURCE, small_config
 
 TABLES = ("ingest/items", "ingest/sequences", "ingest/interactions", "ingest/rejected", "semantic_ids")
@@ -72,6 +75,20 @@ def test_what_a_run_left_can_be_read(local):
     assert len(best[0]) == 5 and table.column_names[:3] == ["domain", "user_id", "rank"]
     with pytest.raises(qb.ArtifactError, match="no run in"):
         qb.open_run(f"{local.directory.uri}/nothing")
+
+
+def test_the_python_of_the_readme_runs(local, tmp_path, monkeypatch):
+    """On a run that is finished already, so that every stage is skipped."""
+    (text,) = re.findall(
+        r"^```python\n(import qbert_ray as qb.*?qb\.run\(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.yaml").write_text(yaml.safe_dump(local.config.model_dump(mode="json")))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(text, names)  # noqa: S102
+    assert [len(each) for each in names["best"]] == [5, 5]
+    assert {"item_id", "codes", "semantic_id"} <= set(names["ids"].column_names)
 
 
 def test_stages_are_listed_in_the_order_of_their_inputs():

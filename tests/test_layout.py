@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: who imports whom, how large things are, that the README tells the truth.
+"""The rules of the house, read from the source: what a module may hold, how large things are, what each job runs.
 
 No module is imported here but in a subprocess, so that a broken one fails its own test and not these.
 """
@@ -8,21 +8,16 @@ from __future__ import annotations
 import ast
 import importlib
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests import ROOT
 
 PACKAGE = "qbert_ray"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = "\n".join(page.read_text() for page in PAGES if page.name != "config.md")  # which test_reference.py holds
 
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 LONG_MODULES: dict[str, str] = {}  # path -> why it may be longer
@@ -172,80 +167,3 @@ def test_jobs_are_a_few_lines_around_a_command(path: Path) -> None:
 def test_every_stage_can_be_submitted_as_a_job() -> None:
     stages = {name for name, panel in commands().items() if panel.startswith(("Whole run", "Stage"))}
     assert stages <= {_job_command(path) for path in JOBS}
-
-
-# the README
-
-
-def _config_paths() -> dict[str, object]:
-    overlays = importlib.import_module(f"{PACKAGE}.config.loading")
-    return overlays.flatten(overlays.load_config().model_dump(mode="json"))
-
-
-def _code(text: str) -> Iterator[str]:
-    """Lines of fenced blocks, and code between single backticks."""
-    for number, piece in enumerate(re.split(r"^```.*$", text, flags=re.MULTILINE)):
-        yield from piece.splitlines() if number % 2 else re.findall(r"`([^`\n]+)`", piece)
-
-
-def test_readme_commands_and_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    lines = [line.strip().removeprefix("$ ").split() for line in _code(README)]
-    named = {(line[0], line[1]) for line in lines if len(line) > 1 and line[0] in ("qbert-ray", "make")}
-    assert named
-    assert {name for program, name in named if program == "qbert-ray"} <= set(commands())
-    assert {name for program, name in named if program == "make"} <= targets
-
-
-def test_readme_files_exist() -> None:
-    named = set(re.findall(r"\b((?:configs|jobs|cluster|tests)/[\w./-]*\w)", README))
-    assert named
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-
-
-def test_readme_symbols_exist() -> None:
-    """`fusion.py:DynamicFusion` and `pipelines/training.py:Loop.save` of "Locating the code"."""
-    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", README)
-    assert named
-    for file, symbol in named:
-        body: list[ast.stmt] = parse(ROOT / PACKAGE / file).body
-        for name in symbol.split("."):
-            found = [node for node in body if name in _defined(node)]
-            assert found, f"README names {file}:{symbol}, which is not there"
-            body = getattr(found[0], "body", [])
-
-
-def _defined(node: ast.stmt) -> set[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return {node.name}
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return {target.id for target in targets if isinstance(target, ast.Name)}
-
-
-def test_readme_config_keys_exist() -> None:
-    known = _config_paths()
-    sections = {path.split(".")[0] for path in known}
-    named = {word for code in _code(README) for word in re.findall(r"(?<![\w./:])([a-z_]+(?:\.[\w<>]+)+)", code)}
-    named = {
-        word
-        for word in named
-        if word.split(".")[0] in sections and not word.endswith((".yaml", ".json", ".jsonl", ".parquet", ".py", ".onnx"))
-    }
-    assert named
-    for word in named:
-        path = re.sub(r"^(data\.domains)\.[\w<>]+", r"\1.items", word)
-        assert any(key == path or key.startswith((f"{path}.", f"{path}<")) or path.startswith(f"{key}.") for key in known), word
-
-
-def test_readme_states_the_defaults() -> None:
-    """Rows of the table of knobs: | `key` | default | ..."""
-    rows = dict(re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `([^`]*)` \|", README, re.MULTILINE))
-    known = _config_paths()
-    assert rows
-    assert {key: yaml.safe_load(given) for key, given in rows.items()} == {key: known[key] for key in rows}
-
-
-@pytest.mark.parametrize("text", re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
-def test_readme_configs_are_valid(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    importlib.import_module(f"{PACKAGE}.config.loading").load_config([tmp_path / "config.yaml"])

@@ -1,13 +1,12 @@
-"""The reference of every config field, from the schema of `Config`: for a terminal, for docs/config.md, for editors."""
+"""The reference of every config field, from the schema of `Config`: for a terminal, for the documentation site, for editors."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from typing import Any, NamedTuple
 
 import yaml
@@ -44,8 +43,7 @@ def fields(prefix: str = "") -> list[Field]:
     Raises:
         ConfigError: there is nothing under that path.
     """
-    schema = json_schema()
-    known = [field for field in _walk(schema, schema, "") if field.path != "extends"]
+    known = _every_field()
     wanted = re.sub(r"^(data\.domains\.)[\w-]+", rf"\1{_EVERY}", prefix.strip("."))
     found = [field for field in known if not wanted or field.path == wanted or field.path.startswith(f"{wanted}.")]
     if not found:
@@ -55,6 +53,12 @@ def fields(prefix: str = "") -> list[Field]:
             f"{prefix}: no such section or field; {'did you mean' if len(near) == 1 else 'the sections are'} {', '.join(near)}"
         )
     return found
+
+
+@cache
+def _every_field() -> tuple[Field, ...]:
+    schema = json_schema()
+    return tuple(field for field in _walk(schema, schema, "") if field.path != "extends")
 
 
 def sections() -> list[str]:
@@ -67,32 +71,21 @@ def about(section: str) -> str:
 
 
 def markdown() -> str:
-    """The content of docs/config.md."""
-    lines = [
-        "# Configuration",
-        "",
-        "Written by `make docs` from `qbert_ray/config.py`; `qbert-ray config --describe SECTION` prints the same. A config is one or more",
-        "YAML files, merged left to right, then `section.field=value` from the command line. *paper* is where the paper speaks of a field, and",
-        "its value. With the first line below, editors complete and check the fields ([schema](config.schema.json), or `qbert-ray config --schema`):",
-        "",
-        "```yaml",
-        "# yaml-language-server: $schema=../docs/config.schema.json",
-        "extends: demo.yaml # optional: lay this file over that one, beside it",
-        "```",
-    ]
-    for section in sections():
-        lines += ["", f"## {section}", "", *([about(section), ""] if about(section) else [])]
-        lines += ["| field | type | default | what | paper |", "|---|---|---|---|---|"]
-        for field in fields(section):
-            path, kind, default, *rest = (text.replace("|", "\\|") for text in field)
-            lines.append(f"| `{path}` | {kind} | `{default}` | {' | '.join(rest)} |")
-    return "\n".join(lines) + "\n"
+    """The reference of every field as Markdown: a heading and a table for each section."""
+    return "\n".join("\n".join([f"### {section}", "", about(section), "", *rows([section]), ""]) for section in sections())
 
 
-def write(folder: Path) -> None:
-    """Write docs/config.md and docs/config.schema.json anew."""
-    (folder / "config.md").write_text(markdown())
-    (folder / "config.schema.json").write_text(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n")
+def rows(prefixes: list[str]) -> list[str]:
+    """Lines of a Markdown table of the fields at or under some dotted paths.
+
+    Raises:
+        ConfigError: there is nothing under one of them.
+    """
+    lines = ["| field | type | default | meaning | paper |", "|---|---|---|---|---|"]
+    for field in (field for prefix in prefixes for field in fields(prefix)):
+        path, kind, default, *rest = (text.replace("|", "\\|") for text in field)
+        lines.append(f"| `{path}` | {kind} | `{default}` | {' | '.join(rest)} |")
+    return lines
 
 
 def _subclasses(model: type[Section]) -> Iterator[type[Section]]:
@@ -154,7 +147,3 @@ def _type(schema: dict[str, Any]) -> str:
         return f"{{{_type(schema.get('propertyNames', {}))}: {_type(schema['additionalProperties'])}}}"
     bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
     return f"{kind} {bounds}".strip()
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))

@@ -86,7 +86,7 @@ class Chaos:
         self.store = Store(self.link.here if self.link else "127.0.0.1").start()
         os.environ.update(self.store.environment)
         health = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
-        # A task sent to a node whose link is cut waits for its connection's end, by Ray's defaults 7 minutes (docs/chaos.md).
+        # A task sent to a node whose link is cut waits for its connection's end, by Ray's defaults 7 minutes (docs/clusters.md).
         health |= {"RAY_grpc_client_keepalive_time_ms": "20000", "RAY_grpc_client_keepalive_timeout_ms": "10000"}
         self.nodes = Nodes(2, 2, link=self.link, **health, **self.store.environment)
         self.shop = make_shop(folder / "shop")
