@@ -19,7 +19,9 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir, join, resolve
-from qbert_ray.storage.stages import BY_NAME, STAGES, STARTED, Stage
+from qbert_ray.storage.lock import check_held
+from qbert_ray.storage.seals import STARTED, seal
+from qbert_ray.storage.stages import BY_NAME, STAGES, Stage
 
 
 # Folders of a run directory before the first release -> those of today.
@@ -88,10 +90,13 @@ def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, pro
     manifest = Manifest(stage.name, stage.depends_on(config), _input_fingerprints(stage, config, run), _version())
     _forget_unfinished(stage, manifest, run)
     run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    check_held(run)
     started = time.monotonic()
     manifest.counts = _function(stage)(config, run, executor, progress)
     executor.measure(stage.name, manifest.counts)
+    manifest.files = seal(run, stage.name)
     manifest.seconds = round(time.monotonic() - started, 2)
+    check_held(run)
     manifest.save(run, stage.name)
     run.delete(f"{stage.name}/{STARTED}")
     return manifest

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qbert_ray.semantic_ids.quantizers import EXTRA
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import Manifest, RunDir
+from qbert_ray.storage.seals import seal
 from tests.benchmarks.without_ray import run_stages
 from tests.shop import make_shop, small_config
 
@@ -38,6 +39,9 @@ def dealt_out_anew(run, columns):
         items[rows] = rng.permutation(items[rows])
         place = table.column_names.index("item_id")
         run.write_part("ingest/interactions", name, table.set_column(place, table.schema.field("item_id"), pa.array(items, pa.string())))
+    manifest = Manifest.load(run, "ingest")
+    manifest.files = seal(run, "ingest")  # these are the stage's own parts now
+    manifest.save(run, "ingest")
 
 
 @pytest.fixture(scope="module")

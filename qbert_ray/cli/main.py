@@ -20,6 +20,7 @@ from qbert_ray.config.loading import ConfigError, load_config, refuse_credential
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.failures import root_cause, stoppable
 from qbert_ray.storage.directory import ArtifactError, RunDir
+from qbert_ray.storage.lock import locked
 from qbert_ray.storage.stages import STAGES
 
 app = typer.Typer(
@@ -220,15 +221,16 @@ def _search(plan: Any, journal: Journal) -> dict[str, Any] | None:
     from qbert_ray.execution.ray_session import session
     from qbert_ray.sweeps import tuning
 
-    with stoppable(errors), session(plan.config.compute.address):
+    with stoppable(errors), locked(plan.folder), session(plan.config.compute.address):
         tuning.check_room(plan)
-        for seed in plan.seeds:
-            for name in plan.to_prepare(seed):
-                started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)
-                with journal.stage(name) as progress:
-                    manifest = tuning.prepare(plan, seed, name, progress)
-                if manifest is not None:
-                    journal.done(name, manifest, None if done else time.monotonic() - started)
+        with locked(plan.run):  # only for as long as stages are written there: several sweeps may read it
+            for seed in plan.seeds:
+                for name in plan.to_prepare(seed):
+                    started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)
+                    with journal.stage(name) as progress:
+                        manifest = tuning.prepare(plan, seed, name, progress)
+                    if manifest is not None:
+                        journal.done(name, manifest, None if done else time.monotonic() - started)
         with journal.stage("trials") as progress:
             best = tuning.search(plan, progress)
     journal.trials(plan.folder.read_json(tuning.SWEEP), tuning.trial_rows(plan))
@@ -340,10 +342,10 @@ def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | 
     for stage in STAGES[: min(first, last)]:  # refuse a changed config before anything is done or deleted
         if not stage.skipped(config):
             status(stage, config, directory)
-    if redo is not None:
-        redo_from(by_command[redo].name, directory)
     stages = [by_command[only]] if only else list(STAGES)
-    with stoppable(errors), open_executor(config) as executor:
+    with stoppable(errors), locked(directory), open_executor(config) as executor:
+        if redo is not None:
+            redo_from(by_command[redo].name, directory)
         preflight(stages, config, directory, executor)
         for stage in stages:
             why = stage.skipped(config)
@@ -379,8 +381,9 @@ def _append(config: Config) -> None:
     from qbert_ray.append import append_ids
     from qbert_ray.execution.executor import open_executor
 
-    with open_executor(config) as executor, journal.stage("append") as progress:
-        version = append_ids(config, RunDir(config.run.dir), executor, progress)
+    directory = RunDir(config.run.dir)
+    with locked(directory), open_executor(config) as executor, journal.stage("append") as progress:
+        version = append_ids(config, directory, executor, progress)
     journal.appended(version)
 
 

@@ -78,8 +78,8 @@ class LocalExecutor:
     def map_parts(
         self, run: RunDir, worker: type, arguments: dict[str, Any], parts: list[str], output: str, actors: Actors, progress: Progress
     ) -> Counter[str]:
-        done = set(run.names(f"{output}/.counts"))
-        missing = [name for name in parts if f"{name}.json" not in done]
+        done, there = set(run.names(f"{output}/.counts")), set(run.names(output))
+        missing = [name for name in parts if f"{name}.json" not in done or name not in there]
         progress.start(len(parts), len(parts) - len(missing))
         ready = worker(**arguments) if missing else None
         for name in missing:

@@ -40,8 +40,8 @@ def map_parts(
     progress: Progress,
 ) -> Counter[str]:
     """See `Executor.map_parts`."""
-    done = set(run.names(f"{output}/.counts"))
-    missing = [name for name in parts if f"{name}.json" not in done]
+    done, there = set(run.names(f"{output}/.counts")), set(run.names(output))
+    missing = [name for name in parts if f"{name}.json" not in done or name not in there]
     progress.start(len(parts), len(parts) - len(missing))
     if missing:
         resources = pool(actors, len(missing))

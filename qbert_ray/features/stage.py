@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qbert_ray.config.schema import Config, Domain
 from qbert_ray.execution.executor import Executor
@@ -248,7 +247,7 @@ def _content_width(run: RunDir) -> int:
 
 def _shape(run: RunDir, modality: str, part: str) -> tuple[int, int]:
     """J and D of a part of features/<modality>."""
-    kind = pq.read_schema(run.path(f"features/{modality}/{part}"), filesystem=run.filesystem).field("vectors").type
+    kind = run.open_part(f"features/{modality}", part).schema_arrow.field("vectors").type
     return kind.list_size, kind.value_type.list_size
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 
 from qbert_ray.config.schema import Config, ImageEncoder
 from qbert_ray.execution.executor import Executor
@@ -121,7 +120,7 @@ def _filled(run: RunDir) -> dict[str, float]:
     """Column of the kept items -> share of filled values, from the parts' footers."""
     rows, filled = 0, Counter[str]()
     for part in run.parts("ingest/items"):
-        metadata = pq.ParquetFile(run.path(f"ingest/items/{part}"), filesystem=run.filesystem).metadata
+        metadata = run.open_part("ingest/items", part).metadata
         rows += metadata.num_rows
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             for column in map(group.column, range(group.num_columns)):

@@ -10,7 +10,8 @@ import yaml
 from qbert_ray.config.loading import flatten, merge
 from qbert_ray.config.schema import Config, Domain
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
-from qbert_ray.storage.stages import BY_NAME, STARTED
+from qbert_ray.storage.seals import STARTED
+from qbert_ray.storage.stages import BY_NAME
 
 
 class Facts:
