@@ -23,6 +23,7 @@ from qbert_ray.execution.progress import Progress
 from qbert_ray.features.encoding import ImagePart, TextPart, load_image_encoder, load_text_encoder, write_rejected
 from qbert_ray.features.structure import co_occurrence, collaborative_vectors, neighbourhood_features
 from qbert_ray.features.vectors import Placed, features_table, read_vectors, vectors_shape
+from qbert_ray.inputs.addresses import Addresses
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX, to_numpy
 from qbert_ray.storage.directory import RunDir, join
 
@@ -117,6 +118,8 @@ def _encode(config: Config, run: RunDir, modality: str, plan: Plan, executor: Ex
     arguments = {"run": run, "settings": getattr(config.features, modality), "num_vectors": plan.num_vectors}
     if modality == "text":
         arguments["fields"] = {domain: _text_columns(config.data.domains[domain]) for domain in rest}
+    else:
+        arguments["addresses"] = {domain: Addresses.of(config.data.root, config.data.domains[domain]) for domain in rest}
     parts = [part for domain in rest for part in run.parts("ingest/items", domain)]
     return executor.map_parts(run, worker, arguments, parts, f"features/{modality}", config.compute.features, progress)
 

@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 
 from qbert_ray.config.schema import Domain
+from qbert_ray.inputs.addresses import Addresses
 from qbert_ray.inputs.image_columns import Kind, image_bytes, image_path, safe_paths
 from qbert_ray.inputs.readers import REASON, ROW, ROW_LENGTH
 from qbert_ray.inputs.sources import POSITION, Source
@@ -101,7 +102,8 @@ def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain
         rows = rows.with_columns(strip_markup(rows[column]) for column in texts)
     # A picture that came as bytes needs no path, whatever its path says.
     given = rows.select(pl.when(pl.col("image_bytes").is_null()).then("given_path").alias("given_path")).to_series()
-    paths = safe_paths(given, source.folder(file), source.query, root)
+    addresses = Addresses.of(source.uri if "://" in source.uri else root, domain)
+    paths = safe_paths(given, source.folder(file), source.query, root, addresses)
     rows = rows.with_columns(paths.alias("image_path"), given)
     refused = pl.when(pl.col("image_path").is_null()).then("given_path").alias(UNSAFE)
     reasons = [pl.when(pl.col(ITEM_ID).is_null()).then(pl.lit(f"missing {ITEM_ID}"))]

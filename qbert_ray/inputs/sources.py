@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from pyarrow import fs
 
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs import readers
+from qbert_ray.inputs.limits import leading_outside
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 from qbert_ray.storage.directory import join, resolve
@@ -107,6 +110,10 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
     paths = _find(filesystem, path)
     if not paths:
         raise SourceError(f"{label}: no Parquet, CSV or JSONL file at {uri}; set {key} (given: {location}) or data.root (given: {root})")
+    folder = os.path.dirname(re.split(r"[*?\[]", path)[0]) if filesystem.get_file_info(path).type != fs.FileType.Directory else path
+    away = [] if domain.follow_links else leading_outside(filesystem, paths, (folder, "" if "://" in root else resolve(root)[1]))
+    if away:
+        raise SourceError(f"{label}: {away[0]} leads outside {folder}; set data.domains.{name}.follow_links=true if that is meant")
     kinds = sorted({str(readers.kind_of(path)) for path in paths})
     if len(kinds) > 1:
         raise SourceError(f"{label}: {uri} holds files of several kinds ({', '.join(kinds)}); choose among them with a glob in {key}")

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
+from qbert_ray.config.loading import read_config
 from qbert_ray.config.schema import Config
 from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.ranking.ranker import Ranker, batches
@@ -107,7 +107,7 @@ def run_config(run: RunDir) -> Config:
     """
     if not run.exists("config.yaml"):
         raise ArtifactError(f"no run in {run.uri}: it has no config.yaml; make one with qbert-ray run")
-    return Config.model_validate(yaml.safe_load(run.read_bytes("config.yaml")))
+    return read_config(run.read_bytes("config.yaml"), f"{run.uri}/config.yaml")
 
 
 def target_domain(run: RunDir, config: Config, domain: str | None) -> str:

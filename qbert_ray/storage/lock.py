@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Holder:
     started: str  # when the process began, as its system counts: a number that is used again means another process
     since: str  # when it took the lock
     command: str
+    held: bool = False  # false: not yet, it may be taken back
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since} ({self.command})"
@@ -75,6 +76,8 @@ class Lock:
             self._write()
             other = self._other()
             if other is None:
+                self.holder = replace(self.holder, held=True)
+                self._write()
                 self.thread.start()
                 _held[self.run.uri] = self
                 return
@@ -104,10 +107,14 @@ class Lock:
     def _renew(self) -> None:
         while not self.ended.wait(RENEW_SECONDS):
             with suppress(OSError):  # a store that does not answer: the lease runs on, and the next renewal tries again
-                if self.name not in self._claims():
-                    self.lost = str(self._other() or "another process, which is done by now")
+                gone = self.name not in self._claims()
+                if not gone:
+                    self._write()
+                other = self._other()  # after the renewal: it may have come a moment after the claim was removed
+                if gone or (other is not None and other.held and other.since >= self.holder.since):
+                    self.lost = str(other or "another process, which is done by now")
+                    self._remove(self.name)
                     return
-                self._write()
 
     def _write(self) -> None:
         self.run.write_json(f"{FOLDER}/{self.name}", asdict(self.holder))
@@ -135,7 +142,9 @@ class Lock:
         """Who wrote a claim; None where it was taken back meanwhile."""
         try:
             content: Any = self.run.read_json(f"{FOLDER}/{name}")
-            return Holder(**{field.name: content[field.name] for field in fields(Holder)})
+            return Holder(
+                **{field.name: content[field.name] for field in fields(Holder) if field.name != "held"}, held=bool(content["held"])
+            )
         except FileNotFoundError:
             return None
         except (ArtifactError, KeyError, TypeError):  # claims are written whole: this is none of ours

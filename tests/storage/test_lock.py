@@ -53,7 +53,15 @@ def claims(run):
 
 def claim(run, name="other.json", **fields):
     """A claim of another host."""
-    content = {"host": "far", "pid": 7, "place": "elsewhere", "started": "1", "since": "noon", "command": "qbert-ray run"} | fields
+    content = {
+        "host": "far",
+        "pid": 7,
+        "place": "elsewhere",
+        "started": "1",
+        "since": "noon",
+        "command": "qbert-ray run",
+        "held": True,
+    } | fields
     run.write_json(f"{FOLDER}/{name}", content)
 
 
@@ -117,10 +125,10 @@ def test_a_holder_renews_and_notices_when_its_claim_was_taken(run, monkeypatch):
         run.write_bytes(path, b"{}")
         _until(lambda: run.read_json(path))
         check_held(run)
-        claim(run)
-        run.delete(path)
+        claim(run, since="later")
+        run.delete(path)  # the renewal may be about to write it again
         _until(lambda: lock.lost)
-        with pytest.raises(LockedError, match="lost the lock to process 7 on far"):
+        with pytest.raises(LockedError, match="lost the lock to process 7 on far since later"):
             check_held(run)
     check_held(run)
 
