@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from qbert_ray import __version__
 from qbert_ray.cli import completion, config_commands, data_commands, id_commands, model_commands
 from qbert_ray.cli.console import trials_table
 from qbert_ray.cli.journal import Journal, Terminal, open_journal
+from qbert_ray.cli.terminal import printable, shown
 from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials, with_values
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.failures import root_cause, stoppable
@@ -246,10 +246,10 @@ def _show_trials(plan: Any, seconds: list[float | None]) -> None:
     known = [cost for cost in seconds if cost is not None]
     if known:
         console.print(
-            f"{sum(known) / 60:.0f} minutes one after the other, judged by how long the stages of {escape(plan.config.run.dir)} took"
+            f"{sum(known) / 60:.0f} minutes one after the other, judged by how long the stages of {shown(plan.config.run.dir)} took"
         )
     else:
-        console.print(f"how long they take is not known: {escape(plan.config.run.dir)} has not done the stages they repeat")
+        console.print(f"how long they take is not known: {shown(plan.config.run.dir)} has not done the stages they repeat")
 
 
 @app.command(rich_help_panel="Data")
@@ -265,7 +265,7 @@ def validate(config: Files, overrides: Overrides = None) -> None:
     settings = load_config(list(config), list(overrides or []))
     with open_executor(settings) as executor:
         report = check(settings, executor)
-    console.print(format_validation(report), markup=False)
+    console.print(printable(format_validation(report)), markup=False)
     if any(domain["errors"] for domain in report.values()):
         raise typer.Exit(2)
 
@@ -400,7 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
         cause = root_cause(error)
         if not isinstance(cause, (ValueError, FloatingPointError, OSError)):
             raise
-        errors.print(f"[red]error:[/red] {escape(str(cause))}", soft_wrap=True)
+        errors.print(f"[red]error:[/red] {shown(str(cause))}", soft_wrap=True)
         sys.exit(2)
 
 

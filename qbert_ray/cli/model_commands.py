@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from qbert_ray.cli.terminal import shown
 
 console = Console(highlight=False)
 
@@ -25,10 +26,10 @@ def export(
 
     about = exporting.export(run, output, domain)
     console.print(
-        f"[green]✓[/green] {escape(about['domain'])}: scores of {about['items']:,} items after up to {about['history']} others; "
+        f"[green]✓[/green] {shown(about['domain'])}: scores of {about['items']:,} items after up to {about['history']} others; "
         f"from PyTorch they differ by at most {about['largest_difference']:.1e} standard deviations",
         soft_wrap=True,
     )
     if about["memory"]:
-        console.print(f"[yellow]! {escape(about['note'])}[/yellow]", soft_wrap=True)
-    console.print(f"how to use it    {escape(str(output / exporting.README))}", soft_wrap=True)
+        console.print(f"[yellow]! {shown(about['note'])}[/yellow]", soft_wrap=True)
+    console.print(f"how to use it    {shown(str(output / exporting.README))}", soft_wrap=True)

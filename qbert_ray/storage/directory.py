@@ -273,12 +273,11 @@ class RunDir:
             folder: as `save_model` was given it.
 
         Raises:
-            ArtifactError: there is no model in that folder.
+            ArtifactError: there is no model in that folder, or its weights are not those of the model that it describes.
         """
-        tensors, description = self.load_model(folder)
-        model = kind(**description)
-        model.load_state_dict(tensors)
-        return model.eval()
+        from qbert_ray.storage.models import rebuild
+
+        return rebuild(kind, self, folder)
 
     def _write(self, path: str, content: bytes | pa.Buffer) -> None:
         with self.filesystem.open_output_stream(path) as stream:

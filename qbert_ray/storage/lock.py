@@ -20,10 +20,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pyarrow import fs
 
@@ -141,13 +140,10 @@ class Lock:
     def _read(self, name: str) -> Holder | None:
         """Who wrote a claim; None where it was taken back meanwhile."""
         try:
-            content: Any = self.run.read_json(f"{FOLDER}/{name}")
-            return Holder(
-                **{field.name: content[field.name] for field in fields(Holder) if field.name != "held"}, held=bool(content["held"])
-            )
+            return Holder(**self.run.read_json(f"{FOLDER}/{name}"))
         except FileNotFoundError:
             return None
-        except (ArtifactError, KeyError, TypeError):  # claims are written whole: this is none of ours
+        except (ArtifactError, TypeError):  # claims are written whole: this is none of ours
             return Holder("an unknown host", 0, "", "", "?", f"unreadable {FOLDER}/{name}")
 
     def _is_dead(self, holder: Holder, age: float) -> bool:
