@@ -1,9 +1,9 @@
 """Running a config from Python, and reading what a run left.
 
-    config = load_config("shop.yaml", "finetune.epochs=5")
-    finished = run(config, executor="local")
-    finished.table("semantic_ids")
-    finished.recommender().recommend([["item-1"]], k=10)
+config = load_config("shop.yaml", "finetune.epochs=5")
+finished = run(config, executor="local")
+finished.table("semantic_ids")
+finished.recommender().recommend([["item-1"]], k=10)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qbert_ray.execution.progress import Progress, Quiet
 from qbert_ray.pipeline import preflight, run_stage
 from qbert_ray.ranking.recommender import Recommender, run_config
 from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.lock import locked
 from qbert_ray.storage.stages import STAGES
 
 
@@ -55,11 +56,12 @@ def run(config: Config, executor: Literal["ray", "local"] | None = None, progres
     Raises:
         ArtifactError: outputs that are there were made with another config or from other data.
         SourceError: the input files cannot be used.
+        LockedError: another process writes into the run directory.
     """
     if executor is not None:
         config = loading.with_values(config, {"compute.executor": executor})
     directory = RunDir(config.run.dir)
-    with open_executor(config) as opened:
+    with locked(directory, "qbert_ray.run"), open_executor(config) as opened:
         preflight(STAGES, config, directory, opened)
         for stage in STAGES:
             run_stage(stage, config, directory, opened, progress or Quiet())

@@ -23,7 +23,6 @@ from qbert_ray.storage.lock import check_held
 from qbert_ray.storage.seals import STARTED, seal
 from qbert_ray.storage.stages import BY_NAME, STAGES, Stage
 
-
 # Folders of a run directory before the first release -> those of today.
 RENAMED = {"rqvae": "quantizer", "memory": "ranking", "evaluation": "evaluate", "recommendations": "score"}
 

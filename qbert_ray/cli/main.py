@@ -44,7 +44,6 @@ Overrides = Annotated[
 ]
 
 
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         console.print(f"qbert-ray {__version__}")

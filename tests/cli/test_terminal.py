@@ -19,7 +19,11 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\r[red]x[/red]\x7f"
 
 
 def obeyed(text: str) -> list[str]:
-    return [sign for sign in text if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t" or sign in "\u202a\u202d\u202e\u2066\u2028"]
+    return [
+        sign
+        for sign in text
+        if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t" or sign in "\u202a\u202d\u202e\u2066\u2028"
+    ]
 
 
 @given(st.text() | st.text(st.characters(categories=["Cc", "Cf", "Cs"])))

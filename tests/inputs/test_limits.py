@@ -53,7 +53,9 @@ def write_gz(path, *pieces):
 
 def test_one_line_of_gigabytes_in_a_small_gzip_is_one_rejected_row(tmp_path):
     mebibyte = b"a" * (1 << 20)
-    write_gz(tmp_path / "items.jsonl.gz", (b'{"item_id": "a", "title": "', 1), (mebibyte, 700), (b'"}\n{"item_id": "b", "title": "x"}\n', 1))
+    write_gz(
+        tmp_path / "items.jsonl.gz", (b'{"item_id": "a", "title": "', 1), (mebibyte, 700), (b'"}\n{"item_id": "b", "title": "x"}\n', 1)
+    )
     answer, peak = read_bounded(tmp_path, "items.jsonl.gz")
     assert answer == ["2", "1"] and peak < 400
 
@@ -92,7 +94,14 @@ def test_a_value_of_gigabytes_is_refused(tmp_path, monkeypatch):
 
 def test_lines_are_bounded_and_batches_too(monkeypatch, tmp_path):
     monkeypatch.setattr(limits, "MOST_LINE", 100)
-    lines = [b'{"item_id": "a"}', b"x" * 1000, b"", b'{"item_id": "b"}', b'{"item_id": "c", "title": "' + b"y" * 90 + b'"}', b'{"item_id": "d"}']
+    lines = [
+        b'{"item_id": "a"}',
+        b"x" * 1000,
+        b"",
+        b'{"item_id": "b"}',
+        b'{"item_id": "c", "title": "' + b"y" * 90 + b'"}',
+        b'{"item_id": "d"}',
+    ]
     (tmp_path / "items.jsonl").write_bytes(b"\n".join(lines))
     with open(tmp_path / "items.jsonl", "rb") as stream:
         found = list(limits.lines(stream))

@@ -28,8 +28,23 @@ def test_a_model_comes_back(run):
 @pytest.mark.parametrize(
     "fields",
     [
-        *({"width": 10**9}, {"num_layers": 10**8}, {"num_levels": 10**12}, {"codebook_size": 10**9}, {"max_items": 2**40}, {"ffn_width": -1}),
-        *({"num_heads": 0}, {"width": "16"}, {"width": None}, {"unknown": 1}, {"warm_items": {"shop": 10**10}}, {"width": 32}, {"num_layers": 2}),
+        *(
+            {"width": 10**9},
+            {"num_layers": 10**8},
+            {"num_levels": 10**12},
+            {"codebook_size": 10**9},
+            {"max_items": 2**40},
+            {"ffn_width": -1},
+        ),
+        *(
+            {"num_heads": 0},
+            {"width": "16"},
+            {"width": None},
+            {"unknown": 1},
+            {"warm_items": {"shop": 10**10}},
+            {"width": 32},
+            {"num_layers": 2},
+        ),
     ],
 )
 def test_another_description_is_refused_before_anything_of_its_size_is_allocated(run, fields):
