@@ -5,8 +5,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KILLS ?= 20
 HITS ?= 100
 SEED ?= 0
+FUZZ_SECONDS ?= 300
 
-.PHONY: help demo test test-slow lint types docs chaos audit peers bench bench-full clean
+.PHONY: help demo test test-slow lint types docs chaos fuzz audit peers bench bench-full clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,9 @@ docs: .venv/.installed ## write docs/config.md and its schema anew from qbert_ra
 chaos: .venv/.installed ## faults in random stages, then over whole runs; KILLS=20 HITS=100 SEED=0
 	$(BIN)/python -m tests.chaos.kills --kills $(KILLS) --seed $(SEED) --out runs/chaos.md
 	$(BIN)/python -m tests.chaos.storm --hits $(HITS) --seed $(SEED) --out runs/storm.md
+
+fuzz: .venv/.installed ## hostile inputs for every reader, in bounded memory; FUZZ_SECONDS=300
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(SEED)
 
 audit: .venv/.linters ## known vulnerabilities of the versions in constraints.txt
 	$(BIN)/python -m tests.audit
