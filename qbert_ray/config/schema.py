@@ -28,6 +28,9 @@ def paper(value: str) -> dict[str, JsonValue]:
 class Run(Section):
     dir: str = Field("runs/run", description="run directory: a local path or an s3:// or gs:// URI")
     seed: int = Field(0, description="seeds initialisation, batch order, masks and dropout")
+    deterministic: bool = Field(
+        False, description="equal runs on equal machines give equal weights to the bit: trainings have one thread, so they take longer"
+    )
     log: Literal["auto", "text", "json"] = Field(
         "auto", description="text: progress bars and tables; json: one JSON object per event and line; auto: text at a terminal"
     )

@@ -149,7 +149,8 @@ def as_text(value: pl.Expr, kind: Kind) -> pl.Expr:
     if isinstance(kind, pl.List):
         value = value.list.eval(as_text(pl.element(), kind.inner)).list.drop_nulls().list.join(", ")
     elif isinstance(kind, pl.Struct):
-        value = pl.when(value.is_not_null()).then(value.struct.json_encode())
+        told = [value.struct.field(field.name) for field in kind.fields if not _holds_bytes(field.dtype)]  # polars writes no bytes as JSON
+        value = pl.when(value.is_not_null()).then(pl.struct(told).struct.json_encode()) if told else pl.lit(None, pl.String)
     elif kind.is_float():
         whole = (value == value.round(0)) & (value.abs() < _WHOLE)
         number = pl.when(value.is_not_nan()).then(value.cast(pl.String))
