@@ -30,7 +30,7 @@ try:
             rows, rejected = rows + len(frame), rejected + frame["_reason"].count()
     print(rows, rejected, end=" ")
 except SourceError as error:
-    print("refused", str(error).replace(" ", "_")[:80], end=" ")
+    print("refused", str(error).replace(" ", "_")[:300], end=" ")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) >> 10)
 """
 
