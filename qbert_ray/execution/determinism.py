@@ -39,5 +39,6 @@ def set_threads(threads: int) -> None:
     import torch
 
     strict = os.environ.get(MARK) == "1"
-    torch.use_deterministic_algorithms(strict, warn_only=True)
+    if strict:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # which loads torch's compiler: only where it is wanted
     torch.set_num_threads(1 if strict else max(1, threads))

@@ -36,7 +36,8 @@ def local_executor(compute: Compute) -> Iterator[LocalExecutor]:
         yield LocalExecutor()
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict)
+        if strict != torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(strict)
         use_device(device)
 
 

@@ -48,9 +48,9 @@ def test_two_equal_trainings_leave_equal_weights():
 def test_nothing_of_it_outlives_the_run(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("MKL_CBWR", raising=False)
-    before, threads = dict(os.environ), torch.get_num_threads()
+    before, threads = {name: os.environ.get(name) for name in ENVIRONMENT}, torch.get_num_threads()
     with open_executor(load_config([], ["compute.executor=local", "run.deterministic=true"])):
         assert {name: os.environ[name] for name in ENVIRONMENT} == ENVIRONMENT and torch.are_deterministic_algorithms_enabled()
-    assert dict(os.environ) == before and torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
+    assert {name: os.environ.get(name) for name in ENVIRONMENT} == before and torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
     with open_executor(load_config([], ["compute.executor=local", "compute.threads=2"])):
         assert torch.get_num_threads() == 2 and "MKL_CBWR" not in os.environ
