@@ -155,6 +155,8 @@ def as_text(value: pl.Expr, kind: Kind) -> pl.Expr:
         whole = (value == value.round(0)) & (value.abs() < _WHOLE)
         number = pl.when(value.is_not_nan()).then(value.cast(pl.String))
         value = pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(number)
+    elif kind == pl.Binary:
+        value = value.map_elements(lambda content: content.decode(errors="replace"), pl.String)  # which polars refuses a whole column for
     else:
         value = value.cast(pl.String, strict=False)
     text = value.str.strip_chars()

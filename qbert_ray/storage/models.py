@@ -39,7 +39,9 @@ def rebuild(model: Callable[..., M], run: RunDir, folder: str) -> M:
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, ArtifactError):
             raise
-        raise damaged(run, f"{folder}/model.json", f"is not the {getattr(model, "__name__", "model")} that its weights are of: {_brief(error)}") from None
+        raise damaged(
+            run, f"{folder}/model.json", f"is not the {getattr(model, '__name__', 'model')} that its weights are of: {_brief(error)}"
+        ) from None
     return built.eval()
 
 

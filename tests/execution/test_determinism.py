@@ -38,7 +38,9 @@ print(hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in we
 
 def test_two_equal_trainings_leave_equal_weights():
     processes = [
-        subprocess.Popen([sys.executable, "-c", TRAIN], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PADDING": "x" * size})
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PADDING": "x" * size}
+        )
         for size in (1, 3001)
     ]
     found = [process.communicate(timeout=500)[0] for process in processes]
@@ -51,6 +53,10 @@ def test_nothing_of_it_outlives_the_run(monkeypatch):
     before, threads = {name: os.environ.get(name) for name in ENVIRONMENT}, torch.get_num_threads()
     with open_executor(load_config([], ["compute.executor=local", "run.deterministic=true"])):
         assert {name: os.environ[name] for name in ENVIRONMENT} == ENVIRONMENT and torch.are_deterministic_algorithms_enabled()
-    assert {name: os.environ.get(name) for name in ENVIRONMENT} == before and torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
+    assert (
+        {name: os.environ.get(name) for name in ENVIRONMENT} == before
+        and torch.get_num_threads() == threads
+        and not torch.are_deterministic_algorithms_enabled()
+    )
     with open_executor(load_config([], ["compute.executor=local", "compute.threads=2"])):
         assert torch.get_num_threads() == 2 and "MKL_CBWR" not in os.environ
