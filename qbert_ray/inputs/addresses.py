@@ -198,7 +198,7 @@ def _download(uri: str, max_bytes: int, addresses: Addresses) -> bytes:
             if time.monotonic() > deadline:
                 raise AddressError("cannot be read")
     finally:
-        response.close() if len(content) > max_bytes else response.release_conn()
+        response.close()  # what was not read is not another image's: a connection that was read to its end is back in the pool by now
     return bytes(content)
 
 
