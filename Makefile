@@ -7,14 +7,14 @@ HITS ?= 100
 SEED ?= 0
 FUZZ_SECONDS ?= 300
 
-.PHONY: help demo test test-slow lint types docs chaos fuzz audit peers bench bench-full clean
+.PHONY: help demo test test-slow lint types contracts docs chaos fuzz audit peers bench bench-full clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.installed ## every stage on a generated shop; outputs in runs/demo
-	$(BIN)/qbert-ray demo-data runs/demo/data
-	$(BIN)/qbert-ray run -c configs/demo.yaml
+	$(BIN)/qbert-ray demo runs/demo
+	@echo "The command is in $(BIN): run 'source $(BIN)/activate', then qbert-ray works by name."
 
 test: .venv/.installed ## the tests; QBERT_REAL_DATA=<folder> adds those on real data
 	$(BIN)/python -m pytest --durations 15
@@ -26,8 +26,11 @@ lint: .venv/.linters ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/.linters ## what mypy thinks
+types: .venv/.linters ## types: mypy
 	$(BIN)/mypy qbert_ray
+
+contracts: .venv/.linters ## which folder may import which: import-linter
+	$(BIN)/lint-imports --no-logo
 
 docs: .venv/.installed ## write docs/config.md and its schema anew from qbert_ray/config.py
 	$(BIN)/python -m qbert_ray.config.reference docs
@@ -58,7 +61,7 @@ clean: ## forget the environments; runs stay
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "qbert-ray needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt -e '.[test,jobs,export]'
+	$(PIP) install -c constraints.txt -e '.[test,jobs]'
 	@touch $@
 
 .venv/.linters: .venv/.installed

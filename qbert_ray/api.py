@@ -19,7 +19,8 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import open_executor
 from qbert_ray.execution.progress import Progress, Quiet
 from qbert_ray.pipeline import preflight, run_stage
-from qbert_ray.ranking.recommender import Recommender, run_config
+from qbert_ray.ranking.recommender import Recommender
+from qbert_ray.storage.catalog import run_config
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.storage.lock import locked
 from qbert_ray.storage.stages import STAGES

@@ -3,7 +3,7 @@
 PyTorch multiplies float32 matrices by MKL, which leaves half of an AMD processor unused: 90 to 110 GFLOPS where oneDNN, which PyTorch
 uses for convolutions and bfloat16, reaches 190 to 250 on the same core (`python -m tests.benchmarks.products`). But oneDNN writes a
 program for each new shape, which takes about .4 ms, so only products large enough to be worth it go there. Results differ by rounding.
-Everything else, on GPUs, in other types, or while a model is exported, is left to PyTorch.
+Everything else, on GPUs, in other types, or in a compiled model, is left to PyTorch.
 
 Shapes: S rows, K inputs, N outputs.
 """
@@ -32,7 +32,7 @@ _ONEDNN = _onednn()
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N]: what `torch.nn.functional.linear` gives."""
-    if _ONEDNN is None or torch.compiler.is_compiling():  # sizes mean nothing to an export
+    if _ONEDNN is None or torch.compiler.is_compiling():  # sizes are symbols then
         return F.linear(x, weight, bias)
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
     small = x.numel() * len(weight) < (LEAST_IN_TRAINING if needed else LEAST)

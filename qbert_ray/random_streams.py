@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 # Added to a seed, or in its place: keep draws for different purposes apart.
@@ -18,7 +20,8 @@ def uniform(seed: int, epoch: int, samples: np.ndarray, slots: int) -> np.ndarra
     return (bits >> np.uint64(11)).astype(np.float64) / 2**53
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+def _mix(x: Any) -> Any:
+    """splitmix64 of an array or a number of 64 unsigned bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -8,6 +8,7 @@ division. So any number of workers gives the same model, up to the order of floa
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,15 +21,24 @@ from torch import Tensor, nn
 from qbert_ray.config.schema import Training
 from qbert_ray.storage.directory import RunDir
 
+LAST_RATE = 0.05  # of the cosine schedule, as a share of the learning rate
 STATE = ("state.safetensors", "state.json")  # files of a checkpoint of the loop, the last written last
 
 
 class Task(Protocol):
     """What differs between trainings."""
 
-    settings: Training
     seed: int
-    criterion: tuple[str, float] | None  # metric that picks the best epoch, and +1 where more is better; None: the last epoch
+
+    @property
+    def settings(self) -> Training:
+        """The section of the config that it trains by."""
+        ...
+
+    @property
+    def criterion(self) -> tuple[str, float] | None:
+        """The metric that picks the best epoch, and +1 where more is better; None: the last epoch."""
+        ...
 
     def build(self) -> nn.Module:
         """The model with its starting weights; seeded by the loop."""
@@ -42,15 +52,15 @@ class Task(Protocol):
         """Samples of each global batch; the same on every worker."""
         ...
 
-    def loss(self, model: nn.Module, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+    def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
         """Summed loss of some samples, and what to divide the sum over the batch by."""
         ...
 
-    def adjust(self, model: nn.Module, epoch: int) -> None:
+    def adjust(self, model: Any, epoch: int) -> None:
         """Changes of the weights outside of gradients, on rank 0, before each epoch and after the last."""
         ...
 
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
         """Metrics after an epoch, computed on rank 0."""
         ...
 
@@ -87,8 +97,9 @@ class Loop:
         self._adjust()
         self.model.train()
         total, weight = 0.0, 0.0
-        for samples in self.task.batches(self.epoch):
-            loss, size = self._step(samples)
+        batches = self.task.batches(self.epoch)
+        for number, samples in enumerate(batches):
+            loss, size = self._step(samples, self._rate((self.epoch + number / len(batches)) / self.task.settings.epochs))
             total, weight = total + loss, weight + size
         metrics = {"epoch": self.epoch, "train_loss": total / max(weight, 1e-12)}
         self.epoch += 1
@@ -106,8 +117,19 @@ class Loop:
                 self.task.adjust(self.model, self.epoch)
         self._broadcast_weights()
 
-    def _step(self, samples: np.ndarray) -> tuple[float, float]:
-        """One update from a global batch; its summed loss and weight over all workers."""
+    def _rate(self, done: float) -> float:
+        """The learning rate of the next step.
+
+        Args:
+            done: share of the epochs that is behind.
+        """
+        settings = self.task.settings
+        warm = min(1.0, (self.step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        falling = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2 if settings.schedule == "cosine" else 1.0
+        return settings.learning_rate * warm * falling
+
+    def _step(self, samples: np.ndarray, rate: float) -> tuple[float, float]:
+        """One update from a global batch at a learning rate; its summed loss and weight over all workers."""
         settings = self.task.settings
         self.optimizer.zero_grad(set_to_none=False)
         total, weight = torch.zeros((), device=self.device), 0.0
@@ -120,9 +142,8 @@ class Loop:
                 loss.backward()
                 total, weight = total + loss.detach(), weight + size
         loss_sum, weight = self._sum_gradients(float(total), weight)
-        warm = min(1.0, (self.step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warm
+            group["lr"] = rate
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -133,15 +154,16 @@ class Loop:
         if self.average is not None:
             decay = min(settings.averaging, self.step / (self.step + 10))  # short memory while there is little to remember
             pairs = [(self.average[name], tensor) for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()]
-            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - decay)
+            torch._foreach_lerp_([mean for mean, _ in pairs], [tensor for _, tensor in pairs], 1 - decay)
         return loss_sum, weight
 
     def _sum_gradients(self, loss: float, weight: float) -> tuple[float, float]:
         """Divide the gradients, summed over all workers, by the summed weight."""
+        gradients = []
         for parameter in self.model.parameters():
             if parameter.grad is None:  # unused by this worker's pieces, perhaps not by others'
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.model.parameters()]
+            gradients.append(parameter.grad)
         if self.world_size > 1:
             sums = torch.tensor([loss, weight], dtype=torch.float64)
             flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -93,7 +93,10 @@ class JsonLines:
     """For a machine: every line a JSON object with `timestamp`, `event`, `run`, and where they are known `stage` and `domain`."""
 
     def __init__(self, run: str, domains: list[str]) -> None:
-        processors = [structlog.processors.TimeStamper(fmt="iso", utc=True), structlog.processors.JSONRenderer(_dumps)]
+        processors: list[Any] = [
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(_dumps),
+        ]
         self.log = structlog.wrap_logger(structlog.PrintLogger(), processors=processors).bind(run=run)
         self.domains = domains
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from qbert_ray import __version__
-from qbert_ray.cli import completion, config_commands, data_commands, id_commands, model_commands
+from qbert_ray.cli import completion, config_commands, data_commands, id_commands
 from qbert_ray.cli.console import trials_table
 from qbert_ray.cli.journal import Journal, Terminal, open_journal
 from qbert_ray.cli.terminal import printable, shown
@@ -286,7 +286,6 @@ def describe(
 
 
 app.command(rich_help_panel="Looking")(config_commands.config)
-app.command(rich_help_panel="Looking")(model_commands.export)
 
 
 @app.command(rich_help_panel="Looking")

@@ -147,10 +147,6 @@ class ImageEncoder(Section):
 
 
 class Structure(Section):
-    kind: Literal["collaborative", "neighbourhood"] = Field(
-        "collaborative",
-        description="factorised co-occurrence, or text features averaged over co-occurrence neighbours (comparable between domains)",
-    )
     dim: PositiveInt = Field(64, description="width of the collaborative vectors")
     window: PositiveInt = Field(50, description="latest training items of a user that count as co-occurring")
 
@@ -184,6 +180,9 @@ class Training(Section):
     learning_rate: PositiveFloat = Field(1e-3, description="learning rate of AdamW after the warm-up")
     weight_decay: NonNegativeFloat = Field(0.01, description="of AdamW")
     warmup_steps: NonNegativeInt = Field(100, description="linear warm-up of the learning rate, in steps")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the learning rate after the warm-up; cosine: falls to a twentieth"
+    )
     patience: PositiveInt | None = Field(
         None, description="epochs without a better validation metric before stopping; None: run all epochs"
     )
@@ -254,7 +253,7 @@ class Sequencer(Section):
     num_layers: PositiveInt = Field(2, description="layers of the encoder", json_schema_extra=paper("§4.1: 4"))
     num_heads: PositiveInt = Field(4, description="H, attention heads", json_schema_extra=paper("§4.1: 4"))
     ffn_width: PositiveInt = Field(256, description="hidden width of a layer's MLP", json_schema_extra=paper("512 (Table 6)"))
-    dropout: Share = Field(0.2, description="share of activations that training drops", json_schema_extra=paper("§4.1: 0.2"))
+    dropout: Share = Field(0.4, description="share of activations that training drops", json_schema_extra=paper("§4.1: 0.2"))
     max_items: Annotated[int, Field(ge=2)] = Field(
         50, description="T, most items of a sequence, the masked one included", json_schema_extra=paper("Table 6")
     )
@@ -267,7 +266,14 @@ class Sequencer(Section):
     start: Literal["codebooks", "random"] = Field(
         "codebooks", description="initial code embeddings: the quantizer's codewords, rotated, or random ones"
     )
-    content: bool = Field(True, description="add a projection of an item's fused embedding to its codes' embeddings")
+    item_start: Literal["collaborative", "random"] = Field(
+        "collaborative", description="initial item embeddings: collaborative vectors of the training interactions, rotated, or random ones"
+    )
+    content: Literal["modalities", "fused", "none"] = Field(
+        "modalities",
+        description="add a projection of an item's text and image vectors, or of its fused embedding, to its codes' embeddings",
+        json_schema_extra=paper("none"),
+    )
     code_dropout: Share = Field(
         0.2, description="share of items whose codes are hidden in training, as a cold item's codes are new; needs content"
     )
@@ -283,6 +289,15 @@ class Sequencer(Section):
 
 
 class SequenceTraining(Training):
+    objective: Literal["masked", "causal"] = Field(
+        "masked",
+        description="masked: predict masked items from both sides; causal: every position predicts the next item",
+        json_schema_extra=paper("masked (§3.5)"),
+    )
+    sampled_items: PositiveInt | None = Field(
+        4096,
+        description="random items of a causal objective's softmax, with those of the batch, for catalogs of more than twice as many; None: always the whole catalog",
+    )
     masks: dict[MaskStrategy, PositiveFloat] = Field({"random": 1.0}, description="strategy -> weight with which a sequence draws it")
     mask_ratio: dict[MaskStrategy, Share] = Field(
         {"span": 0.3, "tail": 0.1, "multi_region": 0.15, "random": 0.3},
@@ -313,12 +328,14 @@ class Pretrain(SequenceTraining):
 
 
 class Finetune(SequenceTraining):
-    epochs: PositiveInt = 30
+    epochs: PositiveInt = 10
     batch_size: PositiveInt = Field(128, json_schema_extra=paper("§4.1: 256 sequences"))
     learning_rate: PositiveFloat = Field(1e-3, json_schema_extra=paper("§4.1: 0.0001"))
     microbatches: PositiveInt = 1
     patience: PositiveInt | None = 5
-    averaging: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    objective: Literal["masked", "causal"] = "causal"
+    schedule: Literal["constant", "cosine"] = "cosine"
+    averaging: Annotated[float, Field(ge=0, lt=1)] = 0.995
     last_item_share: Share = 0.4
     prefix_share: Share = 1.0
     validation_users: PositiveInt = Field(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 # With an environment of its own it starts a process of its own: else it takes one that has imported torch, and ends it.
+@ray.remote(num_cpus=0, runtime_env={"env_vars": {"QBERT_RAY_BOARD": "1"}})
 class Board:
     """Where rank 0 writes how far it is, and the driver reads it."""
 
@@ -36,7 +37,8 @@ class Board:
 def start_board() -> Any:
     """A board beside whoever reads it: the end of another node is not its end."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return Board.options(scheduling_strategy=here).remote()
+    board: Any = Board  # the decorator gives it options
+    return board.options(scheduling_strategy=here).remote()
 
 
 class Watch:

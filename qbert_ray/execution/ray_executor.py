@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -77,7 +77,7 @@ class RayExecutor:
     def read(self, reader: Callable[[int], Iterator[pa.Table]], count: int) -> RayRows:
         numbers = ray.data.from_items([{"number": number} for number in range(count)], override_num_blocks=max(1, count))
         try:
-            return RayRows(numbers.map_batches(_read, batch_size=None, fn_kwargs={"reader": reader}).materialize())
+            return RayRows(numbers.map_batches(cast(Any, _read), batch_size=None, fn_kwargs={"reader": reader}).materialize())
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ValueError):  # Ray adds lines about retries to the message
                 raise type(error.cause)(str(error.cause).splitlines()[0]) from None
@@ -111,7 +111,7 @@ class RayExecutor:
         ray_metrics.measure(stage, counts)
 
 
-@ray.remote(scheduling_strategy=ANYWHERE)
+@ray.remote(scheduling_strategy=cast(Any, ANYWHERE))
 def _call(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
     use_device(ray_data.assigned_device())
     if threads:

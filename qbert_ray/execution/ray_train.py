@@ -44,8 +44,9 @@ def fit(
         return last_metrics(run, folder)
     scaling = scaling_config(workers)
     board = start_board()
-    config = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
-    config |= {"threads": scaling.resources_per_worker["CPU"], "checkpoint_seconds": checkpoint_seconds}
+    threads = worker_bundle(workers, nodes())["CPU"]
+    config: dict[str, Any] = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
+    config |= {"threads": threads, "checkpoint_seconds": checkpoint_seconds}
     # A partial instead of train_loop_config: the controller would unpickle that, and import torch only to hand it on.
     trainer = (Single if workers.num_workers == 1 else Together)(
         partial(_train_worker, config),

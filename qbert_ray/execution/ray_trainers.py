@@ -21,7 +21,7 @@ def survive(trainer: DataParallelTrainer, max_failures: int) -> None:
             return
         except (RayActorError, ControllerError) as error:
             died = isinstance(error, RayActorError)
-            if not died and not isinstance(error.controller_failure, RayActorError):
+            if isinstance(error, ControllerError) and not isinstance(error.controller_failure, RayActorError):
                 raise
             failures += 1
             # Alone, nobody frees what the workers of a dead controller held: the next would wait for ever.

@@ -101,5 +101,8 @@ def _mlflow(config: Config, uri: str, folder: str) -> Iterator[Tracker]:
     with mlflow.start_run(run_name=f"{config.run.dir} {folder}"):
         settings = {"run.seed": config.run.seed} | flatten({section: getattr(config, section).model_dump(mode="json")})
         mlflow.log_params({name: str(value)[:250] for name, value in settings.items()})
-        # MLflow's names hold no @
-        yield lambda epoch, metrics: mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in metrics.items()}, step=epoch)
+
+        def tell(epoch: int, metrics: dict[str, float]) -> None:
+            mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in metrics.items()}, step=epoch)  # its names hold no @
+
+        yield tell

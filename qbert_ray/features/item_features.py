@@ -37,6 +37,6 @@ class ItemFeatures:
         return {name: vectors.shape[-1] for name, vectors in self.vectors.items()}
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return tuple(
-            {name: torch.from_numpy(array[rows]).to(device) for name, array in source.items()} for source in (self.vectors, self.present)
-        )
+        """Vectors [B, J, F] of each modality for some rows, and which of them are there [B, J]."""
+        vectors = {name: torch.from_numpy(array[rows]).to(device) for name, array in self.vectors.items()}
+        return vectors, {name: torch.from_numpy(array[rows]).to(device) for name, array in self.present.items()}

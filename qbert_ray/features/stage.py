@@ -21,13 +21,13 @@ from qbert_ray.config.schema import Config, Domain
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.features.encoding import ImagePart, TextPart, load_image_encoder, load_text_encoder, write_rejected
-from qbert_ray.features.structure import co_occurrence, collaborative_vectors, neighbourhood_features
+from qbert_ray.features.item_features import MODALITIES
+from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.features.vectors import Placed, features_table, read_vectors, vectors_shape
 from qbert_ray.inputs.addresses import Addresses
-from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX, to_numpy
+from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX
 from qbert_ray.storage.directory import RunDir, join
 
-MODALITIES = ("text", "image", "structure")  # in this order: structure may average the text vectors
 SEED = 0  # of the factorisation, which a seed only perturbs in the last digits: no knob
 
 
@@ -139,7 +139,7 @@ def _plan(config: Config, run: RunDir, modality: str, executor: Executor) -> Pla
     shapes = {name: executor.get(handle) for name, handle in handles.items()}
     widths = {f"{name} ({own[name]})": width for name, (_, width) in shapes.items()}
     if made and (own or modality == "structure"):
-        widths[", ".join(made)] = _made_width(config, run, modality, executor)
+        widths[", ".join(made)] = _made_width(config, modality, executor)
     if len(set(widths.values())) > 1:
         listed = "; ".join(f"{width} of {name}" for name, width in widths.items())
         raise ValueError(f"{modality} vectors must have one width in all domains, given: {listed}; encode them with one model")
@@ -164,10 +164,10 @@ def _made_vectors(config: Config, domain: Domain, modality: str) -> int:
     return {"text": len(_text_columns(domain)), "image": config.features.image.grid**2, "structure": 1}[modality]
 
 
-def _made_width(config: Config, run: RunDir, modality: str, executor: Executor) -> int:
+def _made_width(config: Config, modality: str, executor: Executor) -> int:
     """D of the vectors that are made; an encoder has to be loaded to know."""
     if modality == "structure":
-        return _content_width(run) if config.features.structure.kind == "neighbourhood" else config.features.structure.dim
+        return config.features.structure.dim
     return executor.get(executor.submit(_encoder_width, config, modality))
 
 
@@ -222,13 +222,9 @@ def _structure(config: Config, run: RunDir, plan: Plan, domain: str, item_ids: p
     """Structural vectors of a domain from its training interactions."""
     settings, count = config.features.structure, len(item_ids)
     together = co_occurrence(*_training_items(run, domain), count, settings.window)
-    if settings.kind == "neighbourhood":
-        vectors, present = neighbourhood_features(together, *_content(run, domain))
-    else:
-        vectors = collaborative_vectors(together, settings.dim, SEED)
-        present = vectors.any(axis=1)
+    vectors = collaborative_vectors(together, settings.dim, SEED)
     placed = _absent(plan, domain, item_ids)
-    placed.vectors[:, 0], placed.present[:, 0] = vectors, present
+    placed.vectors[:, 0], placed.present[:, 0] = vectors, vectors.any(axis=1)
     return placed
 
 
@@ -241,22 +237,7 @@ def _training_items(run: RunDir, domain: str) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([[0], np.cumsum(lengths)]), train.flatten().to_numpy().astype(np.int64)
 
 
-def _content_width(run: RunDir) -> int:
-    parts = run.parts("features/text")
-    if not parts:
-        raise ValueError("features.structure.kind=neighbourhood averages text vectors, and there are none; add text to features.modalities")
-    return _shape(run, "text", parts[0])[1]
-
-
 def _shape(run: RunDir, modality: str, part: str) -> tuple[int, int]:
     """J and D of a part of features/<modality>."""
     kind = run.open_part(f"features/{modality}", part).schema_arrow.field("vectors").type
     return kind.list_size, kind.value_type.list_size
-
-
-def _content(run: RunDir, domain: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of each item's text vectors, [N, D], and which items have any, [N]."""
-    table = run.read("features/text", domain, ["vectors", "present"])
-    vectors, present = to_numpy(table["vectors"]), to_numpy(table["present"])
-    total = (vectors * present[..., None]).sum(axis=1)
-    return total / np.maximum(present.sum(axis=1, keepdims=True), 1), present.any(axis=1)

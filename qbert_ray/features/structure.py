@@ -1,8 +1,8 @@
 """Structural features: what an item's company in training histories says about it (§3.1).
 
-`together` is the number of users who have both items, [N, N], as `memory.co_occurrence` counts it from training interactions.
+`together` is the number of users who have both items, [N, N], as `co_occurrence` counts it from training interactions.
 
-N catalog, D width of content vectors.
+N catalog.
 """
 
 from __future__ import annotations
@@ -60,21 +60,6 @@ def collaborative_vectors(together: sparse.csr_matrix, dim: int, seed: int) -> n
         vectors[:, : len(strength)] = _unit_rows(factors * np.sqrt(strength))
         vectors[np.diff(mutual.indptr) == 0] = 0  # rounding leaves dust there, which unit length would blow up
     return vectors
-
-
-def neighbourhood_features(together: sparse.csr_matrix, content: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Content of the items that an item occurs with, averaged by how often; comparable between domains.
-
-    Args:
-        content: [N, D], vectors of the items themselves.
-        present: [N] booleans, which of them are there.
-
-    Returns:
-        [N, D] float32 rows of length 1, or zeros, and [N] booleans, which items have a neighbour with content.
-    """
-    together = together.astype(float)
-    vectors = _unit_rows(together @ (_unit_rows(content) * present[:, None]))
-    return vectors.astype(np.float32), (together @ present.astype(float)) > 0
 
 
 def _positive_mutual_information(together: sparse.csr_matrix) -> sparse.csr_matrix:

@@ -86,9 +86,8 @@ class DynamicFusion(nn.Module):
         pairs = [self._align(query, name, features[name], present[name]) for name in self.project]
         aligned = torch.stack([vectors for vectors, _ in pairs], dim=1)  # [B, V, D]
         has = torch.stack([there for _, there in pairs], dim=1)  # [B, V]
-        read = torch.stack(
-            [has[:, n] & ~unread[name] if name in (unread or {}) else has[:, n] for n, name in enumerate(self.project)], dim=1
-        )
+        left_out = unread or {}
+        read = torch.stack([has[:, n] & ~left_out[name] if name in left_out else has[:, n] for n, name in enumerate(self.project)], dim=1)
         embedding, depth, ponder, gate = self._fuse(query, aligned, read)
         return Fused(embedding, aligned, has, query, depth, ponder, gate)
 
@@ -143,9 +142,10 @@ class FusionLayer(nn.Module):
         self.ffn = nn.Sequential(Linear(width, ffn_width), nn.GELU(), nn.Dropout(dropout), Linear(ffn_width, width))
         # One output more than dimensions is added to all of them: a mean over many independent gates hardly differs
         # between items, so without it every item would halt at the same depth.
-        self.gate = nn.Sequential(nn.LayerNorm(width), Linear(width, width // 4), nn.ReLU(), Linear(width // 4, width + 1))
+        last = Linear(width // 4, width + 1)
+        self.gate = nn.Sequential(nn.LayerNorm(width), Linear(width, width // 4), nn.ReLU(), last)
         with torch.no_grad():
-            self.gate[3].weight[-1].mul_(4)  # items differ from the start
+            last.weight[-1].mul_(4)  # items differ from the start
 
     def forward(self, state: Tensor, values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """New state [B, D] and gate [B, D], from state [B, D], values [B, V, D], present [B, V]."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -131,7 +132,7 @@ def _files(path: Path) -> list[Path]:
     return [file for file in inside if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)]
 
 
-def _batches(path: Path, names: Sequence[str]):
+def _batches(path: Path, names: Sequence[str]) -> Iterator[Any]:
     filesystem, place = resolve(str(path))
     file = readers.describe(filesystem, place)
     for fragment in readers.fragments(file):

@@ -166,7 +166,7 @@ def _choose_columns(
 ) -> dict[str, tuple[str, ...]]:
     """Contract name -> columns of the files; each wanted one is there."""
     required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP]
-    given: dict[str, str] = {**(domain.item_columns if table == "items" else domain.interaction_columns)}
+    given: dict[str, str] = dict(domain.item_columns.items() if table == "items" else domain.interaction_columns.items())
     wanted = _wanted(name, table, domain, needs_rating)
     anywhere = {column for file in files for column in file.columns}
     chosen = {}

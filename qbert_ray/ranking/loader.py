@@ -17,7 +17,7 @@ from qbert_ray.ranking.reranker import Reranker
 from qbert_ray.ranking.score_features import SCORE_FEATURES
 from qbert_ray.sequence.item_table import ColdItems, ItemTable, nearest_trained_items
 from qbert_ray.sequence.model import Sequencer
-from qbert_ray.storage.catalog import catalog_codes, content_vectors, modality_vectors, warm_items
+from qbert_ray.storage.catalog import catalog_codes, content_vectors, item_content, modality_vectors, run_config, warm_items
 from qbert_ray.storage.directory import ArtifactError, RunDir
 
 WEIGHTS, BLEND, RERANKER = "ranking/weights", "ranking/blend", "ranking/reranker"
@@ -36,17 +36,18 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
     Raises:
         ArtifactError: a model or table is not there.
     """
-    content = content_vectors(run, domain) if run.parts("fusion/embeddings", domain) else None  # none: semantic IDs were given
+    fused = content_vectors(run, domain) if run.parts("fusion/embeddings", domain) else None  # none: semantic IDs were given
     trained = warm_items(run, domain)
     cold = None
-    if content is not None and trained < len(content):
-        cold = nearest_trained_items(content, torch.arange(trained, len(content)), torch.arange(trained))
+    if fused is not None and trained < len(fused):
+        cold = nearest_trained_items(fused, torch.arange(trained, len(fused)), torch.arange(trained))
     model = run.load_module(Sequencer, f"finetune/{domain}/model").to(device)
+    content = item_content(run, domain, run_config(run).sequencer.content) if model.content is not None else None
     items = _item_table(run, domain, model, content, cold).to(device)
     if not settings.enabled:
         return Ranker(model, items, trained)
     blend = _load_blend(run, domain) if blended else None
-    contents = _contents(run, domain, content, blend.used() if blend else SCORE_FEATURES)
+    contents = _contents(run, domain, fused, blend.used() if blend else SCORE_FEATURES)
     contents = {name: vectors.to(device) for name, vectors in contents.items()}
     item_item = _load_item_item(run, domain, settings, model.max_items, contents, cold, len(items.codes))
     ranker = Ranker(model, items, trained, item_item, settings.rerank, settings.new_item_bonus)
@@ -60,7 +61,7 @@ def _item_table(run: RunDir, domain: str, model: Sequencer, content: Tensor | No
     codes = torch.from_numpy(catalog_codes(run, domain)[:, : model.num_levels])
     if model.content is None:
         return ItemTable(codes, domain=domain)
-    assert content is not None, "a model that reads content was trained on embeddings"
+    assert content is not None, "a model that reads content was trained on features"
     return ItemTable(codes, content, cold=cold, domain=domain)
 
 

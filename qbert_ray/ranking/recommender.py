@@ -13,11 +13,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from qbert_ray.config.loading import read_config
 from qbert_ray.config.schema import Config
 from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.ranking.ranker import Ranker, batches
-from qbert_ray.storage.catalog import item_ids
+from qbert_ray.storage.catalog import item_ids, run_config
 from qbert_ray.storage.directory import ArtifactError, RunDir
 
 
@@ -97,17 +96,6 @@ class Recommender:
                 raise ValueError(f'{such}; give items of the run, or unknown="ignore"')
             warnings.warn(f"{such}; they are skipped", stacklevel=3)
         return [np.array([self.index[item] for item in history if item in self.index], dtype=np.int64) for history in histories]
-
-
-def run_config(run: RunDir) -> Config:
-    """The configuration that a run was made with.
-
-    Raises:
-        ArtifactError: there is no run in that directory.
-    """
-    if not run.exists("config.yaml"):
-        raise ArtifactError(f"no run in {run.uri}: it has no config.yaml; make one with qbert-ray run")
-    return read_config(run.read_bytes("config.yaml"), f"{run.uri}/config.yaml")
 
 
 def target_domain(run: RunDir, config: Config, domain: str | None) -> str:

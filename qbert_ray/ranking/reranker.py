@@ -35,6 +35,9 @@ class Reranker(nn.Module):
         dropout: rate after each of them.
     """
 
+    centre: Tensor
+    spread: Tensor
+
     def __init__(self, width: int = 32, dropout: float = 0.2) -> None:
         super().__init__()
         inputs = len(INPUTS) + DESCRIBED
@@ -42,8 +45,8 @@ class Reranker(nn.Module):
         self.register_buffer("spread", torch.ones(inputs))
         hidden = [Linear(inputs, width), nn.GELU(), nn.Dropout(dropout), Linear(width, width), nn.GELU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*hidden, Linear(width, 1))
-        nn.init.zeros_(self.layers[-1].weight)  # without a fit it changes nothing
-        nn.init.zeros_(self.layers[-1].bias)
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)  # without a fit it changes nothing
 
     def forward(self, inputs: Tensor, description: Tensor) -> Tensor:
         """What is added to the blended scores.

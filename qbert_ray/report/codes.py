@@ -87,7 +87,7 @@ def tree(catalog: Catalog, album: Album) -> dict[str, Any]:
         "domain": catalog.domain,
         "total": len(ids.codes),
         "rows": rows.tolist(),
-        "titles": [catalog.title(row) for row in rows],
+        "titles": [catalog.title(int(row)) for row in rows],
         "ids": [str(one) for one in ids.item_ids.gather(rows)],
         "codes": ids.codes[rows].tolist(),
         "hints": hints,

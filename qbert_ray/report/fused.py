@@ -142,8 +142,8 @@ def _map(catalog: Catalog, rows: np.ndarray, arrays: dict[str, np.ndarray], ther
     x: list[float | None] = []
     y: list[float | None] = []
     for name in list(arrays)[1:]:
-        for place, (mine, own) in enumerate(zip(places["fused"], places[name], strict=True)):
-            if there[name][place]:
+        for row, (mine, own) in enumerate(zip(places["fused"], places[name], strict=True)):
+            if there[name][row]:
                 x += [float(mine[0]), float(own[0]), None]
                 y += [float(mine[1]), float(own[1]), None]
     traces: list[Any] = [

@@ -32,7 +32,9 @@ def write(uri: str) -> tuple[str, list[str]]:
         ArtifactError: there is neither a run nor a sweep.
     """
     run = RunDir(uri)
-    name, content = ("sweep.html", {"content": sweep.gather(run)}) if run.exists(sweep.SWEEP) else ("run.html", gather(run))
+    swept = run.exists(sweep.SWEEP)
+    content: dict[str, Any] = {"content": sweep.gather(run)} if swept else gather(run)
+    name = "sweep.html" if swept else "run.html"
     title = redact(run.uri).rstrip("/").rpartition("/")[2]
     run.write_bytes(PAGE, render(name, {"title": title, "place": redact(run.uri), **content}).encode())
     return run.path(PAGE), content.get("problems", [])

@@ -118,7 +118,7 @@ def effect(trials: pl.DataFrame, name: str, sweep: dict[str, Any], best: dict[st
         x=each, y=rows[metric].to_list(), mode="markers", name="trial", marker=dots, text=[plain(str(one)) for one in rows["trial_id"]]
     )
     traces.append(scatter.update(hovertemplate="trial %{text}<br>%{y:.4f}<extra></extra>"))
-    axis: dict[str, Any] = {"type": ("log" if wide_range(x) else "linear") if numeric else "category"}
+    axis: dict[str, Any] = {"type": ("log" if wide_range([float(each) for each in x]) else "linear") if numeric else "category"}
     axis |= {"tickvals": x, "ticktext": [f"{value:g}" for value in x]} if numeric and len(x) <= 8 else {}
     alt = "; ".join(f"{value}: {mean:.4f}" for value, mean in zip(x, means["mean"], strict=True))
     note = f"All else as {alike}." if alone else "Over all trials of a value: what else differs between them counts too."
@@ -186,11 +186,13 @@ def parallel(trials: pl.DataFrame, swept: list[str], metric: str, up: bool) -> F
         values = trials[name]
         if values.dtype.is_numeric():
             scale = np.log10 if wide_range(values.drop_nulls().unique().to_list()) else np.asarray
-            place = scale(values.cast(pl.Float64).to_numpy())
+            numbers = values.cast(pl.Float64).to_numpy()
+            place = scale(numbers)
             low, size = np.nanmin(place), np.nanmax(place) - np.nanmin(place)
-            marks = values.drop_nulls().unique().to_list() if values.n_unique() <= 6 and name != metric else [values.min(), values.max()]
+            there: list[float] = np.unique(numbers[~np.isnan(numbers)]).tolist()
+            marks = there if values.n_unique() <= 6 and name != metric else [there[0], there[-1]]
             named = [(f"{mark:.4g}", (float(scale(mark)) - low) / (size or 1)) for mark in marks]
-            heights[name] = np.where(np.isnan(place), None, (place - low) / (size or 1)).tolist()
+            heights[name] = [None if np.isnan(one) else (float(one) - low) / (size or 1) for one in place]
         else:
             names = sorted({str(value) for value in values})
             named = [(plain(one), number / max(len(names) - 1, 1)) for number, one in enumerate(names)]
@@ -239,6 +241,6 @@ def pareto(trials: pl.DataFrame, pair: tuple[str, str], sweep: dict[str, Any]) -
 
 def on_front(points: np.ndarray) -> np.ndarray:
     """[N] whether no other point is at least as large everywhere and larger somewhere; of points [N, 2]."""
-    at_least = (points[None] >= points[:, None]).all(2)
-    larger = (points[None] > points[:, None]).any(2)
-    return ~(at_least & larger).any(1)
+    at_least = np.all(points[None] >= points[:, None], axis=2)
+    larger = np.any(points[None] > points[:, None], axis=2)
+    return ~np.any(at_least & larger, axis=1)

@@ -70,17 +70,18 @@ def fit_product(model: RQVAE, embeddings: Tensor, seed: int) -> None:
     latent = model.encode(rows).numpy()
     blocks = np.array_split(np.arange(dim), num_levels)
     rotation = _balanced(latent.var(0), blocks)
-    books: list[np.ndarray | None] = [None] * num_levels
+    books: list[np.ndarray] = []
     for number in range(ROUNDS):
         rotated = latent @ rotation
         quantized = np.empty_like(rotated)
         for level, block in enumerate(blocks):
-            books[level] = k_means(rotated[:, block], size, seed + level, books[level])
-            codes = nearest(torch.from_numpy(rotated[:, block]), torch.from_numpy(books[level]))
-            quantized[:, block] = books[level][codes.numpy()]
+            book = k_means(rotated[:, block], size, seed + level, books[level] if number else None)
+            books[level : level + 1] = [book]
+            quantized[:, block] = book[nearest(torch.from_numpy(rotated[:, block]), torch.from_numpy(book)).numpy()]
         if number < ROUNDS - 1:
             left, _, right = np.linalg.svd(latent.T @ quantized)  # the rotation that brings latent nearest to quantized
             rotation = (left @ right).astype(np.float32)
+    assert model.decoder.linear is not None, "a model without hidden layers is linear"
     model.set_axes(model.decoder.linear.weight @ torch.from_numpy(rotation))
     model.quantizer.codebooks.zero_()
     for codebook, block, book in zip(model.quantizer.codebooks, blocks, books, strict=True):

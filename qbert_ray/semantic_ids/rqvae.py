@@ -106,8 +106,8 @@ class Coder(nn.Module):
         self.linear = Linear(widths[0], widths[-1], bias=False) if shortcut or len(widths) == 2 else None
         self.mlp = _mlp(widths) if len(widths) > 2 else None
         if self.linear and self.mlp:  # the MLP starts as nothing, so that the whole starts as the shortcut
-            nn.init.zeros_(self.mlp[-1].weight)
-            nn.init.zeros_(self.mlp[-1].bias)
+            for parameter in self.mlp[-1].parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, vectors: Tensor) -> Tensor:
         return sum(path(vectors) for path in (self.linear, self.mlp) if path is not None)
@@ -125,6 +125,9 @@ class RQVAE(nn.Module):
         commitment_weight: beta of Eq. 8.
         shortcut: a linear path beside the MLPs; the paper has none.
     """
+
+    mean: Tensor  # [D]
+    deviation: Tensor  # scalar
 
     def __init__(
         self,
@@ -168,6 +171,7 @@ class RQVAE(nn.Module):
     @torch.no_grad()
     def set_axes(self, axes: Tensor) -> None:
         """Make orthonormal axes [D, at most E] the shortcut of the encoder, and their transpose that of the decoder."""
+        assert self.encoder.linear is not None and self.decoder.linear is not None, "the model has no shortcut"
         for weight, given in ((self.encoder.linear.weight, axes.T), (self.decoder.linear.weight, axes)):
             weight.zero_()
             weight[: given.shape[0], : given.shape[1]] = given

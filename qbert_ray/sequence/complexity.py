@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.table import Table
 
 from qbert_ray.config.schema import Config
-from qbert_ray.sequence.model import complexity
 
 
 def complexity_table(config: Config, num_items: int) -> Table:
@@ -15,7 +14,7 @@ def complexity_table(config: Config, num_items: int) -> Table:
     counts = complexity(num_items, s.width, s.num_layers, s.ffn_width, positions, q.num_levels, q.codebook_size)
     if q.extra_quantizers and s.tokens == "item" and not config.data.semantic_ids:
         counts["real"]["parameters"]["extra codes"] = len(q.extra_quantizers) * q.num_levels * q.codebook_size * (s.width + 1)
-    if s.content and not config.data.semantic_ids:
+    if s.content == "fused" and not config.data.semantic_ids:
         counts["real"]["parameters"]["content projection"] = config.fusion.width * s.width
         counts["real"]["multiply_adds"]["content projection"] = positions * config.fusion.width * s.width
     if s.recall and s.tokens == "item":
@@ -34,3 +33,31 @@ def complexity_table(config: Config, num_items: int) -> Table:
     table.add_row("total", *(f"{sum(column.values()) / 1e6:.2f}" for column in columns), style="bold")
     table.caption = "paper's way: an item-sized tied head, each weight once per position; real: codebooks, attention, head on one position"
     return table
+
+
+def complexity(num_items: int, width: int, num_layers: int, ffn_width: int, max_items: int, num_levels: int, codebook_size: int) -> dict:
+    """Parameters and multiply-adds by module, twice: as Table 6 of the paper evidently counts, and as they are.
+
+    The paper's count: an item-sized tied head, and each weight once per position. The real one: K codebooks in place of the
+    item embeddings, attention included, the head on one masked position.
+    """
+    attention, ffn = 4 * (width * width + width), 2 * width * ffn_width + ffn_width + width
+    norms, positions = 4 * width, max_items * width
+    encoder = num_layers * (attention + ffn + norms)
+    paper = {"encoder": encoder, "position embedding": positions, "item embedding, tied": num_items * width}
+    paper_macs = {name: max_items * count for name, count in paper.items() if name != "position embedding"}
+    real = {
+        "encoder": encoder + 2 * width,
+        "position embedding": positions,
+        "code embedding, tied": num_levels * codebook_size * (width + 1),
+        "mask embedding": width,
+    }
+    real_macs = {
+        "encoder": num_layers * max_items * (4 * width * width + 2 * width * ffn_width),
+        "attention scores": num_layers * 2 * max_items * max_items * width,
+        "head, one position": num_items * width,
+    }
+    return {
+        "paper": {"parameters": paper, "multiply_adds": paper_macs},
+        "real": {"parameters": real, "multiply_adds": real_macs},
+    }

@@ -45,7 +45,8 @@ class ItemTable(NamedTuple):
     domain: str = ""
 
     def to(self, device: torch.device | str) -> ItemTable:
-        content, known, cold = (None if each is None else each.to(device) for each in (self.content, self.known, self.cold))
+        content, known = (None if each is None else each.to(device) for each in (self.content, self.known))
+        cold = None if self.cold is None else self.cold.to(device)
         return ItemTable(self.codes.to(device), content, known, cold, self.domain)
 
 

@@ -1,15 +1,19 @@
-"""Stage 3, §3.5-3.6: a masked encoder over sequences of semantic IDs.
+"""Stage 3, §3.5-3.6: an encoder over sequences of semantic IDs, masked as in the paper or causal.
 
 An item enters as the sum of its K code embeddings (`tokens: item`) or as K positions (`tokens: flat`). The head is tied to
 the same embeddings and linear in them, so the score of an item is one dot product with its composed vector, and one matrix
 product ranks the whole catalog: no beam search.
 
+A masked model reads a sequence in both directions and predicts its masked items (§3.5). A causal model reads only what comes
+before: every position predicts the next item, so that a sequence of T items gives T - 1 targets where a mask gives a few.
+
 Notable choices: sequences of a batch are packed without padding and grouped by length, so attention is a plain batched product
-over each group; positions count from the end, so that "the last item" is one embedding; what belongs to a catalog (codes, content
+over each group; positions of a masked model
+count from the end, so that "the last item" is one embedding, and a causal one has a bias per distance in each head; what belongs to a catalog (codes, content
 vectors, cold items) is passed as an `ItemTable`, so that one model serves several catalogs.
 
 Shapes: S items of all packed sequences, T items of a sequence, N catalog, K levels, M codewords per level, D width,
-P masked positions.
+P positions whose query is asked for: the masked ones, or all of a causal model.
 """
 
 from __future__ import annotations
@@ -22,15 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert_ray.products import Linear, product
+from qbert_ray.sequence.catalog_softmax import SampledItems, catalog_cross_entropy
 from qbert_ray.sequence.item_table import ColdItems, ItemTable
 from qbert_ray.sequence.packing import Packed, pack, to_device
+from qbert_ray.sequence.recency import recency_weighted_mean
 
 RECALL_START = 1.0  # initial weight of the history's mean item vector in the query, relative to the encoder's output
+ITEM_START = 0.05  # standard deviation of item embeddings that start from given vectors
 CONTENT_START = 0.1  # size of an item's projected content in each dimension; four codes start at about half of that
 
 
 class Sequencer(nn.Module):
-    """Masked encoder over semantic IDs with a tied, catalog-wide head.
+    """Encoder over semantic IDs with a tied, catalog-wide head.
 
     Args:
         num_levels: K.
@@ -43,6 +50,7 @@ class Sequencer(nn.Module):
         item_embeddings: domain -> number of items that have an embedding of their own in addition to their codes; none by default.
         content_width: F of the content vectors whose projection is part of an item's vector; 0: codes alone.
         code_dropout: fraction of items whose codes are hidden in training, so that they have to be placed by content alone.
+        causal: each position reads only those before it and predicts the next item; needs tokens="item".
         recall: add the recency-weighted mean of the history's item vectors to the query (`recency_weighted_mean`).
     """
 
@@ -64,6 +72,7 @@ class Sequencer(nn.Module):
         content_width: int = 0,
         code_dropout: float = 0.0,
         recall: bool = False,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.num_levels, self.codebook_size, self.max_items = num_levels, codebook_size, max_items
@@ -73,20 +82,23 @@ class Sequencer(nn.Module):
         # prefixed, since a module's name must not be that of a method of ModuleDict, and a lone domain is called "items"
         self.item_embedding = nn.ModuleDict({f"in_{name}": nn.Embedding(size, width) for name, size in (item_embeddings or {}).items()})
         self.content = Linear(content_width, width, bias=False) if content_width else None
-        self.code_dropout = code_dropout
+        self.code_dropout, self.causal = code_dropout, causal
         self.recall = nn.Parameter(torch.tensor([RECALL_START, 0.0])) if recall else None  # weight, and logit of the decay per step
-        self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
-        self.position_embedding = nn.Embedding(max_items * (num_levels if tokens == "flat" else 1), width)
+        if not causal:
+            self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
+            self.position_embedding = nn.Embedding(max_items * (num_levels if tokens == "flat" else 1), width)
+            nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.dropout = Dropout(dropout)
-        self.layers = nn.ModuleList(EncoderLayer(width, num_heads, ffn_width, dropout) for _ in range(num_layers))
+        distances = max_items if causal else 0
+        self.layers = nn.ModuleList(EncoderLayer(width, num_heads, ffn_width, dropout, distances) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        for embedding in [self.code_embedding, self.position_embedding, *self.item_embedding.values()]:
-            nn.init.normal_(embedding.weight, std=0.02)
+        for parameter in [self.code_embedding.weight, *self.item_embedding.parameters()]:
+            nn.init.normal_(parameter, std=0.02)
         if self.content is not None:
             nn.init.normal_(self.content.weight, std=CONTENT_START / content_width**0.5)
 
     def forward(self, batch: Packed, table: ItemTable) -> Tensor:
-        """Query vectors of the masked positions, in packed order.
+        """Query vectors of the positions that `batch.masked` marks, in packed order.
 
         Args:
             batch: sequences of items of the table.
@@ -99,17 +111,19 @@ class Sequencer(nn.Module):
             states, groups = self._embed_flat(batch, table)
         else:
             items = self.compose(table, batch.items)
-            states = torch.where(batch.masked[:, None], self.mask_embedding, items) + self.position_embedding(batch.position)
-            groups = batch.groups
+            states, groups = items if self.causal else self._masked(items, batch), batch.groups
         states = self.dropout(states)
         for layer in self.layers[:-1]:
             states = layer(states, groups)
         places = self.num_levels if self.tokens == "flat" else 1  # of an item
         last: Any = self.layers[-1]
-        wanted = batch.masked.repeat_interleave(places)
+        wanted = None if self.causal and batch.masked.all() else batch.masked.repeat_interleave(places)
         states = last.at_the_ends(states, groups, places) if batch.ends else last(states, groups, wanted)
         queries = self.norm(states).view(-1, places * states.shape[1])  # the K states of an item, concatenated
-        return queries if self.recall is None else queries + recency_weighted_mean(items, batch, self.recall)
+        return queries if self.recall is None else queries + recency_weighted_mean(items, batch, self.recall, self.causal)
+
+    def _masked(self, items: Tensor, batch: Packed) -> Tensor:
+        return torch.where(batch.masked[:, None], self.mask_embedding, items) + self.position_embedding(batch.position)
 
     def compose(self, table: ItemTable, items: Tensor | None = None) -> Tensor:
         """Item vectors: the sum of the code embeddings, the projected content, and the item's own embedding where it has one.
@@ -130,20 +144,24 @@ class Sequencer(nn.Module):
             vectors = vectors + self.content(table.content if items is None else table.content[items])
         if f"in_{table.domain}" not in self.item_embedding:
             return vectors
-        own = self.item_embedding[f"in_{table.domain}"].weight
+        own = self._own(table.domain)
         own = own if table.known is None else own * table.known[:, None]
         if items is None:  # items beyond the embedding came after the training
             return vectors + F.pad(own, (0, 0, 0, len(codes) - len(own)))
         has = items < len(own)
         return vectors + own[items.where(has, 0)] * has[:, None]
 
-    def catalog_vectors(self, table: ItemTable) -> tuple[Tensor, Tensor]:
-        """Vectors [N, D or K * D] and biases [N] of the catalog whose product with a query is the items' scores."""
-        slots = self._slots(table.codes)
+    def _own(self, domain: str) -> Tensor:
+        """[N, D] item embeddings of a domain."""
+        return next(self.item_embedding[f"in_{domain}"].parameters())
+
+    def catalog_vectors(self, table: ItemTable, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Vectors [N, D or K * D] and biases [N] of the catalog, or of `items` of it, whose product with a query is the items' scores."""
+        slots = self._slots(table.codes if items is None else table.codes[items])
         bias = self.code_bias[slots].sum(1)
-        vectors = self.code_embedding(slots).flatten(1) if self.tokens == "flat" else self.compose(table)
+        vectors = self.code_embedding(slots).flatten(1) if self.tokens == "flat" else self.compose(table, items)
         vectors = F.normalize(vectors, dim=-1) if self.logits_kind == "cosine" else vectors
-        return (vectors, bias) if table.cold is None else self.average_neighbours(vectors, bias, table.cold)
+        return (vectors, bias) if table.cold is None or items is not None else self.average_neighbours(vectors, bias, table.cold)
 
     def average_neighbours(self, vectors: Tensor, bias: Tensor, cold: ColdItems) -> tuple[Tensor, Tensor]:
         """The catalog's vectors and biases with those of cold items replaced by the weighted mean of their nearest trained items."""
@@ -169,10 +187,22 @@ class Sequencer(nn.Module):
             return torch.baddbmm(bias[:, None], query[:, None], vectors.transpose(1, 2))[:, 0]
         return product(query, vectors, bias)
 
-    def loss(self, query: Tensor, target: Tensor, table: ItemTable) -> Tensor:
-        """Cross-entropy of the masked items, summed over the P positions; target is [P] item_index."""
+    def loss(self, query: Tensor, target: Tensor, table: ItemTable, sampled: SampledItems | None = None) -> Tensor:
+        """Cross-entropy of the targets, summed over the P positions.
+
+        Args:
+            query: [P, D or K * D].
+            target: [P] item_index.
+            table: the catalog.
+            sampled: items that the softmax runs over instead of the catalog, the targets among them; loss "catalog" alone.
+        """
         if self.loss_kind == "catalog":
-            return F.cross_entropy(self.scores(query, *self.catalog_vectors(table)), target, reduction="sum")
+            query = F.normalize(query, dim=-1) / self.temperature if self.logits_kind == "cosine" else query
+            if sampled is None:
+                return catalog_cross_entropy(query, *self.catalog_vectors(table), target)
+            vectors, bias = self.catalog_vectors(table, sampled.rows)
+            place = torch.searchsorted(sampled.rows, target)
+            return catalog_cross_entropy(query, vectors, bias - sampled.log_probability, place, sampled.log_probability[place])
         # Eq. 11 level by level. A flat query has a state of its own for each level.
         size, codes = self.codebook_size, table.codes[target]  # [P, K]
         queries = query.view(len(query), self.num_levels, -1) if self.tokens == "flat" else query[:, None].expand(-1, self.num_levels, -1)
@@ -181,6 +211,14 @@ class Sequencer(nn.Module):
             queries, books = F.normalize(queries, dim=-1) / self.temperature, F.normalize(books, dim=-1)
         logits = torch.einsum("pkd,kmd->pkm", queries, books) + self.code_bias.view(self.num_levels, size)
         return F.cross_entropy(logits.reshape(-1, size), codes.reshape(-1), reduction="sum") / self.num_levels
+
+    @torch.no_grad()
+    def start_items_from(self, domain: str, vectors: Tensor) -> None:
+        """Start a domain's item embeddings as a random rotation of vectors [N, E] of its items, such as collaborative ones."""
+        weight = self._own(domain)
+        rotation = torch.linalg.qr(torch.randn(max(weight.shape[1], vectors.shape[1]), weight.shape[1]))[0][: vectors.shape[1]]  # [E, D]
+        rotated = vectors @ rotation
+        weight.add_(ITEM_START * rotated / rotated.std().clamp_min(1e-12))
 
     @torch.no_grad()
     def start_from(self, codebooks: Tensor) -> None:
@@ -210,15 +248,20 @@ class Sequencer(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm bidirectional transformer layer over packed sequences."""
+    """Pre-norm transformer layer over packed sequences.
 
-    def __init__(self, width: int, num_heads: int, ffn_width: int, dropout: float) -> None:
+    Args:
+        distances: a causal layer's largest number of items, with a bias for each distance in each head; 0: bidirectional.
+    """
+
+    def __init__(self, width: int, num_heads: int, ffn_width: int, dropout: float, distances: int = 0) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm_attention, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value, self.out = Linear(width, 3 * width), Linear(width, width)
         self.ffn = nn.Sequential(Linear(width, ffn_width), nn.GELU(), Dropout(dropout), Linear(ffn_width, width))
         self.dropout = Dropout(dropout)
+        self.distance_bias = nn.Parameter(torch.zeros(num_heads, distances)) if distances else None
 
     def forward(self, states: Tensor, groups: list[tuple[int, int, int]], chosen: Tensor | None = None) -> Tensor:
         """New states [S, D], or [P, D] of the `chosen` places [S] alone where the others are not needed."""
@@ -250,7 +293,8 @@ class EncoderLayer(nn.Module):
         for last, block, (_, count, length) in zip(queries, blocks, groups, strict=True):
             key, value = block.view(count, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
             last = last.view(count, places, self.num_heads, -1).transpose(1, 2)
-            parts.append(F.scaled_dot_product_attention(last, key, value).transpose(1, 2).reshape(-1, width))
+            attended = F.scaled_dot_product_attention(last, key, value, attn_mask=self._bias(length, places))
+            parts.append(attended.transpose(1, 2).reshape(-1, width))
         states = states[ends] + self.out(torch.cat(parts))
         return states + self.ffn(self.norm_ffn(states))
 
@@ -264,8 +308,17 @@ class EncoderLayer(nn.Module):
         # split, not slices: the backward pass then joins the pieces once instead of adding each to a full-size zero
         for block, (_, count, length) in zip(projected.split([count * length for _, count, length in groups]), groups, strict=True):
             query, key, value = block.view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [count, H, length, D/H]
-            parts.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(-1, width))
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=self._bias(length, length))
+            parts.append(attended.transpose(1, 2).reshape(-1, width))
         return torch.cat(parts)
+
+    def _bias(self, length: int, places: int) -> Tensor | None:
+        """[H, places, length] added to the attention logits of the last `places`: minus infinity for later items."""
+        if self.distance_bias is None:
+            return None
+        place = torch.arange(length, device=self.distance_bias.device)
+        distance = place[length - places :, None] - place
+        return self.distance_bias[:, distance.clamp_min(0)].masked_fill(distance < 0, -torch.inf)
 
 
 class Dropout(nn.Module):
@@ -288,79 +341,22 @@ class Dropout(nn.Module):
 
 @torch.inference_mode()
 def next_item_queries(model: Sequencer, histories: list[np.ndarray], table: ItemTable) -> Tensor:
-    """[B, D or K * D] query for the item after each history: one masked item appended to its latest items (§3.6)."""
-    device = table.codes.device
+    """Query vectors for the item after each history, [B, D or K * D].
+
+    A masked model reads one masked item appended to the latest items (§3.6), a causal one the latest items alone; an empty
+    history then has a query of zeros, so that the biases rank.
+    """
+    device, appended = table.codes.device, 0 if model.causal else 1
     cut = [history[-(model.max_items - 1) :] for history in histories]
-    lengths = np.array([len(history) + 1 for history in cut])
+    if model.causal:
+        empty = torch.tensor([not len(history) for history in cut], device=device)
+        cut = [history if len(history) else np.zeros(1, np.int64) for history in cut]
+    lengths = np.array([len(history) + appended for history in cut])
     ends = np.cumsum(lengths)
     items = np.zeros(int(ends[-1]), dtype=np.int64)
-    items[np.delete(np.arange(len(items)), ends - 1)] = np.concatenate(cut)
+    items[np.delete(np.arange(len(items)), ends - 1) if appended else slice(None)] = np.concatenate(cut)
     masks = np.arange(lengths.max()) == lengths[:, None] - 1
     packed, order = pack(items, lengths, masks)
     queries = model(to_device(packed._replace(ends=True), device), table)
-    return queries[torch.from_numpy(np.argsort(order)).to(device)]
-
-
-def recency_weighted_mean(items: Tensor, batch: Packed, recall: Tensor) -> Tensor:
-    """The recency-weighted mean of the history's item vectors, for every masked position: what `recall` adds to the queries.
-
-    Args:
-        items: [S, D] vectors of the packed items.
-        batch: the sequences; masked items do not count.
-        recall: [2] the weight of the mean, and the logit of its decay per step.
-
-    Returns:
-        [P, D] of length weight * sqrt(D), the size of a query; zeros where every item is masked.
-    """
-    if batch.ends:
-        weights = recency_weights(batch.position, recall).masked_fill(batch.masked, 0)
-        sums = items.new_zeros(sum(count for _, count, _ in batch.groups), items.shape[1])
-        sums.index_add_(0, batch.masked.cumsum(0) - batch.masked.long(), items * weights[:, None])
-        return at_query_size(sums, recall)
-    means, decay = [], F.logsigmoid(recall[1])
-    sizes = [count * length for _, count, length in batch.groups]
-    for vectors, masked, (_, count, length) in zip(items.split(sizes), batch.masked.split(sizes), batch.groups, strict=True):
-        place = torch.arange(length, device=items.device)
-        logits = decay * (place - place[:, None]).abs()  # [T, T]
-        logits = logits.masked_fill(masked.view(count, 1, length), -torch.inf)  # [count, T, T]
-        mean = logits.softmax(-1).nan_to_num() @ vectors.view(count, length, -1)  # nothing but masked items: zeros
-        means.append(mean.flatten(0, 1)[masked])
-    return at_query_size(torch.cat(means), recall)
-
-
-def recency_weights(steps: Tensor, recall: Tensor) -> Tensor:
-    """Weight of each item by its steps before the masked item: 1 for the last; only the direction of a mean counts, so no sum to 1."""
-    return torch.exp(F.logsigmoid(recall[1]) * (steps - 1))
-
-
-def at_query_size(means: Tensor, recall: Tensor) -> Tensor:
-    """Mean item vectors [P, D] scaled to length weight * sqrt(D), which is that of a normalized query."""
-    return recall[0] * means.shape[1] ** 0.5 * F.normalize(means, dim=-1)
-
-
-def complexity(num_items: int, width: int, num_layers: int, ffn_width: int, max_items: int, num_levels: int, codebook_size: int) -> dict:
-    """Parameters and multiply-adds by module, twice: as Table 6 of the paper evidently counts, and as they are.
-
-    The paper's count: an item-sized tied head, and each weight once per position. The real one: K codebooks in place of the
-    item embeddings, attention included, the head on one masked position.
-    """
-    attention, ffn = 4 * (width * width + width), 2 * width * ffn_width + ffn_width + width
-    norms, positions = 4 * width, max_items * width
-    encoder = num_layers * (attention + ffn + norms)
-    paper = {"encoder": encoder, "position embedding": positions, "item embedding, tied": num_items * width}
-    paper_macs = {name: max_items * count for name, count in paper.items() if name != "position embedding"}
-    real = {
-        "encoder": encoder + 2 * width,
-        "position embedding": positions,
-        "code embedding, tied": num_levels * codebook_size * (width + 1),
-        "mask embedding": width,
-    }
-    real_macs = {
-        "encoder": num_layers * max_items * (4 * width * width + 2 * width * ffn_width),
-        "attention scores": num_layers * 2 * max_items * max_items * width,
-        "head, one position": num_items * width,
-    }
-    return {
-        "paper": {"parameters": paper, "multiply_adds": paper_macs},
-        "real": {"parameters": real, "multiply_adds": real_macs},
-    }
+    queries = queries[torch.from_numpy(np.argsort(order)).to(device)]
+    return queries.masked_fill(empty[:, None], 0) if model.causal else queries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from qbert_ray import metrics
-from qbert_ray.config.schema import Config, SequenceTraining
+from qbert_ray.config.schema import Config, MaskStrategy, SequenceTraining
+from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.random_streams import VALIDATION_STREAM, WINDOW_STREAM, uniform
 from qbert_ray.semantic_ids.quantizers import load_quantizers
+from qbert_ray.sequence.catalog_softmax import sample_items
 from qbert_ray.sequence.item_table import ItemTable
 from qbert_ray.sequence.masking import draw_lengths, draw_masks
 from qbert_ray.sequence.model import Sequencer, next_item_queries
 from qbert_ray.sequence.packing import pack, to_device
 from qbert_ray.storage import columns
-from qbert_ray.storage.catalog import catalog_codes, content_vectors, warm_items
+from qbert_ray.storage.catalog import catalog_codes, item_content, warm_items
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import ranks
 from qbert_ray.training import shuffled_batches
@@ -33,24 +36,29 @@ class SequencerTask:
     def __init__(self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None) -> None:
         self.config, self.settings, self.seed, self.run, self.start = config, settings, config.run.seed, run, start
         self.domains = domains
+        self.causal = settings.objective == "causal"
         counts = run.read_json("semantic_ids/manifest.json")["counts"]
         self.codebook_size = counts["codebook_size"]
         levels = None if config.sequencer.tokens == "item" else counts["num_levels"]  # flat: a position for each code of the ID alone
         self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
+        self.frequency: dict[str, Tensor] = {}  # [N] share of each item in a domain's training interactions
         self.tables = {name: self._table(name, levels) for name in domains}  # of the items that training may see
 
     def _table(self, name: str, levels: int | None) -> ItemTable:
         codes = torch.from_numpy(catalog_codes(self.run, name)[: warm_items(self.run, name), :levels])
-        content = content_vectors(self.run, name)[: len(codes)] if self._reads_content() else None
-        known = torch.from_numpy(np.bincount(self.sequences[name].items, minlength=len(codes)) > 0)
-        return ItemTable(codes, content, known, domain=name)
+        content = item_content(self.run, name, self.config.sequencer.content) if self.config.sequencer.tokens == "item" else None
+        content = None if content is None else content[: len(codes)]
+        counts = torch.from_numpy(np.bincount(self.sequences[name].items, minlength=len(codes)))
+        self.frequency[name] = counts / max(int(counts.sum()), 1)
+        return ItemTable(codes, content, counts > 0, domain=name)
 
     def description(self) -> dict[str, Any]:
         s = self.config.sequencer
-        names = ("width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature")
-        names += ("code_dropout",)
+        names = ["width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature"]
+        names.append("code_dropout")
         codes, content = self.tables[self.domains[0]][:2]
         return {
+            "causal": self.causal,
             "recall": s.recall and s.tokens == "item",
             "content_width": content.shape[1] if content is not None else 0,
             "num_levels": codes.shape[1],
@@ -63,13 +71,26 @@ class SequencerTask:
         if self.config.sequencer.start == "codebooks" and not self.config.data.semantic_ids:
             books = torch.cat([each.quantizer.codebooks for each in load_quantizers(self.run)])
             model.start_from(books[: model.num_levels])
+        if self.config.sequencer.item_start == "collaborative":
+            for name in self.domains if model.item_embedding else []:
+                model.start_items_from(name, self._collaborative(name))
         if self.start:
             tensors, _ = self.run.load_model(self.start)
-            known = model.state_dict()
-            model.load_state_dict({name: each for name, each in tensors.items() if name in known and self._takes(name)}, strict=False)
-        for name, embedding in zip(self.domains, model.item_embedding.values(), strict=False):
-            embedding.weight.data[~self.tables[name].known.cpu()] = 0  # they get no gradient, so the saved model ignores them too
+            wanted = model.state_dict()
+            model.load_state_dict({name: each for name, each in tensors.items() if name in wanted and self._takes(name)}, strict=False)
+        for name in self.domains if model.item_embedding else []:
+            known = self.tables[name].known
+            assert known is not None
+            model.item_embedding[f"in_{name}"].get_parameter("weight").data[~known.cpu()] = (
+                0  # they get no gradient: the saved model ignores them
+            )
         return model
+
+    def _collaborative(self, name: str) -> Tensor:
+        """[N, E] collaborative vectors of a domain's training interactions."""
+        sequences = self.sequences[name]
+        together = co_occurrence(sequences.indptr, sequences.items, len(self.tables[name].codes), self.config.features.structure.window)
+        return torch.from_numpy(collaborative_vectors(together, self.config.features.structure.dim, self.seed))
 
     def _takes(self, name: str) -> bool:
         """Whether a pre-trained tensor is the start: how histories are read holds in other domains, what their items mean does not."""
@@ -88,10 +109,6 @@ class SequencerTask:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(batches))
         return [batches[place] for place in order]
 
-    def _reads_content(self) -> bool:
-        s = self.config.sequencer
-        return s.content and s.tokens == "item" and bool(self.run.parts("fusion/embeddings"))
-
     def _windows(self, number: int, name: str, epoch: int) -> np.ndarray:
         """Windows of at most `max_items` training items: the latest of each user, and earlier ones at places that vary by epoch."""
         indptr, size = self.sequences[name].indptr, self.config.sequencer.max_items
@@ -105,12 +122,31 @@ class SequencerTask:
         return np.stack([np.full(len(users), number), users, indptr[users] + begin, indptr[users] + end, sample], axis=1)
 
     def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+        return (self._next_items if self.causal else self._masked_items)(model, samples, epoch, device)
+
+    def _next_items(self, model: Sequencer, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
+        """Every position of a window predicts the item after it."""
+        name = self.domains[samples[0, 0]]
+        begin, lengths = samples[:, 2], samples[:, 3] - samples[:, 2] - 1
+        first = np.cumsum(lengths) - lengths
+        places = np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))
+        items = self.sequences[name].items
+        everywhere = np.arange(lengths.max()) < lengths[:, None]
+        batch, _ = pack(items[places], lengths, everywhere)
+        following, _ = pack(items[places + 1], lengths, everywhere)
+        batch, table, target = to_device(batch, device), self._table_on(name, device), following.items.to(device)
+        sampled = None
+        if self.settings.sampled_items and 2 * self.settings.sampled_items < len(table.codes):
+            sampled = sample_items(torch.cat([batch.items, target]), self.frequency[name].to(device), self.settings.sampled_items)
+        return model.loss(model(batch, table), target, table, sampled), float(len(target))
+
+    def _masked_items(self, model: Sequencer, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
         name = self.domains[samples[0, 0]]
         s, begin = self.settings, samples[:, 2]
         lengths = draw_lengths(samples[:, 3] - begin, samples[:, 4], self.seed, epoch, s.last_item_share, s.prefix_share)
         first = np.cumsum(lengths) - lengths
         items = self.sequences[name].items[np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))]
-        masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, dict(s.masks), dict(s.mask_ratio), s.last_item_share)
+        masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, _plain(s.masks), _plain(s.mask_ratio), s.last_item_share)
         batch, _ = pack(items, lengths, masks)
         batch, table = to_device(batch, device), self._table_on(name, device)
         query = model(batch, table)
@@ -125,7 +161,7 @@ class SequencerTask:
             most = getattr(self.settings, "validation_users", SAMPLE)
             users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
             if len(users):
-                histories = [sequences.history(user, "valid") for user in users]
+                histories = [sequences.history(int(user), "valid") for user in users]
                 rank = rank_targets(model, self._table_on(name, device), histories, sequences.valid[users])
                 values.append([metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()])
         hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
@@ -135,6 +171,10 @@ class SequencerTask:
         """A domain's table on a device, where it stays."""
         self.tables[name] = self.tables[name].to(device)
         return self.tables[name]
+
+
+def _plain(values: Mapping[MaskStrategy, float]) -> dict[str, float]:
+    return {str(name): value for name, value in values.items()}
 
 
 def rank_targets(model: Sequencer, table: ItemTable, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 512) -> np.ndarray:

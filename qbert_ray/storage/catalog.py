@@ -10,8 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qbert_ray.config.loading import read_config
+from qbert_ray.config.schema import Config
 from qbert_ray.storage import columns
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import ArtifactError, RunDir
+
+
+def run_config(run: RunDir) -> Config:
+    """The configuration that a run was made with.
+
+    Raises:
+        ArtifactError: there is no run in that directory.
+    """
+    if not run.exists("config.yaml"):
+        raise ArtifactError(f"no run in {run.uri}: it has no config.yaml; make one with qbert-ray run")
+    return read_config(run.read_bytes("config.yaml"), f"{run.uri}/config.yaml")
 
 
 def warm_items(run: RunDir, domain: str) -> int:
@@ -42,6 +55,35 @@ def content_vectors(run: RunDir, domain: str) -> Tensor:
     embedding = torch.from_numpy(columns.to_numpy(run.read("fusion/embeddings", domain, ["embedding"])["embedding"]).copy())
     centred = embedding - embedding[: warm_items(run, domain)].mean(0)
     return F.normalize(centred, dim=-1) * embedding.shape[1] ** 0.5
+
+
+def item_content(run: RunDir, domain: str, kind: str) -> Tensor | None:
+    """Content vectors of a domain's items as the sequence model reads them; None where the run has none.
+
+    Args:
+        run: a run whose fusion is done.
+        domain: one of its domains.
+        kind: "modalities": the mean text and image vectors of each item, concatenated, each of length 1 and zeros where it is
+            missing (collaborative vectors where there is neither); "fused": the fused embeddings; "none".
+
+    Returns:
+        [N, F], of about length sqrt(width of the first modality).
+    """
+    if kind == "none" or not run.parts("fusion/embeddings", domain):
+        return None
+    if kind == "fused":
+        return content_vectors(run, domain)
+    names = [name for name in ("text", "image") if run.parts(f"features/{name}", domain)] or ["structure"]
+    vectors = [_zeros_if_none(run, domain, name) for name in names]
+    return torch.cat(vectors, dim=1) * vectors[0].shape[1] ** 0.5
+
+
+def _zeros_if_none(run: RunDir, domain: str, modality: str) -> Tensor:
+    vectors = modality_vectors(run, domain, modality)
+    if vectors is not None:
+        return vectors
+    table = run.read(f"features/{modality}", domain, ["vectors"])
+    return torch.zeros(table.num_rows, table.schema.field("vectors").type.value_type.list_size)
 
 
 def modality_vectors(run: RunDir, domain: str, modality: str) -> Tensor | None:

@@ -57,7 +57,8 @@ def load_table(file: Path) -> Table:
         ConfigError: there is no such file, or it is not a table.
     """
     content = read_layer(file)
-    variants = content.get("variants") if isinstance(content.get("variants"), dict) else {}
+    given = content.get("variants")
+    variants = given if isinstance(given, dict) else {}
     content["variants"] = {name: read_layer(file.parent / layer) if isinstance(layer, str) else layer for name, layer in variants.items()}
     try:
         return Table.model_validate(content)

@@ -201,11 +201,14 @@ def _optuna(plan: Plan) -> Any:
     class Search(OptunaSearch):
         """Ray's hands several objectives of a known trial to Optuna as if they were one."""
 
-        def add_evaluated_point(self, parameters: dict[str, Any], value: Any, **state: Any) -> None:
+        _ot_study: Any
+        _space: Any
+
+        def add_evaluated_point(self, parameters: dict[str, Any], value: Any, *arguments: Any, **state: Any) -> None:
             if isinstance(value, list):
                 self._ot_study.add_trial(optuna.trial.create_trial(values=value, params=parameters, distributions=self._space))
             else:
-                super().add_evaluated_point(parameters, value, **state)
+                super().add_evaluated_point(parameters, value, *arguments, **state)
 
     known = [trial for trial in plan.begun() if plan.result(trial).get("status") == DONE]
     rewards = [[plan.result(trial)["metrics"][name] for name in plan.objectives] for trial in known]
@@ -339,7 +342,7 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
         try:
-            columns[name] = pa.array([float(v) for v in values] if {type(v) for v in values} == {int, float} else values)
+            columns[name] = pa.array([float(v or 0) for v in values] if {type(v) for v in values} == {int, float} else values)
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             columns[name] = pa.array([json.dumps(value) for value in values])
     return pa.table(columns)

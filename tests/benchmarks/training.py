@@ -28,7 +28,6 @@ import yaml
 from torch import Tensor
 
 from qbert_ray.config.schema import Config
-from qbert_ray.ranking.export import padded
 from qbert_ray.semantic_ids.collisions import to_tokens
 from qbert_ray.sequence.masking import draw_masks
 from qbert_ray.sequence.task import SequencerTask
@@ -72,12 +71,23 @@ class PaddedTask(SequencerTask):
         return losses[masked.flatten()].sum(), float(masked.sum())
 
 
+def padded(histories: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The latest `length` items of each history as [B, T] item_index and mask, padded at the front."""
+    items = np.zeros((len(histories), length), dtype=np.int64)
+    mask = np.zeros((len(histories), length), dtype=bool)
+    for row, history in enumerate(histories):
+        count = min(len(history), length)
+        items[row, length - count :] = history[len(history) - count :]
+        mask[row, length - count :] = True
+    return items, mask
+
+
 def make_run(folder: str, histories: list[np.ndarray], num_items: int) -> tuple[RunDir, Config]:
     """The tables that training reads, with semantic IDs at random."""
     run = RunDir(folder)
     masks = {"masks": {"random": 1.0}, "mask_ratio": {"random": MASKED}, "last_item_share": 0.0, "batch_size": BATCH}
-    finetune = {**masks, "microbatches": 1, "averaging": 0.99, "patience": None}
-    sequencer = SIZES | {"content": False, "recall": False, "code_dropout": 0.0, "start": "random"}
+    finetune = {**masks, "objective": "masked", "schedule": "constant", "microbatches": 1, "averaging": 0.99, "patience": None}
+    sequencer = SIZES | {"content": "none", "recall": False, "code_dropout": 0.0, "start": "random"}
     domains = {"run": {"dir": run.uri}, "data": {"domains": {"shop": {}}}}
     config = Config.model_validate(domains | {"sequencer": sequencer, "finetune": finetune})
     run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json")).encode())

@@ -20,8 +20,8 @@ def test_every_config_file_loads(path):
 def test_the_paper_over_a_data_set_takes_back_what_the_recipe_added():
     config = load_config([CONFIGS / "scientific.yaml", CONFIGS / "paper.yaml"])
     sequencer, finetune = config.sequencer, config.finetune
-    assert not (sequencer.item_embedding or sequencer.recall or sequencer.content or config.quantizer.extra_quantizers)
-    assert (finetune.last_item_share, finetune.prefix_share) == (0, 0)
+    assert not (sequencer.item_embedding or sequencer.recall or sequencer.content != "none" or config.quantizer.extra_quantizers)
+    assert (finetune.objective, finetune.last_item_share, finetune.prefix_share) == ("masked", 0, 0)
 
 
 def test_files_merge_left_to_right_and_overrides_win(tmp_path):

@@ -224,24 +224,6 @@ def test_structure_uses_training_interactions_only(run):
     assert vectors[0, 0] @ vectors[1, 0] > 0.9 > 0.1 > vectors[0, 0] @ vectors[2, 0]
 
 
-def test_neighbourhood_averages_the_text_of_neighbours(run, tmp_path):
-    write_sequences(run, "shop", [[2, 1], [2, 1]])
-    path = write_own(tmp_path / "own.parquet", item_id=["i1"], vectors=[[[3.0, 0.0], [3.0, 8.0]]])
-    config = configure(
-        "features.modalities=[structure, text]", "features.structure.kind=neighbourhood", domains=f"{{shop: {{text_features: {path}}}}}"
-    )
-    extract_features(config, run, RayExecutor(), Quiet())
-    vectors, present = vectors_of(run, "structure")
-    assert vectors[2, 0] == pytest.approx([0.6, 0.8])
-    assert present[:, 0].tolist() == [False, False, True, False, False, False]
-
-
-def test_neighbourhood_without_text_is_refused(run):
-    config = configure("features.modalities=[structure]", "features.structure.kind=neighbourhood")
-    with pytest.raises(ValueError, match="add text to features.modalities"):
-        extract_features(config, run, RayExecutor(), Quiet())
-
-
 def test_no_input_at_all_is_refused(run):
     with pytest.raises(ValueError, match="no domain has input"):
         extract_features(configure("features.modalities=[image]"), run, RayExecutor(), Quiet())

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from qbert_ray.features.structure import co_occurrence, collaborative_vectors, neighbourhood_features
+from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 
 
 def ragged(*histories):
@@ -70,18 +70,3 @@ def test_without_pairs_everything_is_zero(histories):
 def test_dim_beyond_the_catalog_is_padded_with_zeros():
     vectors = collaborative_vectors(together([0, 1], [1, 2], num_items=3), dim=8, seed=0)
     assert vectors.shape == (3, 8) and not vectors[:, 3:].any() and np.isfinite(vectors).all()
-
-
-def test_neighbourhood_is_the_average_of_the_neighbours_content():
-    content = np.eye(3, dtype=np.float32)
-    vectors, present = neighbourhood_features(together([0, 1], [0, 1], [0, 2], num_items=3), content, np.array([True] * 3))
-    assert vectors[0] == pytest.approx(np.array([0, 2, 1]) / np.sqrt(5))
-    assert present.tolist() == [True, True, True]
-
-
-def test_neighbours_without_content_do_not_count():
-    vectors, present = neighbourhood_features(together([0, 1], [0, 2], num_items=3), np.eye(3), np.array([True, True, False]))
-    assert vectors[0] == pytest.approx([0, 1, 0])
-    assert present.tolist() == [True, True, True]
-    lonely, absent = neighbourhood_features(together([0, 1], num_items=2), np.eye(2), np.array([True, False]))
-    assert not lonely[0].any() and absent.tolist() == [False, True]
