@@ -7,8 +7,9 @@ HITS ?= 100
 SEED ?= 0
 MODULE ?=
 SAMPLE ?= 100
+FUZZ_SECONDS ?= 300
 
-.PHONY: help demo test test-slow lint types contracts docs docs-serve chaos mutants audit peers bench bench-full clean
+.PHONY: help demo test test-slow lint types contracts docs docs-serve chaos mutants fuzz audit peers bench bench-full clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +46,9 @@ chaos: .venv/.installed ## faults in random stages, then over whole runs; KILLS=
 
 mutants: .venv/.linters ## share of small changes that the tests notice; MODULE=qbert_ray/metrics.py SAMPLE=100 SEED=0
 	$(BIN)/python -m tests.mutants $(MODULE) --sample $(SAMPLE) --seed $(SEED)
+
+fuzz: .venv/.installed ## hostile inputs for every reader, in bounded memory; FUZZ_SECONDS=300
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(SEED)
 
 audit: .venv/.linters ## known vulnerabilities of the versions in constraints.txt
 	$(BIN)/python -m tests.audit

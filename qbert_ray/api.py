@@ -22,6 +22,7 @@ from qbert_ray.pipeline import preflight, run_stage
 from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.storage.catalog import run_config
 from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.lock import locked
 from qbert_ray.storage.stages import STAGES
 
 
@@ -56,11 +57,12 @@ def run(config: Config, executor: Literal["ray", "local"] | None = None, progres
     Raises:
         ArtifactError: outputs that are there were made with another config or from other data.
         SourceError: the input files cannot be used.
+        LockedError: another process writes into the run directory.
     """
     if executor is not None:
         config = loading.with_values(config, {"compute.executor": executor})
     directory = RunDir(config.run.dir)
-    with open_executor(config) as opened:
+    with locked(directory, "qbert_ray.run"), open_executor(config) as opened:
         preflight(STAGES, config, directory, opened)
         for stage in STAGES:
             run_stage(stage, config, directory, opened, progress or Quiet())

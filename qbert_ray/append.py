@@ -28,11 +28,14 @@ from qbert_ray.inputs.sources import POSITION, open_source
 from qbert_ray.inputs.stage import GROUP, read_catalog, split_items, write_items
 from qbert_ray.pipeline import APPENDED, file_fingerprints, status
 from qbert_ray.semantic_ids.stage import assign_parts, figures
+from qbert_ray.storage.checksums import Record
 from qbert_ray.storage.columns import COLD, ITEM_ID, ITEM_INDEX
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.seals import APPENDING, seal
 from qbert_ray.storage.stages import BY_NAME, STAGES
 
 IDS = "semantic_ids"
+GROWN = ("ingest", "features", "fusion", IDS)  # stages that get further parts, the last written last
 CONTENT = "_content"
 
 
@@ -49,6 +52,7 @@ def append_ids(config: Config, run: RunDir, executor: Executor, progress: Progre
     _check(config, run)
     files = {name: state for stage in ("ingest", "features") for name, state in file_fingerprints(BY_NAME[stage], config).items()}
     versions = _versions(run)
+    run.write_json(APPENDING, files)
     found: Counter[str] = Counter()
     for domain in config.data.domains:
         progress.note(domain)
@@ -60,6 +64,7 @@ def append_ids(config: Config, run: RunDir, executor: Executor, progress: Progre
         assign_parts(config, run, executor, missing, progress)
     version = _publish(config, run, versions, found)
     run.write_json(APPENDED, files)
+    run.delete(APPENDING)
     return version
 
 
@@ -158,11 +163,21 @@ def _publish(config: Config, run: RunDir, versions: list[dict[str, Any]], found:
         **counts,
         "parts": parts,
     }
-    manifest = Manifest.load(run, IDS)
-    assert manifest is not None
-    manifest.counts |= figures(config, run) | {"versions": [*versions, version]}
-    manifest.save(run, IDS)
+    for stage in GROWN:
+        manifest = Manifest.load(run, stage)
+        assert manifest is not None
+        if manifest.files is not None:
+            manifest.files |= _added_files(run, stage, manifest.files)
+        if stage == IDS:
+            manifest.counts |= figures(config, run) | {"versions": [*versions, version]}
+        manifest.save(run, stage)
     return version
+
+
+def _added_files(run: RunDir, stage: str, known: dict[str, Record]) -> dict[str, Record]:
+    """What the parts are known by that an append added to a stage; it also writes the rejected rows of a domain again."""
+    parts = {name: record for name, record in seal(run, stage).items() if name.endswith(".parquet")}
+    return {name: record for name, record in parts.items() if name not in known or "/rejected/" in name}
 
 
 def _fingerprint(content: Any) -> str:

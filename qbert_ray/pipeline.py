@@ -13,13 +13,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
-from pyarrow import fs
 
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
-from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir, join, resolve
-from qbert_ray.storage.stages import BY_NAME, STAGES, STARTED, Stage
+from qbert_ray.inputs.fingerprints import fingerprint
+from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.lock import check_held
+from qbert_ray.storage.seals import STARTED, seal
+from qbert_ray.storage.stages import BY_NAME, STAGES, Stage
 
 # Folders of a run directory before the first release -> those of today.
 RENAMED = {"rqvae": "quantizer", "memory": "ranking", "evaluation": "evaluate", "recommendations": "score"}
@@ -87,10 +89,13 @@ def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, pro
     manifest = Manifest(stage.name, stage.depends_on(config), _input_fingerprints(stage, config, run), _version())
     _forget_unfinished(stage, manifest, run)
     run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    check_held(run)
     started = time.monotonic()
     manifest.counts = _function(stage)(config, run, executor, progress)
     executor.measure(stage.name, manifest.counts)
+    manifest.files = seal(run, stage.name)
     manifest.seconds = round(time.monotonic() - started, 2)
+    check_held(run)
     manifest.save(run, stage.name)
     run.delete(f"{stage.name}/{STARTED}")
     return manifest
@@ -147,26 +152,14 @@ _FILES = {"ingest": ("items", "interactions"), "features": ("text_features", "im
 
 
 def file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
-    """Size and time of the input files, so that changed data is noticed."""
+    """What the input files are known by, so that changed data is noticed and copied data is not."""
     named = {
         f"data.domains.{name}.{field}": getattr(d, field) for name, d in config.data.domains.items() for field in _FILES.get(stage.name, ())
     }
     if stage.name == "semantic_ids":
         named["data.semantic_ids"] = config.data.semantic_ids
-    found = {}
-    for path, uri in named.items():
-        if uri is None:
-            continue
-        filesystem, place = resolve(join(config.data.root, uri.partition("*")[0]))
-        if "*" in uri:
-            place = place.rpartition("/")[0]
-        infos = [filesystem.get_file_info(place)]
-        if infos[0].type == fs.FileType.Directory:
-            infos = filesystem.get_file_info(fs.FileSelector(place, recursive=True))
-        files = [info for info in infos if info.type == fs.FileType.File]
-        if files:
-            found[path] = f"{sum(info.size for info in files)} bytes, {max(info.mtime_ns for info in files)}"
-    return found
+    found = {path: fingerprint(config.data.root, location) for path, location in named.items() if location is not None}
+    return {path: content for path, content in found.items() if content is not None}
 
 
 def _version() -> str:

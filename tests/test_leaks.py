@@ -23,7 +23,8 @@ from qbert_ray.ranking.reranker import FEWEST
 from qbert_ray.semantic_ids.quantizers import EXTRA
 from qbert_ray.sequence.model import Sequencer, next_item_queries
 from qbert_ray.sequence.task import SequencerTask
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import Manifest, RunDir
+from qbert_ray.storage.seals import seal
 from tests.benchmarks.without_ray import run_stages
 from tests.shop import small_config
 
@@ -60,6 +61,9 @@ def permute_labels(run, columns):
         items[rows] = rng.permutation(items[rows])
         place = table.column_names.index("item_id")
         run.write_part("ingest/interactions", name, table.set_column(place, table.schema.field("item_id"), pa.array(items, pa.string())))
+    manifest = Manifest.load(run, "ingest")
+    manifest.files = seal(run, "ingest")  # these are the stage's own parts now
+    manifest.save(run, "ingest")
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 import yaml
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 
 from qbert_ray.cli import completion
+from qbert_ray.cli.terminal import shown
 from qbert_ray.config import reference
 from qbert_ray.config.loading import ConfigError, load_config
 
@@ -66,8 +66,8 @@ def _describe(prefix: str) -> None:
         first, _, _ = field.path.partition(".")
         if first != section:
             section = first
-            console.print(f"\n[bold underline]{section}[/bold underline]  {escape(reference.about(section))}".rstrip())
-        paper = f" [dim](paper, {escape(field.paper)})[/dim]" if field.paper else ""
-        kind, default = escape(field.type), escape(field.default)
-        console.print(f"[bold]{escape(field.path)}[/bold]  {kind}, default [cyan]{default}[/cyan]{paper}", soft_wrap=True)
-        console.print(Padding(escape(field.description), (0, 0, 0, 4)))
+            console.print(f"\n[bold underline]{section}[/bold underline]  {shown(reference.about(section))}".rstrip())
+        paper = f" [dim](paper, {shown(field.paper)})[/dim]" if field.paper else ""
+        kind, default = shown(field.type), shown(field.default)
+        console.print(f"[bold]{shown(field.path)}[/bold]  {kind}, default [cyan]{default}[/cyan]{paper}", soft_wrap=True)
+        console.print(Padding(shown(field.description), (0, 0, 0, 4)))

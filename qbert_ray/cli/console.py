@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qbert_ray.cli.terminal import printable, shown
 from qbert_ray.storage.directory import Manifest
 
 NAME_WIDTH = 14
@@ -51,7 +52,7 @@ class StageBar:
         self._log()
 
     def note(self, text: str) -> None:
-        self.bars.update(self.task, note=text)
+        self.bars.update(self.task, note=printable(text))
         self._log()
 
     def epoch(self, metrics: dict[str, Any]) -> None:
@@ -69,9 +70,9 @@ class StageBar:
 def stage_line(name: str, manifest: Manifest | None, seconds: float | None, why: str | None = None) -> str:
     """One line on a finished (seconds given), an earlier finished, or a left-out stage (why given)."""
     if manifest is None:
-        return f"[dim]– {name:<{NAME_WIDTH}} left out: {why}[/dim]"
+        return f"[dim]– {name:<{NAME_WIDTH}} left out: {shown(why)}[/dim]"
     when = f"{seconds:7.1f} s" if seconds is not None else "   done before"
-    return f"[green]✓[/green] {name:<{NAME_WIDTH}}{when}  {_summary(manifest)}"
+    return f"[green]✓[/green] {name:<{NAME_WIDTH}}{when}  {shown(_summary(manifest))}"
 
 
 def metrics_table(domain: str, content: dict[str, Any], ranked: str = "every item ranked") -> Table:
@@ -111,13 +112,13 @@ def sweep_table(description: dict[str, Any], rows: list[dict[str, Any]]) -> Tabl
     for name in shown:
         table.add_column(name.replace(".", ".\n"), no_wrap=name != "status", min_width=len("stopped") if name == "status" else None)
     for row in sorted(rows, key=lambda row: sign * row[metric] if row.get(metric) is not None else float("inf")):
-        status = f"failed: {row['error']}" if row["status"] == "failed" else row["status"]
+        status = shown(f"failed: {row['error']}") if row["status"] == "failed" else row["status"]
         table.add_row(*(_short(row.get(name)) for name in shown[:-1]), status)
     return table
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else shown(value)
 
 
 def _summary(manifest: Manifest) -> str:

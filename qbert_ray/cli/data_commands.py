@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from qbert_ray.cli.terminal import printable, shown
 
 console = Console(highlight=False)
 
@@ -32,23 +33,23 @@ def fetch(
         for kind in ["movielens-1m", *public_data.CATEGORIES]:
             categories = public_data.CATEGORIES.get(kind, [])
             data = public_data.find(f"{kind}:{categories[0]}" if categories else kind)
-            console.print(f"[bold]{kind}{':CATEGORY' if categories else ''}[/bold]  {escape(data.page)}", soft_wrap=True)
-            console.print(Padding(escape(data.terms), (0, 0, 0, 4)))
+            console.print(f"[bold]{kind}{':CATEGORY' if categories else ''}[/bold]  {shown(data.page)}", soft_wrap=True)
+            console.print(Padding(shown(data.terms), (0, 0, 0, 4)))
             if categories:
                 console.print(Padding(", ".join(categories), (0, 0, 0, 4)), style="dim")
         return
     folder = output or Path("data") / name.replace(":", "-")
     data = public_data.find(name)
-    console.print(f"[bold]{escape(data.title)}[/bold], from {escape(data.page)}", soft_wrap=True)
-    console.print(f"terms: {escape(data.terms)}\ncite:  {escape(data.cite)}", soft_wrap=True)
+    console.print(f"[bold]{shown(data.title)}[/bold], from {shown(data.page)}", soft_wrap=True)
+    console.print(f"terms: {shown(data.terms)}\ncite:  {shown(data.cite)}", soft_wrap=True)
     with _bars() as report:
         came = public_data.fetch(name, folder, report)
     for file in data.files:
         size = (folder / file.name).stat().st_size
         console.print(
-            f"[green]✓[/green] {escape(file.name)}, {size:,} bytes{'' if file.name in came else ': was there, and is what came then'}"
+            f"[green]✓[/green] {shown(file.name)}, {size:,} bytes{'' if file.name in came else ': was there, and is what came then'}"
         )
-    console.print(f"next: qbert-ray init {escape(str(folder))} -o {escape(folder.name)}.yaml", soft_wrap=True)
+    console.print(f"next: qbert-ray init {shown(str(folder))} -o {shown(folder.name)}.yaml", soft_wrap=True)
 
 
 def init(
@@ -64,8 +65,8 @@ def init(
     """
     from qbert_ray.inputs.starter_page import write_config  # brings polars
 
-    console.print(write_config(files, output, force), end="", markup=False, soft_wrap=True)
-    console.print(f"[green]✓[/green] {escape(str(output))}; next: qbert-ray validate -c {escape(str(output))}", soft_wrap=True)
+    console.print(printable(write_config(files, output, force)), end="", markup=False, soft_wrap=True)
+    console.print(f"[green]✓[/green] {shown(str(output))}; next: qbert-ray validate -c {shown(str(output))}", soft_wrap=True)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from qbert_ray.cli.terminal import shown
 
 app = typer.Typer(name="ids", help="Look at the semantic IDs of a finished run.", no_args_is_help=True)
 console = Console(highlight=False)
@@ -29,7 +30,7 @@ def report(run: Run) -> None:
     for domain, figures in content["domains"].items():
         _print_domain(domain, figures, content["codebook_size"])
     directory = id_lookup.open_ids(run)[0]
-    console.print(f"\nreport           {escape(directory.path(id_report.REPORT))}", soft_wrap=True)
+    console.print(f"\nreport           {shown(directory.path(id_report.REPORT))}", soft_wrap=True)
 
 
 @app.command()
@@ -45,17 +46,17 @@ def show(
     from qbert_ray.semantic_ids import lookup as id_lookup
 
     found = id_lookup.show(run, item, domain)
-    console.print(f"[bold]{escape(found['title'])}[/bold]  (item {escape(found['item_id'])} of {escape(found['domain'])})")
-    console.print(escape(found["semantic_id"]))
+    console.print(f"[bold]{shown(found['title'])}[/bold]  (item {shown(found['item_id'])} of {shown(found['domain'])})")
+    console.print(shown(found["semantic_id"]))
     console.print(_moved(found["moved"]), soft_wrap=True)
     alone = [level["prefix"] for level in found["siblings"] if not level["items"]]
     if alone:
-        console.print(f"\n{escape(alone[-1])}  nobody else")
+        console.print(f"\n{shown(alone[-1])}  nobody else")
     for level in found["siblings"][len(alone) :]:
-        console.print(f"\n{escape(level['prefix'])}  {level['items']:,} other{'s' * (level['items'] != 1)}")
+        console.print(f"\n{shown(level['prefix'])}  {level['items']:,} other{'s' * (level['items'] != 1)}")
         for other in level["nearest"]:
             title = other["title"] if len(other["title"]) <= 50 else other["title"][:49] + "…"
-            console.print(f"  {escape(other['semantic_id']):<28}  {escape(title)}  [dim]{escape(other['item_id'])}[/dim]", soft_wrap=True)
+            console.print(f"  {shown(other['semantic_id']):<28}  {shown(title)}  [dim]{shown(other['item_id'])}[/dim]", soft_wrap=True)
         if level["further"] > len(level["nearest"]):
             console.print(f"  [dim]and {level['further'] - len(level['nearest']):,} farther ones[/dim]")
 
@@ -74,28 +75,28 @@ def diff(
     for domain, found in id_lookup.diff(first, second).items():
         total = found["same"] + found["changed"]
         console.print(
-            f"[bold]{escape(domain)}[/bold]: {found['only_first']:,} items only in A, {found['only_second']:,} only in B, {total:,} in both"
+            f"[bold]{shown(domain)}[/bold]: {found['only_first']:,} items only in A, {found['only_second']:,} only in B, {total:,} in both"
         )
         console.print(f"  same ID     {found['same']:>12,}")
         console.print(f"  another ID  {found['changed']:>12,}")
         for level, count in enumerate(found["changed_at"]):
             console.print(f"    from level {_letter(level)} on {count:>6,}")
         for example in found["examples"]:
-            console.print(f"  {escape(example['item_id'])}: {escape(example['first'])} → {escape(example['second'])}", soft_wrap=True)
+            console.print(f"  {shown(example['item_id'])}: {shown(example['first'])} → {shown(example['second'])}", soft_wrap=True)
 
 
 def _moved(moved: dict[str, Any] | None) -> str:
     if moved is None:
         return "not moved: these are its nearest codes"
     keeper = moved["kept_by"]
-    kept = f"{escape(keeper['title'])} ({escape(keeper['item_id'])}) has and keeps" if keeper else "an item that is gone kept"
+    kept = f"{shown(keeper['title'])} ({shown(keeper['item_id'])}) has and keeps" if keeper else "an item that is gone kept"
     full = f"; every ID under {moved['full']} was taken" if moved["full"] else ""
-    return f"moved from {moved['from']}, which {kept}{full}"
+    return f"moved from {shown(moved['from'])}, which {kept}{shown(full)}"
 
 
 def _print_domain(domain: str, figures: dict[str, Any], size: int) -> None:
     console.print(
-        f"\n[bold]{escape(domain)}[/bold]: {figures['with_id']:,} of {figures['items']:,} items have an ID ({figures['coverage']:.1%}); "
+        f"\n[bold]{shown(domain)}[/bold]: {figures['with_id']:,} of {figures['items']:,} items have an ID ({figures['coverage']:.1%}); "
         f"collisions {figures['raw_collision_rate']:.2%} before, {figures['collision_rate']:.2%} after; {figures['moved']:,} moved",
     )
     console.print(_levels(figures, size))
@@ -125,7 +126,7 @@ def _attributes(attributes: dict[str, Any]) -> Table:
             if row["items"]:
                 prefix = "".join(f"<{_letter(level)}>" for level in range(length))
                 figures = [f"{row[key]:.3f}" for key in ("purity", "purity_shuffled", "nmi", "nmi_shuffled")]
-                table.add_row(escape(name) if length == 1 else "", prefix, f"{row['items']:,}", *figures)
+                table.add_row(shown(name) if length == 1 else "", prefix, f"{row['items']:,}", *figures)
         table.add_section()
     return table
 
@@ -138,7 +139,7 @@ def _examples(examples: list[dict[str, Any]]) -> Table:
     table.add_column("such as", max_width=44)
     for example in examples:
         typical = [f"{value['value']} {value['share']:.0%} (of all: {_percent(value['overall'])})" for value in example["typical"].values()]
-        table.add_row(example["prefix"], f"{example['items']:,}", escape("\n".join(typical)), escape("\n".join(example["titles"])))
+        table.add_row(shown(example["prefix"]), f"{example['items']:,}", shown("\n".join(typical)), shown("\n".join(example["titles"])))
         table.add_section()
     return table
 

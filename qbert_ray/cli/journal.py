@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -9,9 +10,9 @@ from typing import Any, Protocol
 
 import structlog
 from rich.console import Console
-from rich.markup import escape
 
 from qbert_ray.cli.console import LOG_SECONDS, StageBar, metrics_table, stage_line, sweep_table
+from qbert_ray.cli.terminal import json_safe, shown
 from qbert_ray.storage.directory import Manifest
 
 
@@ -56,7 +57,7 @@ class Terminal:
         self.console = console
 
     def begin(self, what: str) -> None:
-        self.console.print(f"[dim]{escape(what)}; starting Ray[/dim]", soft_wrap=True)
+        self.console.print(f"[dim]{shown(what)}; starting Ray[/dim]", soft_wrap=True)
 
     def stage(self, name: str) -> StageBar:
         return StageBar(self.console, name)
@@ -65,7 +66,7 @@ class Terminal:
         self.console.print(stage_line(name, manifest, seconds, why), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]! {escape(text)}[/yellow]", soft_wrap=True)
+        self.console.print(f"[yellow]! {shown(text)}[/yellow]", soft_wrap=True)
 
     def metrics(self, domain: str, content: dict[str, Any]) -> None:
         self.console.print()
@@ -85,7 +86,7 @@ class Terminal:
 
     def files(self, paths: Mapping[str, str]) -> None:
         for name, path in paths.items():
-            self.console.print(f"{name:<16} {escape(path)}", soft_wrap=True)
+            self.console.print(f"{name:<16} {shown(path)}", soft_wrap=True)
 
 
 class JsonLines:
@@ -94,7 +95,7 @@ class JsonLines:
     def __init__(self, run: str, domains: list[str]) -> None:
         processors: list[Any] = [
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(ensure_ascii=False),
+            structlog.processors.JSONRenderer(_dumps),
         ]
         self.log = structlog.wrap_logger(structlog.PrintLogger(), processors=processors).bind(run=run)
         self.domains = domains
@@ -136,6 +137,11 @@ class JsonLines:
 
     def files(self, paths: Mapping[str, str]) -> None:
         self.log.info("files", **{name.replace(" ", "_"): path for name, path in paths.items()})
+
+
+def _dumps(content: Any, **options: Any) -> str:
+    """One line of JSON, readable in any language, that a terminal does not obey."""
+    return json_safe(json.dumps(content, ensure_ascii=False, **options))
 
 
 class _StageLog:

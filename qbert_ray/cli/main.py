@@ -10,16 +10,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from qbert_ray import __version__
 from qbert_ray.cli import completion, config_commands, data_commands, id_commands
 from qbert_ray.cli.console import trials_table
 from qbert_ray.cli.journal import Journal, Terminal, open_journal
+from qbert_ray.cli.terminal import printable, shown
 from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials, with_values
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.failures import root_cause, stoppable
 from qbert_ray.storage.directory import ArtifactError, RunDir
+from qbert_ray.storage.lock import locked
 from qbert_ray.storage.stages import STAGES
 
 app = typer.Typer(
@@ -219,15 +220,16 @@ def _search(plan: Any, journal: Journal) -> dict[str, Any] | None:
     from qbert_ray.execution.ray_session import session
     from qbert_ray.sweeps import tuning
 
-    with stoppable(errors), session(plan.config.compute.address):
+    with stoppable(errors), locked(plan.folder), session(plan.config.compute.address):
         tuning.check_room(plan)
-        for seed in plan.seeds:
-            for name in plan.to_prepare(seed):
-                started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)
-                with journal.stage(name) as progress:
-                    manifest = tuning.prepare(plan, seed, name, progress)
-                if manifest is not None:
-                    journal.done(name, manifest, None if done else time.monotonic() - started)
+        with locked(plan.run):  # only for as long as stages are written there: several sweeps may read it
+            for seed in plan.seeds:
+                for name in plan.to_prepare(seed):
+                    started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)
+                    with journal.stage(name) as progress:
+                        manifest = tuning.prepare(plan, seed, name, progress)
+                    if manifest is not None:
+                        journal.done(name, manifest, None if done else time.monotonic() - started)
         with journal.stage("trials") as progress:
             best = tuning.search(plan, progress)
     journal.trials(plan.folder.read_json(tuning.SWEEP), tuning.trial_rows(plan))
@@ -243,10 +245,10 @@ def _show_trials(plan: Any, seconds: list[float | None]) -> None:
     known = [cost for cost in seconds if cost is not None]
     if known:
         console.print(
-            f"{sum(known) / 60:.0f} minutes one after the other, judged by how long the stages of {escape(plan.config.run.dir)} took"
+            f"{sum(known) / 60:.0f} minutes one after the other, judged by how long the stages of {shown(plan.config.run.dir)} took"
         )
     else:
-        console.print(f"how long they take is not known: {escape(plan.config.run.dir)} has not done the stages they repeat")
+        console.print(f"how long they take is not known: {shown(plan.config.run.dir)} has not done the stages they repeat")
 
 
 @app.command(rich_help_panel="Data")
@@ -262,7 +264,7 @@ def validate(config: Files, overrides: Overrides = None) -> None:
     settings = load_config(list(config), list(overrides or []))
     with open_executor(settings) as executor:
         report = check(settings, executor)
-    console.print(format_validation(report), markup=False)
+    console.print(printable(format_validation(report)), markup=False)
     if any(domain["errors"] for domain in report.values()):
         raise typer.Exit(2)
 
@@ -338,10 +340,10 @@ def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | 
     for stage in STAGES[: min(first, last)]:  # refuse a changed config before anything is done or deleted
         if not stage.skipped(config):
             status(stage, config, directory)
-    if redo is not None:
-        redo_from(by_command[redo].name, directory)
     stages = [by_command[only]] if only else list(STAGES)
-    with stoppable(errors), open_executor(config) as executor:
+    with stoppable(errors), locked(directory), open_executor(config) as executor:
+        if redo is not None:
+            redo_from(by_command[redo].name, directory)
         preflight(stages, config, directory, executor)
         for stage in stages:
             why = stage.skipped(config)
@@ -377,8 +379,9 @@ def _append(config: Config) -> None:
     from qbert_ray.append import append_ids
     from qbert_ray.execution.executor import open_executor
 
-    with open_executor(config) as executor, journal.stage("append") as progress:
-        version = append_ids(config, RunDir(config.run.dir), executor, progress)
+    directory = RunDir(config.run.dir)
+    with locked(directory), open_executor(config) as executor, journal.stage("append") as progress:
+        version = append_ids(config, directory, executor, progress)
     journal.appended(version)
 
 
@@ -395,7 +398,7 @@ def main(arguments: list[str] | None = None) -> None:
         cause = root_cause(error)
         if not isinstance(cause, (ValueError, FloatingPointError, OSError)):
             raise
-        errors.print(f"[red]error:[/red] {escape(str(cause))}", soft_wrap=True)
+        errors.print(f"[red]error:[/red] {shown(str(cause))}", soft_wrap=True)
         sys.exit(2)
 
 

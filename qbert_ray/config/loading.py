@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from qbert_ray.config.schema import Config, Data, Domain
 from qbert_ray.config.shipped import shipped
+from qbert_ray.config.yaml_files import YamlError, read_yaml
 
+MOST_SHOWN = 300  # characters of a value in an error
 WHOLE = {"masks", "variants"}  # mappings whose keys are the choice itself, so merging would only ever add some
 
 
@@ -49,6 +50,28 @@ def load_config(files: list[str | Path] = [], overrides: list[str] = []) -> Conf
     return _validate(tree)
 
 
+def read_config(content: bytes, where: str) -> Config:
+    """The config that a run left, which another version, or somebody else, may have written.
+
+    Args:
+        content: of its config.yaml.
+        where: that is, for errors.
+
+    Raises:
+        ConfigError: it cannot be read, or a key or value is not valid.
+    """
+    try:
+        tree = read_yaml(content) or {}
+    except YamlError as error:
+        raise ConfigError(f"{where} {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} must hold a mapping of sections, got {type(tree).__name__}")
+    try:
+        return _validate(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
 def with_values(config: Config, values: dict[str, Any]) -> Config:
     """The config with other values at some dotted paths.
 
@@ -68,7 +91,10 @@ def nest(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _validate(tree: dict[str, Any]) -> Config:
+def _validate(tree: dict[Any, Any]) -> Config:
+    strange = next((key for key in tree if not isinstance(key, str)), None)
+    if strange is not None:
+        raise ConfigError(f"{strange!r}: no such section; known there: {', '.join(Config.model_fields)}")
     for path, value in flatten(tree).items():
         if isinstance(value, str):
             refuse_credentials(path, value)
@@ -87,19 +113,30 @@ def refuse_credentials(name: str, value: str) -> None:
         )
 
 
-def read_layer(file: Path) -> dict[str, Any]:
-    """One YAML file, on top of the file next to it that its `extends` names; configs/... may be one that comes with the package."""
+def read_layer(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file, on top of the file in its folder that its `extends` names; configs/... may be one that comes with the package.
+
+    Args:
+        file: where it is.
+        above: files that extend it, the first one first.
+    """
     file = file if file.exists() else shipped(file) or file
+    if file.resolve() in above:
+        chain = " extends ".join(path.name for path in (*above[above.index(file.resolve()) :], file))
+        raise ConfigError(f"{above[0]}: {chain}: a file cannot extend itself")
     try:
-        layer = yaml.safe_load(file.read_text()) or {}
+        layer = read_yaml(file.read_bytes()) or {}
     except FileNotFoundError:
-        raise ConfigError(f"no config file at {file}; the ones that come with the package are named configs/<name>.yaml") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+        said = f" (extended by {above[-1]})" if above else ""
+        raise ConfigError(f"no config file at {file}{said}; the ones that come with the package are named configs/<name>.yaml") from None
+    except YamlError as error:
+        raise ConfigError(f"{file} {error}") from None
     if not isinstance(layer, dict):
         raise ConfigError(f"{file} must hold a mapping of sections, got {type(layer).__name__}")
     base = layer.pop("extends", None)
-    return merge(read_layer(file.parent / base), layer) if base else layer
+    if base is not None and (not isinstance(base, str) or "\x00" in base):
+        raise ConfigError(f"{file}: extends must name one file, got {type(base).__name__}")
+    return merge(read_layer(file.parent / base, (*above, file.resolve())), layer) if base else layer
 
 
 def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
@@ -139,8 +176,8 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not path.strip("."):
         raise ConfigError(f"{text!r} is not an override; write section.field=value, such as finetune.epochs=5")
     try:
-        tree: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
+        tree: Any = read_yaml(value)
+    except YamlError:
         tree = value
     return nest(path, tree)
 
@@ -148,7 +185,9 @@ def _parse_override(text: str) -> dict[str, Any]:
 def _explain(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     if problem["type"] != "extra_forbidden":
-        return f"{path or 'config'}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"
+        given = repr(problem["input"])
+        given = given if len(given) <= MOST_SHOWN else f"{given[:MOST_SHOWN]}…"
+        return f"{path or 'config'}: {problem['msg'].removeprefix('Value error, ')} (given: {given})"
     if path in RENAMED:
         return f"{path}: has a new name; write {RENAMED[path]}"
     known = _known_keys(problem["loc"][:-1])

@@ -28,6 +28,9 @@ def paper(value: str) -> dict[str, JsonValue]:
 class Run(Section):
     dir: str = Field("runs/run", description="run directory: a local path or an s3:// or gs:// URI")
     seed: int = Field(0, description="seeds initialisation, batch order, masks and dropout")
+    deterministic: bool = Field(
+        False, description="equal runs on equal machines give equal weights to the bit: trainings have one thread, so they take longer"
+    )
     log: Literal["auto", "text", "json"] = Field(
         "auto", description="text: progress bars and tables; json: one JSON object per event and line; auto: text at a terminal"
     )
@@ -53,6 +56,16 @@ class Domain(Section):
     )
     attributes: list[str] = Field([], description="columns kept for reports; each also gives one text vector")
     image_column: str | None = Field(None, description="path relative to the items file, URI, or bytes")
+    image_schemes: list[Literal["http", "https", "s3", "gs", "gcs", "abfs", "abfss", "hdfs"]] = Field(
+        ["https", "s3", "gs", "gcs"],
+        description="of addresses in the image column that are followed; of abfs, abfss and hdfs only the hosts that image_hosts names",
+    )
+    image_hosts: list[str] = Field(
+        [],
+        description="web hosts and buckets that the image column may name, such as '*.example.com'; empty: any public host. A host that is "
+        "named without * may have a private address",
+    )
+    follow_links: bool = Field(False, description="symbolic links in the folder of the data may lead outside it")
     text_features: str | None = Field(None, description="your own vectors (item_id, vector | vectors) instead of encoding text")
     image_features: str | None = Field(None, description="your own vectors instead of encoding images")
     structure_features: str | None = Field(None, description="your own vectors instead of collaborative ones")

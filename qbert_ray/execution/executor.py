@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from qbert_ray.config.schema import Actors, Compute, Config, Workers
+from qbert_ray.execution.determinism import environment
 from qbert_ray.execution.progress import Progress
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Task
@@ -108,13 +109,18 @@ class Executor(Protocol):
         ...
 
 
-def open_executor(config: Config) -> AbstractContextManager[Executor]:
+@contextmanager
+def open_executor(config: Config) -> Iterator[Executor]:
     """The executor that `compute.executor` names, ready for work until the context ends."""
-    if config.compute.executor == "local":
-        from qbert_ray.execution.local import local_executor
+    with environment(config.run.deterministic):  # before torch is loaded, and before processes start
+        if config.compute.executor == "local":
+            from qbert_ray.execution.local import local_executor
 
-        return local_executor(config.compute)
-    from qbert_ray.execution import ray_session  # noqa: F401, sets what Ray reads when it is imported
-    from qbert_ray.execution.ray_executor import ray_executor
+            with local_executor(config.compute) as executor:
+                yield executor
+            return
+        from qbert_ray.execution import ray_session  # noqa: F401, sets what Ray reads when it is imported
+        from qbert_ray.execution.ray_executor import ray_executor
 
-    return ray_executor(config.compute.address)
+        with ray_executor(config.compute.address) as executor:
+            yield executor

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from qbert_ray.config.schema import Actors, Compute, Config, Workers
 from qbert_ray.execution import tracking
+from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.device import own_device, use_device
 from qbert_ray.execution.progress import Progress
 from qbert_ray.storage.directory import RunDir
@@ -28,14 +29,15 @@ def local_executor(compute: Compute) -> Iterator[LocalExecutor]:
     """A `LocalExecutor` with torch's threads and device set as it asks, and as they were afterwards."""
     import torch
 
-    threads, device = torch.get_num_threads(), own_device()
-    if compute.threads:
-        torch.set_num_threads(compute.threads)
+    threads, device, strict = torch.get_num_threads(), own_device(), torch.are_deterministic_algorithms_enabled()
+    set_threads(compute.threads or threads)
     use_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         yield LocalExecutor()
     finally:
         torch.set_num_threads(threads)
+        if strict != torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(strict)
         use_device(device)
 
 
@@ -78,8 +80,8 @@ class LocalExecutor:
     def map_parts(
         self, run: RunDir, worker: type, arguments: dict[str, Any], parts: list[str], output: str, actors: Actors, progress: Progress
     ) -> Counter[str]:
-        done = set(run.names(f"{output}/.counts"))
-        missing = [name for name in parts if f"{name}.json" not in done]
+        done, there = set(run.names(f"{output}/.counts")), set(run.names(output))
+        missing = [name for name in parts if f"{name}.json" not in done or name not in there]
         progress.start(len(parts), len(parts) - len(missing))
         ready = worker(**arguments) if missing else None
         for name in missing:

@@ -19,6 +19,7 @@ import numpy as np
 import ray
 
 from qbert_ray.config.schema import Actors
+from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.device import use_device
 from qbert_ray.execution.progress import Progress
 from qbert_ray.execution.ray_capacity import pool
@@ -40,8 +41,8 @@ def map_parts(
     progress: Progress,
 ) -> Counter[str]:
     """See `Executor.map_parts`."""
-    done = set(run.names(f"{output}/.counts"))
-    missing = [name for name in parts if f"{name}.json" not in done]
+    done, there = set(run.names(f"{output}/.counts")), set(run.names(output))
+    missing = [name for name in parts if f"{name}.json" not in done or name not in there]
     progress.start(len(parts), len(parts) - len(missing))
     if missing:
         resources = pool(actors, len(missing))
@@ -87,9 +88,7 @@ class _Publisher:
     """Runs the worker on a part, then records its counts: the part's done marker."""
 
     def __init__(self, worker: Callable[..., Any], arguments: dict[str, Any], run: RunDir, output: str) -> None:
-        import torch
-
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        set_threads(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
         use_device(assigned_device())
         arguments = {name: ray.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in arguments.items()}
         self.run, self.output, self.error = run, output, ""

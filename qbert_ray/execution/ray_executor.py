@@ -14,6 +14,7 @@ from ray.data import Dataset
 
 from qbert_ray.config.schema import Actors, Compute, Config, Workers
 from qbert_ray.execution import ray_capacity, ray_data, ray_metrics, ray_train
+from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.device import use_device
 from qbert_ray.execution.progress import Progress
 from qbert_ray.execution.ray_session import ANYWHERE, session
@@ -114,9 +115,7 @@ class RayExecutor:
 def _call(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
     use_device(ray_data.assigned_device())
     if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+        set_threads(threads)
     return function(*arguments)
 
 

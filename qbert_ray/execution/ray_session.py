@@ -27,6 +27,8 @@ for _name, _value in {
 import ray  # noqa: E402
 from ray.data import DataContext  # noqa: E402
 
+from qbert_ray.execution.determinism import ENVIRONMENT, MARK  # noqa: E402
+
 _started_here = False  # Ray, by `session`
 _ALONE = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away: a process less in each training
@@ -52,8 +54,10 @@ def session(address: str | None = None) -> Iterator[None]:
     os.environ.update(own)
     if owner:
         before = signal.getsignal(signal.SIGTERM)
+        strict = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(MARK)}
         ray.init(
             address=address,
+            runtime_env={"env_vars": strict} if strict and not starts else None,  # processes that are started here inherit it
             include_dashboard=False if starts else None,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -16,12 +16,12 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import get_device
 
 from qbert_ray.config.schema import Workers
 from qbert_ray.execution import ray_metrics, tracking
+from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.progress import Progress
 from qbert_ray.execution.ray_board import Watch, start_board
 from qbert_ray.execution.ray_capacity import nodes, worker_bundle
@@ -87,7 +87,7 @@ def scaling_config(workers: Workers) -> ScalingConfig:
 
 def _train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
-    torch.set_num_threads(max(1, int(config["threads"])))
+    set_threads(int(config["threads"]))
     loop = Loop(config["make_task"](**config["arguments"]), get_device(), context.get_world_rank(), context.get_world_size())
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:

@@ -6,32 +6,24 @@ J vectors per item, D width, S pixels per side.
 from __future__ import annotations
 
 import json
-import re
-import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, build_opener
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pyarrow import fs
 
 from qbert_ray.config import schema as config
 from qbert_ray.execution.device import own_device
 from qbert_ray.features.encoders import ImageEncoder, ImageRejected, TextEncoder, decode_image
 from qbert_ray.features.vectors import features_table
-from qbert_ray.inputs.image_columns import is_own_address
+from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
-from qbert_ray.storage.directory import ArtifactError, RunDir, resolve
+from qbert_ray.storage.directory import RunDir
 
 READERS = 8  # threads that read and decode images beside the encoder of an actor
-DOWNLOAD_SECONDS = 20
 
 
 def load_text_encoder(settings: config.TextEncoder) -> TextEncoder:
@@ -73,13 +65,16 @@ class TextPart:
 class ImagePart:
     """Image vectors of the items of a part; reading and decoding run ahead of the encoder, in threads."""
 
-    def __init__(self, run: RunDir, settings: config.ImageEncoder, num_vectors: int) -> None:
+    def __init__(self, run: RunDir, settings: config.ImageEncoder, num_vectors: int, addresses: dict[str, Addresses]) -> None:
         """Load the encoder.
 
         Args:
+            run: the run directory.
+            settings: of the encoder.
             num_vectors: J; more than the encoder gives where another domain brings more.
+            addresses: domain -> where its images may come from.
         """
-        self.run, self.settings, self.num_vectors = run, settings, num_vectors
+        self.run, self.settings, self.num_vectors, self.addresses = run, settings, num_vectors, addresses
         self.encoder = load_image_encoder(settings)
 
     def __call__(self, part: str) -> dict[str, int]:
@@ -88,9 +83,10 @@ class ImagePart:
         given = [row for row in range(len(items)) if paths[row] or contents[row] is not None]
         vectors = np.zeros((len(items), self.num_vectors, self.encoder.width), np.float32)
         rejected: dict[int, str] = {}
+        addresses = self.addresses[part.rsplit("-", 1)[0]]
         with ThreadPoolExecutor(READERS) as threads:
             window = max(2 * self.settings.batch_size, READERS)
-            pictures = ahead(threads, lambda row: self._picture(paths[row], contents[row]), given, window)
+            pictures = ahead(threads, lambda row: self._picture(paths[row], contents[row], addresses), given, window)
             for rows, batch in self._batches(zip(given, pictures, strict=True), rejected):
                 vectors[rows, : self.encoder.num_vectors] = self.encoder(batch)
         present = np.zeros((len(items), self.num_vectors), bool)
@@ -105,12 +101,12 @@ class ImagePart:
             "images_rejected": len(rejected),
         } | {f"images_rejected.{reason}": count for reason, count in Counter(rejected.values()).items()}
 
-    def _picture(self, path: str | None, content: bytes | None) -> torch.Tensor | str:
+    def _picture(self, path: str | None, content: bytes | None, addresses: Addresses) -> torch.Tensor | str:
         """[3, S, S], or the reason why there is none."""
         try:
-            content = read_bytes(path or "", self.settings.max_bytes) if content is None else content
+            content = read_image(path or "", self.settings.max_bytes, addresses) if content is None else content
             return self.encoder.preprocess(decode_image(content, self.settings.max_bytes, self.settings.max_pixels))
-        except ImageRejected as error:
+        except (AddressError, ImageRejected) as error:
             return str(error)
 
     def _batches(
@@ -143,38 +139,6 @@ def ahead(threads: ThreadPoolExecutor, function: Callable[[Any], Any], inputs: I
         yield pending.popleft().result()
 
 
-def read_bytes(uri: str, max_bytes: int) -> bytes:
-    """A file's first `max_bytes` + 1 bytes, of a path, an object store or the web.
-
-    Raises:
-        ImageRejected: with the reason.
-    """
-    try:
-        if uri.startswith(("http://", "https://")):
-            _check_host(uri)
-            with build_opener(_NoRedirect).open(uri, timeout=DOWNLOAD_SECONDS) as response:
-                return response.read(max_bytes + 1)
-        filesystem, path = _open(uri)
-        with filesystem.open_input_stream(path) as stream:
-            return stream.read(max_bytes + 1)
-    except ImageRejected:
-        raise
-    except FileNotFoundError:
-        raise ImageRejected("file not found") from None
-    except (OSError, ArtifactError, pa.ArrowException, ValueError):
-        raise ImageRejected("cannot be read") from None
-
-
-def _check_host(uri: str) -> None:
-    """Raise where a host's name leads to this machine or its link; addresses in numbers were judged by the ingest."""
-    host = urlsplit(uri).hostname or ""
-    if re.fullmatch(r"[\d.]+|.*:.*", host):
-        return
-    with suppress(socket.gaierror):  # unknown here, perhaps known to a proxy
-        if any(is_own_address(str(found[4][0])) for found in socket.getaddrinfo(host, None)):
-            raise ImageRejected("unsafe path")
-
-
 def write_rejected(run: RunDir, name: str, modality: str, table: str, rows: list[tuple[str, dict[str, Any]]]) -> None:
     """Keep rejected rows in features/rejected, or remove those of an earlier try where there are none.
 
@@ -189,24 +153,3 @@ def write_rejected(run: RunDir, name: str, modality: str, table: str, rows: list
         return
     kept = [{DOMAIN: domain, "table": table, "reason": reason, "row": json.dumps(row, ensure_ascii=False)} for reason, row in rows]
     run.write_part("features/rejected", part, pa.Table.from_pylist(kept, schema=REJECTED))
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    """A redirect may lead where the ingest, which judged the address, would not have let it."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def _open(uri: str) -> tuple[fs.FileSystem, str]:
-    """File system and path; keys of object stores are taken as they are, whatever signs they hold."""
-    scheme, mark, rest = uri.partition("://")
-    if not mark or scheme == "file":
-        return resolve(uri)
-    path, _, query = rest.partition("?")
-    return _store(f"{scheme}://{path.partition('/')[0]}" + (f"?{query}" if query else "")), path
-
-
-@lru_cache(maxsize=64)
-def _store(uri: str) -> fs.FileSystem:
-    return resolve(uri)[0]

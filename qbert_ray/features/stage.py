@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qbert_ray.config.schema import Config, Domain
 from qbert_ray.execution.executor import Executor
@@ -25,6 +24,7 @@ from qbert_ray.features.encoding import ImagePart, TextPart, load_image_encoder,
 from qbert_ray.features.item_features import MODALITIES
 from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.features.vectors import Placed, features_table, read_vectors, vectors_shape
+from qbert_ray.inputs.addresses import Addresses
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX
 from qbert_ray.storage.directory import RunDir, join
 
@@ -118,6 +118,8 @@ def _encode(config: Config, run: RunDir, modality: str, plan: Plan, executor: Ex
     arguments = {"run": run, "settings": getattr(config.features, modality), "num_vectors": plan.num_vectors}
     if modality == "text":
         arguments["fields"] = {domain: _text_columns(config.data.domains[domain]) for domain in rest}
+    else:
+        arguments["addresses"] = {domain: Addresses.of(config.data.root, config.data.domains[domain]) for domain in rest}
     parts = [part for domain in rest for part in run.parts("ingest/items", domain)]
     return executor.map_parts(run, worker, arguments, parts, f"features/{modality}", config.compute.features, progress)
 
@@ -237,5 +239,5 @@ def _training_items(run: RunDir, domain: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _shape(run: RunDir, modality: str, part: str) -> tuple[int, int]:
     """J and D of a part of features/<modality>."""
-    kind = pq.read_schema(run.path(f"features/{modality}/{part}"), filesystem=run.filesystem).field("vectors").type
+    kind = run.open_part(f"features/{modality}", part).schema_arrow.field("vectors").type
     return kind.list_size, kind.value_type.list_size

@@ -6,16 +6,15 @@ root, or to a remote store or web host, but never to other local files or to thi
 
 from __future__ import annotations
 
-import ipaddress
 import posixpath
-import socket
 from typing import Any
-from urllib.parse import urlsplit
 
 import polars as pl
 
+from qbert_ray.inputs.addresses import Addresses
+
 Kind = Any  # a polars data type; polars types its inner types more loosely than its own functions take them
-REMOTE_SCHEMES = ("http", "https", "s3", "gs", "gcs", "abfs", "abfss", "hdfs")
+DEFAULT = Addresses()
 PATH_FIELDS = ("path", "large", "hi_res")  # of structs, as Hugging Face and Amazon name them
 
 
@@ -42,20 +41,22 @@ def image_bytes(value: pl.Expr, kind: Kind) -> pl.Expr:
     return pl.when(value.bin.size() > 0).then(value) if kind == pl.Binary else pl.lit(None, pl.Binary)
 
 
-def safe_paths(paths: pl.Series, folder: str, query: str, root: str) -> pl.Series:
+def safe_paths(paths: pl.Series, folder: str, query: str, root: str, addresses: Addresses = DEFAULT) -> pl.Series:
     """Absolute paths and URIs; null where there is none or where it may not be followed.
 
     Args:
+        paths: as the rows give them.
         folder: that relative paths start from, a local path or a URI.
-        query: of that URI, with its question mark; goes on to the paths in it.
+        query: of that URI, with its question mark; is added to the paths in it.
         root: another local folder that absolute paths may point into.
+        addresses: which schemes and hosts are allowed.
     """
     frame = pl.DataFrame({"path": paths})
     scheme = pl.col("path").str.extract(r"^([A-Za-z][A-Za-z0-9+.-]*):", 1).str.to_lowercase()
-    plain = scheme.is_null() & ~pl.col("path").str.contains(r"(^[/~])|((^|/)\.\.(/|$))|[\\\x00]|//")
-    frame = frame.with_columns(scheme.alias("scheme"), plain.alias("plain"))
+    unusual = r"(^[/~])|((^|/)\.\.(/|$))|[\\\x00]|//" + ("|[?#]" if "://" in folder else "")  # a query would choose how a store is reached
+    frame = frame.with_columns(scheme.alias("scheme"), (scheme.is_null() & ~pl.col("path").str.contains(unusual)).alias("plain"))
     joined = pl.concat_str(pl.lit(f"{folder}/"), pl.col("path").str.replace(r"^(\./)+", ""), pl.lit(query))
-    remote = pl.col("scheme").is_in(REMOTE_SCHEMES) & ~pl.col("path").is_in(_own_services(frame))
+    remote = pl.col("scheme").is_not_null() & pl.col("path").is_in(_allowed(frame, addresses))
     frame = frame.with_columns(pl.when("plain").then(joined).when(remote).then("path").alias("safe"))
     rest = frame.select((pl.col("scheme").is_null() & ~pl.col("plain")).fill_null(False).arg_true()).to_series()
     if not len(rest):
@@ -67,7 +68,7 @@ def safe_paths(paths: pl.Series, folder: str, query: str, root: str) -> pl.Serie
 def _inside(path: str, folder: str, query: str, root: str) -> str | None:
     """An unusual path made absolute, if it stays inside the folder (or, being absolute, inside the root)."""
     scheme, mark, base = folder.rpartition("://")
-    if "\x00" in path or path.startswith("~"):
+    if "\x00" in path or path.startswith("~") or (mark and ("?" in path or "#" in path)):
         return None
     full = posixpath.normpath(path if path.startswith("/") and not mark else f"{base}/{path}")
     allowed = [base] if not path.startswith("/") else [] if mark else [base, root]
@@ -75,32 +76,10 @@ def _inside(path: str, folder: str, query: str, root: str) -> str | None:
     return f"{scheme}{mark}{full}{query}" if inside else None
 
 
-def _own_services(frame: pl.DataFrame) -> list[str]:
-    """Web addresses of this machine or its link: what a cloud machine's credentials are served from."""
-    web = frame.filter(pl.col("scheme").is_in(["http", "https"])).select("path", host=pl.col("path").str.extract(r"^\w+:(//[^/?#]*)", 1))
-    own = [host for host in web["host"].unique().to_list() if _is_own(host)]
-    return web.filter(pl.col("host").is_in(own) | pl.col("host").is_null())["path"].to_list()
-
-
-def _is_own(host: str | None) -> bool:
-    try:
-        name = (urlsplit(f"http:{host}").hostname or "").rstrip(".").lower()
-    except ValueError:
-        return True
-    if not name or "\\" in name or name == "localhost" or name.endswith((".localhost", ".internal")):
-        return True
-    try:
-        number = ipaddress.ip_address(name.partition("%")[0])
-    except ValueError:
-        try:
-            number = ipaddress.ip_address(socket.inet_aton(name))  # also 2130706433 and 0x7f.1
-        except OSError:
-            return False
-    return is_own_address(str(number))
-
-
-def is_own_address(address: str) -> bool:
-    """Whether an IP address is of this machine or its link."""
-    number = ipaddress.ip_address(address.partition("%")[0])
-    number = getattr(number, "ipv4_mapped", None) or number
-    return number.is_loopback or number.is_link_local or number.is_unspecified
+def _allowed(frame: pl.DataFrame, addresses: Addresses) -> list[str]:
+    """Addresses with a scheme that may be followed; web hosts and plain buckets are judged once each."""
+    given = frame.filter(pl.col("scheme").is_not_null()).select("path", beginning=pl.col("path").str.extract(r"^(\w+://[^/?#]*)", 1))
+    unusual = given.filter(pl.col("path").str.contains(r"[?#]") & ~pl.col("path").str.contains(r"^(?i)https?:"))["path"]
+    good = [beginning for beginning in given["beginning"].drop_nulls().unique().to_list() if addresses.allow(beginning)]
+    plain = given.filter(pl.col("beginning").is_in(good) & ~pl.col("path").is_in(unusual.to_list()))["path"].to_list()
+    return plain + [path for path in unusual.to_list() if addresses.allow(path)]

@@ -20,13 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv, fs
 
+from qbert_ray.inputs import limits
+
 REASON, ROW = "_reason", "_row"  # of a rejected row: why, and the row as JSON
 ROW_LENGTH = 2000  # characters of a rejected row that are kept
 
 KINDS = {
     ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
 }  # fmt: skip
-MOST_NESTED = 64  # lists and mappings inside each other in a line of JSONL
 SAMPLED_LINES = 10_000  # JSONL names its columns line by line; those of so many lines are known when a file is described
 FRAGMENT_ROWS, FRAGMENT_BYTES = 1 << 18, 128 << 20  # Parquet row groups are read together up to this
 BATCH_ROWS, BATCH_BYTES = 1 << 16, 64 << 20
@@ -77,11 +78,12 @@ def describe(filesystem: fs.FileSystem, path: str) -> File:
     try:
         if kind == "parquet":
             parquet = pq.ParquetFile(path, filesystem=filesystem)
+            limits.check_schema(parquet.schema_arrow)
             groups = (parquet.metadata.row_group(number) for number in range(parquet.num_row_groups))
             return File(path, kind, tuple(parquet.schema_arrow.names), tuple((group.num_rows, group.total_byte_size) for group in groups))
         with _open(filesystem, path) as stream:
             return File(path, kind, _jsonl_columns(stream, path) if kind == "jsonl" else _csv_columns(stream, kind))
-    except BROKEN as error:
+    except (*BROKEN, limits.LimitError) as error:
         raise FileError(f"{path} cannot be read as {kind}: {_brief(error)}") from None
 
 
@@ -112,7 +114,7 @@ def read(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) 
     reader = {"parquet": _read_parquet, "jsonl": _read_jsonl}.get(fragment.file.kind, _read_csv)
     try:
         yield from reader(filesystem, fragment, converters)
-    except BROKEN as error:
+    except (*BROKEN, limits.LimitError) as error:
         raise FileError(f"{fragment.file.path} is damaged or not {fragment.file.kind}: {_brief(error)}") from None
 
 
@@ -140,15 +142,18 @@ def first_image(value: Any) -> str | None:
 
 
 def _csv_columns(stream: BinaryIO, kind: str) -> tuple[str, ...]:
-    return tuple(csv.open_csv(stream, **_csv_options(kind, lambda _: "skip")).schema.names)
+    names = tuple(csv.open_csv(stream, **_csv_options(kind, lambda _: "skip")).schema.names)
+    limits.check_columns(names)
+    return names
 
 
 def _jsonl_columns(stream: BinaryIO, path: str) -> tuple[str, ...]:
     names: dict[str, None] = {}
-    for line in itertools.islice(_lines(stream), SAMPLED_LINES):
+    for line in itertools.islice(limits.lines(stream), SAMPLED_LINES):
         if not names and line.startswith(b"["):
             raise FileError(f"{path} is one JSON array; write one object a line (JSONL)")
         names |= dict.fromkeys(_parse(line) or {})
+        limits.check_columns(names)
     if not names:
         raise FileError(f"{path}: none of the first {SAMPLED_LINES:,} lines is a JSON object (Python literals are not JSON)")
     return tuple(names)
@@ -161,9 +166,13 @@ def _read_parquet(filesystem: fs.FileSystem, fragment: Fragment, converters: Con
     columns = [name for name in fragment.file.columns if name in converters]
     first = fragment.first_row
     parquet = pq.ParquetFile(fragment.file.path, filesystem=filesystem)
+    by_number = limits.repeated_columns(parquet.metadata, parquet.schema_arrow, columns)
+    if by_number:
+        parquet = pq.ParquetFile(fragment.file.path, filesystem=filesystem, metadata=parquet.metadata, read_dictionary=by_number)
     for batch in parquet.iter_batches(fragment.batch_rows, row_groups=list(fragment.row_groups), columns=columns):
-        yield first, pl.DataFrame(pa.Table.from_batches([batch]).select(columns))
-        first += len(batch)
+        for piece in limits.unpacked(batch):
+            yield first, pl.DataFrame(pa.Table.from_batches([piece]).select(columns))
+            first += len(piece)
 
 
 def _read_csv(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) -> Iterator[tuple[int, pl.DataFrame]]:
@@ -195,8 +204,7 @@ def _csv_options(kind: str, invalid_row_handler: Callable[[csv.InvalidRow], str]
 def _read_jsonl(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) -> Iterator[tuple[int, pl.DataFrame]]:
     first = 0
     with _open(filesystem, fragment.file.path) as stream:
-        lines = _lines(stream)
-        while batch := list(itertools.islice(lines, BATCH_ROWS // 4)):
+        for batch in limits.batches(limits.lines(stream), BATCH_ROWS // 4, BATCH_BYTES):
             yield first, _parse_lines(batch, converters)
             first += len(batch)
 
@@ -221,23 +229,18 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    deep = line.count(b"[") + line.count(b"{") > MOST_NESTED and _is_deep(record)
+    deep = line.count(b"[") + line.count(b"{") > limits.MOST_NESTED and _is_deep(record)
     return record if isinstance(record, dict) and not deep else None
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether a value is nested past `MOST_NESTED`; by a number, since how much Python's stack bears depends on who calls."""
+    """Whether a value is nested past `limits.MOST_NESTED`; by a number, since how much Python's stack bears depends on who calls."""
     level = [value]
-    for _ in range(MOST_NESTED):
+    for _ in range(limits.MOST_NESTED):
         level = [
             inner for outer in level if isinstance(outer, dict | list) for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
     return bool(level)
-
-
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    stripped = (line.strip().removeprefix(b"\xef\xbb\xbf") for line in stream)
-    return (line for line in stripped if line)
 
 
 def _line(text: str) -> str:

@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 
 from qbert_ray.config.schema import Domain
+from qbert_ray.inputs.addresses import Addresses
 from qbert_ray.inputs.image_columns import Kind, image_bytes, image_path, safe_paths
 from qbert_ray.inputs.readers import REASON, ROW, ROW_LENGTH
 from qbert_ray.inputs.sources import POSITION, Source
@@ -101,7 +102,8 @@ def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain
         rows = rows.with_columns(strip_markup(rows[column]) for column in texts)
     # A picture that came as bytes needs no path, whatever its path says.
     given = rows.select(pl.when(pl.col("image_bytes").is_null()).then("given_path").alias("given_path")).to_series()
-    paths = safe_paths(given, source.folder(file), source.query, root)
+    addresses = Addresses.of(source.uri if "://" in source.uri else root, domain)
+    paths = safe_paths(given, source.folder(file), source.query, root, addresses)
     rows = rows.with_columns(paths.alias("image_path"), given)
     refused = pl.when(pl.col("image_path").is_null()).then("given_path").alias(UNSAFE)
     reasons = [pl.when(pl.col(ITEM_ID).is_null()).then(pl.lit(f"missing {ITEM_ID}"))]
@@ -147,11 +149,14 @@ def as_text(value: pl.Expr, kind: Kind) -> pl.Expr:
     if isinstance(kind, pl.List):
         value = value.list.eval(as_text(pl.element(), kind.inner)).list.drop_nulls().list.join(", ")
     elif isinstance(kind, pl.Struct):
-        value = pl.when(value.is_not_null()).then(value.struct.json_encode())
+        told = [value.struct.field(field.name) for field in kind.fields if not _holds_bytes(field.dtype)]  # polars writes no bytes as JSON
+        value = pl.when(value.is_not_null()).then(pl.struct(told).struct.json_encode()) if told else pl.lit(None, pl.String)
     elif kind.is_float():
         whole = (value == value.round(0)) & (value.abs() < _WHOLE)
         number = pl.when(value.is_not_nan()).then(value.cast(pl.String))
         value = pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(number)
+    elif kind == pl.Binary:
+        value = value.map_elements(lambda content: content.decode(errors="replace"), pl.String)  # which polars refuses a whole column for
     else:
         value = value.cast(pl.String, strict=False)
     text = value.str.strip_chars()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +21,7 @@ from pyarrow import fs
 
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs import readers
+from qbert_ray.inputs.limits import leading_outside
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 from qbert_ray.storage.directory import join, resolve
@@ -104,9 +107,13 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
     label, key = f"domain {name}: {table}", f"data.domains.{name}.{table}"
     uri = join(root, location)
     filesystem, path = resolve(uri)
-    paths = _find(filesystem, path)
+    paths = find_files(filesystem, path)
     if not paths:
         raise SourceError(f"{label}: no Parquet, CSV or JSONL file at {uri}; set {key} (given: {location}) or data.root (given: {root})")
+    folder = os.path.dirname(re.split(r"[*?\[]", path)[0]) if filesystem.get_file_info(path).type != fs.FileType.Directory else path
+    away = [] if domain.follow_links else leading_outside(filesystem, paths, (folder, "" if "://" in root else resolve(root)[1]))
+    if away:
+        raise SourceError(f"{label}: {away[0]} leads outside {folder}; set data.domains.{name}.follow_links=true if that is meant")
     kinds = sorted({str(readers.kind_of(path)) for path in paths})
     if len(kinds) > 1:
         raise SourceError(f"{label}: {uri} holds files of several kinds ({', '.join(kinds)}); choose among them with a glob in {key}")
@@ -120,7 +127,14 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
     return Source(label, uri, filesystem, files, form, columns, domain.image_column if table == "items" else None)
 
 
-def _find(filesystem: fs.FileSystem, path: str) -> list[str]:
+def find_files(filesystem: fs.FileSystem, path: str, wanted: Callable[[str], object] = readers.kind_of) -> list[str]:
+    """Sorted paths of the files that a file, folder or glob of the config names.
+
+    Args:
+        filesystem: that the path is on.
+        path: as the file system takes it.
+        wanted: of a folder or glob only names that this is true of; by default those of tables.
+    """
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.File:
         return [path]
@@ -130,7 +144,7 @@ def _find(filesystem: fs.FileSystem, path: str) -> list[str]:
         fixed = next((number for number, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts))
     selector = fs.FileSelector("/".join(parts[:fixed]), recursive=True, allow_not_found=True)
     infos = (info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File)
-    return sorted(info.path for info in infos if readers.kind_of(info.path) and _matches(info.path.split("/"), parts, fixed))
+    return sorted(info.path for info in infos if wanted(info.path) and _matches(info.path.split("/"), parts, fixed))
 
 
 def _matches(found: list[str], wanted: list[str], fixed: int) -> bool:

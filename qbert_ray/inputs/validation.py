@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 
 from qbert_ray.config.schema import Config, ImageEncoder
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.features.encoders import ImageRejected, decode_image
-from qbert_ray.features.encoding import read_bytes
+from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.inputs.sources import Source, Table, open_source
 from qbert_ray.inputs.stage import ingest_domain
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, TEXT_PREFIX, TIMESTAMP, USER_ID
@@ -39,7 +38,8 @@ HINTS = {
     "below min_item_interactions": "data.min_item_interactions; 0 keeps every item of the catalog",
     "item below min_item_interactions": "data.min_item_interactions or data.min_interactions",
     "user below min_interactions": "data.min_interactions",
-    "unsafe path": "keep pictures beside the items file or under data.root, or use https:// or s3:// addresses",
+    "unsafe path": "keep images in the folder of the items file or under data.root, or use https:// or s3:// addresses; others: image_schemes, "
+    "image_hosts and follow_links of the domain",
     "invalid JSON": "each line must be one JSON object",
     "invalid CSV row": "another number of cells than the header: quote texts that hold commas",
     "file not found": "image paths start from the folder of the items file",
@@ -71,7 +71,8 @@ def _validate_domain(config: Config, name: str, executor: Executor) -> dict[str,
             return report
         report["rejected"] = _rejected(run)
         report["filled"] = _filled(run)
-        report["images"] = _images(run, config.features.image) if config.data.domains[name].image_column else None
+        addresses = Addresses.of(config.data.root, config.data.domains[name])
+        report["images"] = _images(run, config.features.image, addresses) if config.data.domains[name].image_column else None
         report |= _histories(run)
     return report
 
@@ -121,7 +122,7 @@ def _filled(run: RunDir) -> dict[str, float]:
     """Column of the kept items -> share of filled values, from the parts' footers."""
     rows, filled = 0, Counter[str]()
     for part in run.parts("ingest/items"):
-        metadata = pq.ParquetFile(run.path(f"ingest/items/{part}"), filesystem=run.filesystem).metadata
+        metadata = run.open_part("ingest/items", part).metadata
         rows += metadata.num_rows
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             for column in map(group.column, range(group.num_columns)):
@@ -130,7 +131,7 @@ def _filled(run: RunDir) -> dict[str, float]:
     return {name: count / rows for name, count in filled.items() if name.startswith(wanted)}
 
 
-def _images(run: RunDir, settings: ImageEncoder) -> dict[str, Any]:
+def _images(run: RunDir, settings: ImageEncoder, addresses: Addresses) -> dict[str, Any]:
     """The first pictures of the catalog, which is in hash order: how many are there and can be decoded."""
     result: dict[str, Any] = {"looked_for": 0, "decoded": 0, "web": 0, "problems": Counter[str](), "examples": []}
     for item_id, path, content in _first_images(run):
@@ -140,11 +141,11 @@ def _images(run: RunDir, settings: ImageEncoder) -> dict[str, Any]:
         result["looked_for"] += 1
         decode = result["decoded"] < IMAGES_DECODED
         try:
-            content = read_bytes(path, settings.max_bytes if decode else 0) if content is None else content
+            content = read_image(path, settings.max_bytes if decode else 0, addresses) if content is None else content
             if decode:
                 result["decoded"] += 1
                 decode_image(content, settings.max_bytes, settings.max_pixels)
-        except ImageRejected as reason:
+        except (AddressError, ImageRejected) as reason:
             result["problems"][str(reason)] += 1
             result["examples"] = [*result["examples"], f"{item_id}: {path or 'bytes'}: {reason}"][:EXAMPLES]
     return result

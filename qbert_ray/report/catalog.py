@@ -6,21 +6,24 @@ import base64
 import io
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.semantic_ids.collisions import to_tokens
 from qbert_ray.semantic_ids.lookup import IDS, Ids, read_ids, read_titles
 from qbert_ray.storage.columns import ITEM_ID, ITEM_INDEX, to_sequences
-from qbert_ray.storage.directory import ArtifactError, RunDir, resolve
+from qbert_ray.storage.directory import ArtifactError, RunDir
 
 SIDE, QUALITY = 88, 68  # pixels and JPEG quality of a thumbnail
 BUDGET = 5_500_000  # bytes of all thumbnails, as base64
 READERS = 8
 MOST_BYTES, MOST_PIXELS = 20_000_000, 50_000_000
+ANYWHERE = Addresses(follow_links=True)  # local files that decode as an image are shown to whoever can read them
 LONGEST = 90  # characters of a title
 
 
@@ -107,11 +110,12 @@ def _thumbnails(run: RunDir, part: str, rows: list[int]) -> list[tuple[int, byte
         return []
     table = pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, "image_path", "image_bytes"]))
     given = table.filter(pl.col(ITEM_INDEX).is_in(rows) & (pl.col("image_path").is_not_null() | pl.col("image_bytes").is_not_null()))
+    addresses = replace(ANYWHERE, queries=("?" + run.uri.partition("?")[2],))  # the run may be somebody else's: its rows choose no store
     with ThreadPoolExecutor(READERS) as threads:
-        return list(threads.map(lambda row: (row[0], thumbnail(row[1], row[2])), given.rows()))
+        return list(threads.map(lambda row: (row[0], thumbnail(row[1], row[2], addresses)), given.rows()))
 
 
-def thumbnail(path: str | None, content: bytes | None) -> bytes | None:
+def thumbnail(path: str | None, content: bytes | None, addresses: Addresses = ANYWHERE) -> bytes | None:
     """A small JPEG of a picture; None where it cannot be had. The web is never asked: a report opens and is made without it."""
     from PIL import Image
 
@@ -121,11 +125,9 @@ def thumbnail(path: str | None, content: bytes | None) -> bytes | None:
         if content is None:
             if path is None or path.startswith(("http://", "https://")):
                 return None
-            filesystem, place = resolve(path)
-            with filesystem.open_input_stream(place) as stream:
-                content = stream.read(MOST_BYTES + 1)
+            content = read_image(path, MOST_BYTES, addresses)
         picture = decode_image(content, MOST_BYTES, MOST_PIXELS)
-    except (ImageRejected, ArtifactError, OSError, ValueError):
+    except (AddressError, ImageRejected, OSError, ValueError):
         return None
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     kept = io.BytesIO()

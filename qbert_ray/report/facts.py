@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml
-
 from qbert_ray.config.loading import flatten, merge
 from qbert_ray.config.schema import Config, Domain
+from qbert_ray.config.yaml_files import YamlError, read_yaml
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
-from qbert_ray.storage.stages import BY_NAME, STARTED
+from qbert_ray.storage.seals import STARTED
+from qbert_ray.storage.stages import BY_NAME
 
 
 class Facts:
@@ -24,7 +24,7 @@ class Facts:
         """
         if not run.exists("config.yaml"):
             raise ArtifactError(f"no run in {run.uri}: neither config.yaml nor sweep.json is there; name the run.dir of a qbert-ray run")
-        self.given: dict[str, Any] = yaml.safe_load(run.read_bytes("config.yaml")) or {}
+        self.given: dict[str, Any] = _read_given(run)
         self.config = merge(Config().model_dump(mode="json"), self.given)
         self.domains: dict[str, Any] = (self.given.get("data") or {}).get("domains") or self.config["data"]["domains"]
         loaded = {name: Manifest.load(run, name) for name in BY_NAME}
@@ -75,3 +75,13 @@ def redact(value: Any) -> str:
     """A config value as text, without the keys that an object store's URI may hold."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
     return re.sub(r"(\w+://)[^/@\s]+@", r"\1…@", re.sub(r"\?\S*", "?…", text) if "://" in text else text)
+
+
+def _read_given(run: RunDir) -> dict[str, Any]:
+    try:
+        given = read_yaml(run.read_bytes("config.yaml")) or {}
+    except YamlError as error:
+        raise ArtifactError(f"{run.uri}/config.yaml {error}") from None
+    if not isinstance(given, dict):
+        raise ArtifactError(f"{run.uri}/config.yaml must hold a mapping of sections, got {type(given).__name__}")
+    return given

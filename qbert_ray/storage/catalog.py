@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
+from qbert_ray.config.loading import read_config
 from qbert_ray.config.schema import Config
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import ArtifactError, RunDir
@@ -24,7 +24,7 @@ def run_config(run: RunDir) -> Config:
     """
     if not run.exists("config.yaml"):
         raise ArtifactError(f"no run in {run.uri}: it has no config.yaml; make one with qbert-ray run")
-    return Config.model_validate(yaml.safe_load(run.read_bytes("config.yaml")))
+    return read_config(run.read_bytes("config.yaml"), f"{run.uri}/config.yaml")
 
 
 def warm_items(run: RunDir, domain: str) -> int:

@@ -1,7 +1,8 @@
 """The run directory: tables, models and manifests on a local, s3:// or gs:// path.
 
 A file is either whole or absent: local files are written beside their name and renamed, object stores publish on close.
-A stage is done when its `manifest.json` is there, and that is written last. Models are safetensors plus a JSON that alone
+A stage is done when its `manifest.json` is there, and that is written last. It names every file of the stage with a checksum,
+and from then on a file that is missing, damaged or not the stage's is refused. Models are safetensors plus a JSON that alone
 rebuilds them; nothing is ever unpickled.
 """
 
@@ -21,17 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from qbert_ray.storage.checksums import DamagedError, Record, check_bytes, checksum, open_parquet, write_parquet
+from qbert_ray.storage.seals import MANIFEST, ArtifactError, check_parts, checked, damaged
+
 if TYPE_CHECKING:
     from torch import nn
 
     Module = TypeVar("Module", bound=nn.Module)
 
-MANIFEST = "manifest.json"
+WEIGHTS = "weights"  # in the JSON of a model: what its tensors are known by
 S3_ATTEMPTS = 8  # of one request, further and further apart: 50 seconds in all
-
-
-class ArtifactError(ValueError):
-    """Something in a run directory is missing or was made differently; the message names the command that mends it."""
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -106,6 +106,10 @@ class RunDir:
             return self.base.path(name)
         return f"{self._location[1].rstrip('/')}/{name}".rstrip("/")
 
+    def home(self, name: str) -> str:
+        """URI of the run directory that a path is read from."""
+        return self.base.home(name) if self.base and self._is_shared(name) else self.uri
+
     def inside(self, name: str) -> RunDir:
         """A run directory below this one."""
         place, mark, query = self.uri.partition("?")
@@ -138,14 +142,29 @@ class RunDir:
         self._publish(name, lambda path: self._write(path, content))
 
     def read_bytes(self, name: str) -> bytes:
+        """Content of a file.
+
+        Raises:
+            ArtifactError: the stage is done and the file is not what it wrote.
+        """
         with self.filesystem.open_input_stream(self.path(name)) as stream:
-            return stream.read()
+            content = stream.read()
+        checked(self, name, lambda known: check_bytes(name, content, known) if known else None)
+        return content
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_bytes(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self.read_bytes(name))
+        """Content of a JSON file.
+
+        Raises:
+            ArtifactError: it is not JSON, or not what the stage wrote.
+        """
+        try:
+            return json.loads(self.read_bytes(name))
+        except (ValueError, RecursionError) as error:
+            raise error if isinstance(error, ArtifactError) else damaged(self, name, f"cannot be read as JSON: {error}") from None
 
     def delete(self, name: str) -> None:
         """Remove a file or folder; nothing happens where there is none."""
@@ -159,20 +178,47 @@ class RunDir:
     # tables
 
     def parts(self, table: str, domain: str | None = None) -> list[str]:
-        """Names of a table's parts in order, of one domain or all."""
-        return [name for name in self.names(table, ".parquet") if domain is None or name.rsplit("-", 1)[0] == domain]
+        """Names of a table's parts in order, of one domain or all.
+
+        Raises:
+            ArtifactError: the stage is done, and a part is missing or one is there that it did not write.
+        """
+        names = [name for name in self.names(table, ".parquet") if domain is None or name.rsplit("-", 1)[0] == domain]
+        check_parts(self, table, domain, names)
+        return names
 
     def write_part(self, table: str, name: str, rows: pa.Table) -> None:
-        text = [field.name for field in rows.schema if pa.types.is_string(field.type)]  # vectors never repeat: trying costs 4 x
-        whole = pa.BufferOutputStream()  # before anything is sent: a writer that fails half-way publishes that half on an object store
-        pq.write_table(rows, whole, use_dictionary=text)
-        self.write_bytes(f"{table}/{name}", whole.getvalue())
+        whole = write_parquet(f"{table}/{name}", rows)  # a writer that fails half-way publishes that half on an object store
+        self.write_bytes(f"{table}/{name}", whole)
 
     def read_part(self, table: str, name: str, columns: list[str] | None = None) -> pa.Table:
-        return pq.ParquetFile(self.path(f"{table}/{name}"), filesystem=self.filesystem).read(columns=columns)
+        """Rows of one part.
+
+        Raises:
+            ArtifactError: it is not what was written.
+        """
+        try:
+            return self.open_part(table, name).read(columns=columns).replace_schema_metadata(None)
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk or the network
+                raise
+            raise damaged(self, f"{table}/{name}", f"is damaged: {error}") from None
+
+    def open_part(self, table: str, name: str) -> pq.ParquetFile:
+        """A part whose footer was checked; its pages are as they are read.
+
+        Raises:
+            ArtifactError: it is not what was written.
+        """
+        part = f"{table}/{name}"
+        try:
+            file = self.filesystem.open_input_file(self.path(part))
+        except FileNotFoundError:
+            raise damaged(self, part, "is missing") from None
+        return checked(self, part, lambda known: open_parquet(file, part, known)[0])
 
     def column_names(self, table: str, name: str) -> list[str]:
-        return pq.ParquetFile(self.path(f"{table}/{name}"), filesystem=self.filesystem).schema_arrow.names
+        return self.open_part(table, name).schema_arrow.names
 
     def read(self, table: str, domain: str | None = None, columns: list[str] | None = None) -> pa.Table:
         """All rows of a table, or those of one domain, in the order of its parts.
@@ -192,20 +238,32 @@ class RunDir:
         from safetensors.torch import save  # brings torch, which reading tables does without
 
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self.write_bytes(f"{folder}/model.safetensors", save(contiguous))
-        self.write_json(f"{folder}/model.json", description)
+        weights = save(contiguous)
+        self.write_bytes(f"{folder}/model.safetensors", weights)
+        self.write_json(f"{folder}/model.json", description | {WEIGHTS: {"bytes": len(weights), "checksum": checksum(weights)}})
 
     def load_model(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Tensors and description as `save_model` was given them.
 
         Raises:
-            ArtifactError: there is no model in that folder.
+            ArtifactError: there is no model in that folder, or it is not what was written.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         if not self.exists(f"{folder}/model.json"):
             raise ArtifactError(f"no model in {self.uri}/{folder}; run the stage that trains it: qbert-ray run")
-        return load(self.read_bytes(f"{folder}/model.safetensors")), self.read_json(f"{folder}/model.json")
+        description, name = self.read_json(f"{folder}/model.json"), f"{folder}/model.safetensors"
+        if not isinstance(description, dict):
+            raise damaged(self, f"{folder}/model.json", "does not describe a model")
+        try:
+            weights = self.read_bytes(name)
+            check_bytes(name, weights, description.pop(WEIGHTS, None) or {"bytes": len(weights), "checksum": checksum(weights)})
+            return load(weights), description
+        except FileNotFoundError:
+            raise damaged(self, name, "is missing") from None
+        except (DamagedError, SafetensorError) as error:
+            raise damaged(self, name, str(error) if isinstance(error, DamagedError) else f"cannot be read: {error}") from None
 
     def load_module(self, kind: Callable[..., Module], folder: str) -> Module:
         """The model of a folder, ready to use: built from its description, with its weights, in evaluation mode.
@@ -215,12 +273,11 @@ class RunDir:
             folder: as `save_model` was given it.
 
         Raises:
-            ArtifactError: there is no model in that folder.
+            ArtifactError: there is no model in that folder, or its weights are not those of the model that it describes.
         """
-        tensors, description = self.load_model(folder)
-        model = kind(**description)
-        model.load_state_dict(tensors)
-        return model.eval()
+        from qbert_ray.storage.models import rebuild
+
+        return rebuild(kind, self, folder)
 
     def _write(self, path: str, content: bytes | pa.Buffer) -> None:
         with self.filesystem.open_output_stream(path) as stream:
@@ -253,6 +310,7 @@ class Manifest:
     version: str  # of the code
     seconds: float = 0.0
     counts: dict[str, Any] = field(default_factory=dict)  # rows in, rows out, rejected by reason, ...
+    files: dict[str, Record] | None = None  # every file of the stage -> rows, bytes, checksum
 
     @property
     def fingerprint(self) -> str:
@@ -261,13 +319,29 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def save(self, run: RunDir, folder: str) -> None:
-        run.write_json(f"{folder}/{MANIFEST}", {**self.__dict__, "fingerprint": self.fingerprint})
+        content = {**self.__dict__, "fingerprint": self.fingerprint}
+        run.write_json(f"{folder}/{MANIFEST}", content | {"checksum": _checksum(content)})
 
     @staticmethod
     def load(run: RunDir, folder: str) -> Manifest | None:
-        """The manifest of a finished stage; None where the stage is not done."""
-        if not run.exists(f"{folder}/{MANIFEST}"):
+        """The manifest of a finished stage; None where the stage is not done.
+
+        Raises:
+            ArtifactError: it is not what was written.
+        """
+        name = f"{folder}/{MANIFEST}"
+        if not run.exists(name):
             return None
-        content = run.read_json(f"{folder}/{MANIFEST}")
-        content.pop("fingerprint")
-        return Manifest(**content)
+        content = run.read_json(name)
+        try:
+            if content.pop("checksum", None) not in (None, _checksum(content)):
+                raise damaged(run, name, "was changed after it was written")
+            content.pop("fingerprint")
+            return Manifest(**content)
+        except (AttributeError, KeyError, TypeError):
+            raise damaged(run, name, "is not the manifest of a stage") from None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    as_read = json.loads(json.dumps(content, default=str))  # with the keys that JSON makes of numbers
+    return checksum(json.dumps(as_read, sort_keys=True).encode())

@@ -13,8 +13,6 @@ from typing import Any
 from qbert_ray.config.loading import flatten
 from qbert_ray.config.schema import Config
 
-STARTED = "started.json"  # in the folder of a stage: an unfinished try, and what it is a try of
-
 
 @dataclass(frozen=True)
 class Stage:

@@ -13,9 +13,9 @@ from qbert_ray.config.loading import load_config
 from qbert_ray.execution import ray_data as sharding
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
-from qbert_ray.features.encoders import ImageRejected
-from qbert_ray.features.encoding import ImagePart, read_bytes
+from qbert_ray.features.encoding import ImagePart
 from qbert_ray.features.stage import extract_features
+from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.storage.columns import features_schema, to_numpy
 from qbert_ray.storage.directory import RunDir
 
@@ -135,7 +135,7 @@ def test_pictures_come_back_in_order_whatever_the_batch(run):
     results = []
     for batch_size in (2, 4):
         settings = configure(f"features.image.batch_size={batch_size}").features.image
-        ImagePart(run, settings, num_vectors=4)("shop-00000.parquet")
+        ImagePart(run, settings, num_vectors=4, addresses={"shop": Addresses()})("shop-00000.parquet")
         results.append(vectors_of(run, "image")[0])
     assert results[0] == pytest.approx(results[1], abs=1e-5)
 
@@ -154,10 +154,14 @@ def test_images_of_the_web_without_redirects():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    assert read_bytes(f"{address}/here", max_bytes=4) == b"01234", "one more, so that a longer file is noticed"
-    for uri in (f"{address}/moved", "gopher://host/file", "http://[/"):
-        with pytest.raises(ImageRejected, match="cannot be read"):
-            read_bytes(uri, 4)
+    here = Addresses(schemes=("http",), hosts=("127.0.0.1",))
+    assert read_image(f"{address}/here", 4, here) == b"01234", "one more, so that a longer file is noticed"
+    assert read_image(f"{address}/here", 40, here) == b"0123456789"
+    with pytest.raises(AddressError, match="cannot be read"):
+        read_image(f"{address}/moved", 4, here)
+    for uri in (f"{address}/here", "gopher://host/file", "http://[/"):
+        with pytest.raises(AddressError, match="unsafe path"):
+            read_image(uri, 4, Addresses(schemes=("http",)))
     server.shutdown()
 
 

@@ -18,7 +18,7 @@ def test_paths_inside_the_folder_become_absolute(path):
 
 
 @pytest.mark.parametrize(
-    "path", ["https://m.example.com/a.jpg", "http://8.8.8.8/a.jpg", "s3://bucket/a.jpg", "gs://bucket/a.jpg", "/data/else/a.jpg"]
+    "path", ["https://m.example.com/a.jpg", "https://8.8.8.8/a.jpg", "s3://bucket/a.jpg", "gs://bucket/a.jpg", "/data/else/a.jpg"]
 )
 def test_addresses_and_paths_inside_the_root_stay(path):
     assert safe(path) == path

@@ -162,3 +162,12 @@ def test_an_item_stays_without_its_unsafe_picture(tmp_path):
     assert rows[UNSAFE].to_list() == [None, "../x.jpg", None, None]
     assert rows[REASON].to_list() == [None, None, None, "missing item_id"]
     assert rows[ROW][3] == '{"item_id":null}'  # bytes never go into a rejected row
+
+
+def test_bytes_where_a_text_is_wanted_are_a_text_or_nothing():
+    """Found by fuzzing: polars refuses a column for one byte that is no UTF-8, and ends the process for bytes inside a struct."""
+    frame = pl.DataFrame({"b": [b"abc", b"\xa8", None], "s": [{"path": "a", "bytes": b"x"}, None, {"path": None, "bytes": None}]})
+    frame = frame.with_columns(only=pl.struct(pl.col("b")), many=pl.concat_list("b", "b"))
+    texts = frame.select(as_text(pl.col(name), frame.schema[name]).alias(name) for name in frame.columns)
+    assert texts["b"].to_list() == ["abc", "\ufffd", None] and texts["many"].to_list()[:2] == ["abc, abc", "\ufffd, \ufffd"]
+    assert texts["s"].to_list() == ['{"path":"a"}', None, '{"path":null}'] and texts["only"].to_list() == [None] * 3

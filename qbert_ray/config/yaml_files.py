@@ -1,0 +1,70 @@
+"""YAML that somebody else may have written, read within bounds.
+
+YAML can say gigabytes in a few lines: an alias stands for all that it names, and aliases may name aliases. What a text says is
+counted before anything of that size is built.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+MOST_BYTES, MOST_NODES, MOST_NESTED = 4 << 20, 200_000, 64
+
+
+class YamlError(ValueError):
+    """A text is no YAML, or more than one is willing to read; the message says what, without the file's name."""
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """What a YAML text holds: mappings, lists, texts, numbers, dates, nothing else.
+
+    Raises:
+        YamlError: it cannot be read, or is larger than a config can be.
+    """
+    if len(text) > MOST_BYTES:
+        raise YamlError(f"is larger than {MOST_BYTES >> 20} MiB")
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            _count(root)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, OverflowError) as error:
+        if isinstance(error, YamlError):
+            raise
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise YamlError(f"is not valid YAML: {reason}") from None
+
+
+def _count(root: yaml.Node) -> None:
+    """Raise YamlError where a text, aliases written out, has more than `MOST_NODES` nodes, is nested too deeply or holds itself."""
+    sizes: dict[int, int] = {}  # of what was counted, by identity: aliases are one object
+    depths: dict[int, int] = {}
+    above: set[int] = set()
+
+    def visit(node: yaml.Node) -> None:
+        mine = id(node)
+        if mine in sizes:
+            return
+        if mine in above:
+            raise YamlError("holds itself: an alias names something that it is a part of")
+        if len(above) >= MOST_NESTED:
+            raise YamlError(f"is nested more than {MOST_NESTED} levels deep")
+        above.add(mine)
+        inner = [each for pair in node.value for each in (pair if isinstance(pair, tuple) else (pair,))] if not _is_leaf(node) else []
+        for each in inner:
+            visit(each)
+        above.remove(mine)
+        sizes[mine] = 1 + sum(sizes[id(each)] for each in inner)
+        depths[mine] = 1 + max((depths[id(each)] for each in inner), default=0)
+        if sizes[mine] > MOST_NODES:
+            raise YamlError(f"holds more than {MOST_NODES:,} values once its aliases are written out")
+        if depths[mine] > MOST_NESTED:
+            raise YamlError(f"is nested more than {MOST_NESTED} levels deep")
+
+    visit(root)
+
+
+def _is_leaf(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode)

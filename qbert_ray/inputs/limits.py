@@ -1,0 +1,109 @@
+"""Bounds on what somebody else's file may ask of this process: memory, nesting, columns, and where its folder leads.
+
+A row past a bound is rejected with the reason, as any row that cannot be used; a file past one is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from qbert_ray.inputs.addresses import is_inside
+
+MOST_LINE = 16 << 20  # bytes of a line of JSONL; parsed it takes up to 40 times as much
+MOST_COLUMNS = 10_000
+MOST_NESTED = 64  # lists and mappings inside each other
+MOST_VALUE = 64 << 20  # bytes of one text, or one image, of a Parquet file
+PIECE_BYTES = 64 << 20  # of Parquet rows that are decoded at once
+CHUNK = 1 << 20
+
+
+class LimitError(ValueError):
+    """A file is past a bound; the message says which."""
+
+
+def leading_outside(filesystem: fs.FileSystem, paths: list[str], folders: tuple[str, ...]) -> list[str]:
+    """Local files that, symbolic links followed, are in none of some folders."""
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        return []
+    return [path for path in paths if not is_inside(path, folders)]
+
+
+def lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Lines of a stream without white space around them; one that is longer than `MOST_LINE` is cut there, and so no JSON."""
+    while line := stream.readline(MOST_LINE + 1):
+        rest = line
+        while len(line) > MOST_LINE and not rest.endswith(b"\n") and (rest := stream.readline(CHUNK)):
+            pass
+        line = line[:MOST_LINE].strip().removeprefix(b"\xef\xbb\xbf")
+        if line:
+            yield line
+
+
+def batches(items: Iterable[bytes], most_rows: int, most_bytes: int) -> Iterator[list[bytes]]:
+    """Lists of at most `most_rows` items that end once they hold `most_bytes`."""
+    batch: list[bytes] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += len(item)
+        if len(batch) == most_rows or size >= most_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Raise LimitError where there are more than `MOST_COLUMNS`."""
+    if sum(1 for _ in names) > MOST_COLUMNS:
+        raise LimitError(f"it has more than {MOST_COLUMNS:,} columns")
+
+
+def check_schema(schema: pa.Schema) -> None:
+    """Raise LimitError where a Parquet file has too many columns, or one whose type is nested too deeply."""
+    check_columns(schema.names)
+    level = list(schema.types)
+    for _ in range(MOST_NESTED):
+        level = [kind.field(place).type for kind in level for place in range(kind.num_fields)]
+        check_columns(level)  # fields of structs count as columns do
+    if level:
+        raise LimitError(f"a column is nested more than {MOST_NESTED} levels deep")
+
+
+def repeated_columns(metadata: pq.FileMetaData, schema: pa.Schema, names: Iterable[str]) -> list[str]:
+    """Columns of texts or bytes that a file writes by number, each value once: a few bytes may stand for gigabytes."""
+    plain = {name for name in names if pa.types.is_string(schema.field(name).type) or pa.types.is_binary(schema.field(name).type)}
+    found: set[str] = set()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        chunks = (group.column(place) for place in range(group.num_columns))
+        found |= {chunk.path_in_schema for chunk in chunks if chunk.path_in_schema in plain and chunk.has_dictionary_page}
+    return sorted(found)
+
+
+def unpacked(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """A batch in pieces of about `PIECE_BYTES` whose columns written by number hold the values.
+
+    Raises:
+        LimitError: a value is larger than `MOST_VALUE`.
+    """
+    by_number = [name for name in batch.schema.names if pa.types.is_dictionary(batch.schema.field(name).type)]
+    lengths = [_lengths(batch.column(name)) for name in by_number]
+    total = sum((pc.sum(each).as_py() or 0) for each in lengths)
+    if any((pc.max(each).as_py() or 0) > MOST_VALUE for each in lengths):
+        raise LimitError(f"a value is larger than {MOST_VALUE >> 20} MiB")
+    rows = max(1, min(len(batch), len(batch) * PIECE_BYTES // max(total, 1)))
+    for start in range(0, len(batch), rows):
+        piece = batch.slice(start, rows)
+        columns = [column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in piece.columns]
+        yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _lengths(column: pa.DictionaryArray) -> pa.Array:
+    """Bytes of each row's value."""
+    return pc.take(pc.binary_length(column.dictionary), column.indices).cast(pa.int64())

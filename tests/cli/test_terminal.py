@@ -1,0 +1,90 @@
+"""Titles, IDs and errors of somebody else's data never reach a terminal as characters that it obeys."""
+
+import io
+import json
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from qbert_ray.cli import id_commands, main
+from qbert_ray.cli.journal import JsonLines, Terminal
+from qbert_ray.cli.terminal import json_safe, printable, shown
+from qbert_ray.semantic_ids import lookup
+from qbert_ray.storage.directory import Manifest
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\r[red]x[/red]\x7f"
+
+
+def obeyed(text: str) -> list[str]:
+    return [
+        sign
+        for sign in text
+        if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t" or sign in "\u202a\u202d\u202e\u2066\u2028"
+    ]
+
+
+@given(st.text() | st.text(st.characters(categories=["Cc", "Cf", "Cs"])))
+def test_nothing_that_a_terminal_obeys_is_left(text):
+    assert not obeyed(printable(text)) and not obeyed(shown(text)) and not obeyed(json_safe(json.dumps(text, ensure_ascii=False)))
+    if not any("\ud800" <= sign <= "\udfff" for sign in text):
+        assert json.loads(json_safe(json.dumps(text, ensure_ascii=False))) == text
+
+
+@pytest.mark.parametrize("text", ["Ein Buch", "本", "a\tb\nc", "👩‍👩‍👧", "é"])
+def test_other_text_stays(text):
+    assert printable(text) == text
+
+
+@pytest.fixture
+def console(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=200)
+    monkeypatch.setattr(id_commands, "console", console)
+    return console
+
+
+def test_ids_show_prints_titles_as_text(console, monkeypatch):
+    other = {"semantic_id": EVIL, "title": EVIL, "item_id": EVIL}
+    moved = {"from": EVIL, "kept_by": {"title": EVIL, "item_id": EVIL}, "full": EVIL}
+    level = {"prefix": EVIL, "items": 3, "nearest": [other], "further": 3}
+    found = {"title": EVIL, "item_id": EVIL, "domain": EVIL, "semantic_id": EVIL, "moved": moved, "siblings": [level]}
+    monkeypatch.setattr(lookup, "show", lambda *_: found)
+    id_commands.show("run", "item")
+    assert not obeyed(console.file.getvalue()) and "owned" in console.file.getvalue()
+
+
+def test_ids_diff_prints_ids_as_text(console, monkeypatch):
+    found = {"same": 1, "changed": 1, "only_first": 0, "only_second": 0, "changed_at": [1]}
+    monkeypatch.setattr(lookup, "diff", lambda *_: {EVIL: found | {"examples": [{"item_id": EVIL, "first": EVIL, "second": EVIL}]}})
+    id_commands.diff("a", "b")
+    assert not obeyed(console.file.getvalue()) and "owned" in console.file.getvalue()
+
+
+def test_the_journal_says_errors_and_warnings_as_text(console, capsys):
+    terminal = Terminal(console)
+    terminal.begin(EVIL)
+    terminal.warn(EVIL)
+    terminal.files({"report": EVIL})
+    terminal.done("score", None, None, EVIL)
+    terminal.done("other", Manifest(EVIL, {}, {}, "0", counts={EVIL: 1}), 1.0)
+    with terminal.stage("ingest") as progress:
+        progress.start(2)
+        progress.note(EVIL)
+        progress.bars.refresh()
+    assert "owned" in console.file.getvalue() and "\x1b]" not in console.file.getvalue() and "\x9b" not in console.file.getvalue()
+    lines = JsonLines(EVIL, [])
+    lines.warn(EVIL)
+    with pytest.raises(ValueError, match="owned"), lines.stage("ingest"):
+        raise ValueError(EVIL)
+    out = capsys.readouterr().out
+    assert not obeyed(out) and json.loads(out.splitlines()[0])["text"] == EVIL
+
+
+def test_an_error_that_quotes_a_file_is_printed_as_text(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text('"\\e]0;owned\\a": 1')
+    with pytest.raises(SystemExit):
+        main.main(["validate", "-c", str(tmp_path / "c.yaml")])
+    err = capsys.readouterr().err
+    assert "owned" in err and not obeyed(err)

@@ -1,0 +1,133 @@
+"""Small files that ask for gigabytes: opened and read within bounded memory, or refused by name; no row is lost."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qbert_ray.config.schema import Domain
+from qbert_ray.inputs import limits
+from qbert_ray.inputs.readers import FileError, describe
+from qbert_ray.inputs.sources import SourceError, open_source
+from tests import ROOT
+
+BOUNDED = """
+import resource, sys
+from qbert_ray.config.schema import Domain
+from qbert_ray.inputs.sources import SourceError, open_source
+import polars, pyarrow.csv
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    source = open_source(sys.argv[1], "shop", "items", Domain(items=sys.argv[2]))
+    rows = rejected = 0
+    for number, fragment in source.fragments():
+        for frame in source.read(number, fragment):
+            rows, rejected = rows + len(frame), rejected + frame["_reason"].count()
+    print(rows, rejected, end=" ")
+except SourceError as error:
+    print("refused", str(error).replace(" ", "_")[:300], end=" ")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) >> 10)
+"""
+
+
+def read_bounded(folder, name):
+    """What reading a file gives, and how many MiB it took at most, in a process of its own."""
+    command = [sys.executable, "-c", BOUNDED, str(folder), name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500)
+    assert done.returncode == 0, done.stderr
+    *answer, peak = done.stdout.split()
+    return answer, int(peak)
+
+
+def write_gz(path, *pieces):
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for piece, times in pieces:
+            for _ in range(times):
+                file.write(piece)
+
+
+def test_one_line_of_gigabytes_in_a_small_gzip_is_one_rejected_row(tmp_path):
+    mebibyte = b"a" * (1 << 20)
+    write_gz(
+        tmp_path / "items.jsonl.gz", (b'{"item_id": "a", "title": "', 1), (mebibyte, 700), (b'"}\n{"item_id": "b", "title": "x"}\n', 1)
+    )
+    answer, peak = read_bounded(tmp_path, "items.jsonl.gz")
+    assert answer == ["2", "1"] and peak < 400
+
+
+def test_one_line_of_gigabytes_in_a_gzipped_csv_is_refused(tmp_path):
+    write_gz(tmp_path / "items.csv.gz", (b"item_id,title\na,b\nc,", 1), (b"a" * (1 << 20), 700))
+    answer, peak = read_bounded(tmp_path, "items.csv.gz")
+    assert answer[0] == "refused" and "items.csv.gz" in answer[1] and peak < 600
+
+
+def test_a_parquet_file_whose_few_values_stand_for_gigabytes_is_read_in_pieces(tmp_path):
+    """200 KiB of text by number 20,000 times: 4 GiB from a few kilobytes."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["x" * 200_000])).dictionary_encode()
+    table = pa.table({"item_id": [f"i{n}" for n in range(20_000)], "title": text})
+    pq.write_table(table, tmp_path / "items.parquet", compression="zstd", store_schema=False, dictionary_pagesize_limit=1 << 30)
+    assert (tmp_path / "items.parquet").stat().st_size < 500_000
+    answer, peak = read_bounded(tmp_path, "items.parquet")
+    assert answer == ["20000", "0"] and peak < 1000
+
+
+def test_values_that_are_written_by_number_are_read_as_they_are(tmp_path):
+    values = {"item_id": ["a", "b", "a", None] * 50, "title": ["long " * 40, None, "x", "y"] * 50, "price": [1, 2, 3, 4] * 50}
+    pq.write_table(pa.table(values), tmp_path / "items.parquet", row_group_size=64)
+    source = open_source(str(tmp_path), "shop", "items", Domain(items="items.parquet", attributes=["price"]))
+    frames = pl.concat([frame for number, fragment in source.fragments() for frame in source.read(number, fragment)])
+    assert {name: frames[name].to_list() for name in values} == values and frames["_position"].is_sorted()
+
+
+def test_a_value_of_gigabytes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MOST_VALUE", 1000)
+    pq.write_table(pa.table({"item_id": ["a"], "title": ["x" * 2000]}), tmp_path / "items.parquet")
+    source = open_source(str(tmp_path), "shop", "items", Domain(items="items.parquet"))
+    with pytest.raises(SourceError, match=r"items.parquet .*a value is larger"):
+        list(source.read(*source.fragments()[0]))
+
+
+def test_lines_are_bounded_and_batches_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(limits, "MOST_LINE", 100)
+    lines = [
+        b'{"item_id": "a"}',
+        b"x" * 1000,
+        b"",
+        b'{"item_id": "b"}',
+        b'{"item_id": "c", "title": "' + b"y" * 90 + b'"}',
+        b'{"item_id": "d"}',
+    ]
+    (tmp_path / "items.jsonl").write_bytes(b"\n".join(lines))
+    with open(tmp_path / "items.jsonl", "rb") as stream:
+        found = list(limits.lines(stream))
+    assert [len(line) for line in found] == [16, 100, 16, 100, 16] and found[-1] == lines[-1]
+    assert [len(batch) for batch in limits.batches([b"x" * 10] * 7, 3, 1000)] == [3, 3, 1]
+    assert [len(batch) for batch in limits.batches([b"x" * 10] * 7, 100, 25)] == [3, 3, 1]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_too_many_columns_are_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(limits, "MOST_COLUMNS", 50)
+    names, path = [f"c{n}" for n in range(60)], tmp_path / f"items.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({name: [1] for name in names}), path)
+    elif kind == "csv":
+        path.write_text(",".join(names) + "\n")
+    else:
+        path.write_text("\n".join(json.dumps({name: 1}) for name in names))
+    with pytest.raises(FileError, match=rf"items.{kind} .*more than 50 columns"):
+        describe(pa.fs.LocalFileSystem(), str(path))
+
+
+def test_columns_that_are_nested_too_deeply_are_refused(tmp_path):
+    kind = pa.int64()
+    for _ in range(70):
+        kind = pa.struct([("x", kind)])
+    pq.write_table(pa.table({"item_id": pa.nulls(1, kind)}), tmp_path / "items.parquet")
+    with pytest.raises(FileError, match=r"items.parquet .*nested more than 64 levels"):
+        describe(pa.fs.LocalFileSystem(), str(tmp_path / "items.parquet"))
