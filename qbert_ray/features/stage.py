@@ -148,7 +148,7 @@ def _plan(config: Config, run: RunDir, modality: str, executor: Executor) -> Pla
 def _has_input(domain: Domain, modality: str) -> bool:
     if modality == "text":
         return bool(domain.text_fields or domain.attributes)
-    return modality == "structure" or domain.image_column is not None
+    return modality == "structure" or domain.image_column is not None or domain.image_template is not None
 
 
 def _text_columns(domain: Domain) -> dict[str, str]:

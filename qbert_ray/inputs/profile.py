@@ -14,7 +14,9 @@ import polars as pl
 
 from qbert_ray.inputs import readers
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError
-from qbert_ray.inputs.rows import as_text, as_timestamp
+from qbert_ray.inputs.json_files import plain_text
+from qbert_ray.inputs.times import as_timestamp
+from qbert_ray.inputs.values import as_text
 from qbert_ray.inputs.sources import detect_format
 from qbert_ray.storage.directory import resolve
 
@@ -136,7 +138,7 @@ def _batches(path: Path, names: Sequence[str]) -> Iterator[Any]:
     filesystem, place = resolve(str(path))
     file = readers.describe(filesystem, place)
     for fragment in readers.fragments(file):
-        for _, frame in readers.read(filesystem, fragment, dict.fromkeys(names, readers.plain_text)):
+        for _, frame in readers.read(filesystem, fragment, dict.fromkeys(names, plain_text)):
             if set(names) <= set(frame.columns):
                 yield frame.filter(pl.col(REASON).is_null()) if REASON in frame.columns else frame
 

@@ -24,7 +24,8 @@ from qbert_ray.execution.executor import Executor, Handle, Rows
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, USER, Core, Partition, core, partition, survivors
 from qbert_ray.inputs.readers import REASON, ROW, Fragment
-from qbert_ray.inputs.rows import UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
+from qbert_ray.inputs.reasons import nothing_left, rejected
+from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sources import POSITION, Source, SourceError, open_source
 from qbert_ray.storage.columns import (
     COLD,
@@ -43,6 +44,7 @@ from qbert_ray.storage.columns import (
 from qbert_ray.storage.directory import RunDir, resolve
 
 ROWS_PER_PARTITION, MAX_TASKS = 500_000, 64
+EXAMPLES, KNOWN_IDS = 100, 100_000  # looked at where nothing is left, to say why
 BYTES_PER_TASK = 128 << 20  # of the catalog
 GROUP = "_group"
 
@@ -78,7 +80,7 @@ def ingest_domain(
         executor, partitions, _held_out(catalog, data.cold_share if domain.role == "target" else 0.0), data.min_interactions, min_item
     )
     if not sum(left.users):
-        raise SourceError(f"domain {name}: nothing is left of {num_rows:,} interactions; {_most_rejected(executor, partitions)}")
+        raise SourceError(f"domain {name}: {_nothing_left(executor, partitions, item_rows, catalog, num_rows)}")
     progress.advance()
 
     counts = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions).write(item_rows, partitions)
@@ -120,7 +122,8 @@ def _catalog(executor: Executor, source: Source, blocks: list[Handle]) -> pa.Tab
     """item_id, position of the first row and hash of each item, in order of the hash: an item's row is its code."""
     rows = pl.concat([pl.DataFrame(executor.get(handle)) for handle in [executor.submit(_ids, block) for block in blocks]])
     if rows.is_empty():
-        raise SourceError(f"{source.label}: no row of {source.uri} has an item_id")
+        why = [f"\n  {rejected(reason, *found)}" for reason, found in _reasons(executor, blocks).items()]
+        raise SourceError(f"{source.label}: no row of {source.uri} can be used: {''.join(why)}")
     first = rows.group_by(ITEM_ID).agg(pl.col(POSITION).min())
     hashed = first.with_columns(pl.Series(HASH, stable_hash(first[ITEM_ID], ITEM_SALT)))
     return hashed.sort(HASH, ITEM_ID).to_arrow()
@@ -135,12 +138,28 @@ def _held_out(catalog: pa.Table, share: float) -> np.ndarray:
     return stable_hash(pl.DataFrame(catalog)[ITEM_ID], COLD_SALT) < np.uint64(share * 2**64)
 
 
-def _most_rejected(executor: Executor, partitions: list[Partition]) -> str:
-    reasons: Counter[str] = Counter()
-    for part in partitions:
-        reasons.update(dict(pl.DataFrame(executor.get(part.rejected))[REASON].value_counts().iter_rows()))
-    found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3)) or "none was unusable in itself"
-    return f"rejected: {found}; the rest falls to data.min_interactions and data.min_item_interactions, so lower these"
+def _nothing_left(executor: Executor, partitions: list[Partition], items: Rows, catalog: pa.Table, num_rows: int) -> str:
+    found = _reasons(executor, [part.rejected for part in partitions])
+    left = num_rows - sum(count for count, _ in found.values())
+    known = pl.DataFrame(catalog)[ITEM_ID].head(KNOWN_IDS).to_list()
+    return nothing_left(num_rows, found, left, _reasons(executor, items.blocks()), known)
+
+
+def _reasons(executor: Executor, tables: list[Handle]) -> dict[str, tuple[int, list[str]]]:
+    """Reason -> how many rows it rejects and some of them as JSON, the most frequent first."""
+    total: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    for handle in [executor.submit(_some_rejected, table) for table in tables]:
+        for reason, count, rows in executor.get(handle):
+            total[reason] += count
+            examples[reason] = (examples.get(reason, []) + rows)[:EXAMPLES]
+    return {reason: (count, examples[reason]) for reason, count in total.most_common()}
+
+
+def _some_rejected(table: pa.Table) -> list[tuple[str, int, list[str]]]:
+    rows = pl.DataFrame(table).filter(pl.col(REASON).is_not_null())
+    grouped = rows.group_by(REASON, maintain_order=True).agg(pl.len(), pl.col(ROW).drop_nulls().head(EXAMPLES))
+    return list(grouped.select(REASON, "len", ROW).iter_rows())
 
 
 def _local(root: str) -> str:
@@ -233,14 +252,17 @@ def write_items(run: RunDir, domain: str, number: str, first_part: int, size: in
         )
     lost = rows.filter(pl.col(REASON).is_not_null())
     lost = lost.with_columns(pl.coalesce(ROW, as_json(lost.select(ITEM_ID, *texts))).alias(ROW), pl.lit("items").alias("table"))
-    unsafe = kept.filter(pl.col(UNSAFE).is_not_null())
-    unsafe = unsafe.with_columns(
-        as_json(unsafe.select(ITEM_ID, pl.col(UNSAFE).alias("image"))).alias(ROW),
-        *(pl.lit("images").alias("table"), pl.lit("unsafe path").alias(REASON)),
-    )
     names = ["table", POSITION, REASON, ROW]
     counts = Counter({("items", ""): len(kept), ("cold_items", ""): int(kept[COLD].sum())})
-    return counts + _write_rejected(run, domain, number, pl.concat([lost.select(names), unsafe.select(names)]))
+    images = [_lost_images(kept, column, reason).select(names) for column, reason in ((UNSAFE, "unsafe path"), (UNREAD, "no path in image"))]
+    return counts + _write_rejected(run, domain, number, pl.concat([lost.select(names), *images]))
+
+
+def _lost_images(kept: pl.DataFrame, column: str, reason: str) -> pl.DataFrame:
+    """Items whose image cannot be used, with what was given for it."""
+    lost = kept.filter(pl.col(column).is_not_null())
+    row = as_json(lost.select(ITEM_ID, pl.col(column).alias("image")))
+    return lost.with_columns(row.alias(ROW), pl.lit("images").alias("table"), pl.lit(reason).alias(REASON))
 
 
 def _write_users(

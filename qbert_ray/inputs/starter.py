@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from qbert_ray.inputs.profile import Column, Files
-from qbert_ray.inputs.rows import as_timestamp
+from qbert_ray.inputs.times import as_timestamp
 from qbert_ray.inputs.sources import AMAZON, detect_format
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 

@@ -33,7 +33,7 @@ def items(folder: Path, name: str) -> pl.DataFrame:
 def test_pictures_outside_the_catalog_are_refused_and_reported(tmp_path, image):
     (tmp_path / "items.jsonl").write_text(json.dumps({"item_id": "a", "title": "x", "image": image}))
     row = items(tmp_path, "items.jsonl").row(0, named=True)
-    assert row["image_path"] is None and row[UNSAFE] == image and row["_reason"] is None
+    assert row["image_path"] is None and row[UNSAFE] == image and row[REASON] is None
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "169.254.169.254", "::1", "fe80::1%eth0", "::ffff:127.0.0.1", "0.0.0.0"])
@@ -72,7 +72,7 @@ def test_deeply_nested_json_is_one_rejected_row(tmp_path, depth, opening, closin
     deep = f'{{"item_id": "a", "{field}": {opening * depth}1{closing * depth}}}'
     (tmp_path / "items.jsonl").write_text(f'{deep}\n{{"item_id": "b", "title": "x", "image": "b.jpg"}}\n')
     rows = items(tmp_path, "items.jsonl")
-    assert rows["_reason"].to_list() == ["invalid JSON", None]
+    assert rows[REASON].to_list() == ["invalid JSON", None]
     assert len(rows["_row"][0]) <= 2000
 
 

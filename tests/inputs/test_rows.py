@@ -11,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbert_ray.config.schema import Domain
-from qbert_ray.inputs.readers import REASON, ROW, plain_text
-from qbert_ray.inputs.rows import UNSAFE, as_text, as_timestamp, normalise_interactions, normalise_items, stable_hash, strip_markup
+from qbert_ray.inputs.json_files import plain_text
+from qbert_ray.inputs.markup import strip_markup
+from qbert_ray.inputs.readers import REASON, ROW
+from qbert_ray.inputs.rows import UNSAFE, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sources import open_source
+from qbert_ray.inputs.times import as_timestamp
+from qbert_ray.inputs.values import as_text
 
 
 def converted(convert, values, dtype=None) -> list:

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from qbert_ray.config.schema import Domain
-from qbert_ray.inputs.readers import REASON, ROW, first_image, plain_text
+from qbert_ray.inputs.json_files import first_image, plain_text
+from qbert_ray.inputs.readers import REASON, ROW
 from qbert_ray.inputs.rows import normalise_interactions
 from qbert_ray.inputs.sources import POSITION, SourceError, open_source
 from qbert_ray.storage.directory import join
