@@ -12,6 +12,7 @@ import pytest
 from qbert_ray.config.schema import Domain
 from qbert_ray.features.encoders import ImageRejected, decode_image
 from qbert_ray.features.encoding import read_bytes
+from qbert_ray.inputs.readers import REASON, ROW
 from qbert_ray.inputs.rows import UNSAFE, normalise_items
 from qbert_ray.inputs.sources import open_source
 
@@ -73,7 +74,7 @@ def test_deeply_nested_json_is_one_rejected_row(tmp_path, depth, opening, closin
     (tmp_path / "items.jsonl").write_text(f'{deep}\n{{"item_id": "b", "title": "x", "image": "b.jpg"}}\n')
     rows = items(tmp_path, "items.jsonl")
     assert rows[REASON].to_list() == ["invalid JSON", None]
-    assert len(rows["_row"][0]) <= 2000
+    assert len(rows[ROW][0]) <= 2000
 
 
 def test_brackets_in_a_text_are_not_nested(tmp_path):
