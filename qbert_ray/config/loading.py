@@ -46,7 +46,7 @@ def load_config(files: list[str | Path] = [], overrides: list[str] = []) -> Conf
         tree = merge(tree, read_layer(Path(file)))
     for override in overrides:
         tree = merge(tree, _parse_override(override))
-    return _validate(tree)
+    return _validate(_as_typed(tree, overrides))
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
@@ -91,7 +91,7 @@ def read_layer(file: Path) -> dict[str, Any]:
     """One YAML file, on top of the file next to it that its `extends` names; configs/... may be one that comes with the package."""
     file = file if file.exists() else shipped(file) or file
     try:
-        layer = yaml.safe_load(file.read_text()) or {}
+        layer = yaml.load(file.read_text(), _WithoutDates) or {}  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"no config file at {file}; the ones that come with the package are named configs/<name>.yaml") from None
     except yaml.YAMLError as error:
@@ -138,15 +138,44 @@ def _parse_override(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path.strip("."):
         raise ConfigError(f"{text!r} is not an override; write section.field=value, such as finetune.epochs=5")
+    return nest(path, _parse_value(value))
+
+
+def _as_typed(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The tree in which fields of text have what was typed: run.dir=2024 is no number."""
     try:
-        tree: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        tree = value
-    return nest(path, tree)
+        Config.model_validate(tree)
+    except ValidationError as error:
+        typed = {path: value for path, _, value in (override.partition("=") for override in overrides)}
+        for problem in error.errors():
+            path = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "string_type" and path in typed and not isinstance(problem["input"], dict | list):
+                tree = merge(tree, nest(path, typed[path]))
+    return tree
+
+
+def _parse_value(text: str) -> Any:
+    """YAML, but dates stay text: a folder may be called 2024-01-01, and no field takes a date."""
+    try:
+        return yaml.load(text, _WithoutDates)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+class _WithoutDates(yaml.SafeLoader):
+    """Reads what looks like a date as text."""
+
+
+_WithoutDates.yaml_implicit_resolvers = {
+    sign: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for sign, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _explain(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    if problem["type"] == "string_type" and not isinstance(problem["input"], dict | list):
+        return f"{path}: this is a text, and YAML reads {problem['input']!r} there; write it in quotes"
     if problem["type"] != "extra_forbidden":
         return f"{path or 'config'}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"
     if path in RENAMED:

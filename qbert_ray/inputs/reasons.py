@@ -29,6 +29,8 @@ HINTS = {
     "open quotation mark": "a quotation mark that opens a cell is not closed; double those that belong to the text",
     "file not found": "image paths start from the folder of the items file",
 }
+UNITS = {"s": (1e8, 1.0), "ms": (1e11, 1e3), "us": (1e14, 1e6), "ns": (1e17, 1e9)}  # of times: the least likely number, how many a second
+MIXED, MOST = 0.01, 0.5  # shares from which a second unit of time, and histories of one time, are worth a word
 SHOWN = 300  # characters of an example
 _ALIKE: dict[str, Callable[[str], str]] = {  # why IDs of two files may differ -> what makes them equal
     "they have leading zeros on one side only": lambda text: text.lstrip("0"),
@@ -38,15 +40,39 @@ _ALIKE: dict[str, Callable[[str], str]] = {  # why IDs of two files may differ -
 }
 
 
-def rejected(reason: str, count: int, examples: Sequence[str]) -> str:
-    """One line about rows that were rejected for one reason.
+def rejected(reason: str, count: int, examples: Sequence[str], total: int | None = None) -> str:
+    """One line about rows that were rejected for one reason, of `total` rows.
 
     Args:
         examples: rows as JSON.
     """
     hint = _cells(examples) if reason == "invalid CSV row" else HINTS.get(reason, "")
     shown = _shown(reason, examples)
-    return f"{count:,} {reason}" + (f", such as {shown}" if shown else "") + (f" ({hint})" if hint else "")
+    of = f" of {total:,}" if total else ""
+    return f"{count:,}{of} {reason}" + (f", such as {shown}" if shown else "") + (f" ({hint})" if hint else "")
+
+
+def suspicions(users: int, evaluated: int, at_one_time: int, times: dict[str, int]) -> list[str]:
+    """What looks wrong in a table of interactions that can be used.
+
+    Args:
+        users: kept, of which `evaluated` have at least three interactions and `at_one_time` two or more that all have one time.
+        times: unit -> how many times look like it.
+    """
+    said = []
+    if not evaluated:
+        said.append("no user has 3 interactions, so nothing can be validated or evaluated: the last two of each user are held out")
+    total = sum(times.values())
+    often = [unit for unit, count in times.items() if total and count >= MIXED * total]
+    if len(often) > 1:
+        shares = " and ".join(f"{times[unit] / total:.0%} in {unit}" for unit in often)
+        said.append(f"times are of several units ({shares}), so histories are in the wrong order: write all of them in one")
+    if at_one_time > MOST * users:
+        said.append(
+            f"{at_one_time:,} of {users:,} users have all their interactions at one time, which are then ordered by a hash: "
+            "is user_id the number of an order, or the time only a day?"
+        )
+    return said
 
 
 def unknown_items(wanted: Iterable[str], known: Sequence[str]) -> str:
@@ -64,14 +90,16 @@ def unknown_items(wanted: Iterable[str], known: Sequence[str]) -> str:
     return said
 
 
-def nothing_left(total: int, found: dict[str, tuple[int, list[str]]], left: int, items: dict[str, tuple[int, list[str]]], known: list[str]) -> str:
+def nothing_left(
+    total: int, found: dict[str, tuple[int, list[str]]], left: int, items: dict[str, tuple[int, list[str]]], num_items: int, known: list[str]
+) -> str:
     """Why no interaction is left.
 
     Args:
         total: interactions read.
         found: reason -> rejected interactions and some of them as JSON.
         left: interactions that no reason rejects, all of which fall to the smallest numbers per user and item.
-        items: reason -> rejected items and some of them.
+        items: reason -> rejected ones of `num_items` items, and some of them.
         known: some of the catalog's IDs.
     """
     lines = [f"nothing is left of {total:,} interactions"]
@@ -79,7 +107,7 @@ def nothing_left(total: int, found: dict[str, tuple[int, list[str]]], left: int,
     if "item not in items table" in found:
         ids = [_value(row, ITEM_ID) for row in found["item not in items table"][1]]
         lines.append(f"  {unknown_items([item for item in ids if item], known)}")
-    lines += [f"  items: {rejected(reason, count, examples)}" for reason, (count, examples) in items.items()]
+    lines += [f"  items: {rejected(reason, count, examples, num_items)}" for reason, (count, examples) in items.items()]
     if left:
         lines.append(
             f"  the other {left:,} are of users or items with too few interactions: lower data.min_interactions and data.min_item_interactions"

@@ -24,7 +24,7 @@ from qbert_ray.execution.executor import Executor, Handle, Rows
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, USER, Core, Partition, core, partition, survivors
 from qbert_ray.inputs.readers import REASON, ROW, Fragment
-from qbert_ray.inputs.reasons import nothing_left, rejected
+from qbert_ray.inputs.reasons import UNITS, nothing_left, rejected, suspicions
 from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sources import POSITION, Source, SourceError, open_source
 from qbert_ray.storage.columns import (
@@ -56,7 +56,9 @@ def ingest(config: Config, run: RunDir, executor: Executor, progress: Progress) 
         SourceError: a domain's files cannot be used, or nothing is left of them.
     """
     progress.start(4 * len(config.data.domains))
-    return {name: ingest_domain(config, name, run, executor, progress) for name in config.data.domains}
+    counts: dict[str, Any] = {name: ingest_domain(config, name, run, executor, progress) for name in config.data.domains}
+    found = [f"domain {name}: {warning}" for name, figures in counts.items() for warning in figures.pop("warnings")]
+    return counts | ({"warnings": found} if found else {})
 
 
 def ingest_domain(
@@ -86,6 +88,9 @@ def ingest_domain(
     counts = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions).write(item_rows, partitions)
     progress.advance()
     counts = {"items_read": item_rows.count(), "interactions_read": num_rows, **counts, "core_rounds": left.rounds}
+    counts["users_evaluated"] = counts.get("users_evaluated", 0)
+    seen = {unit: counts.pop(f"time_{unit}", 0) for unit in UNITS}
+    counts["warnings"] = suspicions(counts["users"], counts["users_evaluated"], counts.pop("users_at_one_time", 0), seen)
     for table in ("items", "interactions"):
         assert counts[f"{table}_read"] == counts[table] + sum(counts[f"{table}_rejected"].values()), f"{table} lost rows: {counts}"
     return counts
@@ -122,7 +127,7 @@ def _catalog(executor: Executor, source: Source, blocks: list[Handle]) -> pa.Tab
     """item_id, position of the first row and hash of each item, in order of the hash: an item's row is its code."""
     rows = pl.concat([pl.DataFrame(executor.get(handle)) for handle in [executor.submit(_ids, block) for block in blocks]])
     if rows.is_empty():
-        why = [f"\n  {rejected(reason, *found)}" for reason, found in _reasons(executor, blocks).items()]
+        why = [f"\n  {rejected(reason, *found, sum(map(len, map(executor.get, blocks))))}" for reason, found in _reasons(executor, blocks).items()]
         raise SourceError(f"{source.label}: no row of {source.uri} can be used: {''.join(why)}")
     first = rows.group_by(ITEM_ID).agg(pl.col(POSITION).min())
     hashed = first.with_columns(pl.Series(HASH, stable_hash(first[ITEM_ID], ITEM_SALT)))
@@ -142,7 +147,7 @@ def _nothing_left(executor: Executor, partitions: list[Partition], items: Rows, 
     found = _reasons(executor, [part.rejected for part in partitions])
     left = num_rows - sum(count for count, _ in found.values())
     known = pl.DataFrame(catalog)[ITEM_ID].head(KNOWN_IDS).to_list()
-    return nothing_left(num_rows, found, left, _reasons(executor, items.blocks()), known)
+    return nothing_left(num_rows, found, left, _reasons(executor, items.blocks()), items.count(), known)
 
 
 def _reasons(executor: Executor, tables: list[Handle]) -> dict[str, tuple[int, list[str]]]:
@@ -291,7 +296,23 @@ def _write_users(
     lost = lost.select(POSITION, reason.alias(REASON), as_json(lost.select(USER_ID, ITEM_ID, TIMESTAMP, RATING)).alias(ROW))
     everything = pl.concat([pl.DataFrame(rejected), lost]).with_columns(pl.lit("interactions").alias("table"))
     counts = Counter({("interactions", ""): len(left), ("users", ""): len(sequences), ("cold_interactions", ""): int(left[COLD].sum())})
+    counts["users_evaluated", ""] = int(sequences["test"].is_not_null().sum())
+    counts.update({(name, ""): count for name, count in _times(left[TIMESTAMP].to_numpy(), np.array(ends)).items()})
     return counts + _write_rejected(run, domain, number, everything)
+
+
+def _times(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
+    """Users whose interactions all have one time, and how many times look like seconds, milliseconds, ...
+
+    Args:
+        times: in order of user and time.
+        ends: [U + 1] where each user's begin, and the end of all.
+    """
+    first, last = ends[:-1], ends[1:]
+    same = (last - first > 1) & (times[first] == times[last - 1]) if len(times) else np.zeros(0, bool)
+    edges = [low for low, _ in UNITS.values()]
+    of_unit = np.bincount(np.searchsorted(edges, times, side="right"), minlength=len(edges) + 1)[1:]
+    return {"users_at_one_time": int(same.sum())} | {f"time_{unit}": int(count) for unit, count in zip(UNITS, of_unit, strict=True)}
 
 
 def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
