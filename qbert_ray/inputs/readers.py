@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
 import polars as pl
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from qbert_ray.inputs import csv_files, json_files
+from qbert_ray.inputs import csv_files, json_files, layouts
 from qbert_ray.inputs.arrow_types import plain_table
 from qbert_ray.inputs.csv_files import Dialect, Rejected
 from qbert_ray.inputs.json_files import REASON, ROW, ROW_LENGTH, Converters, JsonError, as_line
@@ -68,7 +68,9 @@ class File:
             said.append(self.text.encoding.upper())
         if self.kind in ("csv", "tsv") and self.dialect.delimiter != ("\t" if self.kind == "tsv" else ","):
             said.append({";": "semicolons", "\t": "tabs", ",": "commas"}.get(self.dialect.delimiter, repr(self.dialect.delimiter)))
-        if self.layout != json_files.LINES:
+        if self.layout == layouts.MIND:
+            said.append("MIND, without a header")
+        elif self.layout != json_files.LINES:
             said.append("one JSON value" if self.layout == json_files.ARRAY else "one JSON object")
         return "; ".join(said)
 
@@ -108,6 +110,9 @@ def describe(filesystem: fs.FileSystem, path: str) -> File:
             layout, names = json_files.describe(content, whole)
             return _with_folders(File(path, kind, names, text=text, layout=layout))
         dialect, names = csv_files.header(content, kind)
+        if known := layouts.names_of(names):
+            columns = layouts.CLICKS if known == layouts.BEHAVIORS else known
+            return _with_folders(File(path, kind, columns, text=text, dialect=replace(dialect, header_lines=0), layout=layouts.MIND))
         return _with_folders(File(path, kind, names, text=text, dialect=dialect))
     except JsonError as error:
         raise FileError(f"{path}: {error}") from None
@@ -185,13 +190,15 @@ def _read_parquet(filesystem: fs.FileSystem, fragment: Fragment, converters: Con
 def _read_csv(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) -> Iterator[pl.DataFrame]:
     file = fragment.file
     columns = [name for name in file.own_columns if name in converters]
+    behaviors = file.layout == layouts.MIND and file.own_columns == layouts.CLICKS
+    names, wanted = (layouts.BEHAVIORS, layouts.BEHAVIORS) if behaviors else (file.own_columns, columns)
     broken: list[Rejected] = []
     with open_text(filesystem, file.path) as stream:
-        for found in csv_files.read(stream, file.text, file.dialect, file.own_columns, columns):
+        for found in csv_files.read(stream, file.text, file.dialect, names, wanted):
             if isinstance(found, Rejected):
                 broken.append(found)
             else:
-                yield pl.DataFrame(found)
+                yield layouts.clicks(pl.DataFrame(found)).select(columns) if behaviors else pl.DataFrame(found)
     if broken:
         rows = [as_line(row.line, cells=row.cells, columns=len(file.own_columns)) for row in broken]
         yield pl.DataFrame({REASON: [row.reason for row in broken], ROW: rows})
