@@ -32,7 +32,7 @@ _LEAST_ENCODED = 120  # characters; a shorter text is a path
 def can_hold_images(kind: Kind) -> bool:
     """Whether paths or pictures can be in a column of a type."""
     if isinstance(kind, pl.List | pl.Array):
-        return kind.inner.is_integer() or can_hold_images(kind.inner)
+        return kind.inner.is_integer() or _is_map(kind) or can_hold_images(kind.inner)
     if isinstance(kind, pl.Struct):
         return any(field.name in (*IMAGE_KEYS, "bytes") and can_hold_images(field.dtype) for field in kind.fields)
     return kind in (*TEXT, pl.Binary, pl.Null)
@@ -49,6 +49,9 @@ def image_path(value: pl.Expr, kind: Kind) -> pl.Expr:
     if isinstance(kind, pl.List):
         if not can_hold_images(kind.inner):
             return pl.lit(None, pl.String)
+        if _is_map(kind):  # whose entries are structs of key and value
+            value = value.list.eval(pl.element().filter(pl.element().struct.field("key").is_in(IMAGE_KEYS)).struct.field("value"))
+            return image_path(value, pl.List(dict(kind.inner.to_schema())["value"]))
         return value.list.eval(image_path(pl.element(), kind.inner)).list.drop_nulls().list.first()
     if kind not in TEXT:
         return pl.lit(None, pl.String)
@@ -106,6 +109,11 @@ def from_template(template: str, item_id: pl.Expr) -> pl.Expr:
     return pl.concat_str(parts)
 
 
+def _is_map(kind: Kind) -> bool:
+    """Whether a type is that of a map from text to text, as `arrow_types` gives it."""
+    return isinstance(kind, pl.List) and kind.inner == pl.Struct({"key": pl.String, "value": pl.String})
+
+
 def _nested_path(text: pl.Expr) -> pl.Expr:
     return pl.coalesce(*(text.str.extract(_UNDER_KEY % key, 1) for key in IMAGE_KEYS), text.str.extract(_IN_LIST, 1))
 
@@ -119,7 +127,7 @@ def _from_numbers(values: pl.Series) -> pl.Series:
     """Lists of numbers from 0 to 255 as bytes; null where a list is empty or holds other numbers."""
     lists = pa.array(values.to_arrow())
     lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
-    flat = lists.flatten().fill_null(-1).cast(pa.int64(), safe=False).to_numpy(zero_copy_only=False)
+    flat = lists.flatten().cast(pa.int64(), safe=False).fill_null(-1).to_numpy(zero_copy_only=False)
     lengths = np.asarray(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False), np.int64)
     ends = np.cumsum(lengths)
     bad = np.concatenate([[0], np.cumsum((flat < 0) | (flat > 255))])

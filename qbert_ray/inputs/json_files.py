@@ -26,7 +26,7 @@ BATCH_LINES = 1 << 14
 LINES, ARRAY, KEYED, HISTORIES = "lines", "array", "keyed", "histories"
 IMAGE_KEYS = (  # of mappings, the best first
     *("large", "hi_res", "path", "url", "src", "href", "link", "uri", "image", "original", "full", "medium", "small", "thumb", "thumbnail"),
-    *("image_url", "imageUrl", "contentUrl", "file_name", "filename", "file", "filepath", "key", "value"),
+    *("image_url", "imageUrl", "contentUrl", "file_name", "filename", "file", "filepath"),
 )
 _COLUMN_NAMES = {USER_ID, ITEM_ID, TIMESTAMP, "title", "name", "id", "rating", "index", "columns", "data"}
 

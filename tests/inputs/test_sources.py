@@ -83,7 +83,7 @@ def test_types_may_change_from_line_to_line(tmp_path):
 
 
 def test_json_values_as_text_and_as_images():
-    assert plain_text(float("nan")) == "nan"
+    assert plain_text(float("nan")) is None
     assert plain_text([["a"], ["b", "c"]]) == "a, b, c"
     assert first_image([]) is None
     assert first_image([{"large": None, "hi_res": "h"}, {"large": "l"}]) == "h"
@@ -122,7 +122,7 @@ def test_raw_amazon_metadata_is_known_by_its_columns(tmp_path, form, given):
     [
         (None, "no Parquet, CSV or JSONL file"),
         ("", "is empty"),
-        ("[{}, {}]", "one JSON array"),
+        ("[1, 2]", "one JSON array, but not of objects"),
         ("{'asin': 1}", "Python literals"),
         ('{"asin2": 1, "title": "T"}', "no column item_id.*columns found: asin2, title"),
         ('{"item_id": 1}', "no column title.*data.domains.shop.text_fields"),
