@@ -47,11 +47,11 @@ def image_path(value: pl.Expr, kind: Kind) -> pl.Expr:
         paths = [image_path(value.struct.field(name), fields[name]) for name in IMAGE_KEYS if name in fields]
         return pl.coalesce(*paths, pl.lit(None, pl.String))
     if isinstance(kind, pl.List):
+        if _is_map(kind):  # whose entries are structs of key and value
+            value = value.list.eval(pl.element().filter(pl.element().struct.field("key").is_in(list(IMAGE_KEYS))).struct.field("value"))
+            return image_path(value, pl.List(dict(kind.inner.to_schema())["value"]))
         if not can_hold_images(kind.inner):
             return pl.lit(None, pl.String)
-        if _is_map(kind):  # whose entries are structs of key and value
-            value = value.list.eval(pl.element().filter(pl.element().struct.field("key").is_in(IMAGE_KEYS)).struct.field("value"))
-            return image_path(value, pl.List(dict(kind.inner.to_schema())["value"]))
         return value.list.eval(image_path(pl.element(), kind.inner)).list.drop_nulls().list.first()
     if kind not in TEXT:
         return pl.lit(None, pl.String)
