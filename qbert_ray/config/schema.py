@@ -53,7 +53,9 @@ class Domain(Section):
     )
     attributes: list[str] = Field([], description="columns kept for reports; each also gives one text vector")
     image_column: str | None = Field(None, description="path relative to the items file, URI, or bytes")
-    image_template: str | None = Field(None, description="path of pictures named by ID, such as covers/{item_id}.jpg or {item_id:.3}/{item_id}.jpg")
+    image_template: str | None = Field(
+        None, description="path of pictures named by ID, such as covers/{item_id}.jpg or {item_id:.3}/{item_id}.jpg"
+    )
     text_features: str | None = Field(None, description="your own vectors (item_id, vector | vectors) instead of encoding text")
     image_features: str | None = Field(None, description="your own vectors instead of encoding images")
     structure_features: str | None = Field(None, description="your own vectors instead of collaborative ones")

@@ -79,7 +79,9 @@ def _load(filesystem: fs.FileSystem, path: str, uri: str) -> np.ndarray | dict[s
         loaded = np.load(raw, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded.items())
     except ValueError as error:
-        raise ValueError(f"{uri} cannot be read: {error}; save IDs as np.array(ids, dtype=str), since arrays of objects are not opened") from None
+        raise ValueError(
+            f"{uri} cannot be read: {error}; save IDs as np.array(ids, dtype=str), since arrays of objects are not opened"
+        ) from None
 
 
 def _row_ids(filesystem: fs.FileSystem, path: str, uri: str, rows: int) -> np.ndarray:
@@ -127,7 +129,11 @@ def _text(filesystem: fs.FileSystem, path: str, uri: str) -> pa.Table:
         for _, frame in readers.read(filesystem, fragment, dict.fromkeys(names, plain_text))
         if ITEM_ID in frame.columns
     ]
-    rows = pl.concat(frames, how="diagonal").filter(pl.col(ITEM_ID).is_not_null()) if frames else pl.DataFrame(schema=dict.fromkeys(names, pl.String))
+    rows = (
+        pl.concat(frames, how="diagonal").filter(pl.col(ITEM_ID).is_not_null())
+        if frames
+        else pl.DataFrame(schema=dict.fromkeys(names, pl.String))
+    )
     name = next((name for name in ("vector", "vectors", "embedding") if name in names), None)
     if name:
         numbers = pl.col(name).str.replace_all(r"[\[\]();,\s]+", " ").str.strip_chars().str.split(" ")

@@ -18,7 +18,10 @@ def plain_table(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     are converted; a type that nothing is known of becomes the text that Python shows of its values.
     """
     chosen = [table.column(table.schema.names.index(name)) for name in columns]
-    return pa.table([pa.chunked_array([plain(chunk) for chunk in column.chunks] or [plain(pa.array([], column.type))]) for column in chosen], list(columns))
+    return pa.table(
+        [pa.chunked_array([plain(chunk) for chunk in column.chunks] or [plain(pa.array([], column.type))]) for column in chosen],
+        list(columns),
+    )
 
 
 def plain(array: pa.Array) -> pa.Array:
@@ -66,7 +69,11 @@ def _lists(array: pa.Array) -> pa.Array:
         return array
     values = plain(array.flatten())
     lengths = pc.fill_null(pc.list_value_length(array), 0)
-    offsets = pa.array([0], pa.int64()) if not len(array) else pa.concat_arrays([pa.array([0], pa.int64()), pc.cumulative_sum(lengths.cast(pa.int64()))])
+    offsets = (
+        pa.array([0], pa.int64())
+        if not len(array)
+        else pa.concat_arrays([pa.array([0], pa.int64()), pc.cumulative_sum(lengths.cast(pa.int64()))])
+    )
     return pa.LargeListArray.from_arrays(offsets, values, mask=array.is_null() if array.null_count else None)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import polars as pl
 
 from qbert_ray.inputs import readers
-from qbert_ray.inputs.readers import REASON, ROW, File, FileError
 from qbert_ray.inputs.json_files import plain_text
 from qbert_ray.inputs.layouts import MIND
+from qbert_ray.inputs.readers import REASON, ROW, File, FileError
+from qbert_ray.inputs.sources import detect_format
 from qbert_ray.inputs.times import TimeStyle, as_timestamp, judge
 from qbert_ray.inputs.values import as_text
-from qbert_ray.inputs.sources import detect_format
 from qbert_ray.storage.directory import resolve
 
 SAMPLED_ROWS = 20_000  # of which a column is judged
@@ -30,7 +30,8 @@ NAMES = {  # spelled without case, underscores and spaces; the first that a file
     "user_id": ["userid", "user", "reviewerid", "customerid", "customer", "clientid", "client", "visitorid", "memberid", "accountid", "uid"]
     + ["profileid", "personid", "useridx", "cardid", "shopperid", "buyerid", "sessionid", "session"],
     "item_id": ["itemid", "item", "parentasin", "asin", "productid", "product", "sku", "articleid", "movieid", "bookid", "isbn", "trackid"]
-    + ["songid", "videoid", "newsid", "gameid", "offerid", "listingid", "goodsid", "businessid", "stockcode", "animeid", "recipeid", "artistid", "venueid", "newsid", "itemidx", "iid", "id"],
+    + ["songid", "videoid", "newsid", "gameid", "offerid", "listingid", "goodsid", "businessid", "stockcode", "animeid", "recipeid"]
+    + ["artistid", "venueid", "itemidx", "iid", "id"],
     "timestamp": ["timestamp", "time", "ts", "unixreviewtime", "datetime", "date", "eventtime", "createdat", "createdtime", "purchasedat"]
     + ["purchasedate", "orderdate", "orderedat", "boughtat", "bought", "viewedat", "ratedat", "tdat", "day"],
     "rating": ["rating", "ratings", "overall", "stars", "star", "score", "rate"],
@@ -215,7 +216,17 @@ def _column(values: pl.Series) -> Column:
     filled = values.drop_nulls()
     if inner == pl.Binary or isinstance(kind, pl.Struct):
         pictures = _holds_pictures(filled)
-        return Column(name, "bytes" if inner == pl.Binary or pictures else "mapping", len(filled) / len(values), 1.0, len(filled), 0.0, pictures, 0.0, "")
+        return Column(
+            name,
+            "bytes" if inner == pl.Binary or pictures else "mapping",
+            len(filled) / len(values),
+            1.0,
+            len(filled),
+            0.0,
+            pictures,
+            0.0,
+            "",
+        )
     text = values.to_frame().select(_text(values.to_frame(), name)).to_series().drop_nulls()
     while isinstance(inner, pl.List | pl.Array):
         inner = inner.inner

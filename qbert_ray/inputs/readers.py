@@ -169,7 +169,9 @@ def _describe_parquet(filesystem: fs.FileSystem, path: str) -> File:
 def _with_folders(file: File) -> File:
     """The file with a column for each folder of its path such as date=2026-01-31 that it has no column for."""
     pairs = [part.partition("=") for part in file.path.split("/")[:-1]]
-    found = {unquote(name): None if value == NO_VALUE else unquote(value) for name, equals, value in pairs if equals and name.isidentifier()}
+    found = {
+        unquote(name): None if value == NO_VALUE else unquote(value) for name, equals, value in pairs if equals and name.isidentifier()
+    }
     folders = tuple((name, value) for name, value in found.items() if name not in file.columns)
     return File(**{**file.__dict__, "columns": (*file.columns, *(name for name, _ in folders)), "folders": folders}) if folders else file
 
@@ -181,7 +183,9 @@ def _read_parquet(filesystem: fs.FileSystem, fragment: Fragment, converters: Con
     columns = [name for name in dict.fromkeys(fragment.file.own_columns) if name in converters]
     parquet = pq.ParquetFile(fragment.file.path, filesystem=filesystem)
     if not columns:  # only the number of rows is known
-        yield pl.DataFrame({REASON: pl.Series([None] * sum(fragment.file.row_groups[group][0] for group in fragment.row_groups), dtype=pl.String)})
+        yield pl.DataFrame(
+            {REASON: pl.Series([None] * sum(fragment.file.row_groups[group][0] for group in fragment.row_groups), dtype=pl.String)}
+        )
         return
     for batch in parquet.iter_batches(fragment.batch_rows, row_groups=list(fragment.row_groups), columns=columns):
         yield pl.DataFrame(plain_table(pa.Table.from_batches([batch]), columns))

@@ -36,7 +36,9 @@ _ALIKE: dict[str, Callable[[str], str]] = {  # why IDs of two files may differ -
     "they have leading zeros on one side only": lambda text: text.lstrip("0"),
     "one side is written in capitals": str.lower,
     "one side has spaces or signs in it": lambda text: "".join(sign for sign in text if sign.isalnum()).lower(),
-    "one side has a prefix": lambda text: text.rpartition("/")[2].rpartition(":")[2].lstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-#").lstrip("0"),
+    "one side has a prefix": lambda text: (
+        text.rpartition("/")[2].rpartition(":")[2].lstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-#").lstrip("0")
+    ),
 }
 
 
@@ -91,7 +93,12 @@ def unknown_items(wanted: Iterable[str], known: Sequence[str]) -> str:
 
 
 def nothing_left(
-    total: int, found: dict[str, tuple[int, list[str]]], left: int, items: dict[str, tuple[int, list[str]]], num_items: int, known: list[str]
+    total: int,
+    found: dict[str, tuple[int, list[str]]],
+    left: int,
+    items: dict[str, tuple[int, list[str]]],
+    num_items: int,
+    known: list[str],
 ) -> str:
     """Why no interaction is left.
 

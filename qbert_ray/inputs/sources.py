@@ -201,9 +201,11 @@ def _find(filesystem: fs.FileSystem, path: str) -> list[str]:
 def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
     """Number of the first part of a path that is a pattern: one with its signs that is no folder by that very name."""
     for number, part in enumerate(parts):
-        if any(sign in part for sign in "*?["):
-            if filesystem.get_file_info("/".join(parts[: number + 1])).type == fs.FileType.NotFound:
-                return number
+        missing = (
+            any(sign in part for sign in "*?[") and filesystem.get_file_info("/".join(parts[: number + 1])).type == fs.FileType.NotFound
+        )
+        if missing:
+            return number
     return len(parts)
 
 

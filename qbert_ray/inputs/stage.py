@@ -127,7 +127,10 @@ def _catalog(executor: Executor, source: Source, blocks: list[Handle]) -> pa.Tab
     """item_id, position of the first row and hash of each item, in order of the hash: an item's row is its code."""
     rows = pl.concat([pl.DataFrame(executor.get(handle)) for handle in [executor.submit(_ids, block) for block in blocks]])
     if rows.is_empty():
-        why = [f"\n  {rejected(reason, *found, sum(map(len, map(executor.get, blocks))))}" for reason, found in _reasons(executor, blocks).items()]
+        why = [
+            f"\n  {rejected(reason, *found, sum(map(len, map(executor.get, blocks))))}"
+            for reason, found in _reasons(executor, blocks).items()
+        ]
         raise SourceError(f"{source.label}: no row of {source.uri} can be used: {''.join(why)}")
     first = rows.group_by(ITEM_ID).agg(pl.col(POSITION).min())
     hashed = first.with_columns(pl.Series(HASH, stable_hash(first[ITEM_ID], ITEM_SALT)))
@@ -259,7 +262,9 @@ def write_items(run: RunDir, domain: str, number: str, first_part: int, size: in
     lost = lost.with_columns(pl.coalesce(ROW, as_json(lost.select(ITEM_ID, *texts))).alias(ROW), pl.lit("items").alias("table"))
     names = ["table", POSITION, REASON, ROW]
     counts = Counter({("items", ""): len(kept), ("cold_items", ""): int(kept[COLD].sum())})
-    images = [_lost_images(kept, column, reason).select(names) for column, reason in ((UNSAFE, "unsafe path"), (UNREAD, "no path in image"))]
+    images = [
+        _lost_images(kept, column, reason).select(names) for column, reason in ((UNSAFE, "unsafe path"), (UNREAD, "no path in image"))
+    ]
     return counts + _write_rejected(run, domain, number, pl.concat([lost.select(names), *images]))
 
 

@@ -100,7 +100,13 @@ def _read_amazon(domain: Guess) -> None:
     images = [column for column in AMAZON.get(detect_format((domain.items.file,)), {}).get("image", []) if column in domain.items.columns]
     if images:
         domain.image = ("image", f"Amazon's {images[0]}, links: set image_column to null to read none")
-    used = {*domain.texts, *domain.attributes, domain.match.key, *images, *(column for name in [*domain.texts, *domain.attributes] for column in mapping.get(name, []))}
+    used = {
+        *domain.texts,
+        *domain.attributes,
+        domain.match.key,
+        *images,
+        *(column for name in [*domain.texts, *domain.attributes] for column in mapping.get(name, [])),
+    }
     domain.aside |= {name: "not usual as a text or attribute of Amazon's items" for name in domain.items.columns if name not in used}
 
 
@@ -157,7 +163,11 @@ def _template(domain: Guess, folders: Sequence[Path]) -> tuple[str, str] | None:
             if path.suffix.lower() in IMAGE_FILES and path.stem in known:
                 start = path.parent.name
                 grouped = len(start) < len(path.stem) and path.stem.startswith(start) and path.parent != folder
-                place, pattern = (path.parent.parent, f"{{item_id:.{len(start)}}}/{{item_id}}{path.suffix}") if grouped else (path.parent, f"{{item_id}}{path.suffix}")
+                place, pattern = (
+                    (path.parent.parent, f"{{item_id:.{len(start)}}}/{{item_id}}{path.suffix}")
+                    if grouped
+                    else (path.parent, f"{{item_id}}{path.suffix}")
+                )
                 counts[place, pattern] = counts.get((place, pattern), 0) + 1
     if not counts:
         return None

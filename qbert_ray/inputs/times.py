@@ -104,8 +104,15 @@ def _read(values: pl.Series, style: TimeStyle) -> pl.Series:
     text = values.str.strip_chars()
     times = text.cast(pl.Int64, strict=False)  # digits first: only they keep all 64 bits
     if style.fractional:
-        times = times.to_frame("x").select(pl.when(pl.col("x").abs() < _LARGEST / MICROSECONDS).then(pl.col("x") * MICROSECONDS)).to_series()
-    steps: list[Callable[[pl.Series], pl.Series]] = [partial(_numbers, style=style), _iso, partial(_common, style=style), partial(_dates, style=style)]
+        times = (
+            times.to_frame("x").select(pl.when(pl.col("x").abs() < _LARGEST / MICROSECONDS).then(pl.col("x") * MICROSECONDS)).to_series()
+        )
+    steps: list[Callable[[pl.Series], pl.Series]] = [
+        partial(_numbers, style=style),
+        _iso,
+        partial(_common, style=style),
+        partial(_dates, style=style),
+    ]
     for step in steps:
         left = (times.is_null() & text.is_not_null()).arg_true()
         if not len(left):
@@ -143,7 +150,9 @@ def _common(text: pl.Series, style: TimeStyle) -> pl.Series:
 
 def _datetimes(text: pl.Series, form: str) -> pl.Series:
     found = text.str.replace("T", " ", literal=True).str.to_datetime(form, time_unit="us", strict=False)
-    return found.to_frame("x").select(pl.when(pl.col("x").dt.year() >= 1000).then(pl.col("x").dt.epoch("us"))).to_series()  # %Y also takes 20
+    return (
+        found.to_frame("x").select(pl.when(pl.col("x").dt.year() >= 1000).then(pl.col("x").dt.epoch("us"))).to_series()
+    )  # %Y also takes 20
 
 
 def _dates(text: pl.Series, style: TimeStyle) -> pl.Series:
@@ -151,9 +160,7 @@ def _dates(text: pl.Series, style: TimeStyle) -> pl.Series:
     rows = text.unique().to_frame().with_columns(pl.col("text").alias("given"))
     plain = pl.col("text").str.replace(r" *\([^)]*\)$", "").str.replace(r"([0-9]) *\[.*\]$", "$1")
     plain = plain.str.replace(r"^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*[.]?,? +", "")
-    plain = plain.str.replace(
-        r"^([A-Z][a-z]{2}) +([0-9]{1,2}) ([0-9]{2}:[0-9]{2}:[0-9]{2}) ?(.*?) ([0-9]{4})$", "$2 $1 $5 $3 $4"
-    )
+    plain = plain.str.replace(r"^([A-Z][a-z]{2}) +([0-9]{1,2}) ([0-9]{2}:[0-9]{2}:[0-9]{2}) ?(.*?) ([0-9]{4})$", "$2 $1 $5 $3 $4")
     rows = rows.with_columns(plain.str.replace(r" *(?:UTC|GMT)([+-][0-9])", "$1").str.strip_chars())
     zone = pl.col("text").str.extract(r"[0-9] *([A-Za-z]{1,5}|[A-Z][A-Za-z]+/[A-Za-z_/+-]+)$", 1)
     rows = rows.with_columns(pl.when(~zone.str.to_uppercase().is_in(["AM", "PM", "A", "P"])).then(zone).alias("zone"))
@@ -162,7 +169,9 @@ def _dates(text: pl.Series, style: TimeStyle) -> pl.Series:
     sign, hours, minutes = (pl.col("local").str.extract(_OFFSET, group) for group in (2, 3, 4))
     east = (hours.cast(pl.Int64) * 60 + minutes.fill_null("0").cast(pl.Int64)) * pl.when(sign == "-").then(-1).otherwise(1)
     rows = rows.with_columns(pl.when("timed").then(east).alias("east"))  # 2020-09-13 has no offset at its end
-    rows = rows.with_columns(pl.when(pl.col("east").is_not_null()).then(pl.col("local").str.replace(_OFFSET, "$1")).otherwise("local").alias("local"))
+    rows = rows.with_columns(
+        pl.when(pl.col("east").is_not_null()).then(pl.col("local").str.replace(_OFFSET, "$1")).otherwise("local").alias("local")
+    )
     times = _to_utc(_day(rows["local"], style) + _clock(rows["local"]), rows["zone"], rows["east"])
     return text.to_frame().join(pl.DataFrame({"text": rows["given"], "time": times}), on="text", how="left", maintain_order="left")["time"]
 
@@ -175,7 +184,10 @@ def _day(local: pl.Series, style: TimeStyle) -> pl.Series:
     parts = text["text"].str.extract_groups(_EITHER_ORDER).struct.unnest()
     half_day = local.str.contains(r"(?i)[0-9] *[ap][.]?m[.]?$")
     day_first = (parts["sign"] == "-") & ~half_day if style.day_first is None else pl.lit(style.day_first)
-    ordered = parts.select("year", *(pl.when(day_first).then(a).otherwise(b).alias(name) for name, a, b in (("day", "first", "second"), ("month", "second", "first"))))
+    ordered = parts.select(
+        "year",
+        *(pl.when(day_first).then(a).otherwise(b).alias(name) for name, a, b in (("day", "first", "second"), ("month", "second", "first"))),
+    )
     return pl.select(pl.coalesce(*found, _date(ordered.to_struct()))).to_series().dt.epoch("us")
 
 

@@ -213,7 +213,10 @@ def format_files(sources: Sources) -> str:
     """What the files of each domain are, as text: all that is known before they are read."""
     lines = []
     for name, tables in sources.items():
-        lines += [f"Domain {name}", *(line for table, source in tables.items() if isinstance(source, Source) for line in _file_line(table, _describe(source)))]
+        lines += [
+            f"Domain {name}",
+            *(line for table, source in tables.items() if isinstance(source, Source) for line in _file_line(table, _describe(source))),
+        ]
     return "\n".join(lines)
 
 

@@ -20,7 +20,6 @@ from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.storage.catalog import item_ids, run_config
 from qbert_ray.storage.directory import ArtifactError, RunDir
 
-
 UNKNOWN = ("ignore", "error")  # what can be done with unknown items
 
 

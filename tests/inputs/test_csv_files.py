@@ -52,7 +52,7 @@ def test_a_stray_quotation_mark_swallows_no_row(tmp_path, stray, others):
 
 
 def test_a_stray_quotation_mark_in_a_row_of_other_cells_is_rejected_alone(tmp_path):
-    found = rows(written(tmp_path, "a,b\n1,2\n3,\"x, y\n5,6\n"))
+    found = rows(written(tmp_path, 'a,b\n1,2\n3,"x, y\n5,6\n'))
     assert found.filter(pl.col(REASON).is_null())["a"].to_list() == ["1", "5"]
     assert found[REASON].drop_nulls().to_list() == [OPEN_QUOTE] and json.loads(found[ROW].drop_nulls()[0])["cells"] == 3
 
@@ -88,7 +88,9 @@ def test_tsv_takes_quotation_marks_as_text(tmp_path):
 @pytest.mark.parametrize("sign", [";", "|", "\t", ","])
 @pytest.mark.parametrize("begin", ["", "\n\n", "sep={}\n"])
 def test_the_delimiter_is_seen(tmp_path, sign, begin):
-    content = begin.format(sign) + sign.join(['"User-ID"', "ISBN", '"Rating"']) + "\n" + sign.join(['"1"', "000x", "7,5" if sign != "," else "7"])
+    content = (
+        begin.format(sign) + sign.join(['"User-ID"', "ISBN", '"Rating"']) + "\n" + sign.join(['"1"', "000x", "7,5" if sign != "," else "7"])
+    )
     found = rows(written(tmp_path, content))
     assert found.columns == ["User-ID", "ISBN", "Rating"] and found.row(0)[:2] == ("1", "000x")
 
@@ -124,7 +126,9 @@ def test_binary_files_are_no_text(tmp_path):
         readers.describe(fs.LocalFileSystem(), str(written(tmp_path, b"a,b\n\x00\xff\xfe\x01\n")))
 
 
-@pytest.mark.parametrize("empty", [b"", b"\n", b"item_id,title\n", b"item_id,title", gzip.compress(b"")], ids=["none", "blank", "header", "line", "gz"])
+@pytest.mark.parametrize(
+    "empty", [b"", b"\n", b"item_id,title\n", b"item_id,title", gzip.compress(b"")], ids=["none", "blank", "header", "line", "gz"]
+)
 def test_parts_without_rows_count_none(tmp_path, empty):
     folder = tmp_path / "items"
     folder.mkdir()

@@ -1,5 +1,6 @@
 """Laws of the ingest: nothing is lost, and nothing but the data decides the tables."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -263,9 +264,10 @@ def test_files_that_leave_nothing_are_refused(tmp_path, catalog, log, message):
 
 def test_damage_found_while_reading_is_one_clear_line(tmp_path):
     write(tmp_path, *shop())
-    (tmp_path / "log.csv").write_bytes(b"user_id,item_id,timestamp\n" + b"u,i1,1\n" * 3_000_000 + b"u,\xff\xfe,2\n")
-    with pytest.raises(ValueError, match=r"^domain shop: interactions: .*log\.csv is damaged[^\n]*$"):
-        ingested(tmp_path, {"interactions": "log.csv"})
+    rows = "\n".join(f"u{number * 7919 % 100_003},i1,{number}" for number in range(200_000))
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(f"user_id,item_id,timestamp\n{rows}".encode())[:-1000])
+    with pytest.raises(ValueError, match=r"^domain shop: interactions: .*log\.csv\.gz is damaged[^\n]*$"):
+        ingested(tmp_path, {"interactions": "log.csv.gz"})
 
 
 def test_validation_reports_instead_of_raising(tmp_path):

@@ -15,7 +15,7 @@ from qbert_ray.inputs.starter_page import write_config
 from qbert_ray.inputs.validation import validate
 
 USERS, ITEMS, PER_USER = 40, 30, 8
-WORDS = "steel oak wool clay mug lamp tent drum".split()
+WORDS = ["steel", "oak", "wool", "clay", "mug", "lamp", "tent", "drum"]
 TITLES = [f"{WORDS[n % 8]} {WORDS[n // 8]} number {n} for home" for n in range(ITEMS)]
 
 
@@ -53,16 +53,25 @@ def test_movielens_takes_movies_and_ratings_and_neither_links_nor_tags(folder):
     log("userId", "movieId", "timestamp", rating=[4.0, 3.5]).write_csv(folder / "ratings.csv")
     log("userId", "movieId", "timestamp", tag=["funny", "dark"]).head(50).write_csv(folder / "tags.csv")
     domain, text, counts = made(folder)
-    assert (domain.items, domain.interactions, domain.text_fields, domain.attributes) == ("movies.csv", "ratings.csv", ["title"], ["genres"])
+    assert (domain.items, domain.interactions, domain.text_fields, domain.attributes) == (
+        "movies.csv",
+        "ratings.csv",
+        ["title"],
+        ["genres"],
+    )
     assert "tags.csv: another table of interactions" in text and "links.csv" in text and counts["users"] == USERS
 
 
 def test_h_and_m_with_customers_leading_zeros_and_images_in_folders(folder):
     ids = [f"0{108775000 + n}" for n in range(ITEMS)]
-    pl.DataFrame({"article_id": ids, "prod_name": TITLES, "colour_group_name": ["Black", "White"] * (ITEMS // 2)}).write_csv(folder / "articles.csv")
+    pl.DataFrame({"article_id": ids, "prod_name": TITLES, "colour_group_name": ["Black", "White"] * (ITEMS // 2)}).write_csv(
+        folder / "articles.csv"
+    )
     people = [f"c{n:032x}" for n in range(USERS)]
     pl.DataFrame({"customer_id": people, "age": range(USERS), "club_member_status": ["ACTIVE"] * USERS}).write_csv(folder / "customers.csv")
-    sold = log("customer_id", "article_id", "t_dat", ids.__getitem__, people.__getitem__, lambda n: f"2018-09-{1 + n % 28:02d}", price=[0.1, 0.2])
+    sold = log(
+        "customer_id", "article_id", "t_dat", ids.__getitem__, people.__getitem__, lambda n: f"2018-09-{1 + n % 28:02d}", price=[0.1, 0.2]
+    )
     sold.write_csv(folder / "transactions_train.csv")
     for name in ids:
         (folder / "images" / name[:3]).mkdir(parents=True, exist_ok=True)
@@ -74,10 +83,17 @@ def test_h_and_m_with_customers_leading_zeros_and_images_in_folders(folder):
 
 
 def test_retailrocket_has_no_catalog_so_events_are_one(folder):
-    log("visitorid", "itemid", "timestamp", when=lambda n: 1_433_221_332_117 + n, event=["view", "addtocart"]).write_csv(folder / "events.csv")
+    log("visitorid", "itemid", "timestamp", when=lambda n: 1_433_221_332_117 + n, event=["view", "addtocart"]).write_csv(
+        folder / "events.csv"
+    )
     pl.DataFrame({"categoryid": range(20), "parentid": [n // 2 for n in range(20)]}).write_csv(folder / "category_tree.csv")
     for part in (1, 2):
-        rows = {"timestamp": [1_433_221_332_117] * 90, "itemid": [n % ITEMS for n in range(90)], "property": ["790"] * 90, "value": ["n1"] * 90}
+        rows = {
+            "timestamp": [1_433_221_332_117] * 90,
+            "itemid": [n % ITEMS for n in range(90)],
+            "property": ["790"] * 90,
+            "value": ["n1"] * 90,
+        }
         pl.DataFrame(rows).write_csv(folder / f"item_properties_part{part}.csv")
     domain, text, counts = made(folder)
     assert domain.items == domain.interactions == "events.csv" and domain.interaction_columns["user_id"] == "visitorid"
@@ -91,7 +107,9 @@ def test_yelp_takes_businesses_and_reviews(folder):
         for key, title, category in zip(keys, TITLES, ["Food, Bars", "Hotels"] * (ITEMS // 2), strict=True)
     ]
     json_lines(folder / "yelp_academic_dataset_business.json", businesses)
-    reviews = log("user_id", "business_id", "date", keys.__getitem__, lambda n: f"u{n}", lambda n: f"2018-07-07 22:{n % 60:02d}:10", stars=[4.0, 5.0])
+    reviews = log(
+        "user_id", "business_id", "date", keys.__getitem__, lambda n: f"u{n}", lambda n: f"2018-07-07 22:{n % 60:02d}:10", stars=[4.0, 5.0]
+    )
     reviews = reviews.with_row_index("review_id").with_columns(text=pl.lit("it was good indeed"))
     json_lines(folder / "yelp_academic_dataset_review.json", reviews.to_dicts())
     users = [{"user_id": f"u{n}", "name": f"Jo {n}", "yelping_since": "2010-01-01 10:00:00"} for n in range(USERS)]
@@ -103,22 +121,28 @@ def test_yelp_takes_businesses_and_reviews(folder):
 
 
 def test_rees46_is_a_log_with_its_products_in_it(folder):
-    events = log("user_id", "product_id", "event_time", lambda n: 1_000_000 + n, when=lambda n: f"2019-10-01 00:{n // 60 % 60:02d}:{n % 60:02d} UTC")
+    events = log(
+        "user_id", "product_id", "event_time", lambda n: 1_000_000 + n, when=lambda n: f"2019-10-01 00:{n // 60 % 60:02d}:{n % 60:02d} UTC"
+    )
     brands = pl.col("product_id").cast(pl.String).replace_strict({str(1_000_000 + n): f"brand{n % 5}" for n in range(ITEMS)})
     events = events.with_columns(event_type=pl.lit("view"), brand=brands, user_session="s" + pl.col("user_id").cast(pl.String))
     events.write_csv(folder / "2019-Oct.csv")
     domain, text, counts = made(folder)
     assert domain.items == domain.interactions == "2019-Oct.csv" and domain.attributes == ["brand"]
-    assert domain.interaction_columns == {"user_id": "user_id", "item_id": "product_id", "timestamp": "event_time"} or "user_id" not in domain.interaction_columns
+    assert (
+        domain.interaction_columns == {"user_id": "user_id", "item_id": "product_id", "timestamp": "event_time"}
+        or "user_id" not in domain.interaction_columns
+    )
     assert "event_type" in text and counts["users"] == USERS
 
 
 def test_mind_is_read_without_a_header(folder):
-    lines = [f"N{n}\tnews\tsport\t{TITLES[n]}\tmore \"of\" it\thttps://x.example/{n}\t[]\t[]" for n in range(ITEMS)]
+    lines = [f'N{n}\tnews\tsport\t{TITLES[n]}\tmore "of" it\thttps://x.example/{n}\t[]\t[]' for n in range(ITEMS)]
     (folder / "news.tsv").write_text("\n".join(lines))
     clicked = log("u", "i", "t")
     rows = [
-        f"{n}\tU{u}\t11/{1 + t % 28}/2019 9:05:{n % 60:02d} AM\tN1 N2\tN{i}-1 N{(i + 1) % ITEMS}-0" for n, (u, i, t) in enumerate(clicked.iter_rows())
+        f"{n}\tU{u}\t11/{1 + t % 28}/2019 9:05:{n % 60:02d} AM\tN1 N2\tN{i}-1 N{(i + 1) % ITEMS}-0"
+        for n, (u, i, t) in enumerate(clicked.iter_rows())
     ]
     (folder / "behaviors.tsv").write_text("\n".join(rows))
     domain, _, counts = made(folder)
@@ -158,7 +182,14 @@ def test_partitions_are_one_table(folder):
 def test_an_order_is_not_a_customer(folder, order):
     """Several items at one time under one number: an order. The customers have a name that nothing is known of."""
     pl.DataFrame({"StockCode": [f"p{n}" for n in range(ITEMS)], "Description": TITLES}).write_csv(folder / "products.csv")
-    sold = log("Kundin", "StockCode", "InvoiceDate", lambda n: f"p{n}", lambda n: f"k{n}", lambda n: f"12/1/2010 {8 + n // 4 % 12}:{n // 4 % 60:02d}")
+    sold = log(
+        "Kundin",
+        "StockCode",
+        "InvoiceDate",
+        lambda n: f"p{n}",
+        lambda n: f"k{n}",
+        lambda n: f"12/1/2010 {8 + n // 4 % 12}:{n // 4 % 60:02d}",
+    )
     sold.with_columns(pl.Series(order, [f"A{n // 4}" for n in range(len(sold))])).write_csv(folder / "sales.csv")
     domain, _, _ = made(folder)
     assert domain.interaction_columns["user_id"] == "Kundin"
@@ -191,7 +222,9 @@ def test_of_several_image_columns_one_is_read_and_the_others_are_named(folder):
 def test_ratings_without_times_are_told_what_they_lack(folder):
     pl.DataFrame({"book_id": range(ITEMS), "title": TITLES}).write_csv(folder / "books.csv")
     log("user_id", "book_id", "timestamp", rating=[3, 4]).drop("timestamp").write_csv(folder / "ratings.csv")
-    with pytest.raises(StarterError, match=r"(?s)ratings.csv has users \(user_id\) and items \(book_id\), but no column of times.*with_row_index"):
+    with pytest.raises(
+        StarterError, match=r"(?s)ratings.csv has users \(user_id\) and items \(book_id\), but no column of times.*with_row_index"
+    ):
         write_config([folder], folder.parent / "made.yaml")
 
 

@@ -8,9 +8,9 @@ import pytest
 from qbert_ray.inputs.times import TimeStyle, as_timestamp, judge
 
 
-def read(values: list, style: TimeStyle = TimeStyle()) -> list:
+def read(values: list, style: TimeStyle | None = None) -> list:
     frame = pl.DataFrame({"x": values})
-    return frame.select(as_timestamp(pl.col("x"), frame.schema["x"], style)).to_series().to_list()
+    return frame.select(as_timestamp(pl.col("x"), frame.schema["x"], style or TimeStyle())).to_series().to_list()
 
 
 def at(*clock: int) -> int:

@@ -16,7 +16,11 @@ from qbert_ray.inputs.sources import SourceError
 from qbert_ray.inputs.validation import format_validation, validate
 
 ITEMS = pl.DataFrame({"item_id": [f"p{n}" for n in range(20)], "title": [f"steel mug {n}" for n in range(20)]})
-LOG = pl.DataFrame([(f"u{u}", f"p{(u + n) % 20}", 1_600_000_000 + u * 100 + n) for u in range(20) for n in range(6)], ["user_id", "item_id", "timestamp"], orient="row")
+LOG = pl.DataFrame(
+    [(f"u{u}", f"p{(u + n) % 20}", 1_600_000_000 + u * 100 + n) for u in range(20) for n in range(6)],
+    ["user_id", "item_id", "timestamp"],
+    orient="row",
+)
 
 
 def verdict(folder: Path, items=ITEMS, log=LOG, *overrides: str) -> tuple[dict, str]:
@@ -58,7 +62,9 @@ def test_leading_zeros_are_named(tmp_path):
 def test_rows_of_another_width_are_explained(tmp_path):
     lines = ITEMS.write_csv().splitlines()
     _, page = verdict(tmp_path, "\n".join([lines[0], *(f"{line}," for line in lines[1:])]))
-    assert "20 of 20 invalid CSV row, such as 'p0,steel mug 0,' (3 cells, the header has 2: is there a comma at the end of each line?)" in page
+    assert (
+        "20 of 20 invalid CSV row, such as 'p0,steel mug 0,' (3 cells, the header has 2: is there a comma at the end of each line?)" in page
+    )
 
 
 def test_too_few_interactions_are_what_remains(tmp_path):
@@ -67,9 +73,14 @@ def test_too_few_interactions_are_what_remains(tmp_path):
 
 
 def test_warnings_of_what_can_be_used(tmp_path):
-    mixed = LOG.with_columns(pl.when(pl.col("timestamp") % 2 == 0).then(pl.col("timestamp") * 1000).otherwise("timestamp").alias("timestamp"))
+    mixed = LOG.with_columns(
+        pl.when(pl.col("timestamp") % 2 == 0).then(pl.col("timestamp") * 1000).otherwise("timestamp").alias("timestamp")
+    )
     assert "50% in s and 50% in ms" in verdict(tmp_path, log=mixed)[1]
-    assert "20 of 20 users have all their interactions at one time" in verdict(tmp_path, log=LOG.with_columns(timestamp=pl.lit(1_600_000_000)))[1]
+    assert (
+        "20 of 20 users have all their interactions at one time"
+        in verdict(tmp_path, log=LOG.with_columns(timestamp=pl.lit(1_600_000_000)))[1]
+    )
     short = LOG.group_by("user_id", maintain_order=True).head(2)
     assert "no user has 3 interactions" in verdict(tmp_path, ITEMS, short, "data.min_interactions=0")[1]
     assert "WARNING" not in verdict(tmp_path)[1]

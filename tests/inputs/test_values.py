@@ -128,7 +128,9 @@ def test_types_that_polars_lacks_become_usual_ones(values):
     assert len(frame) == 2 and (frame["x"].null_count() == 1) == (values.to_pylist()[1] is None)
 
 
-@pytest.mark.parametrize("name", ["_reason", "_row", "_position", "given_path", "image_bytes", "item_index", "cold", "domain", "table", "_group"])
+@pytest.mark.parametrize(
+    "name", ["_reason", "_row", "_position", "given_path", "image_bytes", "item_index", "cold", "domain", "table", "_group"]
+)
 def test_a_column_may_have_any_name(tmp_path, name):
     found = items(tmp_path, pa.table({"item_id": ["a"], name: ["x"]}), text_fields=[name], attributes=[name])
     assert found.select(f"text.{name}", f"attribute.{name}", REASON).row(0) == ("x", "x", None)
