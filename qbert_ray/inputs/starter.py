@@ -121,8 +121,8 @@ def _time(table: Files) -> str | None:
 
 
 def _users(table: Files) -> list[str]:
-    """Columns that are named as users are, and in which users come back."""
-    return [name for name in _amazon(table, USER_ID) + table.named(USER_ID) if table.columns[name].distinct < 0.95]
+    """Columns that are named as users are, the most usual first."""
+    return _amazon(table, USER_ID) + table.named(USER_ID)
 
 
 def _single(table: Files) -> list[str]:
@@ -205,7 +205,12 @@ def _without_time(plain: list[Files], catalogs: list[Files]) -> str:
     for table in sorted(plain, key=lambda table: -len(table.columns)):
         users = _users(table)
         items = [name for name in table.named(ITEM_ID) if name not in users]
-        if not users or not items or any(table is catalog and _keys(table)[:1] == items[:1] for catalog in catalogs):
+        if (
+            not users
+            or table.columns[users[0]].distinct > 0.95
+            or not items
+            or any(table is catalog and _keys(table)[:1] == items[:1] for catalog in catalogs)
+        ):
             continue
         bad = [name for name in table.named(TIMESTAMP) if not _readable(table, name)]
         if bad:
