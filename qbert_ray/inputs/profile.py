@@ -15,6 +15,7 @@ import polars as pl
 from qbert_ray.inputs import readers
 from qbert_ray.inputs.json_files import plain_text
 from qbert_ray.inputs.layouts import MIND
+from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError
 from qbert_ray.inputs.sources import detect_format
 from qbert_ray.inputs.times import TimeStyle, as_timestamp, judge
@@ -25,17 +26,6 @@ SAMPLED_ROWS = 20_000  # of which a column is judged
 PICTURE = r"(?i)\.(jpe?g|png|webp|gif|bmp)(\?.*)?$"
 LINK = r"(?i)^[a-z][a-z0-9+.-]*://"
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")  # how encoded pictures begin
-RECBOLE = r":(token|token_seq|float|float_seq)$"  # types in RecBole's column names
-NAMES = {  # spelled without case, underscores and spaces; the first that a file has is taken
-    "user_id": ["userid", "user", "reviewerid", "customerid", "customer", "clientid", "client", "visitorid", "memberid", "accountid", "uid"]
-    + ["profileid", "personid", "useridx", "cardid", "shopperid", "buyerid", "sessionid", "session"],
-    "item_id": ["itemid", "item", "parentasin", "asin", "productid", "product", "sku", "articleid", "movieid", "bookid", "isbn", "trackid"]
-    + ["songid", "videoid", "newsid", "gameid", "offerid", "listingid", "goodsid", "businessid", "stockcode", "animeid", "recipeid"]
-    + ["artistid", "venueid", "itemidx", "iid", "id"],
-    "timestamp": ["timestamp", "time", "ts", "unixreviewtime", "datetime", "date", "eventtime", "createdat", "createdtime", "purchasedat"]
-    + ["purchasedate", "orderdate", "orderedat", "boughtat", "bought", "viewedat", "ratedat", "tdat", "day"],
-    "rating": ["rating", "ratings", "overall", "stars", "star", "score", "rate"],
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,8 +79,7 @@ class Files:
 
     def named(self, role: str) -> list[str]:
         """Columns whose name is usual for a role, the most usual first."""
-        spelled = {re.sub(r"[^a-z0-9]", "", plain_name(name)): name for name in reversed(self.file.columns)}
-        return [spelled[name] for name in NAMES[role] if name in spelled]
+        return named(self.file.columns, role)
 
 
 def look(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
@@ -121,11 +110,6 @@ def look(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
         columns = {name: _column(sample[name]) for name in group[0][1].columns}
         found.append(Files(files, group[0][1], sample, columns))
     return found, aside
-
-
-def plain_name(name: str) -> str:
-    """A column's name in small letters, without RecBole's type."""
-    return re.sub(RECBOLE, "", name.lower())
 
 
 def _partitions(path: Path) -> list[str]:

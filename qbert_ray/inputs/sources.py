@@ -24,6 +24,7 @@ from qbert_ray.inputs import readers
 from qbert_ray.inputs.arrow_types import plain_table
 from qbert_ray.inputs.image_columns import can_hold_images, from_template
 from qbert_ray.inputs.json_files import first_image, plain_text
+from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
 from qbert_ray.inputs.times import TimeStyle, judge
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
@@ -240,16 +241,17 @@ def _choose_columns(
             file = (lacking or files)[0]
             raise SourceError(
                 f"{label}: {file.path} has no column {' or '.join(candidates)}, wanted for {column}; "
-                f"columns found: {', '.join(file.columns)}; {_mend(name, table, column)}change {key}"
+                f"columns found: {', '.join(file.columns)}; {_mend(name, table, column, file.columns)}change {key}"
             )
     return chosen
 
 
-def _mend(name: str, table: Table, column: str) -> str:
+def _mend(name: str, table: Table, column: str, found: tuple[str, ...]) -> str:
     """How to name a column of the contract that the file calls otherwise."""
     if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
         return "rename it there, or "
-    return f"say what the file calls it: data.domains.{name}.{table.removesuffix('s')}_columns.{column}=<column>, or "
+    likely = next(iter(named(found, column)), "<column>")
+    return f"say what the file calls it: data.domains.{name}.{table.removesuffix('s')}_columns.{column}={likely}, or "
 
 
 def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool) -> dict[str, str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import polars as pl
 
-from qbert_ray.inputs.profile import Files, plain_name
+from qbert_ray.inputs.names import plain_name
+from qbert_ray.inputs.profile import Files
 from qbert_ray.inputs.sources import AMAZON, detect_format
 from qbert_ray.inputs.starter_columns import Guess, Match, item_columns, read_catalog, richness
 from qbert_ray.inputs.times import as_timestamp

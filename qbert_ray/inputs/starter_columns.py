@@ -10,7 +10,8 @@ from pathlib import Path
 
 import polars as pl
 
-from qbert_ray.inputs.profile import Column, Files, plain_name
+from qbert_ray.inputs.names import plain_name
+from qbert_ray.inputs.profile import Column, Files
 from qbert_ray.inputs.sources import AMAZON, detect_format
 
 CHECKED_PICTURES = 100

@@ -182,5 +182,5 @@ def test_columns_of_other_names_are_named_in_the_config(tmp_path):
 
 def test_a_missing_column_says_how_to_name_another(tmp_path):
     pl.DataFrame({"sku": ["a"], "title": ["A"]}).write_parquet(tmp_path / "items.parquet")
-    with pytest.raises(SourceError, match="data.domains.shop.item_columns.item_id=<column>"):
+    with pytest.raises(SourceError, match="data.domains.shop.item_columns.item_id=sku"):
         open_source(str(tmp_path), "shop", "items", Domain())
