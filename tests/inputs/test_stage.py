@@ -242,12 +242,12 @@ def test_an_unsafe_picture_is_reported_and_its_item_kept(tmp_path):
     ("catalog", "log", "message"),
     [
         ({"item_id": [], "title": []}, {"user_id": ["u"], "item_id": ["a"], "timestamp": [1]}, "items.parquet has no rows"),
-        ({"item_id": [None], "title": ["x"]}, {"user_id": ["u"], "item_id": ["a"], "timestamp": [1]}, "no row of .* has an item_id"),
+        ({"item_id": [None], "title": ["x"]}, {"user_id": ["u"], "item_id": ["a"], "timestamp": [1]}, "no row of .* can be used.*missing item_id"),
         ({"item_id": ["a"], "title": ["x"]}, {"user_id": [], "item_id": [], "timestamp": []}, "interactions.parquet has no rows"),
         (
             {"item_id": ["a"], "title": ["x"]},
             {"user_id": ["u"], "item_id": ["A"], "timestamp": [1]},
-            "nothing is left.*item not in items table",
+            "nothing is left.*item not in items table.*capitals",
         ),
         (
             {"item_id": ["a"], "title": ["x"]},
@@ -258,7 +258,7 @@ def test_an_unsafe_picture_is_reported_and_its_item_kept(tmp_path):
 )
 def test_files_that_leave_nothing_are_refused(tmp_path, catalog, log, message):
     write(tmp_path, pl.DataFrame(catalog), pl.DataFrame(log))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         ingested(tmp_path)
 
 
