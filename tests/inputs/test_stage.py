@@ -274,7 +274,7 @@ def test_validation_reports_instead_of_raising(tmp_path):
     catalog, log = shop()
     write(tmp_path, catalog.with_columns(image=pl.lit("missing.jpg")), log)
     config = make_config(tmp_path, {"image_column": "image"}, min_interactions=3, min_item_interactions=0)
-    page = format_validation(validate(config))
+    page = format_validation(validate(config, RayExecutor()))
     for expected in (
         "shop: can be used",
         "text.title: 65%",
@@ -284,7 +284,7 @@ def test_validation_reports_instead_of_raising(tmp_path):
     ):
         assert expected in page
     broken = make_config(tmp_path, {"items": "nothing.csv", "text_fields": ["name"]})
-    assert "ERROR domain shop: items: no Parquet, CSV or JSONL file" in format_validation(validate(broken))
+    assert "ERROR domain shop: items: no Parquet, CSV or JSONL file" in format_validation(validate(broken, RayExecutor()))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["interactions.parquet", "items.parquet"]
 
 
