@@ -18,6 +18,7 @@ from qbert_ray.config import loading
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import open_executor
 from qbert_ray.execution.progress import Progress, Quiet
+from qbert_ray.inputs.sources import check_root
 from qbert_ray.pipeline import preflight, run_stage
 from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.storage.catalog import run_config
@@ -62,6 +63,8 @@ def run(config: Config, executor: Literal["ray", "local"] | None = None, progres
     if executor is not None:
         config = loading.with_values(config, {"compute.executor": executor})
     directory = RunDir(config.run.dir)
+    if not directory.exists("ingest/manifest.json") and not config.compute.address:
+        check_root(config.data.root)  # before Ray starts
     with locked(directory, "qbert_ray.run"), open_executor(config) as opened:
         preflight(STAGES, config, directory, opened)
         for stage in STAGES:

@@ -13,6 +13,8 @@ from rich.padding import Padding
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from qbert_ray.cli.terminal import printable, shown
+from qbert_ray.config.loading import with_values
+from qbert_ray.config.schema import Config
 
 console = Console(highlight=False)
 
@@ -67,6 +69,24 @@ def init(
 
     console.print(printable(write_config(files, output, force)), end="", markup=False, soft_wrap=True)
     console.print(f"[green]✓[/green] {shown(str(output))}; next: qbert-ray validate -c {shown(str(output))}", soft_wrap=True)
+
+
+def check_files(config: Config) -> bool:
+    """Print one page about the input files, those that are named first and what is in them as soon as it is known; whether all can be used."""
+    console.print(f"looking at the files of {', '.join(config.data.domains)} in {config.data.root}", markup=False, soft_wrap=True)
+    from qbert_ray.inputs import validation  # brings polars
+
+    sources = validation.open_sources(config)
+    console.print(printable(validation.format_files(sources)), markup=False, soft_wrap=True)
+    console.print()
+    if validation.in_this_process(config, sources):
+        config = with_values(config, {"compute.executor": "local"})
+    from qbert_ray.execution.executor import open_executor
+
+    with open_executor(config) as executor:
+        report = validation.validate(config, executor, sources)
+    console.print(printable(validation.format_validation(report, files=False)), markup=False, soft_wrap=True)
+    return not any(domain["errors"] for domain in report.values())
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from qbert_ray import __version__
 from qbert_ray.cli import completion, config_commands, data_commands, id_commands
 from qbert_ray.cli.console import trials_table
 from qbert_ray.cli.journal import Journal, Terminal, open_journal
-from qbert_ray.cli.terminal import printable, shown
+from qbert_ray.cli.terminal import shown
 from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials, with_values
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.failures import root_cause, stoppable
@@ -257,15 +257,7 @@ def validate(config: Files, overrides: Overrides = None) -> None:
 
     Example: qbert-ray validate -c shop.yaml
     """
-    from qbert_ray.execution.executor import open_executor
-    from qbert_ray.inputs.validation import format_validation
-    from qbert_ray.inputs.validation import validate as check
-
-    settings = load_config(list(config), list(overrides or []))
-    with open_executor(settings) as executor:
-        report = check(settings, executor)
-    console.print(printable(format_validation(report)), markup=False)
-    if any(domain["errors"] for domain in report.values()):
+    if not data_commands.check_files(load_config(list(config), list(overrides or []))):
         raise typer.Exit(2)
 
 
@@ -329,6 +321,7 @@ def _journal(config: Config, folder: str) -> Journal:
 def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | None) -> None:
     journal.begin(f"run directory {config.run.dir}")
     from qbert_ray.execution.executor import open_executor
+    from qbert_ray.inputs.sources import check_root
     from qbert_ray.pipeline import preflight, redo_from, run_stage, status
 
     by_command = {stage.command: stage for stage in STAGES}
@@ -341,6 +334,8 @@ def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | 
         if not stage.skipped(config):
             status(stage, config, directory)
     stages = [by_command[only]] if only else list(STAGES)
+    if not directory.exists("ingest/manifest.json") and not config.compute.address:
+        check_root(config.data.root)  # before Ray starts, which takes longer than to read this far
     with stoppable(errors), locked(directory), open_executor(config) as executor:
         if redo is not None:
             redo_from(by_command[redo].name, directory)

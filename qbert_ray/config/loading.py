@@ -47,7 +47,7 @@ def load_config(files: list[str | Path] = [], overrides: list[str] = []) -> Conf
         tree = merge(tree, read_layer(Path(file)))
     for override in overrides:
         tree = merge(tree, _parse_override(override))
-    return _validate(tree)
+    return _validate(_as_typed(tree, overrides))
 
 
 def read_config(content: bytes, where: str) -> Config:
@@ -175,15 +175,34 @@ def _parse_override(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path.strip("."):
         raise ConfigError(f"{text!r} is not an override; write section.field=value, such as finetune.epochs=5")
+    return nest(path, _parse_value(value))
+
+
+def _as_typed(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The tree in which fields of text have what was typed: run.dir=2024 is no number."""
     try:
-        tree: Any = read_yaml(value)
+        Config.model_validate(tree)
+    except ValidationError as error:
+        typed = {path: value for path, _, value in (override.partition("=") for override in overrides)}
+        for problem in error.errors():
+            path = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "string_type" and path in typed and not isinstance(problem["input"], dict | list):
+                tree = merge(tree, nest(path, typed[path]))
+    return tree
+
+
+def _parse_value(text: str) -> Any:
+    """YAML, but dates stay text: a folder may be called 2024-01-01, and no field takes a date."""
+    try:
+        return read_yaml(text)
     except YamlError:
-        tree = value
-    return nest(path, tree)
+        return text
 
 
 def _explain(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    if problem["type"] == "string_type" and not isinstance(problem["input"], dict | list):
+        return f"{path}: this is a text, and YAML reads {problem['input']!r} there; write it in quotes"
     if problem["type"] != "extra_forbidden":
         given = repr(problem["input"])
         given = given if len(given) <= MOST_SHOWN else f"{given[:MOST_SHOWN]}…"

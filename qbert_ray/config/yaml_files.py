@@ -18,7 +18,7 @@ class YamlError(ValueError):
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """What a YAML text holds: mappings, lists, texts, numbers, dates, nothing else.
+    """What a YAML text holds: mappings, lists, texts and numbers; dates stay text, since a folder may be called 2024-01-01.
 
     Raises:
         YamlError: it cannot be read, or is larger than a config can be.
@@ -26,15 +26,25 @@ def read_yaml(text: str | bytes) -> Any:
     if len(text) > MOST_BYTES:
         raise YamlError(f"is larger than {MOST_BYTES >> 20} MiB")
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_WithoutDates)
         if root is not None:
             _count(root)
-        return yaml.safe_load(text)
+        return yaml.load(text, _WithoutDates)  # noqa: S506, a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, OverflowError) as error:
         if isinstance(error, YamlError):
             raise
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise YamlError(f"is not valid YAML: {reason}") from None
+
+
+class _WithoutDates(yaml.SafeLoader):
+    """Reads what looks like a date as text."""
+
+
+_WithoutDates.yaml_implicit_resolvers = {
+    sign: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for sign, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _count(root: yaml.Node) -> None:

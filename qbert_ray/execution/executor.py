@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
@@ -17,7 +17,9 @@ from qbert_ray.config.schema import Actors, Compute, Config, Workers
 from qbert_ray.execution.determinism import environment
 from qbert_ray.execution.progress import Progress
 from qbert_ray.storage.directory import RunDir
-from qbert_ray.training import Task
+
+if TYPE_CHECKING:  # it brings torch, which reading files does without
+    from qbert_ray.training import Task
 
 Handle = Any  # of a value that an executor holds; as an argument of `submit` it becomes the value
 

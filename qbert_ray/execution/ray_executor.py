@@ -21,6 +21,8 @@ from qbert_ray.execution.ray_session import ANYWHERE, session
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Task
 
+ERROR = "<error>"  # column of a table that says why another is not there
+
 
 @contextmanager
 def ray_executor(address: str | None = None) -> Iterator[RayExecutor]:
@@ -76,12 +78,13 @@ class RayExecutor:
 
     def read(self, reader: Callable[[int], Iterator[pa.Table]], count: int) -> RayRows:
         numbers = ray.data.from_items([{"number": number} for number in range(count)], override_num_blocks=max(1, count))
-        try:
-            return RayRows(numbers.map_batches(cast(Any, _read), batch_size=None, fn_kwargs={"reader": reader}).materialize())
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ValueError):  # Ray adds lines about retries to the message
-                raise type(error.cause)(str(error.cause).splitlines()[0]) from None
-            raise
+        dataset = numbers.map_batches(cast(Any, _read), batch_size=None, fn_kwargs={"reader": reader}).materialize()
+        schema = dataset.schema()
+        if schema is not None and ERROR in schema.names:
+            blocks = (ray.get(block) for block in dataset.to_arrow_refs())
+            found = (text for block in blocks if ERROR in block.column_names for text in block[ERROR].drop_null().to_pylist())
+            raise ValueError(next(found))
+        return RayRows(dataset)
 
     def map_parts(
         self, run: RunDir, worker: type, arguments: dict[str, Any], parts: list[str], output: str, actors: Actors, progress: Progress
@@ -121,4 +124,7 @@ def _call(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _read(batch: dict[str, np.ndarray], reader: Callable[[int], Iterator[pa.Table]]) -> Iterator[pa.Table]:
     for number in batch["number"]:
-        yield from reader(int(number))
+        try:
+            yield from reader(int(number))
+        except ValueError as error:  # the user's to mend: travels as data, since Ray would print its traceback next to our message
+            yield pa.table({ERROR: [str(error)]})

@@ -23,6 +23,7 @@ from qbert_ray.features.pretrained import load_image_tower, load_text_model
 from qbert_ray.products import adopt
 
 PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # Pillow also opens some that start programs
+PNG_BEGINS, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 LONGEST_SIDE_RATIO = 4  # a centre crop sees nothing beyond it, and resizing a 1 x 1,000,000 strip would fill the memory
 
 
@@ -194,6 +195,16 @@ def decode_image(content: bytes, max_bytes: int, max_pixels: int) -> Image.Image
         raise ImageRejected("empty file")
     if len(content) > max_bytes:
         raise ImageRejected("too many bytes")
+    try:
+        return _decode(content, max_pixels)
+    except ImageRejected as reason:
+        plain = _without_notes(content) if str(reason) in ("not an image", "cannot be decoded") else content
+        if len(plain) == len(content):
+            raise
+    return _decode(plain, max_pixels)
+
+
+def _decode(content: bytes, max_pixels: int) -> Image.Image:
     Image.init()
     try:
         image = Image.open(io.BytesIO(content), formats=[name for name in PICTURE_FORMATS if name in Image.OPEN])
@@ -207,6 +218,19 @@ def decode_image(content: bytes, max_bytes: int, max_pixels: int) -> Image.Image
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # noqa: BLE001 - as above
         raise ImageRejected("truncated" if "truncated" in str(error) else "cannot be decoded") from None
+
+
+def _without_notes(content: bytes) -> bytes:
+    """A PNG without its texts and colour profile, which Pillow refuses where they are long; other files as they are."""
+    if not content.startswith(PNG_BEGINS):
+        return content
+    kept, position = [PNG_BEGINS], len(PNG_BEGINS)
+    while position < len(content):
+        end = position + 12 + int.from_bytes(content[position : position + 4], "big")
+        if content[position + 4 : position + 8] not in PNG_NOTES:
+            kept.append(content[position:end])
+        position = end
+    return b"".join(kept)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

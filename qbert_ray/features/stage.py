@@ -56,12 +56,25 @@ def extract_features(config: Config, run: RunDir, executor: Executor, progress: 
         if plan is not None:
             progress.note(modality)
             counts[modality] = dict(_extract(config, run, modality, plan, executor, progress))
+    warnings = _rejected_images(counts.get("image", {}))
     if not counts:
         raise ValueError(
             f"no domain has input for features.modalities={config.features.modalities}; "
             "set data.domains.<name>.text_fields, image_column or <modality>_features"
         )
-    return counts
+    return counts | ({"warnings": warnings} if warnings else {})
+
+
+def _rejected_images(counts: dict[str, Any]) -> list[str]:
+    """A warning where more than half of the images cannot be used."""
+    given, lost = counts.get("images", 0) + counts.get("images_rejected", 0), counts.get("images_rejected", 0)
+    if lost <= given / 2:
+        return []
+    reasons = {name.partition(".")[2]: count for name, count in counts.items() if name.startswith("images_rejected.")}
+    said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]))
+    return [
+        f"{lost:,} of {given:,} images cannot be used ({said}); their items are used without one; qbert-ray validate shows some of them"
+    ]
 
 
 def extend_features(config: Config, run: RunDir, executor: Executor, progress: Progress) -> None:
@@ -150,7 +163,7 @@ def _plan(config: Config, run: RunDir, modality: str, executor: Executor) -> Pla
 def _has_input(domain: Domain, modality: str) -> bool:
     if modality == "text":
         return bool(domain.text_fields or domain.attributes)
-    return modality == "structure" or domain.image_column is not None
+    return modality == "structure" or domain.image_column is not None or domain.image_template is not None
 
 
 def _text_columns(domain: Domain) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Vectors of items: the table that features/<modality> holds, and vectors that the user brings along.
 
-The user's own are a Parquet file or folder with `item_id` and either `vector` (a list of numbers) or `vectors` (a list of those).
+The user's own come from the files of `own_vectors`, with `item_id` and either `vector` (a list of numbers) or `vectors` (a list of those).
 
 N items, J vectors per item, D width, R rows of the user's table, V vectors in it.
 """
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import dataset
 
+from qbert_ray.features.own_vectors import batches
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, ITEM_INDEX, features_schema, to_fixed_lists
-from qbert_ray.storage.directory import resolve
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def vectors_shape(uri: str) -> tuple[int, int]:
         ValueError: there is no such table, it lacks a column, or holds no vector.
     """
     most, widths = 1, Counter[int]()
-    for batch in _batches(uri):
+    for batch in batches(uri):
         row, width, _ = _flat(batch.column(1))
         most = max(most, int(np.bincount(row).max(initial=1)))
         widths.update(width[width > 0].tolist())
@@ -67,8 +66,8 @@ def read_vectors(uri: str, item_ids: pa.Array, num_vectors: int, width: int) -> 
     vectors = np.zeros((len(item_ids), num_vectors, width), np.float32)
     present = np.zeros((len(item_ids), num_vectors), bool)
     rejected: list[tuple[str, dict[str, Any]]] = []
-    for batch in _batches(uri):
-        ids = batch.column(0).cast(pa.string())
+    for batch in batches(uri):
+        ids = batch.column(0)
         place = pc.fill_null(pc.index_in(ids, value_set=item_ids), -1).to_numpy()
         slots, filled, reasons = _check(batch.column(1), num_vectors, width)
         reasons[(reasons == "") & (place < 0)] = "unknown item"
@@ -78,20 +77,18 @@ def read_vectors(uri: str, item_ids: pa.Array, num_vectors: int, width: int) -> 
         reasons[np.setdiff1d(usable, good)] = "item given twice"
         vectors[place[good]], present[place[good]] = slots[good], filled[good]
         rejected += [(reasons[row], {ITEM_ID: ids[row].as_py()}) for row in np.flatnonzero(reasons)]
+    if len(item_ids) and not present.any():
+        raise ValueError(_none_placed(uri, item_ids, rejected))
     return Placed(vectors, present, rejected)
 
 
-def _batches(uri: str) -> Any:
-    """Batches of two columns: item_id, and vector or vectors."""
-    filesystem, path = resolve(uri)
-    try:
-        table = dataset.dataset(path, filesystem=filesystem, format="parquet")
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"no Parquet file or folder with vectors at {uri}: {error}") from None
-    names = [name for name in ("vectors", "vector") if name in table.schema.names]
-    if ITEM_ID not in table.schema.names or not names:
-        raise ValueError(f"{uri} must have the columns item_id and vector (or vectors); it has {', '.join(table.schema.names)}")
-    return (batch for batch in table.to_batches(columns=[ITEM_ID, names[0]], batch_size=8192) if len(batch))
+def _none_placed(uri: str, item_ids: pa.Array, rejected: list[tuple[str, dict[str, Any]]]) -> str:
+    reasons = Counter(reason for reason, _ in rejected)
+    said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    ids = [row[ITEM_ID] for reason, row in rejected if reason == "unknown item"]
+    return f"0 of {len(item_ids):,} items have a vector in {uri} ({said or 'it has no rows'})" + (
+        f"; an ID there: {ids[0]!r}, one of the items: {item_ids[0].as_py()!r}" if ids else ""
+    )
 
 
 def _flat(column: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.Array]:

@@ -194,14 +194,17 @@ def geometry_loss(fused: Fused, features: dict[str, Tensor], present: dict[str, 
     Args:
         features: modality -> [B, J, F] as they came; present: modality -> [B, J].
     """
-    wanted, pairs = torch.zeros(()), torch.zeros(())
+    size, device = len(fused.embedding), fused.embedding.device
+    wanted, pairs = torch.zeros(size, size, device=device), torch.zeros(size, size, device=device)
     for name, vectors in features.items():
         has = present[name].any(1)  # [B]
+        if not has.any():  # no item of the batch has this modality; the mean of none is not a number
+            continue
         mean = (vectors * present[name][..., None]).sum(1) / present[name].sum(1, keepdim=True).clamp_min(1)
         centred = (mean - mean[has].mean(0)) * has[:, None]  # common to all items says nothing about two of them
         unit = F.normalize(centred, dim=-1)
         both = (has[:, None] & has).to(unit.dtype)
-        wanted, pairs = wanted.to(unit.device) + unit @ unit.T, pairs.to(unit.device) + both
+        wanted, pairs = wanted + unit @ unit.T, pairs + both
     there = (pairs > 0).fill_diagonal_(False)
     if not there.any():
         return fused.embedding.new_zeros(())

@@ -7,38 +7,134 @@ root, or to a remote store or web host, but never to other local files or to thi
 from __future__ import annotations
 
 import posixpath
-from typing import Any
+import string
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from qbert_ray.inputs.addresses import Addresses
+from qbert_ray.inputs.json_files import IMAGE_KEYS
+from qbert_ray.inputs.values import NOTHING, Kind
 
-Kind = Any  # a polars data type; polars types its inner types more loosely than its own functions take them
 DEFAULT = Addresses()
-PATH_FIELDS = ("path", "large", "hi_res")  # of structs, as Hugging Face and Amazon name them
+TEXT = (pl.String, pl.Categorical, pl.Enum)
+# Lists and mappings written into a cell of text, as JSON or as Python shows them.
+_NESTED = r"^\s*[\[{]"
+_UNDER_KEY = r"""['"]%s['"]\s*:\s*(?:\[?\s*(?:(?:None|null)\s*,?\s*)*)['"]([^'"]+)['"]"""
+_IN_LIST = r"""^\s*\[\s*(?:(?:None|null)\s*,?\s*)*['"]([^'"]+)['"]"""
+_ENCODED = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how base64 of PNG, JPEG, GIF and WebP begins
+_LEAST_ENCODED = 120  # characters; a shorter text is a path
+
+
+def can_hold_images(kind: Kind) -> bool:
+    """Whether paths or pictures can be in a column of a type."""
+    if isinstance(kind, pl.List | pl.Array):
+        return kind.inner.is_integer() or _is_map(kind) or can_hold_images(kind.inner)
+    if isinstance(kind, pl.Struct):
+        return any(field.name in (*IMAGE_KEYS, "bytes") and can_hold_images(field.dtype) for field in kind.fields)
+    return kind in (*TEXT, pl.Binary, pl.Null)
 
 
 def image_path(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """The path or URI in an image column: the text itself, the first of a list, or a struct's path."""
+    """The path or URI in an image column: the text itself, the first of a list, or what a struct holds under a usual name."""
+    if isinstance(kind, pl.Array):
+        value, kind = value.arr.to_list(), pl.List(kind.inner)
     if isinstance(kind, pl.Struct):
-        fields = [image_path(value.struct.field(field.name), field.dtype) for field in kind.fields if field.name in PATH_FIELDS]
-        return pl.coalesce(*fields, pl.lit(None, pl.String))
+        fields = {field.name: field.dtype for field in kind.fields}
+        paths = [image_path(value.struct.field(name), fields[name]) for name in IMAGE_KEYS if name in fields]
+        return pl.coalesce(*paths, pl.lit(None, pl.String))
     if isinstance(kind, pl.List):
-        return image_path(value.list.drop_nulls().list.first(), kind.inner)
-    if kind not in (pl.String, pl.Categorical, pl.Enum):
+        if _is_map(kind):  # whose entries are structs of key and value
+            value = value.list.eval(pl.element().filter(pl.element().struct.field("key").is_in(list(IMAGE_KEYS))).struct.field("value"))
+            return image_path(value, pl.List(dict(kind.inner.to_schema())["value"]))
+        if not can_hold_images(kind.inner):
+            return pl.lit(None, pl.String)
+        return value.list.eval(image_path(pl.element(), kind.inner)).list.drop_nulls().list.first()
+    if kind not in TEXT:
         return pl.lit(None, pl.String)
     text = value.cast(pl.String).str.strip_chars()
-    return pl.when(text != "").then(text)
+    plain = (text != "") & ~text.is_in(NOTHING) & ~text.str.starts_with("data:") & ~_is_encoded(text)
+    return pl.when(text.str.contains(_NESTED)).then(_nested_path(text)).when(plain).then(text)
 
 
 def image_bytes(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """The encoded picture in an image column: the bytes themselves, the first of a list, or a struct's bytes."""
+    """The encoded picture in an image column: the bytes themselves, also as numbers or base64, the first of a list, or of a struct."""
+    if isinstance(kind, pl.Array):
+        value, kind = value.arr.to_list(), pl.List(kind.inner)
     if isinstance(kind, pl.Struct):
         fields = {field.name: field.dtype for field in kind.fields}
-        return image_bytes(value.struct.field("bytes"), fields["bytes"]) if "bytes" in fields else pl.lit(None, pl.Binary)
+        found = [image_bytes(value.struct.field(name), fields[name]) for name in ("bytes", *IMAGE_KEYS) if name in fields]
+        return pl.coalesce(*found, pl.lit(None, pl.Binary))
+    if isinstance(kind, pl.List) and kind.inner.is_integer():
+        return value.map_batches(_from_numbers, return_dtype=pl.Binary)
     if isinstance(kind, pl.List):
         return image_bytes(value.list.drop_nulls().list.first(), kind.inner)
+    if kind in TEXT:
+        text = value.cast(pl.String).str.strip_chars()
+        encoded = pl.when(_is_encoded(text)).then(text).otherwise(text.str.extract(r"^data:[^,]{0,100};base64,(.+)$", 1))
+        return encoded.str.replace_all(r"[\r\n]", "").str.decode("base64", strict=False)
     return pl.when(value.bin.size() > 0).then(value) if kind == pl.Binary else pl.lit(None, pl.Binary)
+
+
+def unread_image(value: pl.Expr, kind: Kind) -> pl.Expr:
+    """A list or mapping in a cell of text in which no path was found; null elsewhere."""
+    if kind not in TEXT:
+        return pl.lit(None, pl.String)
+    text = value.cast(pl.String).str.strip_chars()
+    unread = text.str.contains(_NESTED) & _nested_path(text).is_null() & text.str.replace_all("None|null", "").str.contains(r"[\w]")
+    return pl.when(unread).then(text)
+
+
+def from_template(template: str, item_id: pl.Expr) -> pl.Expr:
+    """The path that a template such as covers/{item_id}.jpg or {item_id:.3}/{item_id}.jpg gives each item.
+
+    Raises:
+        ValueError: it holds anything else in braces, or no item_id.
+    """
+    parts: list[pl.Expr] = []
+    names = 0
+    for literal, name, spec, _ in string.Formatter().parse(template):
+        parts += [pl.lit(literal)] if literal else []
+        if name is None:
+            continue
+        if name != "item_id" or (spec and not (spec.startswith(".") and spec[1:].isdigit())):
+            raise ValueError(f"{template!r} can hold {{item_id}}, or {{item_id:.3}} for its first three characters, but not {{{name}}}")
+        parts.append(item_id.str.slice(0, int(spec[1:])) if spec else item_id)
+        names += 1
+    if not names:
+        raise ValueError(f"{template!r} must hold {{item_id}}, such as covers/{{item_id}}.jpg")
+    return pl.concat_str(parts)
+
+
+def _is_map(kind: Kind) -> bool:
+    """Whether a type is that of a map from text to text, as `arrow_types` gives it."""
+    return isinstance(kind, pl.List) and kind.inner == pl.Struct({"key": pl.String, "value": pl.String})
+
+
+def _nested_path(text: pl.Expr) -> pl.Expr:
+    return pl.coalesce(*(text.str.extract(_UNDER_KEY % key, 1) for key in IMAGE_KEYS), text.str.extract(_IN_LIST, 1))
+
+
+def _is_encoded(text: pl.Expr) -> pl.Expr:
+    begins = pl.any_horizontal(text.str.starts_with(begin) for begin in _ENCODED)
+    return begins & (text.str.len_bytes() > _LEAST_ENCODED) & ~text.str.contains(".", literal=True)
+
+
+def _from_numbers(values: pl.Series) -> pl.Series:
+    """Lists of numbers from 0 to 255 as bytes; null where a list is empty or holds other numbers."""
+    lists = pa.array(values.to_arrow())
+    lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
+    flat = lists.flatten().cast(pa.int64(), safe=False).fill_null(-1).to_numpy(zero_copy_only=False)
+    lengths = np.asarray(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False), np.int64)
+    ends = np.cumsum(lengths)
+    bad = np.concatenate([[0], np.cumsum((flat < 0) | (flat > 255))])
+    usable = (lengths > 0) & (bad[ends] == bad[ends - lengths])
+    offsets = np.concatenate([[0], ends]).astype(np.int64)
+    content = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(lists), [None, pa.py_buffer(offsets), pa.py_buffer(flat.astype(np.uint8))]
+    )
+    return pl.select(pl.when(pl.Series(usable)).then(pl.Series(content))).to_series().alias(values.name)
 
 
 def safe_paths(paths: pl.Series, folder: str, query: str, root: str, addresses: Addresses = DEFAULT) -> pl.Series:

@@ -13,24 +13,19 @@ from typing import Any
 import polars as pl
 
 from qbert_ray.inputs import readers
+from qbert_ray.inputs.json_files import plain_text
+from qbert_ray.inputs.layouts import MIND
+from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError
-from qbert_ray.inputs.rows import as_text, as_timestamp
 from qbert_ray.inputs.sources import detect_format
+from qbert_ray.inputs.times import TimeStyle, as_timestamp, judge
+from qbert_ray.inputs.values import as_text
 from qbert_ray.storage.directory import resolve
 
 SAMPLED_ROWS = 20_000  # of which a column is judged
 PICTURE = r"(?i)\.(jpe?g|png|webp|gif|bmp)(\?.*)?$"
 LINK = r"(?i)^[a-z][a-z0-9+.-]*://"
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")  # how encoded pictures begin
-NAMES = {  # spelled without case, underscores and spaces; the first that a file has is taken
-    "user_id": ["userid", "user", "reviewerid", "customerid", "customer", "clientid", "client", "visitorid", "memberid", "accountid", "uid"]
-    + ["profileid", "personid", "useridx", "sessionid", "session"],
-    "item_id": ["itemid", "item", "parentasin", "asin", "productid", "product", "sku", "articleid", "movieid", "bookid", "isbn", "trackid"]
-    + ["songid", "videoid", "newsid", "gameid", "offerid", "listingid", "goodsid", "itemidx", "iid", "id"],
-    "timestamp": ["timestamp", "time", "ts", "unixreviewtime", "datetime", "date", "eventtime", "createdat", "createdtime", "purchasedat"]
-    + ["purchasedate", "orderdate", "orderedat", "boughtat", "bought", "viewedat", "ratedat", "tdat", "day"],
-    "rating": ["rating", "ratings", "overall", "stars", "star", "score", "rate"],
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Column:
     """What a sample of a column's values is like; shares are of the filled ones."""
 
     name: str
-    kind: str  # text, number, time, bytes or vector
+    kind: str  # text, number, time, bytes, mapping or vector
     filled: float  # share of all rows
     distinct: float
     values: int  # distinct ones
@@ -59,8 +54,17 @@ class Files:
 
     @property
     def location(self) -> Path:
-        """The file, or the glob that names exactly these."""
-        return _glob(self.paths)
+        """The file, the folder of partitions, or the glob that names exactly these."""
+        return self.folder if _partitions(self.paths[0]) else _glob(self.paths)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the files, above partitions such as date=2026-01-31."""
+        return _above_partitions(self.paths[0])
+
+    def times(self, name: str) -> TimeStyle:
+        """How the times of a column are written, by the sample."""
+        return judge([self.sample[name]])
 
     def read(self, names: Sequence[str], most: int) -> pl.DataFrame:
         """The first `most` rows of some columns, as text."""
@@ -75,8 +79,7 @@ class Files:
 
     def named(self, role: str) -> list[str]:
         """Columns whose name is usual for a role, the most usual first."""
-        spelled = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(self.file.columns)}
-        return [spelled[name] for name in NAMES[role] if name in spelled]
+        return named(self.file.columns, role)
 
 
 def look(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
@@ -91,7 +94,10 @@ def look(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
             continue
         # Amazon's categories lie beside each other; other files of equal columns are parts of one table.
         part = re.sub(r"\d+", "", path.name) if detect_format((file,)) != "contract" else ""
-        tables.setdefault((path.parent, file.kind, file.columns, part), []).append((path, file))
+        if wrong := _headless(file):
+            aside[str(path)] = wrong
+            continue
+        tables.setdefault((_above_partitions(path), file.kind, file.columns, part), []).append((path, file))
     found = []
     for group in tables.values():
         files = tuple(path for path, _ in group)
@@ -106,20 +112,51 @@ def look(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
     return found, aside
 
 
+def _partitions(path: Path) -> list[str]:
+    """Folders such as date=2026-01-31 that a file lies in, from the highest."""
+    return [part for part in path.parts[:-1] if "=" in part.strip("=")]
+
+
+def _above_partitions(path: Path) -> Path:
+    depth = next((number for number, part in enumerate(path.parts[:-1]) if "=" in part.strip("=")), len(path.parts) - 1)
+    return Path(*path.parts[:depth])
+
+
+def _headless(file: File) -> str:
+    """Why the first line of a file of cells is no header; empty where it may be one."""
+    if file.kind not in ("csv", "tsv") or file.layout == MIND:
+        return ""
+    odd = [name for name in file.own_columns if re.fullmatch(r"-?[0-9]+([.][0-9]+)?|[a-z]+://.*|[0-9]{4}-[0-9]{2}-[0-9]{2}.*", name)]
+    if len(odd) * 2 < len(file.own_columns) or len(file.own_columns) < 2:
+        return ""
+    return f"{file.path}: its first line looks like a row ({', '.join(file.own_columns[:6])}); write the names of the columns above it"
+
+
 def _glob(paths: tuple[Path, ...]) -> Path:
     if len(paths) == 1:
         return paths[0]
     begin = os.path.commonprefix([path.name for path in paths]).rstrip("0123456789")
     suffixes = {re.search(r"\.\w+(\.gz)?$", path.name)[0] for path in paths}  # type: ignore[index]
+    begin = re.sub(r"[*?\[\]]", "?", begin)
     return paths[0].with_name(f"{begin}*{suffixes.pop() if len(suffixes) == 1 else ''}")
 
 
 def _check_glob(paths: tuple[Path, ...]) -> None:
+    if _partitions(paths[0]):
+        _check_folder(paths)
+        return
     glob = _glob(paths)
     others = {file for file in paths[0].parent.glob(glob.name) if readers.kind_of(file.name)} - set(paths)
     if len(paths) > 1 and others:
         names = ", ".join(path.name for path in paths)
         raise FileError(f"{names} have the same columns, but no pattern names them alone in {glob.parent}: give them a folder of their own")
+
+
+def _check_folder(paths: tuple[Path, ...]) -> None:
+    folder = _above_partitions(paths[0])
+    others = [path for path in _files(folder) if path not in paths]
+    if others:
+        raise FileError(f"{folder} holds partitions and other files, such as {others[0].name}: give the partitions a folder of their own")
 
 
 def _files(path: Path) -> list[Path]:
@@ -136,7 +173,7 @@ def _batches(path: Path, names: Sequence[str]) -> Iterator[Any]:
     filesystem, place = resolve(str(path))
     file = readers.describe(filesystem, place)
     for fragment in readers.fragments(file):
-        for _, frame in readers.read(filesystem, fragment, dict.fromkeys(names, readers.plain_text)):
+        for _, frame in readers.read(filesystem, fragment, dict.fromkeys(names, plain_text)):
             if set(names) <= set(frame.columns):
                 yield frame.filter(pl.col(REASON).is_null()) if REASON in frame.columns else frame
 
@@ -163,9 +200,21 @@ def _column(values: pl.Series) -> Column:
     filled = values.drop_nulls()
     if inner == pl.Binary or isinstance(kind, pl.Struct):
         pictures = _holds_pictures(filled)
-        return Column(name, "bytes", len(filled) / len(values), 1.0, len(filled), 0.0, pictures, 0.0, "")
+        return Column(
+            name,
+            "bytes" if inner == pl.Binary or pictures else "mapping",
+            len(filled) / len(values),
+            1.0,
+            len(filled),
+            0.0,
+            pictures,
+            0.0,
+            "",
+        )
     text = values.to_frame().select(_text(values.to_frame(), name)).to_series().drop_nulls()
-    if isinstance(kind, pl.List | pl.Array) and (inner.is_numeric() or isinstance(inner, pl.List | pl.Array)):
+    while isinstance(inner, pl.List | pl.Array):
+        inner = inner.inner
+    if isinstance(kind, pl.List | pl.Array) and inner.is_numeric():
         return Column(name, "vector", len(text) / len(values), 1.0, len(text), 0.0, 0.0, 0.0, "")
     count, distinct = max(len(text), 1), text.n_unique()
     return Column(
@@ -187,6 +236,8 @@ def _kind(values: pl.Series, text: pl.Series) -> str:
         return "time"
     if not len(text):
         return "text"
+    if text.str.contains(r"^\s*[{].*[}]\s*$").mean() > 0.95:  # type: ignore[operator]
+        return "mapping"
     if text.cast(pl.Float64, strict=False).is_not_null().mean() > 0.95:  # type: ignore[operator]
         return "number"
     times = text.to_frame().select(as_timestamp(pl.col(text.name), pl.String())).to_series()
@@ -196,7 +247,7 @@ def _kind(values: pl.Series, text: pl.Series) -> str:
 def _holds_pictures(values: pl.Series) -> float:
     if isinstance(values.dtype, pl.Struct):
         names = {field.name for field in values.dtype.fields}
-        return 1.0 if names & {"bytes", "path", "large", "hi_res"} else 0.0
+        return 1.0 if names & {"bytes", "path", "large", "hi_res", "url", "src"} else 0.0
     if isinstance(values.dtype, pl.List):
         values = values.explode().drop_nulls()
     first = values.head(100).to_list()

@@ -1,39 +1,41 @@
-"""Rows of Parquet, CSV and JSONL files as they are, plain or gzipped, batch by batch.
+"""Rows of Parquet, CSV and JSON files as they are, plain or gzipped, batch by batch.
 
-Values of Parquet files keep their types; those of CSV and JSONL come as text, because JSONL has no types that hold for a
-whole file. A row that cannot be parsed is handed on with the reason instead of stopping the file.
+Values of Parquet files keep their types; those of CSV and JSON come as text. A row that cannot be parsed is handed on with
+the reason instead of stopping the file. Folders such as date=2026-01-31 are a column of the files in them.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import csv, fs
+from pyarrow import fs
 
-from qbert_ray.inputs import limits
+from qbert_ray.inputs import csv_files, json_files, layouts, limits
+from qbert_ray.inputs.arrow_types import plain_table
+from qbert_ray.inputs.csv_files import Dialect, Rejected
+from qbert_ray.inputs.json_files import REASON, ROW, ROW_LENGTH, Converters, JsonError, as_line
+from qbert_ray.inputs.text_files import LATIN, UTF8, Text, TextError, look_at, open_text
 
-REASON, ROW = "_reason", "_row"  # of a rejected row: why, and the row as JSON
-ROW_LENGTH = 2000  # characters of a rejected row that are kept
+__all__ = ["REASON", "ROW", "ROW_LENGTH", "Converters", "File", "FileError", "Fragment", "describe", "fragments", "kind_of", "read"]
 
 KINDS = {
-    ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+    ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".inter": "tsv", ".item": "tsv", ".user": "tsv",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
 }  # fmt: skip
-SAMPLED_LINES = 10_000  # JSONL names its columns line by line; those of so many lines are known when a file is described
 FRAGMENT_ROWS, FRAGMENT_BYTES = 1 << 18, 128 << 20  # Parquet row groups are read together up to this
 BATCH_ROWS, BATCH_BYTES = 1 << 16, 64 << 20
-BROKEN = (pa.ArrowException, pl.exceptions.PolarsError, OSError, EOFError, zlib.error, UnicodeDecodeError)
-
-Converters = Mapping[str, Callable[[Any], str | None]]
+BROKEN = (
+    *(pa.ArrowException, pl.exceptions.PolarsError, OSError, EOFError, zlib.error, UnicodeError, JsonError, TextError, RecursionError),
+    json.JSONDecodeError,
+)
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # how Spark and Hive name the folder of rows without a value
 
 
 class FileError(ValueError):
@@ -44,8 +46,33 @@ class FileError(ValueError):
 class File:
     path: str  # as the file system takes it
     kind: str
-    columns: tuple[str, ...]
+    columns: tuple[str, ...]  # its own, then those of its folders
     row_groups: tuple[tuple[int, int], ...] = ()  # rows and bytes of each row group of a Parquet file
+    folders: tuple[tuple[str, str | None], ...] = ()  # column -> value, of folders such as date=2026-01-31
+    text: Text = Text()
+    dialect: Dialect = Dialect()
+    layout: str = json_files.LINES
+    schema: pa.Schema | None = None  # of a Parquet file
+
+    @property
+    def own_columns(self) -> tuple[str, ...]:
+        return self.columns[: len(self.columns) - len(self.folders)]
+
+    @property
+    def remark(self) -> str:
+        """What is unusual about how the file is written; empty where nothing is."""
+        said = []
+        if self.text.encoding == LATIN:
+            said.append("not UTF-8: read as Windows-1252 (Latin-1)")
+        elif self.text.encoding != UTF8:
+            said.append(self.text.encoding.upper())
+        if self.kind in ("csv", "tsv") and self.dialect.delimiter != ("\t" if self.kind == "tsv" else ","):
+            said.append({";": "semicolons", "\t": "tabs", ",": "commas"}.get(self.dialect.delimiter, repr(self.dialect.delimiter)))
+        if self.layout == layouts.MIND:
+            said.append("MIND, without a header")
+        elif self.layout != json_files.LINES:
+            said.append("one JSON value" if self.layout == json_files.ARRAY else "one JSON object")
+        return "; ".join(said)
 
 
 @dataclass(frozen=True)
@@ -65,24 +92,34 @@ def kind_of(path: str) -> str | None:
 
 
 def describe(filesystem: fs.FileSystem, path: str) -> File:
-    """Kind and columns of a file, looked into but not read.
+    """Kind and columns of a file, looked into but not read; a file without a header has no columns.
 
     Raises:
-        FileError: the file is empty, unreadable or of no known kind.
+        FileError: the file is unreadable or of no known kind.
     """
     kind = kind_of(path)
     if kind is None:
         raise FileError(f"{path} is none of {', '.join(KINDS)} (those of text also with .gz)")
     if filesystem.get_file_info(path).size == 0:
-        raise FileError(f"{path} is empty")
+        return File(path, kind, ())
     try:
         if kind == "parquet":
-            parquet = pq.ParquetFile(path, filesystem=filesystem)
-            limits.check_schema(parquet.schema_arrow)
-            groups = (parquet.metadata.row_group(number) for number in range(parquet.num_row_groups))
-            return File(path, kind, tuple(parquet.schema_arrow.names), tuple((group.num_rows, group.total_byte_size) for group in groups))
-        with _open(filesystem, path) as stream:
-            return File(path, kind, _jsonl_columns(stream, path) if kind == "jsonl" else _csv_columns(stream, kind))
+            return _describe_parquet(filesystem, path)
+        text, content, whole = look_at(filesystem, path)
+        if kind == "jsonl":
+            layout, names = json_files.describe(content, whole)
+            limits.check_columns(names)
+            return _with_folders(File(path, kind, names, text=text, layout=layout))
+        dialect, names = csv_files.header(content, kind)
+        limits.check_columns(names)
+        if known := layouts.names_of(names):
+            columns = layouts.CLICKS if known == layouts.BEHAVIORS else known
+            return _with_folders(File(path, kind, columns, text=text, dialect=replace(dialect, header_lines=0), layout=layouts.MIND))
+        return _with_folders(File(path, kind, names, text=text, dialect=dialect))
+    except JsonError as error:
+        raise FileError(f"{path}: {error}") from None
+    except (EOFError, zlib.error) as error:
+        raise FileError(f"{path} is damaged: {_brief(error)}") from None
     except (*BROKEN, limits.LimitError) as error:
         raise FileError(f"{path} cannot be read as {kind}: {_brief(error)}") from None
 
@@ -112,145 +149,77 @@ def read(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) 
         FileError: the file is damaged.
     """
     reader = {"parquet": _read_parquet, "jsonl": _read_jsonl}.get(fragment.file.kind, _read_csv)
+    folders = [pl.lit(value, pl.String).alias(name) for name, value in fragment.file.folders if name in converters]
+    first = fragment.first_row
     try:
-        yield from reader(filesystem, fragment, converters)
+        for frame in reader(filesystem, fragment, converters):
+            if len(frame):
+                yield first, frame.with_columns(folders)
+            first += len(frame)
     except (*BROKEN, limits.LimitError) as error:
         raise FileError(f"{fragment.file.path} is damaged or not {fragment.file.kind}: {_brief(error)}") from None
 
 
-def plain_text(value: Any) -> str | None:
-    """A JSON value as text: whole numbers without .0, lists joined with a comma, mappings as JSON."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
-    if isinstance(value, list):
-        texts = (text.strip() for text in map(plain_text, value) if text)
-        return ", ".join(text for text in texts if text)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+def _describe_parquet(filesystem: fs.FileSystem, path: str) -> File:
+    parquet = pq.ParquetFile(path, filesystem=filesystem)
+    groups = (parquet.metadata.row_group(number) for number in range(parquet.num_row_groups))
+    sizes = tuple((group.num_rows, group.total_byte_size) for group in groups)
+    limits.check_schema(parquet.schema_arrow)
+    schema = parquet.schema_arrow.remove_metadata()
+    return _with_folders(File(path, "parquet", tuple(schema.names), sizes, schema=schema))
 
 
-def first_image(value: Any) -> str | None:
-    """Path or URL in a JSON value: the text itself, the first of a list, or what Amazon's and Hugging Face's mappings hold."""
-    if isinstance(value, list):
-        return next(filter(None, map(first_image, value)), None)
-    if isinstance(value, dict):
-        return next(filter(None, (first_image(value.get(key)) for key in ("large", "hi_res", "path"))), None)
-    return value if isinstance(value, str) else None
-
-
-def _csv_columns(stream: BinaryIO, kind: str) -> tuple[str, ...]:
-    names = tuple(csv.open_csv(stream, **_csv_options(kind, lambda _: "skip")).schema.names)
-    limits.check_columns(names)
-    return names
-
-
-def _jsonl_columns(stream: BinaryIO, path: str) -> tuple[str, ...]:
-    names: dict[str, None] = {}
-    for line in itertools.islice(limits.lines(stream), SAMPLED_LINES):
-        if not names and line.startswith(b"["):
-            raise FileError(f"{path} is one JSON array; write one object a line (JSONL)")
-        names |= dict.fromkeys(_parse(line) or {})
-        limits.check_columns(names)
-    if not names:
-        raise FileError(f"{path}: none of the first {SAMPLED_LINES:,} lines is a JSON object (Python literals are not JSON)")
-    return tuple(names)
+def _with_folders(file: File) -> File:
+    """The file with a column for each folder of its path such as date=2026-01-31 that it has no column for."""
+    pairs = [part.partition("=") for part in file.path.split("/")[:-1]]
+    found = {
+        unquote(name): None if value == NO_VALUE else unquote(value) for name, equals, value in pairs if equals and name.isidentifier()
+    }
+    folders = tuple((name, value) for name, value in found.items() if name not in file.columns)
+    return File(**{**file.__dict__, "columns": (*file.columns, *(name for name, _ in folders)), "folders": folders}) if folders else file
 
 
 # one reader per kind
 
 
-def _read_parquet(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) -> Iterator[tuple[int, pl.DataFrame]]:
-    columns = [name for name in fragment.file.columns if name in converters]
-    first = fragment.first_row
+def _read_parquet(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) -> Iterator[pl.DataFrame]:
+    columns = [name for name in dict.fromkeys(fragment.file.own_columns) if name in converters]
     parquet = pq.ParquetFile(fragment.file.path, filesystem=filesystem)
+    if not columns:  # only the number of rows is known
+        yield pl.DataFrame(
+            {REASON: pl.Series([None] * sum(fragment.file.row_groups[group][0] for group in fragment.row_groups), dtype=pl.String)}
+        )
+        return
     by_number = limits.repeated_columns(parquet.metadata, parquet.schema_arrow, columns)
     if by_number:
         parquet = pq.ParquetFile(fragment.file.path, filesystem=filesystem, metadata=parquet.metadata, read_dictionary=by_number)
     for batch in parquet.iter_batches(fragment.batch_rows, row_groups=list(fragment.row_groups), columns=columns):
         for piece in limits.unpacked(batch):
-            yield first, pl.DataFrame(pa.Table.from_batches([piece]).select(columns))
-            first += len(piece)
+            yield pl.DataFrame(plain_table(pa.Table.from_batches([piece]), columns))
 
 
-def _read_csv(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) -> Iterator[tuple[int, pl.DataFrame]]:
-    columns = [name for name in fragment.file.columns if name in converters]
-    broken: list[str] = []
-
-    def keep(row: csv.InvalidRow) -> str:
-        broken.append(row.text)
-        return "skip"
-
-    convert = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), include_columns=columns)
-    first = 0
-    with _open(filesystem, fragment.file.path) as stream:
-        for batch in csv.open_csv(stream, **_csv_options(fragment.file.kind, keep), convert_options=convert):
-            yield first, pl.DataFrame(pa.Table.from_batches([batch]))
-            first += len(batch)
+def _read_csv(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) -> Iterator[pl.DataFrame]:
+    file = fragment.file
+    columns = [name for name in file.own_columns if name in converters]
+    behaviors = file.layout == layouts.MIND and file.own_columns == layouts.CLICKS
+    names, wanted = (layouts.BEHAVIORS, layouts.BEHAVIORS) if behaviors else (file.own_columns, columns)
+    broken: list[Rejected] = []
+    with open_text(filesystem, file.path) as stream:
+        for found in csv_files.read(stream, file.text, file.dialect, names, wanted):
+            if isinstance(found, Rejected):
+                broken.append(found)
+            else:
+                yield layouts.clicks(pl.DataFrame(found)).select(columns) if behaviors else pl.DataFrame(found)
     if broken:
-        yield first, pl.DataFrame({REASON: ["invalid CSV row"] * len(broken), ROW: [_line(text) for text in broken]})
+        rows = [as_line(row.line, cells=row.cells, columns=len(file.own_columns)) for row in broken]
+        yield pl.DataFrame({REASON: [row.reason for row in broken], ROW: rows})
 
 
-def _csv_options(kind: str, invalid_row_handler: Callable[[csv.InvalidRow], str]) -> dict[str, Any]:
-    delimiter = "\t" if kind == "tsv" else ","
-    return {
-        "read_options": csv.ReadOptions(use_threads=False, block_size=16 << 20),
-        "parse_options": csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=invalid_row_handler),
-    }
-
-
-def _read_jsonl(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) -> Iterator[tuple[int, pl.DataFrame]]:
-    first = 0
-    with _open(filesystem, fragment.file.path) as stream:
-        for batch in limits.batches(limits.lines(stream), BATCH_ROWS // 4, BATCH_BYTES):
-            yield first, _parse_lines(batch, converters)
-            first += len(batch)
-
-
-def _parse_lines(lines: list[bytes], converters: Converters) -> pl.DataFrame:
-    records = [_parse(line) for line in lines]
-    broken = [line if record is None else None for record, line in zip(records, lines, strict=True)]
-    data: dict[str, list[str | None]] = {
-        name: [None if record is None else convert(record.get(name)) for record in records] for name, convert in converters.items()
-    }
-    data[REASON] = [line and "invalid JSON" for line in broken]  # type: ignore[misc]
-    data[ROW] = [line and _line(line.decode(errors="replace")) for line in broken]  # type: ignore[misc]
-    try:
-        return pl.DataFrame(data, schema=dict.fromkeys(data, pl.String))
-    except UnicodeEncodeError:  # JSON can spell halves of a character, which UTF-8 cannot
-        data = {name: [value and value.encode(errors="replace").decode() for value in values] for name, values in data.items()}
-        return pl.DataFrame(data, schema=dict.fromkeys(data, pl.String))
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    deep = line.count(b"[") + line.count(b"{") > limits.MOST_NESTED and _is_deep(record)
-    return record if isinstance(record, dict) and not deep else None
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether a value is nested past `limits.MOST_NESTED`; by a number, since how much Python's stack bears depends on who calls."""
-    level = [value]
-    for _ in range(limits.MOST_NESTED):
-        level = [
-            inner for outer in level if isinstance(outer, dict | list) for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(level)
-
-
-def _line(text: str) -> str:
-    return json.dumps({"line": text[:ROW_LENGTH]}, ensure_ascii=False)[:ROW_LENGTH]
-
-
-def _open(filesystem: fs.FileSystem, path: str) -> BinaryIO:
-    # Python's gzip rather than Arrow's: published dumps are at times several gzip streams in a row.
-    stream = filesystem.open_input_stream(path, compression=None)
-    return gzip.GzipFile(fileobj=stream) if path.lower().endswith(".gz") else io.BufferedReader(stream)  # type: ignore[return-value]
+def _read_jsonl(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) -> Iterator[pl.DataFrame]:
+    file = fragment.file
+    own = {name: convert for name, convert in converters.items() if name not in dict(file.folders)}
+    with open_text(filesystem, file.path) as stream:
+        yield from json_files.read(stream, file.text, file.layout, own)
 
 
 def _brief(error: BaseException) -> str:

@@ -6,8 +6,8 @@ is dropped here. `stable_hash` is the house's hash: it orders users, items and t
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -15,13 +15,16 @@ import pyarrow as pa
 
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs.addresses import Addresses
-from qbert_ray.inputs.image_columns import Kind, image_bytes, image_path, safe_paths
+from qbert_ray.inputs.image_columns import from_template, image_bytes, image_path, safe_paths, unread_image
+from qbert_ray.inputs.markup import strip_markup
 from qbert_ray.inputs.readers import REASON, ROW, ROW_LENGTH
 from qbert_ray.inputs.sources import POSITION, Source
+from qbert_ray.inputs.times import as_timestamp
+from qbert_ray.inputs.values import Kind, as_id, as_rating, as_text, is_given
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID
 
-UNSAFE = "_unsafe_image"  # the image path that was refused
-_WHOLE = 2.0**53  # floats below are exact whole numbers
+UNSAFE, UNREAD = "<unsafe image>", "<unread image>"  # the image path that was refused, the value in which none was found
+_GIVEN_TIME, _GIVEN_RATING, _GIVEN_PATH = "<given time>", "<given rating>", "<given path>"
 
 
 # hashing
@@ -63,51 +66,53 @@ Converter = Callable[[pl.Expr, Kind], pl.Expr]
 
 def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float | None) -> pl.DataFrame:
     """user_id, item_id, timestamp, rating, position, reason (null: kept) and row (as JSON, of rejected ones)."""
-    to_id = _csv_id if source.files[0].kind in ("csv", "tsv") else as_text
     rows = raw.select(
-        _pick(raw, source, USER_ID, to_id),
-        _pick(raw, source, ITEM_ID, to_id),
-        _pick(raw, source, TIMESTAMP, as_timestamp),
-        _pick(raw, source, RATING, _as_rating),
-        _pick(raw, source, TIMESTAMP, _is_given).alias("given_time"),
+        _pick(raw, source, USER_ID, as_id),
+        _pick(raw, source, ITEM_ID, as_id),
+        _pick(raw, source, TIMESTAMP, partial(as_timestamp, style=source.times)),
+        _pick(raw, source, RATING, as_rating),
+        _pick(raw, source, TIMESTAMP, is_given).alias(_GIVEN_TIME),
+        _pick(raw, source, RATING, is_given).alias(_GIVEN_RATING),
         *(POSITION, REASON, ROW),
     )
     reasons = [pl.when(pl.col(name).is_null()).then(pl.lit(f"missing {name}")) for name in (USER_ID, ITEM_ID)]
-    reasons.append(pl.when(pl.col("given_time").is_null()).then(pl.lit(f"missing {TIMESTAMP}")))
+    reasons.append(pl.when(pl.col(_GIVEN_TIME).is_null()).then(pl.lit(f"missing {TIMESTAMP}")))
     reasons.append(pl.when(pl.col(TIMESTAMP).is_null()).then(pl.lit(f"bad {TIMESTAMP}")))
     if min_rating is not None:
+        reasons.append(pl.when(pl.col(RATING).is_null() & pl.col(_GIVEN_RATING)).then(pl.lit(f"bad {RATING}")))
         reasons.append(pl.when(pl.col(RATING) < min_rating).then(pl.lit("below min_rating")))
-    return _explain(rows, reasons, raw).drop("given_time")
+    return _explain(rows, reasons, raw).drop(_GIVEN_TIME, _GIVEN_RATING)
 
 
 def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain, root: str) -> pl.DataFrame:
-    """item_id, image_path, image_bytes, text.*, attribute.*, position, reason, row, and an image path that was refused.
+    """item_id, image_path, image_bytes, text.*, attribute.*, position, reason, row, an image path that was refused, and an unread image.
 
     Args:
         file: number of the file the rows are from: relative image paths start in its folder.
         root: another folder that absolute image paths may point into.
     """
-    to_id = _csv_id if source.files[0].kind in ("csv", "tsv") else as_text
     texts = {f"{TEXT_PREFIX}{name}": name for name in domain.text_fields} | {
         f"{ATTRIBUTE_PREFIX}{name}": name for name in domain.attributes
     }
     rows = raw.select(
-        _pick(raw, source, ITEM_ID, to_id),
-        _pick(raw, source, source.image, image_path).alias("given_path"),
+        _pick(raw, source, ITEM_ID, as_id),
+        _pick(raw, source, source.image, image_path).alias(_GIVEN_PATH),
         _pick(raw, source, source.image, image_bytes).alias("image_bytes"),
+        _pick(raw, source, source.image, unread_image).alias(UNREAD),
         *(_pick(raw, source, name, as_text).alias(column) for column, name in texts.items()),
         *(POSITION, REASON, ROW),
     )
-    if source.format != "contract":
-        rows = rows.with_columns(strip_markup(rows[column]) for column in texts)
+    rows = rows.with_columns(strip_markup(rows[column]) for column in texts)
+    if source.template:
+        rows = rows.with_columns(pl.coalesce(_GIVEN_PATH, from_template(source.template, pl.col(ITEM_ID))))
     # A picture that came as bytes needs no path, whatever its path says.
-    given = rows.select(pl.when(pl.col("image_bytes").is_null()).then("given_path").alias("given_path")).to_series()
+    given = rows.select(pl.when(pl.col("image_bytes").is_null()).then(_GIVEN_PATH).alias(_GIVEN_PATH)).to_series()
     addresses = Addresses.of(source.uri if "://" in source.uri else root, domain)
     paths = safe_paths(given, source.folder(file), source.query, root, addresses)
     rows = rows.with_columns(paths.alias("image_path"), given)
-    refused = pl.when(pl.col("image_path").is_null()).then("given_path").alias(UNSAFE)
+    refused = pl.when(pl.col("image_path").is_null()).then(_GIVEN_PATH).alias(UNSAFE)
     reasons = [pl.when(pl.col(ITEM_ID).is_null()).then(pl.lit(f"missing {ITEM_ID}"))]
-    return _explain(rows.with_columns(refused).drop("given_path"), reasons, raw)
+    return _explain(rows.with_columns(refused).drop(_GIVEN_PATH), reasons, raw)
 
 
 def _pick(raw: pl.DataFrame, source: Source, name: str | None, convert: Converter) -> pl.Expr:
@@ -137,77 +142,3 @@ def _holds_bytes(kind: Kind) -> bool:
     if isinstance(kind, pl.Struct):
         return any(_holds_bytes(field.dtype) for field in kind.fields)
     return _holds_bytes(kind.inner) if isinstance(kind, pl.List | pl.Array) else kind == pl.Binary
-
-
-# values by the type of their column
-
-
-def as_text(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """Stripped text, null where nothing is left: whole numbers without .0, lists joined with a comma, structs as JSON."""
-    if isinstance(kind, pl.Array):
-        value, kind = value.arr.to_list(), pl.List(kind.inner)
-    if isinstance(kind, pl.List):
-        value = value.list.eval(as_text(pl.element(), kind.inner)).list.drop_nulls().list.join(", ")
-    elif isinstance(kind, pl.Struct):
-        told = [value.struct.field(field.name) for field in kind.fields if not _holds_bytes(field.dtype)]  # polars writes no bytes as JSON
-        value = pl.when(value.is_not_null()).then(pl.struct(told).struct.json_encode()) if told else pl.lit(None, pl.String)
-    elif kind.is_float():
-        whole = (value == value.round(0)) & (value.abs() < _WHOLE)
-        number = pl.when(value.is_not_nan()).then(value.cast(pl.String))
-        value = pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(number)
-    elif kind == pl.Binary:
-        value = value.map_elements(lambda content: content.decode(errors="replace"), pl.String)  # which polars refuses a whole column for
-    else:
-        value = value.cast(pl.String, strict=False)
-    text = value.str.strip_chars()
-    return pl.when(text != "").then(text)
-
-
-def _is_given(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """True where there is a value, null elsewhere."""
-    there = value if kind.is_integer() or kind.is_temporal() else as_text(value, kind)  # which are never written as nothing
-    return pl.when(there.is_not_null()).then(True)
-
-
-def _csv_id(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """CSV has no types: 12.0 is how a whole number is written whose column had gaps."""
-    return as_text(value, kind).str.replace(r"^(\d+)\.0$", "$1")
-
-
-def as_timestamp(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """Whole number, as given; dates and times as microseconds since 1970. Null where it is neither."""
-    if kind.is_integer():
-        return value.cast(pl.Int64, strict=False)
-    if kind.is_numeric():
-        return _whole_number(value.cast(pl.Float64))
-    if isinstance(kind, pl.Datetime | pl.Date):
-        return value.cast(pl.Datetime("us")).dt.epoch("us")
-    if kind not in (pl.String, pl.Categorical, pl.Enum):
-        return pl.lit(None, pl.Int64)
-    text = value.cast(pl.String).str.strip_chars()
-    plain = text.str.replace("[T ]", " ").str.replace(r"Z$", "+00:00")
-    zoned = plain.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%#z", time_unit="us", time_zone="UTC", strict=False).dt.epoch("us")
-    clock = plain.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="us", strict=False).dt.epoch("us")
-    date = plain.str.to_datetime("%Y-%m-%d", time_unit="us", strict=False).dt.epoch("us")
-    # Digits first: only they keep all 64 bits. Decimals and exponents are how spreadsheets write whole numbers.
-    return pl.coalesce(text.cast(pl.Int64, strict=False), _whole_number(text.cast(pl.Float64, strict=False)), zoned, clock, date)
-
-
-def _whole_number(value: pl.Expr) -> pl.Expr:
-    return pl.when(value == value.round(0)).then(value.cast(pl.Int64, strict=False))
-
-
-def _as_rating(value: pl.Expr, kind: Kind) -> pl.Expr:
-    plain = kind.is_numeric() or kind == pl.String
-    return value.cast(pl.Float32, strict=False).fill_nan(None) if plain else pl.lit(None, pl.Float32)
-
-
-def strip_markup(texts: pl.Series) -> pl.Series:
-    """Texts without HTML tags, scripts and entities."""
-    marked = texts.str.contains(r"[&<]").fill_null(False).arg_true()
-    if not len(marked):
-        return texts
-    plain = texts[marked].map_elements(html.unescape, pl.String)
-    plain = plain.str.replace_all(r"(?is)<script.*?</script>|<style.*?</style>|</?[a-z!][^>]*>", " ")
-    plain = plain.str.replace_all(r"\s+", " ").str.strip_chars()
-    return texts.scatter(marked, plain.replace("", None))

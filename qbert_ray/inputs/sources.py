@@ -7,13 +7,15 @@ is what makes the answer independent of who reads what and when.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import polars as pl
@@ -21,13 +23,18 @@ from pyarrow import fs
 
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs import readers
+from qbert_ray.inputs.arrow_types import plain_table
+from qbert_ray.inputs.image_columns import can_hold_images, from_template
+from qbert_ray.inputs.json_files import first_image, plain_text
 from qbert_ray.inputs.limits import leading_outside
+from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
+from qbert_ray.inputs.times import TimeStyle, judge
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 from qbert_ray.storage.directory import join, resolve
 
 Table = Literal["items", "interactions"]
-POSITION = "_position"
+POSITION = "<position>"  # a name that no column of a file has
 _FILE_BITS = 40  # rows of a file that positions can count
 
 # Names of the input contract -> columns of Amazon's raw files; the first filled one wins.
@@ -55,6 +62,8 @@ class Source:
     format: str  # contract, amazon_2018 or amazon_2023
     columns: dict[str, tuple[str, ...]]  # contract name -> columns of the files; the first filled one wins
     image: str | None  # contract name of the image column
+    template: str | None = None  # of image paths, such as covers/{item_id}.jpg
+    times: TimeStyle = TimeStyle()
 
     @property
     def raw_columns(self) -> list[str]:
@@ -82,7 +91,7 @@ class Source:
         """
         names = self.raw_columns
         images = self.columns.get(self.image, ()) if self.image else ()
-        converters = {name: readers.first_image if name in images else readers.plain_text for name in names}
+        converters = {name: first_image if name in images else plain_text for name in names}
         try:
             for first, frame in readers.read(self.filesystem, fragment, converters):
                 position = pl.int_range(pl.len(), dtype=pl.Int64) + ((file << _FILE_BITS) + first)
@@ -107,6 +116,7 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
     label, key = f"domain {name}: {table}", f"data.domains.{name}.{table}"
     uri = join(root, location)
     filesystem, path = resolve(uri)
+    check_root(root)
     paths = find_files(filesystem, path)
     if not paths:
         raise SourceError(f"{label}: no Parquet, CSV or JSONL file at {uri}; set {key} (given: {location}) or data.root (given: {root})")
@@ -119,12 +129,68 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
         raise SourceError(f"{label}: {uri} holds files of several kinds ({', '.join(kinds)}); choose among them with a glob in {key}")
     try:
         with ThreadPoolExecutor(16) as pool:
-            files = tuple(pool.map(lambda path: readers.describe(filesystem, path), paths))
+            described = tuple(pool.map(lambda path: readers.describe(filesystem, path), paths))
     except FileError as error:
         raise SourceError(f"{label}: {error}; set {key}") from None
+    files = tuple(file for file in described if file.own_columns)  # parts that hold nothing are usual; Spark writes hundreds
+    if not files:
+        raise SourceError(f"{label}: {uri} is empty; set {key}")
     form = domain.format if domain.format != "auto" else detect_format(files)
     columns = _choose_columns(label, name, table, domain, form, files, needs_rating)
-    return Source(label, uri, filesystem, files, form, columns, domain.image_column if table == "items" else None)
+    if table == "interactions":
+        source = Source(label, uri, filesystem, files, form, columns, None)
+        return replace(source, times=_time_style(source))
+    source = Source(label, uri, filesystem, files, form, columns, domain.image_column, domain.image_template)
+    _check_images(source, name)
+    return source
+
+
+def check_root(root: str) -> None:
+    """Refuse a local data.root that is not there.
+
+    Raises:
+        SourceError: with the nearest name that is there.
+    """
+    filesystem, path = resolve(root)
+    if not isinstance(filesystem, fs.LocalFileSystem) or Path(path).exists():
+        return
+    parent = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    missing = Path(path).absolute().relative_to(parent).parts[0]
+    near = difflib.get_close_matches(missing, [entry.name for entry in itertools.islice(parent.iterdir(), 10_000)], n=1)
+    hint = f"did you mean {parent / near[0]}?" if near else f"{parent} is there and holds no {missing}"
+    raise SourceError(f"data.root: no folder at {path}; {hint}")
+
+
+def _check_images(source: Source, name: str) -> None:
+    """Refuse an image column of a type that can hold neither paths nor pictures, and a template that names no item."""
+    for file, column in itertools.product(source.files, source.columns.get(source.image or "", ())):
+        if file.schema is None or column not in file.schema.names:
+            continue
+        table = plain_table(file.schema.empty_table().select([file.schema.names.index(column)]), [column])
+        if not can_hold_images(pl.DataFrame(table).schema[column]):
+            raise SourceError(
+                f"{source.label}: the image column {column} of {file.path} has the type {file.schema.field(column).type}, in which neither a path "
+                f"nor a picture can be; text, bytes, lists of these and structs with path, url, src or bytes are read; change data.domains.{name}.image_column"
+            )
+    if source.template:
+        try:
+            from_template(source.template, pl.lit(""))
+        except ValueError as error:
+            raise SourceError(f"data.domains.{name}.image_template: {error}") from None
+
+
+def _time_style(source: Source) -> TimeStyle:
+    """How times are written, by the first values of the first file that has them, or more where these do not tell."""
+    try:
+        return judge(
+            frame[column]
+            for file, column in itertools.product(source.files, source.columns[TIMESTAMP])
+            for fragment in readers.fragments(file)
+            for _, frame in readers.read(source.filesystem, fragment, {column: plain_text})
+            if column in frame.columns and len(frame)
+        )
+    except FileError:  # found again, and told of, when the rows are read
+        return TimeStyle()
 
 
 def find_files(filesystem: fs.FileSystem, path: str, wanted: Callable[[str], object] = readers.kind_of) -> list[str]:
@@ -141,15 +207,26 @@ def find_files(filesystem: fs.FileSystem, path: str, wanted: Callable[[str], obj
     parts = path.rstrip("/").split("/")
     fixed = len(parts)
     if kind == fs.FileType.NotFound:  # only what does not exist by that very name can be a glob
-        fixed = next((number for number, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts))
+        fixed = _first_glob(filesystem, parts)
     selector = fs.FileSelector("/".join(parts[:fixed]), recursive=True, allow_not_found=True)
     infos = (info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File)
     return sorted(info.path for info in infos if wanted(info.path) and _matches(info.path.split("/"), parts, fixed))
 
 
+def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
+    """Number of the first part of a path that is a pattern: one with its signs that is no folder by that very name."""
+    for number, part in enumerate(parts):
+        missing = (
+            any(sign in part for sign in "*?[") and filesystem.get_file_info("/".join(parts[: number + 1])).type == fs.FileType.NotFound
+        )
+        if missing:
+            return number
+    return len(parts)
+
+
 def _matches(found: list[str], wanted: list[str], fixed: int) -> bool:
     """Whether a found path is inside the wanted folder, or fits the wanted glob; hidden files never do."""
-    hidden = any(part.startswith((".", "_")) for part in found[fixed:])
+    hidden = any(part.startswith((".", "_")) and "=" not in part for part in found[fixed:])
     return not hidden and len(found) >= len(wanted) and all(map(fnmatch.fnmatchcase, found[fixed:], wanted[fixed:]))
 
 
@@ -178,16 +255,17 @@ def _choose_columns(
             file = (lacking or files)[0]
             raise SourceError(
                 f"{label}: {file.path} has no column {' or '.join(candidates)}, wanted for {column}; "
-                f"columns found: {', '.join(file.columns)}; {_mend(name, table, column)}change {key}"
+                f"columns found: {', '.join(file.columns)}; {_mend(name, table, column, file.columns)}change {key}"
             )
     return chosen
 
 
-def _mend(name: str, table: Table, column: str) -> str:
+def _mend(name: str, table: Table, column: str, found: tuple[str, ...]) -> str:
     """How to name a column of the contract that the file calls otherwise."""
     if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
         return "rename it there, or "
-    return f"say what the file calls it: data.domains.{name}.{table.removesuffix('s')}_columns.{column}=<column>, or "
+    likely = next(iter(named(found, column)), "<column>")
+    return f"say what the file calls it: data.domains.{name}.{table.removesuffix('s')}_columns.{column}={likely}, or "
 
 
 def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool) -> dict[str, str]:

@@ -24,7 +24,8 @@ from qbert_ray.execution.executor import Executor, Handle, Rows
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, USER, Core, Partition, core, partition, survivors
 from qbert_ray.inputs.readers import REASON, ROW, Fragment
-from qbert_ray.inputs.rows import UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
+from qbert_ray.inputs.reasons import UNITS, nothing_left, rejected, suspicions
+from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sources import POSITION, Source, SourceError, open_source
 from qbert_ray.storage.columns import (
     COLD,
@@ -43,6 +44,7 @@ from qbert_ray.storage.columns import (
 from qbert_ray.storage.directory import RunDir, resolve
 
 ROWS_PER_PARTITION, MAX_TASKS = 500_000, 64
+EXAMPLES, KNOWN_IDS = 100, 100_000  # looked at where nothing is left, to say why
 BYTES_PER_TASK = 128 << 20  # of the catalog
 GROUP = "_group"
 
@@ -54,7 +56,9 @@ def ingest(config: Config, run: RunDir, executor: Executor, progress: Progress) 
         SourceError: a domain's files cannot be used, or nothing is left of them.
     """
     progress.start(4 * len(config.data.domains))
-    return {name: ingest_domain(config, name, run, executor, progress) for name in config.data.domains}
+    counts: dict[str, Any] = {name: ingest_domain(config, name, run, executor, progress) for name in config.data.domains}
+    found = [f"domain {name}: {warning}" for name, figures in counts.items() for warning in figures.pop("warnings")]
+    return counts | ({"warnings": found} if found else {})
 
 
 def ingest_domain(
@@ -78,12 +82,15 @@ def ingest_domain(
         executor, partitions, _held_out(catalog, data.cold_share if domain.role == "target" else 0.0), data.min_interactions, min_item
     )
     if not sum(left.users):
-        raise SourceError(f"domain {name}: nothing is left of {num_rows:,} interactions; {_most_rejected(executor, partitions)}")
+        raise SourceError(f"domain {name}: {_nothing_left(executor, partitions, item_rows, catalog, num_rows)}")
     progress.advance()
 
     counts = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions).write(item_rows, partitions)
     progress.advance()
     counts = {"items_read": item_rows.count(), "interactions_read": num_rows, **counts, "core_rounds": left.rounds}
+    counts["users_evaluated"] = counts.get("users_evaluated", 0)
+    seen = {unit: counts.pop(f"time_{unit}", 0) for unit in UNITS}
+    counts["warnings"] = suspicions(counts["users"], counts["users_evaluated"], counts.pop("users_at_one_time", 0), seen)
     for table in ("items", "interactions"):
         assert counts[f"{table}_read"] == counts[table] + sum(counts[f"{table}_rejected"].values()), f"{table} lost rows: {counts}"
     return counts
@@ -120,7 +127,11 @@ def _catalog(executor: Executor, source: Source, blocks: list[Handle]) -> pa.Tab
     """item_id, position of the first row and hash of each item, in order of the hash: an item's row is its code."""
     rows = pl.concat([pl.DataFrame(executor.get(handle)) for handle in [executor.submit(_ids, block) for block in blocks]])
     if rows.is_empty():
-        raise SourceError(f"{source.label}: no row of {source.uri} has an item_id")
+        why = [
+            f"\n  {rejected(reason, *found, sum(map(len, map(executor.get, blocks))))}"
+            for reason, found in _reasons(executor, blocks).items()
+        ]
+        raise SourceError(f"{source.label}: no row of {source.uri} can be used: {''.join(why)}")
     first = rows.group_by(ITEM_ID).agg(pl.col(POSITION).min())
     hashed = first.with_columns(pl.Series(HASH, stable_hash(first[ITEM_ID], ITEM_SALT)))
     return hashed.sort(HASH, ITEM_ID).to_arrow()
@@ -135,12 +146,28 @@ def _held_out(catalog: pa.Table, share: float) -> np.ndarray:
     return stable_hash(pl.DataFrame(catalog)[ITEM_ID], COLD_SALT) < np.uint64(share * 2**64)
 
 
-def _most_rejected(executor: Executor, partitions: list[Partition]) -> str:
-    reasons: Counter[str] = Counter()
-    for part in partitions:
-        reasons.update(dict(pl.DataFrame(executor.get(part.rejected))[REASON].value_counts().iter_rows()))
-    found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3)) or "none was unusable in itself"
-    return f"rejected: {found}; the rest falls to data.min_interactions and data.min_item_interactions, so lower these"
+def _nothing_left(executor: Executor, partitions: list[Partition], items: Rows, catalog: pa.Table, num_rows: int) -> str:
+    found = _reasons(executor, [part.rejected for part in partitions])
+    left = num_rows - sum(count for count, _ in found.values())
+    known = pl.DataFrame(catalog)[ITEM_ID].head(KNOWN_IDS).to_list()
+    return nothing_left(num_rows, found, left, _reasons(executor, items.blocks()), items.count(), known)
+
+
+def _reasons(executor: Executor, tables: list[Handle]) -> dict[str, tuple[int, list[str]]]:
+    """Reason -> how many rows it rejects and some of them as JSON, the most frequent first."""
+    total: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    for handle in [executor.submit(_some_rejected, table) for table in tables]:
+        for reason, count, rows in executor.get(handle):
+            total[reason] += count
+            examples[reason] = (examples.get(reason, []) + rows)[:EXAMPLES]
+    return {reason: (count, examples[reason]) for reason, count in total.most_common()}
+
+
+def _some_rejected(table: pa.Table) -> list[tuple[str, int, list[str]]]:
+    rows = pl.DataFrame(table).filter(pl.col(REASON).is_not_null())
+    grouped = rows.group_by(REASON, maintain_order=True).agg(pl.len(), pl.col(ROW).drop_nulls().head(EXAMPLES))
+    return list(grouped.select(REASON, "len", ROW).iter_rows())
 
 
 def _local(root: str) -> str:
@@ -233,14 +260,19 @@ def write_items(run: RunDir, domain: str, number: str, first_part: int, size: in
         )
     lost = rows.filter(pl.col(REASON).is_not_null())
     lost = lost.with_columns(pl.coalesce(ROW, as_json(lost.select(ITEM_ID, *texts))).alias(ROW), pl.lit("items").alias("table"))
-    unsafe = kept.filter(pl.col(UNSAFE).is_not_null())
-    unsafe = unsafe.with_columns(
-        as_json(unsafe.select(ITEM_ID, pl.col(UNSAFE).alias("image"))).alias(ROW),
-        *(pl.lit("images").alias("table"), pl.lit("unsafe path").alias(REASON)),
-    )
     names = ["table", POSITION, REASON, ROW]
     counts = Counter({("items", ""): len(kept), ("cold_items", ""): int(kept[COLD].sum())})
-    return counts + _write_rejected(run, domain, number, pl.concat([lost.select(names), unsafe.select(names)]))
+    images = [
+        _lost_images(kept, column, reason).select(names) for column, reason in ((UNSAFE, "unsafe path"), (UNREAD, "no path in image"))
+    ]
+    return counts + _write_rejected(run, domain, number, pl.concat([lost.select(names), *images]))
+
+
+def _lost_images(kept: pl.DataFrame, column: str, reason: str) -> pl.DataFrame:
+    """Items whose image cannot be used, with what was given for it."""
+    lost = kept.filter(pl.col(column).is_not_null())
+    row = as_json(lost.select(ITEM_ID, pl.col(column).alias("image")))
+    return lost.with_columns(row.alias(ROW), pl.lit("images").alias("table"), pl.lit(reason).alias(REASON))
 
 
 def _write_users(
@@ -269,7 +301,23 @@ def _write_users(
     lost = lost.select(POSITION, reason.alias(REASON), as_json(lost.select(USER_ID, ITEM_ID, TIMESTAMP, RATING)).alias(ROW))
     everything = pl.concat([pl.DataFrame(rejected), lost]).with_columns(pl.lit("interactions").alias("table"))
     counts = Counter({("interactions", ""): len(left), ("users", ""): len(sequences), ("cold_interactions", ""): int(left[COLD].sum())})
+    counts["users_evaluated", ""] = int(sequences["test"].is_not_null().sum())
+    counts.update({(name, ""): count for name, count in _times(left[TIMESTAMP].to_numpy(), np.array(ends)).items()})
     return counts + _write_rejected(run, domain, number, everything)
+
+
+def _times(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
+    """Users whose interactions all have one time, and how many times look like seconds, milliseconds, ...
+
+    Args:
+        times: in order of user and time.
+        ends: [U + 1] where each user's begin, and the end of all.
+    """
+    first, last = ends[:-1], ends[1:]
+    same = (last - first > 1) & (times[first] == times[last - 1]) if len(times) else np.zeros(0, bool)
+    edges = [low for low, _ in UNITS.values()]
+    of_unit = np.bincount(np.searchsorted(edges, times, side="right"), minlength=len(edges) + 1)[1:]
+    return {"users_at_one_time": int(same.sum())} | {f"time_{unit}": int(count) for unit, count in zip(UNITS, of_unit, strict=True)}
 
 
 def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:

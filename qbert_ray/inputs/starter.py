@@ -1,80 +1,97 @@
-"""A first config for somebody's files: which table is which, what their columns are for, and why it is thought so."""
+"""A first config for somebody's files: which table is which, and why it is thought so."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 
-from qbert_ray.inputs.profile import Column, Files
-from qbert_ray.inputs.rows import as_timestamp
+from qbert_ray.inputs.names import plain_name
+from qbert_ray.inputs.profile import Files
 from qbert_ray.inputs.sources import AMAZON, detect_format
+from qbert_ray.inputs.starter_columns import Guess, Match, item_columns, read_catalog, richness
+from qbert_ray.inputs.times import as_timestamp
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 
 MOST_ROWS = 2_000_000  # that items are matched and interactions counted over
 LEAST_MATCH = 0.01  # share of the interactions' items that a catalog must know
 CORES, LEAST_KEPT, LEAST_USERS = (5, 3, 2), 0.3, 20  # tried in turn; share of interactions and number of users that must stay
-CHECKED_PICTURES = 100
-TITLES = ("title", "name", "product_title", "product_name", "item_name", "headline")
-PICTURE_NAMES = ("image", "img", "photo", "picture", "poster", "thumb", "cover")
-AMAZON_TEXTS, AMAZON_ATTRIBUTES = ("title", "feature", "features", "description"), ("brand", "categories", "main_cat", "main_category")
+NEARLY = 0.8  # of the best share of items known: catalogs from here on are chosen by what they say of the items
+ORDERS = r"(?i)order|invoice|receipt|basket|cart|transaction|voucher|ticket|trx|txn|bill|checkout|document|session|visit"
+PRODUCT = r"(?i)brand|categor|genre|title|product_?name|item_?name|descri|price"
+LOGS = r"(?i)rating|review|interaction|transaction|event|sale|order|purchase|click|behavior|behaviour|history|log|inter\b"
 
 
 class StarterError(ValueError):
     """Files of which no config can be made; the message says what was seen and what is expected."""
 
 
-@dataclass
-class Guess:
-    """One domain: two tables, what their columns are for, and why."""
-
-    items: Files
-    interactions: Files
-    form: str  # contract, amazon_2018 or amazon_2023
-    match: Match
-    names: dict[str, str]  # contract name -> column of the interactions
-    texts: dict[str, str] = field(default_factory=dict)  # column -> why
-    attributes: dict[str, str] = field(default_factory=dict)
-    image: tuple[str, str] | None = None
-    aside: dict[str, str] = field(default_factory=dict)
-    core: tuple[int, str] = (0, "")
-
-
-@dataclass(frozen=True, order=True)
-class Match:
-    share: float  # of the interactions' items that the catalog knows
-    rank: int  # how usual the names are
-    item: str  # column of the interactions
-    key: str  # column of the catalog
-
-
 def guess(tables: list[Files], aside: dict[str, str], paths: Sequence[Path]) -> list[Guess]:
-    """Each table of interactions with the catalog that knows most of its items, and what their columns are for.
+    """Each catalog with one table of interactions whose items it knows, and what their columns are for.
+
+    `aside` receives why other tables are not used.
 
     Raises:
         StarterError: there is none of either, or no catalog knows the items.
     """
     plain = [table for table in tables if not given_features(table)]
-    sales = [table for table in plain if table.named(USER_ID) + _amazon(table, USER_ID) and _time(table)]
+    sales = [table for table in plain if _users(table) and _time(table)]
     catalogs = [table for table in plain if table not in sales and _keys(table)]
     if not sales:  # users may have an unusual name: then what a catalog knows the items of
         sales = [table for table in plain if _time(table) and _best(table, catalogs)[0].share > 0.5]
         catalogs = [table for table in catalogs if table not in sales]
-    if not sales or not catalogs:
-        raise StarterError(_nothing(tables, aside, paths, "items" if sales else "interactions"))
-    found = []
-    for table in sales:
-        match, catalog = _best(table, catalogs)
-        if match.share >= LEAST_MATCH:
-            found.append(Guess(catalog, table, detect_format((catalog.file,)), match, _names(table, match.item)))
+    if not sales:
+        raise StarterError(_nothing(tables, aside, paths, "interactions", _without_time(plain, catalogs)))
+    found = [guessed for table in sales if (guessed := _pair(table, catalogs, plain))]
     if not found:
-        raise StarterError(_nothing(tables, aside, paths, "items that the interactions name"))
-    for domain in found:
-        _read_catalog(domain)
+        raise StarterError(_nothing(tables, aside, paths, "items that the interactions name" if catalogs else "items"))
+    chosen = _one_for_each_catalog(found, aside)
+    for domain in chosen:
+        read_catalog(domain, [path for path in paths if path.is_dir()])
         domain.core = _core(domain)
-    return found
+    return chosen
+
+
+def _pair(table: Files, catalogs: list[Files], plain: list[Files]) -> Guess | None:
+    """A table of interactions with the catalog for it, or with itself where it says more of its items than any."""
+    match, catalog = _best(table, catalogs)
+    named = match.key in catalog.named(ITEM_ID) or plain_name(match.key) == plain_name(match.item)  # numbers of other things match, too
+    if match.share >= LEAST_MATCH and (named or richness(catalog, match.key) or _amazon(catalog, ITEM_ID)):
+        return Guess(catalog, table, detect_format((catalog.file,)), match, _names(table, match.item))
+    if any(richness(other, _keys(other)[0]) for other in catalogs):
+        return None
+    named = _amazon(table, ITEM_ID) + table.named(ITEM_ID)
+    item = next((name for name in named if name not in _users(table) and not _is_order(table, name)), None)
+    if item is None or (len(plain) == 1 and not _says_of_items(table, item)):
+        return None
+    return Guess(table, table, "contract", Match(1.0, 0, item, item), _names(table, item))
+
+
+def _says_of_items(table: Files, item: str) -> bool:
+    """Whether a table of interactions also has columns about the items, by their values or their names."""
+    taken = {_time(table), *_users(table)[:1]}
+    return bool(item_columns(table, item, taken)) or any(re.search(PRODUCT, name) for name in table.columns if name != item)
+
+
+def _one_for_each_catalog(found: list[Guess], aside: dict[str, str]) -> list[Guess]:
+    """Of several tables of interactions with the items of one catalog the one that is most like purchases or ratings."""
+    chosen: dict[int, Guess] = {}
+    for domain in sorted(found, key=_is_main, reverse=True):
+        main = chosen.setdefault(id(domain.items), domain)
+        if main is not domain:
+            aside[str(domain.interactions.location)] = (
+                f"{domain.interactions.location}: another table of interactions with the items of {domain.items.location.name}; "
+                f"{main.interactions.location.name} was taken"
+            )
+    return [domain for domain in found if any(domain is main for main in chosen.values())]
+
+
+def _is_main(domain: Guess) -> tuple[bool, bool, int]:
+    table = domain.interactions
+    size = sum(path.stat().st_size for path in table.paths)
+    return RATING in domain.names, bool(re.search(LOGS, table.location.name)), size
 
 
 def given_features(table: Files) -> str:
@@ -96,10 +113,17 @@ def _time(table: Files) -> str | None:
     """The column of times: by name, else the first whose values are dates."""
     named = _amazon(table, TIMESTAMP) + table.named(TIMESTAMP)
     for name in [*named, *(name for name, column in table.columns.items() if column.kind == "time")]:
-        times = table.sample.select(as_timestamp(pl.col(name), table.sample.schema[name])).to_series()
+        if table.columns[name].kind == "bytes":
+            continue
+        times = table.sample.select(as_timestamp(pl.col(name), table.sample.schema[name], table.times(name))).to_series()
         if len(times) and times.is_not_null().mean() > 0.9:  # type: ignore[operator]
             return name
     return None
+
+
+def _users(table: Files) -> list[str]:
+    """Columns that are named as users are, the most usual first."""
+    return _amazon(table, USER_ID) + table.named(USER_ID)
 
 
 def _single(table: Files) -> list[str]:
@@ -115,13 +139,23 @@ def _keys(table: Files) -> list[str]:
 
 
 def _best(table: Files, catalogs: list[Files]) -> tuple[Match, Files]:
+    """Of the catalogs that know about as many of the items, the one that says most of them."""
     matches = [(_match(table, catalog), catalog) for catalog in catalogs if catalog is not table]
-    return max(matches, key=lambda pair: pair[0], default=(Match(0.0, 0, "", ""), table))
+    most = max((match.share for match, _ in matches), default=0.0)
+    near = [pair for pair in matches if pair[0].share and pair[0].share >= NEARLY * most]
+
+    def worth(pair: tuple[Match, Files]) -> tuple[bool, bool, bool, int, Match]:
+        match, catalog = pair
+        texts = richness(catalog, match.key)
+        beside = catalog.folder == table.folder
+        return texts > 0, match.share > 0.99 * most, beside, texts, match
+
+    return max(near, key=worth, default=(Match(0.0, 0, "", ""), table))
 
 
 def _match(table: Files, catalog: Files) -> Match:
     """How the items of the interactions are named in both, by the values that both have."""
-    taken = {_time(table), *(_amazon(table, USER_ID) + table.named(USER_ID))[:1]}
+    taken = {_time(table), *_users(table)[:1]}
     named = _amazon(table, ITEM_ID) + table.named(ITEM_ID)
     candidates = list(dict.fromkeys(name for name in [*named, *_single(table)] if name not in taken))
     values = {name: table.read([name], len(table.sample))[name].drop_nulls().unique() for name in candidates}
@@ -137,71 +171,62 @@ def _match(table: Files, catalog: Files) -> Match:
 def _names(table: Files, item: str) -> dict[str, str]:
     """Contract name -> column of a table of interactions."""
     time = _time(table)
-    users = [name for name in _amazon(table, USER_ID) + table.named(USER_ID) if name != item]
-    repeated = [name for name in _single(table) if name not in (item, time, *table.named(RATING)) and table.columns[name].distinct < 0.95]
-    users = users or sorted(repeated, key=lambda name: -table.columns[name].values)
+    named = [name for name in _users(table) if name != item]
+    clear = [name for name in named if not re.search(ORDERS, name)]
+    users = clear or named or _unnamed_users(table, item, time)
     if not users:
-        raise StarterError(f"{table.location}: no column of users among {', '.join(table.columns)}; call it user_id")
+        orders = [name for name in _single(table) if name not in (item, time) and _is_order(table, name, time)]
+        why = f"; {orders[0]} numbers orders: all rows of one have one time" if orders else ""
+        raise StarterError(f"{table.location}: no column of users among {', '.join(table.columns)}{why}; call the users' column user_id")
     ratings = [name for name in _amazon(table, RATING) + table.named(RATING) if table.columns[name].kind == "number"]
     return {USER_ID: users[0], ITEM_ID: item, TIMESTAMP: str(time)} | ({RATING: ratings[0]} if ratings else {})
 
 
-# what a catalog's columns are for
+def _unnamed_users(table: Files, item: str, time: str | None) -> list[str]:
+    """Columns without a usual name in which users could be: single words that come back, at several times and with several items."""
+    of_item = set(item_columns(table, item, {time}))
+    repeated = [name for name in _single(table) if name not in (item, time, *table.named(RATING)) and table.columns[name].distinct < 0.95]
+    users = [name for name in repeated if name not in of_item and table.columns[name].values > 10 and not _is_order(table, name, time)]
+    return sorted(users, key=lambda name: -table.columns[name].values)
 
 
-def _read_catalog(domain: Guess) -> None:
-    if domain.form != "contract":
-        mapping = AMAZON[domain.form]
-        for names, chosen in ((AMAZON_TEXTS, domain.texts), (AMAZON_ATTRIBUTES, domain.attributes)):
-            for name in names:
-                raw = [column for column in mapping.get(name, [name]) if column in domain.items.columns]
-                if raw:
-                    chosen[name] = f"Amazon's {raw[0]}"
-        if _amazon(domain.items, "image"):
-            domain.image = ("image", f"Amazon's {_amazon(domain.items, 'image')[0]}, links: set image_column to null to read none")
-        return
-    pictures: dict[str, str] = {}
-    for name, column in domain.items.columns.items():
-        if name != domain.match.key:
-            _place(domain, column, pictures)
-    domain.texts = dict(sorted(domain.texts.items(), key=lambda pair: pair[0].lower() not in TITLES))
-    if pictures:
-        domain.image = next(iter(pictures.items()))
-        domain.aside |= {name: "also pictures; one column can be read" for name in list(pictures)[1:]}
+def _is_order(table: Files, name: str, time: str | None = None) -> bool:
+    """Whether a column numbers orders: it is called so, or nearly all of its values have one time in all of their rows."""
+    if re.search(ORDERS, name):
+        return True
+    if time is None or time == name:
+        return False
+    rows = table.sample.select(pl.col(name).alias("value"), pl.col(time).alias("time")).drop_nulls()
+    groups = rows.group_by("value").agg(pl.len(), pl.col("time").n_unique().alias("times")).filter(pl.col("len") > 1)
+    return len(groups) > 0 and float((groups["times"] == 1).mean() or 0) > 0.9  # type: ignore[arg-type]
 
 
-def _place(domain: Guess, column: Column, pictures: dict[str, str]) -> None:
-    """Put one column where it seems to belong."""
-    name, words = column.name, f"{column.words:.1f} words on average"
-    called_picture = any(word in name.lower() for word in PICTURE_NAMES)
-    if not column.filled:
-        domain.aside[name] = "empty"
-    elif column.pictures > 0.5 or (called_picture and column.links > 0.5):
-        why = _pictures(domain.items, column)
-        (pictures if why else domain.aside)[name] = why or "none of its pictures is there; paths start at the items file's folder"
-    elif column.kind in ("bytes", "vector", "number", "time"):
-        domain.aside[name] = {"bytes": "bytes", "vector": "lists of numbers", "number": "numbers", "time": "times"}[column.kind]
-    elif column.links > 0.5:
-        domain.aside[name] = "links"
-    elif name.lower() in TITLES or column.words >= 4:
-        domain.texts[name] = words
-    elif column.distinct <= 0.7 and column.values > 1:
-        domain.attributes[name] = f"{column.values:,} values"
-    elif column.words >= 1.5:
-        domain.texts[name] = words
-    else:
-        domain.aside[name] = "one value" if column.values <= 1 else "single words, nearly all different: a key?"
+def _without_time(plain: list[Files], catalogs: list[Files]) -> str:
+    """What to do with a table of users and items that lacks nothing but times."""
+    for table in sorted(plain, key=lambda table: -len(table.columns)):
+        users = _users(table)
+        items = [name for name in table.named(ITEM_ID) if name not in users]
+        if (
+            not users
+            or table.columns[users[0]].distinct > 0.95
+            or not items
+            or any(table is catalog and _keys(table)[:1] == items[:1] for catalog in catalogs)
+        ):
+            continue
+        bad = [name for name in table.named(TIMESTAMP) if not _readable(table, name)]
+        if bad:
+            return f"{table.location} has users ({users[0]}) and items ({items[0]}), but the times in {bad[0]} cannot be read, such as {table.columns[bad[0]].example!r}\n"
+        return (
+            f"{table.location} has users ({users[0]}) and items ({items[0]}), but no column of times: the order of a history is what is learned. "
+            "Where the order of the rows is that of the events, number them: "
+            f'pl.read_csv("{table.paths[0].name}").with_row_index("timestamp").write_parquet("interactions.parquet")\n'
+        )
+    return ""
 
 
-def _pictures(table: Files, column: Column) -> str:
-    """Why a column is read as pictures; empty where it holds paths and none of them exists."""
-    if column.kind == "bytes":
-        return "pictures themselves"
-    if column.links > 0.5:
-        return f"links, {column.filled:.0%} filled"
-    first = table.read([column.name], 10 * CHECKED_PICTURES)[column.name].drop_nulls().head(CHECKED_PICTURES).to_list()
-    there = sum((table.paths[0].parent / path).is_file() for path in first)
-    return f"{column.filled:.0%} filled; {there} of the first {len(first)} files are there" if there else ""
+def _readable(table: Files, name: str) -> bool:
+    times = table.sample.select(as_timestamp(pl.col(name), table.sample.schema[name], table.times(name))).to_series()
+    return bool(len(times)) and float(times.is_not_null().mean() or 0) > 0.9  # type: ignore[arg-type]
 
 
 def _core(domain: Guess) -> tuple[int, str]:
@@ -230,13 +255,13 @@ def _k_core(pairs: pl.DataFrame, user: str, item: str, k: int) -> pl.DataFrame:
         pairs = kept
 
 
-def _nothing(tables: list[Files], aside: dict[str, str], paths: Sequence[Path], what: str) -> str:
+def _nothing(tables: list[Files], aside: dict[str, str], paths: Sequence[Path], what: str, hint: str = "") -> str:
     where = ", ".join(map(str, paths))
     seen = [f"  {table.location}: {', '.join(table.columns)}" for table in tables] + [f"  {why}" for why in aside.values()]
     if not seen:
         return f"no Parquet, CSV, TSV or JSONL file (text also as .gz) at {where}"
     return (
-        f"no table of {what} at {where}; seen:\n" + "\n".join(seen) + "\n"
+        f"no table of {what} at {where}; seen:\n" + "\n".join(seen) + f"\n{hint}"
         "expected: items, one row each with an ID, such as item_id, title, image; and interactions with the same IDs, one row each, "
         "such as user_id, item_id, timestamp (a whole number or a date like 2026-01-31 12:00:00). Name both files if there are others beside them"
     )

@@ -13,7 +13,8 @@ import yaml
 from qbert_ray.config.schema import Config
 from qbert_ray.inputs.profile import Files, look
 from qbert_ray.inputs.sources import open_source
-from qbert_ray.inputs.starter import Guess, StarterError, given_features, guess
+from qbert_ray.inputs.starter import StarterError, given_features, guess
+from qbert_ray.inputs.starter_columns import Guess
 from qbert_ray.storage.columns import ITEM_ID
 
 
@@ -58,7 +59,7 @@ def _page(guesses: list[Guess], tables: list[Files], aside: dict[str, str], outp
         lines += [f"    {name}:", *(f"      {line}" for line in _domain(found, Path(root)))]
     used = {id(table) for found in guesses for table in (found.items, found.interactions)}
     for table in tables:
-        if id(table) not in used:
+        if id(table) not in used and str(table.location) not in aside:
             key = given_features(table)
             lines.append(f"# not used: {table.location}" + (f"; {key} can name it" if key else ""))
     return "\n".join([*lines, *(f"# not used: {why}" for why in aside.values())]) + "\n"
@@ -78,8 +79,13 @@ def _domain(found: Guess, root: Path) -> Iterator[str]:
     yield f"attributes: {_yaml(list(found.attributes))}{_reasons(found.attributes)}"
     if found.image:
         yield f"image_column: {_yaml(found.image[0])} # {found.image[1]}"
+    if found.template:
+        yield f"image_template: {_yaml(found.template[0])} # {found.template[1]}"
     for name, why in found.aside.items():
         yield f"# left aside: {name} ({why})"
+    if found.items is not found.interactions:
+        unread = [name for name in found.interactions.columns if name not in found.names.values()]
+        yield from (f"# left aside of the interactions: {name} (neither user, item, time nor rating)" for name in unread)
 
 
 def _columns(table: Files) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -13,67 +14,89 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from pyarrow import fs
 
 from qbert_ray.config.schema import Config, ImageEncoder
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Quiet
-from qbert_ray.features.encoders import ImageRejected, decode_image
 from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
-from qbert_ray.inputs.sources import Source, Table, open_source
+from qbert_ray.inputs.reasons import HINTS, UNITS
+from qbert_ray.inputs.sources import Source, Table, check_root, open_source
 from qbert_ray.inputs.stage import ingest_domain
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, TEXT_PREFIX, TIMESTAMP, USER_ID
 from qbert_ray.storage.directory import RunDir
 
 EXAMPLES, EXAMPLE_LENGTH = 3, 100
 IMAGES_LOOKED_FOR, IMAGES_DECODED = 200, 100
-HINTS = {
-    "missing item_id": "give every row an item_id",
-    "missing user_id": "give every row a user_id",
-    "missing timestamp": "give every interaction a time; a running number per user will do",
-    "bad timestamp": "whole numbers, datetimes or ISO dates are understood",
-    "below min_rating": "data.min_rating",
-    "item not in items table": "are the IDs of both files written alike? else add the items to the items file",
-    "duplicate item_id": "the first row of an item was kept",
-    "duplicate interaction": "same user, item and time: one was kept",
-    "below min_item_interactions": "data.min_item_interactions; 0 keeps every item of the catalog",
-    "item below min_item_interactions": "data.min_item_interactions or data.min_interactions",
-    "user below min_interactions": "data.min_interactions",
-    "unsafe path": "keep images in the folder of the items file or under data.root, or use https:// or s3:// addresses; others: image_schemes, "
-    "image_hosts and follow_links of the domain",
-    "invalid JSON": "each line must be one JSON object",
-    "invalid CSV row": "another number of cells than the header: quote texts that hold commas",
-    "file not found": "image paths start from the folder of the items file",
-}
-_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+SMALL_BYTES = 512 << 20  # of local input files that are checked in this process
+TABLES: tuple[Table, ...] = ("items", "interactions")
+
+Sources = dict[str, dict[Table, Source | str]]  # domain -> table -> its files, or why they cannot be used
 
 
-def validate(config: Config, executor: Executor) -> dict[str, Any]:
-    """The report of each domain: its files, what a run would keep and reject, and what looks wrong."""
-    return {name: _validate_domain(config, name, executor) for name in config.data.domains}
+def open_sources(config: Config) -> Sources:
+    """The files of each domain, looked into but not read.
+
+    Raises:
+        SourceError: data.root is not there.
+    """
+    check_root(config.data.root)
+    return {name: {table: _open(config, name, table) for table in TABLES} for name in config.data.domains}
 
 
-def _validate_domain(config: Config, name: str, executor: Executor) -> dict[str, Any]:
-    report: dict[str, Any] = {"errors": [], "files": {}}
-    tables: tuple[Table, ...] = ("items", "interactions")
-    for table in tables:
-        try:
-            needs_rating = config.data.min_rating is not None
-            report["files"][table] = _describe(open_source(config.data.root, name, table, config.data.domains[name], needs_rating))
-        except ValueError as error:
-            report["errors"].append(str(error))
+def in_this_process(config: Config, sources: Sources) -> bool:
+    """Whether local files so small are named that starting Ray would take longer than reading them."""
+    if config.compute.executor == "local":
+        return True
+    given = [source for tables in sources.values() for source in tables.values() if isinstance(source, Source)]
+    local = all(isinstance(source.filesystem, fs.LocalFileSystem) for source in given)
+    if config.compute.address or os.environ.get("RAY_ADDRESS") or not local:
+        return False
+    return sum(source.filesystem.get_file_info(file.path).size or 0 for source in given for file in source.files) <= SMALL_BYTES
+
+
+def validate(config: Config, executor: Executor, sources: Sources | None = None) -> dict[str, Any]:
+    """The report of each domain: its files, what a run would keep and reject, and what looks wrong.
+
+    Args:
+        sources: as `open_sources` gives them.
+    """
+    sources = open_sources(config) if sources is None else sources
+    return {name: _validate_domain(config, name, executor, tables) for name, tables in sources.items()}
+
+
+def _open(config: Config, name: str, table: Table) -> Source | str:
+    try:
+        return open_source(config.data.root, name, table, config.data.domains[name], config.data.min_rating is not None)
+    except ValueError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - a file that breaks a reader must not hide what the others are like
+        return _unexpected(name, error)
+
+
+def _unexpected(name: str, error: Exception) -> str:
+    return f"domain {name}: reading it ended with {type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"
+
+
+def _validate_domain(config: Config, name: str, executor: Executor, tables: dict[Table, Source | str]) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "errors": [source for source in tables.values() if isinstance(source, str)],
+        "files": {table: _describe(source) for table, source in tables.items() if isinstance(source, Source)},
+    }
     if report["errors"]:
         return report
-    with _scratch(config.run.dir, executor) as run:
-        try:
-            report["counts"] = ingest_domain(config, name, run, executor, Quiet())
-        except ValueError as error:
-            report["errors"].append(str(error))
-            return report
-        report["rejected"] = _rejected(run)
-        report["filled"] = _filled(run)
-        addresses = Addresses.of(config.data.root, config.data.domains[name])
-        report["images"] = _images(run, config.features.image, addresses) if config.data.domains[name].image_column else None
-        report |= _histories(run)
+    try:
+        with _scratch(config.run.dir, executor) as run:
+            counts = ingest_domain(config, name, run, executor, Quiet())
+            domain = config.data.domains[name]
+            report |= {"warnings": counts.pop("warnings"), "counts": counts, "rejected": _rejected(run), "filled": _filled(run)}
+            addresses = Addresses.of(config.data.root, domain)
+            report["images"] = _images(run, config.features.image, addresses) if domain.image_column or domain.image_template else None
+            report |= _histories(run)
+    except ValueError as error:
+        report["errors"].append(str(error))
+    except Exception as error:  # noqa: BLE001 - as above
+        report["errors"].append(_unexpected(name, error))
     return report
 
 
@@ -101,6 +124,7 @@ def _describe(source: Source) -> dict[str, Any]:
         "files": len(source.files),
         "kind": source.files[0].kind,
         "format": source.format,
+        "remarks": sorted({file.remark for file in source.files} - {""}),
         "columns": list(dict.fromkeys(column for file in source.files for column in file.columns)),
     }
 
@@ -133,18 +157,22 @@ def _filled(run: RunDir) -> dict[str, float]:
 
 def _images(run: RunDir, settings: ImageEncoder, addresses: Addresses) -> dict[str, Any]:
     """The first pictures of the catalog, which is in hash order: how many are there and can be decoded."""
+    from qbert_ray.features.encoders import ImageRejected, decode_image  # which bring torch
+
     result: dict[str, Any] = {"looked_for": 0, "decoded": 0, "web": 0, "problems": Counter[str](), "examples": []}
+    tried = 0
     for item_id, path, content in _first_images(run):
         if content is None and path.startswith(("http://", "https://")):
             result["web"] += 1  # not fetched: a page about files should not take minutes
             continue
         result["looked_for"] += 1
-        decode = result["decoded"] < IMAGES_DECODED
+        decode = tried < IMAGES_DECODED
+        tried += decode
         try:
             content = read_image(path, settings.max_bytes if decode else 0, addresses) if content is None else content
             if decode:
-                result["decoded"] += 1
                 decode_image(content, settings.max_bytes, settings.max_pixels)
+                result["decoded"] += 1
         except (AddressError, ImageRejected) as reason:
             result["problems"][str(reason)] += 1
             result["examples"] = [*result["examples"], f"{item_id}: {path or 'bytes'}: {reason}"][:EXAMPLES]
@@ -181,19 +209,40 @@ def _histories(run: RunDir) -> dict[str, Any]:
 # the page
 
 
-def format_validation(report: dict[str, Any]) -> str:
-    """The report as one page of text."""
-    return "\n\n".join("\n".join(_domain_lines(name, domain)) for name, domain in report.items())
+def format_files(sources: Sources) -> str:
+    """What the files of each domain are, as text: all that is known before they are read."""
+    lines = []
+    for name, tables in sources.items():
+        lines += [
+            f"Domain {name}",
+            *(line for table, source in tables.items() if isinstance(source, Source) for line in _file_line(table, _describe(source))),
+        ]
+    return "\n".join(lines)
 
 
-def _domain_lines(name: str, domain: dict[str, Any]) -> Iterator[str]:
+def format_validation(report: dict[str, Any], files: bool = True) -> str:
+    """The report as one page of text.
+
+    Args:
+        files: say what the files are, too.
+    """
+    return "\n\n".join("\n".join(_domain_lines(name, domain, files)) for name, domain in report.items())
+
+
+def _file_line(table: str, file: dict[str, Any]) -> Iterator[str]:
+    many = f", {file['files']} files" if file["files"] > 1 else ""
+    remarks = "".join(f"; {remark}" for remark in file["remarks"])
+    yield f"  {table}: {file['uri']} ({file['kind']}{many}, {file['format']}{remarks}); columns: {', '.join(file['columns'])}"
+
+
+def _domain_lines(name: str, domain: dict[str, Any], files: bool) -> Iterator[str]:
     yield f"Domain {name}: {'cannot be used' if domain['errors'] else 'can be used'}"
-    for table, file in domain["files"].items():
-        many = f", {file['files']} files" if file["files"] > 1 else ""
-        yield f"  {table}: {file['uri']} ({file['kind']}{many}, {file['format']}); columns: {', '.join(file['columns'])}"
+    for table, file in domain["files"].items() if files else ():
+        yield from _file_line(table, file)
     yield from (f"  ERROR {error}" for error in domain["errors"])
     if domain["errors"]:
         return
+    yield from (f"  WARNING {warning}" for warning in domain["warnings"])
     counts = domain["counts"]
     for table in ("items", "interactions"):
         yield f"  kept {counts[table]:,} of {counts[f'{table}_read']:,} {table}"
@@ -223,7 +272,7 @@ def _image_lines(images: dict[str, Any]) -> Iterator[str]:
 
 def _as_date(first: int, last: int) -> str:
     """Both ends as dates where they are plausible ones in some unit, else as the numbers they are."""
-    for unit, scale in _UNITS.items():
+    for unit, (_, scale) in UNITS.items():
         if first / scale >= 1e8 and last / scale <= 4e9:  # 1973 to 2096
             days = [datetime.fromtimestamp(value / scale, UTC).date().isoformat() for value in (first, last)]
             return f"{days[0]} to {days[1]} (in {unit})"

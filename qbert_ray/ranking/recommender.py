@@ -6,6 +6,7 @@ recommender.recommend([["item-1", "item-7"], []], k=10)
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -18,6 +19,12 @@ from qbert_ray.ranking.generative import CatalogRanker, load_catalog_ranker
 from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage.catalog import item_ids, run_config
 from qbert_ray.storage.directory import ArtifactError, RunDir
+
+UNKNOWN = ("ignore", "error")  # what can be done with unknown items
+
+
+class ArgumentError(ValueError, TypeError):
+    """An argument of another type than the one that is asked for; the message names it."""
 
 
 class Recommendation(NamedTuple):
@@ -38,7 +45,7 @@ class Recommender:
         self.index = {item: number for number, item in enumerate(self.ids)}
 
     @classmethod
-    def load(cls, run_dir: str, domain: str | None = None, device: str = "cpu") -> Recommender:
+    def load(cls, run_dir: str | os.PathLike[str], domain: str | None = None, device: str = "cpu") -> Recommender:
         """The recommender of a finished run.
 
         Args:
@@ -49,7 +56,7 @@ class Recommender:
         Raises:
             ArtifactError: there is no such run or domain, or its fine-tuning is not done.
         """
-        run = RunDir(run_dir)
+        run = RunDir(os.fspath(run_dir))
         config = run_config(run)
         domain = target_domain(run, config, domain)
         return cls(load_catalog_ranker(run, domain, config.ranking, device), item_ids(run, domain).to_pylist())
@@ -59,7 +66,7 @@ class Recommender:
 
     def recommend(
         self,
-        histories: Iterable[Sequence[str]],
+        histories: Iterable[Iterable[str]],
         k: int = 10,
         remove_seen: bool = True,
         unknown: Literal["ignore", "error"] = "ignore",
@@ -73,11 +80,16 @@ class Recommender:
             unknown: what to do with an item_id that the run does not know: skip it with one warning that counts them, or refuse.
 
         Raises:
-            ValueError: k is not positive, histories is not a list of lists, or there are unknown items and `unknown` is "error".
+            ValueError: k is no positive whole number, histories is not a list of lists of text (`ArgumentError`, which is a TypeError
+                too), or there are unknown items and `unknown` is "error", or it is another word.
         """
+        if isinstance(k, bool) or not isinstance(k, int | np.integer):
+            raise ArgumentError(f"k is {k!r}; it must be a whole number")
         if k < 1:
             raise ValueError(f"k is {k}; it must be at least 1")
-        known = self._indices(list(histories), unknown)
+        if unknown not in UNKNOWN:
+            raise ValueError(f"unknown is {unknown!r}; it must be {' or '.join(map(repr, UNKNOWN))}")
+        known = self._indices(_read_histories(histories), unknown)
         result: list[list[Recommendation]] = []
         with torch.inference_mode():
             for rows in batches(len(known)):
@@ -86,9 +98,7 @@ class Recommender:
                     result.append([Recommendation(self.ids[item], value) for value, item in zip(values, items, strict=True) if item >= 0])
         return result
 
-    def _indices(self, histories: list[Sequence[str]], unknown: str) -> list[np.ndarray]:
-        if any(isinstance(history, str) for history in histories):
-            raise ValueError("histories must be a list of lists of item_id; for a single history write [history]")
+    def _indices(self, histories: list[list[str]], unknown: str) -> list[np.ndarray]:
         missing = [item for history in histories for item in history if item not in self.index]
         if missing:
             such = f"{len(missing)} of {sum(map(len, histories))} items of the histories are not in the catalog, such as {missing[0]!r}"
@@ -96,6 +106,28 @@ class Recommender:
                 raise ValueError(f'{such}; give items of the run, or unknown="ignore"')
             warnings.warn(f"{such}; they are skipped", stacklevel=3)
         return [np.array([self.index[item] for item in history if item in self.index], dtype=np.int64) for history in histories]
+
+
+def _read_histories(histories: Iterable[Iterable[str]]) -> list[list[str]]:
+    """The histories as lists, each read once: an iterator has nothing left for a second reading.
+
+    Raises:
+        ArgumentError: it is no list of lists of text.
+    """
+    if isinstance(histories, str | bytes | dict) or not isinstance(histories, Iterable):
+        raise ArgumentError(f"histories is of type {type(histories).__name__}; it must be a list of lists of item_id")
+    read = []
+    for number, history in enumerate(histories):
+        if isinstance(history, str | bytes):
+            raise ArgumentError("histories must be a list of lists of item_id; for a single history write [history]")
+        if isinstance(history, dict) or not isinstance(history, Iterable):
+            raise ArgumentError(f"history {number} is {history!r}; it must be a list of item_id, and [] for a user without any")
+        items = list(history)
+        wrong = next((item for item in items if not isinstance(item, str)), None)
+        if wrong is not None or None in items:
+            raise ArgumentError(f"history {number} holds {wrong!r} of type {type(wrong).__name__}; item_ids are text: write {str(wrong)!r}")
+        read.append(items)
+    return read
 
 
 def target_domain(run: RunDir, config: Config, domain: str | None) -> str:

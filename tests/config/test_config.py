@@ -83,3 +83,16 @@ def test_merge_leaves_its_arguments_alone():
     base = {"a": {"b": 1}}
     assert merge(base, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
     assert base == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize("name", ["2024-01-01", "2024", "1_000", "0x1f", "yes", "1.50", "null_run", "12:30", "on"])
+def test_a_folder_may_be_called_like_a_date_or_a_number(name, tmp_path):
+    assert load_config([], [f"run.dir={name}"]).run.dir == name
+    (tmp_path / "x.yaml").write_text("run: {dir: 2024-01-01}")
+    assert load_config([tmp_path / "x.yaml"]).run.dir == "2024-01-01"
+
+
+def test_a_number_for_a_text_in_a_file_is_told_to_be_quoted(tmp_path):
+    (tmp_path / "x.yaml").write_text("run: {dir: 2024}")
+    with pytest.raises(ConfigError, match="run.dir: this is a text, and YAML reads 2024 there; write it in quotes"):
+        load_config([tmp_path / "x.yaml"])

@@ -1,5 +1,7 @@
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import open_clip
@@ -280,3 +282,18 @@ def test_a_package_that_is_not_there_is_named_with_its_installation(monkeypatch,
 def test_random_weights_are_never_taken_for_an_encoder():
     with pytest.raises(ValueError, match="features.image.pretrained"):
         ImageEncoder("ViT-B-32")
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_picture_with_long_notes_is_decoded(kind, place):
+    """Three megabytes of text or colour profile, compressed, which Pillow refuses: Photoshop and image generators write them."""
+    stream = io.BytesIO()
+    Image.new("RGB", (9, 5), "red").save(stream, "PNG")
+    long = zlib.compress(b"x" * 3_000_000)
+    content = {b"zTXt": b"note\0\0", b"iTXt": b"note\0\1\0\0\0", b"iCCP": b"profile\0\0"}[kind] + long
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    picture = stream.getvalue()
+    cut = 33 if place == "before" else len(picture) - 12  # after the header, or before the end
+    image = decode_image(picture[:cut] + chunk + picture[cut:], 20_000_000, 50_000_000)
+    assert image.size == (9, 5) and image.getpixel((0, 0)) == (255, 0, 0)

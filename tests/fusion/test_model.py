@@ -151,3 +151,24 @@ def test_geometry_averages_over_the_modalities_that_both_items_have():
     cosine = torch.nn.functional.normalize(text - text.mean(0), dim=-1)
     change = ((cosine[0] @ cosine[1] + 1) / 2) ** 2 * 2 / (24 * 23)
     assert both == pytest.approx(float(alone + change), rel=1e-3)
+
+
+@pytest.mark.parametrize("lacking", [["image"], ["text"], ["text", "image"]])
+@pytest.mark.parametrize("having", [0, 1])
+def test_a_batch_in_which_nearly_no_item_has_a_modality_trains(lacking, having):
+    """With 2 % of items pictured, such batches are certain."""
+    model, (item, features, present) = build(), inputs()
+    present = {name: there & (torch.arange(len(there)) < having)[:, None] if name in lacking else there for name, there in present.items()}
+    fused = model(item, features, present)
+    loss = alignment_loss(fused, 0.1, 0.01, 1.0, 1.6)["loss"] + geometry_loss(fused, features, present)
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(x.grad).all() for x in model.parameters() if x.grad is not None)
+    assert torch.isfinite(view_distance(fused))
+
+
+def test_geometry_without_a_modality_is_that_of_the_others():
+    _, features, present = inputs()
+    fused = build()(*inputs())
+    gone = present | {"image": torch.zeros_like(present["image"])}
+    alone = geometry_loss(fused, {"text": features["text"]}, {"text": present["text"]})
+    assert geometry_loss(fused, features, gone) == alone > 0

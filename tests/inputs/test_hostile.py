@@ -10,6 +10,7 @@ import pytest
 
 from qbert_ray.config.schema import Domain
 from qbert_ray.features.encoders import ImageRejected, decode_image
+from qbert_ray.inputs.readers import REASON, ROW
 from qbert_ray.inputs.rows import UNSAFE, normalise_items
 from qbert_ray.inputs.sources import open_source
 
@@ -31,7 +32,7 @@ def items(folder: Path, name: str) -> pl.DataFrame:
 def test_pictures_outside_the_catalog_are_refused_and_reported(tmp_path, image):
     (tmp_path / "items.jsonl").write_text(json.dumps({"item_id": "a", "title": "x", "image": image}))
     row = items(tmp_path, "items.jsonl").row(0, named=True)
-    assert row["image_path"] is None and row[UNSAFE] == image and row["_reason"] is None
+    assert row["image_path"] is None and row[UNSAFE] == image and row[REASON] is None
 
 
 def test_a_small_file_of_a_huge_picture_is_not_decoded():
@@ -63,8 +64,8 @@ def test_deeply_nested_json_is_one_rejected_row(tmp_path, depth, opening, closin
     deep = f'{{"item_id": "a", "{field}": {opening * depth}1{closing * depth}}}'
     (tmp_path / "items.jsonl").write_text(f'{deep}\n{{"item_id": "b", "title": "x", "image": "b.jpg"}}\n')
     rows = items(tmp_path, "items.jsonl")
-    assert rows["_reason"].to_list() == ["invalid JSON", None]
-    assert len(rows["_row"][0]) <= 2000
+    assert rows[REASON].to_list() == ["invalid JSON", None]
+    assert len(rows[ROW][0]) <= 2000
 
 
 def test_brackets_in_a_text_are_not_nested(tmp_path):

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from qbert_ray.config.schema import Domain
-from qbert_ray.inputs.readers import REASON, ROW, first_image, plain_text
+from qbert_ray.inputs.json_files import first_image, plain_text
+from qbert_ray.inputs.readers import REASON, ROW
 from qbert_ray.inputs.rows import normalise_interactions
 from qbert_ray.inputs.sources import POSITION, SourceError, open_source
 from qbert_ray.storage.directory import join
@@ -82,7 +83,7 @@ def test_types_may_change_from_line_to_line(tmp_path):
 
 
 def test_json_values_as_text_and_as_images():
-    assert plain_text(float("nan")) == "nan"
+    assert plain_text(float("nan")) is None
     assert plain_text([["a"], ["b", "c"]]) == "a, b, c"
     assert first_image([]) is None
     assert first_image([{"large": None, "hi_res": "h"}, {"large": "l"}]) == "h"
@@ -121,7 +122,7 @@ def test_raw_amazon_metadata_is_known_by_its_columns(tmp_path, form, given):
     [
         (None, "no Parquet, CSV or JSONL file"),
         ("", "is empty"),
-        ("[{}, {}]", "one JSON array"),
+        ("[1, 2]", "one JSON array, but not of objects"),
         ("{'asin': 1}", "Python literals"),
         ('{"asin2": 1, "title": "T"}', "no column item_id.*columns found: asin2, title"),
         ('{"item_id": 1}', "no column title.*data.domains.shop.text_fields"),
@@ -181,5 +182,5 @@ def test_columns_of_other_names_are_named_in_the_config(tmp_path):
 
 def test_a_missing_column_says_how_to_name_another(tmp_path):
     pl.DataFrame({"sku": ["a"], "title": ["A"]}).write_parquet(tmp_path / "items.parquet")
-    with pytest.raises(SourceError, match="data.domains.shop.item_columns.item_id=<column>"):
+    with pytest.raises(SourceError, match="data.domains.shop.item_columns.item_id=sku"):
         open_source(str(tmp_path), "shop", "items", Domain())

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -155,3 +157,33 @@ def test_a_blend_of_other_features_is_refused_by_name(tmp_path):
     run.save_model("ranking/blend/shop", {"weights": torch.zeros(3, 5), "centre": torch.zeros(3), "spread": torch.ones(3)}, {})
     with pytest.raises(ArtifactError, match="other score features.*ranking --redo"):
         Recommender.load(run.uri)
+
+
+def test_histories_may_be_iterators_and_the_run_a_path(run, recommender):
+    history = recommender.ids[3:8]
+    best = recommender.recommend([history], k=3)
+    for given in ([map(str, history)], [(item for item in history)], iter([iter(history)]), [tuple(history)], [np.array(history)]):
+        assert recommender.recommend(given, k=3) == best
+    assert recommender.recommend([history], k=np.int64(3)) == best
+    assert Recommender.load(Path(run.uri)).recommend([history], k=3) == best
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (dict(histories=[None]), "history 0 is None"),
+        (dict(histories=[["a"], 5]), "history 1 is 5"),
+        (dict(histories=None), "histories is of type NoneType"),
+        (dict(histories="a"), "histories is of type str"),
+        (dict(histories={"u": ["a"]}), "histories is of type dict"),
+        (dict(histories=[[1, 2]]), "item_ids are text: write '1'"),
+        (dict(histories=[["a", None]]), "history 0 holds None"),
+        (dict(histories=[[]], k=3.0), "k is 3.0"),
+        (dict(histories=[[]], k="3"), "k is '3'"),
+        (dict(histories=[[]], k=True), "k is True"),
+        (dict(histories=[[]], unknown="raise"), "unknown is 'raise'; it must be 'ignore' or 'error'"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_by_name(recommender, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        recommender.recommend(**arguments)

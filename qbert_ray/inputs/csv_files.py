@@ -1,0 +1,264 @@
+"""Rows of CSV and TSV files, block by block.
+
+Blocks of whole rows are parsed by Arrow. Before that, quotation marks are looked at: one that opens a cell and is never closed
+would swallow all rows up to the next one, so its row is read with the marks as plain text, or rejected where that does not
+fit the header. In TSV, quotation marks are text.
+"""
+
+from __future__ import annotations
+
+import csv as python_csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv
+
+from qbert_ray.inputs.text_files import Text, blocks
+
+DELIMITERS = ",;\t|"
+OPEN_QUOTE, WRONG_CELLS = "open quotation mark", "invalid CSV row"  # why a row is rejected
+MOST_QUOTED = 1 << 20  # bytes of one cell: a quotation mark that is not closed within them is taken for a stray one
+_QUOTE, _NEWLINE, _RETURN = b'"'[0], b"\n"[0], b"\r"[0]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a file of cells is written."""
+
+    delimiter: str = ","
+    quoted: bool = True  # quotation marks hold cells together; else they are text
+    header_lines: int = 1  # lines above the first row
+
+
+@dataclass
+class Rejected:
+    """A row that is no row of the table."""
+
+    reason: str
+    line: str
+    cells: int
+
+
+@dataclass
+class _Block:
+    """Rows that can be parsed, and what could not."""
+
+    content: bytes
+    rest: bytes = b""  # of a cell that goes on in the next block
+    several_lines: bool = False  # some cell holds a line end
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+def header(content: bytes, kind: str) -> tuple[Dialect, tuple[str, ...]]:
+    """How a file is written and the names of its columns, from its beginning; no names where it has no line.
+
+    Args:
+        content: UTF-8.
+        kind: csv or tsv.
+    """
+    text = content.decode(errors="replace")
+    before = len(text) - len(text.lstrip("\r\n"))
+    skipped = text[:before].count("\n")
+    text = text[before:]
+    said = re.match(r"(?i)sep=(.)\r?\n", text)  # what Excel writes above the header
+    if said:
+        text, skipped = text[said.end() :], skipped + 1
+    if not text.strip():
+        return Dialect(), ()
+    choices = said[1] if said else "\t" if kind == "tsv" and "\t" in text.partition("\n")[0] else DELIMITERS
+    delimiter = max(choices, key=lambda sign: len(_first_row(text, sign)[0]))  # the first of equals
+    names, lines = _first_row(text, delimiter)
+    quoted = kind != "tsv" or text.startswith('"') and text.partition("\n")[0].rstrip("\r").endswith('"')
+    return Dialect(delimiter, quoted, skipped + lines), _distinct([name.strip().strip('"').strip() for name in names])
+
+
+def read(stream: BinaryIO, text: Text, dialect: Dialect, names: Sequence[str], wanted: Sequence[str]) -> Iterator[pa.Table | Rejected]:
+    """Tables of the wanted columns as strings, and the rows that do not fit the header.
+
+    Args:
+        names: of all columns.
+        wanted: some of them.
+    """
+    rest, above = b"", dialect.header_lines
+    for piece, last in _one_ahead(blocks(stream, text)):
+        while above and piece:
+            piece, above = piece[piece.find(b"\n") + 1 :] if b"\n" in piece else b"", above - 1
+        block = _check(rest + piece, dialect, len(names), last)
+        rest = block.rest
+        yield from block.rejected
+        if block.content.strip():
+            yield from _parse(block, dialect, names, wanted)
+
+
+def _one_ahead(pieces: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Each piece and whether it is the last."""
+    before = next(pieces, None)
+    for piece in pieces:
+        assert before is not None
+        yield before, False
+        before = piece
+    if before is not None:
+        yield before, True
+
+
+def _parse(block: _Block, dialect: Dialect, names: Sequence[str], wanted: Sequence[str]) -> Iterator[pa.Table | Rejected]:
+    broken: list[Rejected] = []
+
+    def keep(row: csv.InvalidRow) -> str:
+        broken.append(Rejected(WRONG_CELLS, row.text, row.actual_columns))
+        return "skip"
+
+    yield csv.read_csv(
+        pa.BufferReader(block.content),
+        csv.ReadOptions(use_threads=False, block_size=len(block.content) + 1, column_names=list(names)),
+        csv.ParseOptions(
+            delimiter=dialect.delimiter,
+            quote_char='"' if dialect.quoted else False,
+            newlines_in_values=block.several_lines,
+            invalid_row_handler=keep,
+        ),
+        csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.string()), include_columns=list(wanted), check_utf8=False),
+    )
+    yield from broken
+
+
+def _first_row(text: str, delimiter: str) -> tuple[list[str], int]:
+    """Cells of the first row and the lines it covers; of an open quotation mark the first line alone."""
+    rows = python_csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        cells = next(rows)
+    except (StopIteration, python_csv.Error):
+        cells = []
+    if cells and rows.line_num < 20:
+        return cells, rows.line_num
+    return text.partition("\n")[0].rstrip("\r").split(delimiter), 1
+
+
+def _distinct(names: list[str]) -> tuple[str, ...]:
+    """Names in which a repeated one has its number appended."""
+    found: dict[str, None] = {}
+    for name in names:
+        number, new = 1, name
+        while new in found:
+            number, new = number + 1, f"{name}_{number + 1}"
+        found[new] = None
+    return tuple(found)
+
+
+# quotation marks
+
+
+def _check(content: bytes, dialect: Dialect, width: int, last: bool) -> _Block:
+    """The rows of a block in which every quotation mark that opens a cell is closed."""
+    if not dialect.quoted or b'"' not in content:
+        return _Block(content)
+    data = np.frombuffer(content, np.uint8)
+    starts = np.concatenate([[0], np.flatnonzero(data == _NEWLINE) + 1])
+    suspicious = _suspicious(data, starts, dialect.delimiter.encode()[0])
+    if not len(suspicious):
+        return _Block(content)
+    block = _Block(b"")
+    grammar, pieces, done = _grammar(dialect.delimiter), [], 0
+    for start in starts[suspicious].tolist():
+        if start < done or start >= len(content):  # inside a cell that was just closed
+            continue
+        end = _line_end(content, start)
+        if grammar.row.fullmatch(content, start, _text_end(content, start, end)):
+            continue
+        closed = grammar.close(content, start, width)
+        if closed is None and not last and len(content) - start < MOST_QUOTED:
+            block.content, block.rest = b"".join([*pieces, content[done:start]]), content[start:]
+            return block
+        if closed:
+            block.several_lines, end = True, closed
+            pieces.append(content[done:end])
+        else:
+            pieces.append(content[done:start])
+            pieces.append(_as_plain(content[start : _text_end(content, start, end)], dialect, width, block.rejected))
+        done = end
+    block.content = b"".join([*pieces, content[done:]])
+    return block
+
+
+def _suspicious(data: np.ndarray, starts: np.ndarray, delimiter: int) -> np.ndarray:
+    """Numbers of the lines whose quotation marks are not plainly those of cells that open and close in the line."""
+    quotes = np.flatnonzero(data == _QUOTE)
+    around = np.concatenate([[_NEWLINE], data, [_NEWLINE]])
+    before, after = around[quotes], around[quotes + 2]
+    line = np.searchsorted(starts, quotes, side="right") - 1
+    opens = (before == delimiter) | (before == _NEWLINE)
+    closes = (after == delimiter) | (after == _NEWLINE) | (after == _RETURN)
+    inside = (before == _QUOTE) | (after == _QUOTE)
+    first = np.flatnonzero(np.diff(line, prepend=-1))
+    odd = np.flatnonzero(np.bincount(line) % 2)
+    return np.unique(np.concatenate([odd, line[first][~opens[first]], line[~(opens | closes | inside)]]))
+
+
+class _Grammar:
+    """Cells and rows as Arrow reads them, as patterns that never try a choice twice."""
+
+    def __init__(self, delimiter: str) -> None:
+        d = re.escape(delimiter.encode())
+        quoted = rb'"(?:[^"]++|"")*+"'
+        cell = rb"(?:%s[^%s\n]*+|(?!\")[^%s\n]++|(?!\"))" % (quoted, d, d)
+        self.row = re.compile(rb"%s(?:%s%s)*+" % (cell, d, cell))
+        self.before = re.compile(rb"(?:%s%s)*+" % (cell, d))  # the cells before the one that stays open
+        self.quoted = re.compile(quoted)
+        self.cell, self.delimiter = re.compile(cell), delimiter.encode()[0]
+
+    def close(self, content: bytes, start: int, width: int) -> int | None:
+        """Where a row of several lines ends; None where its quotation mark is a stray one."""
+        position, limit = start, start + MOST_QUOTED
+        for number in range(1, width + 1):
+            opened = position < len(content) and content[position] == _QUOTE
+            if opened:
+                found = self.quoted.match(content, position, limit)
+                if not found or not self._ends(content, found.end()) or self._holds_rows(found[0], width):
+                    return None
+                position = found.end()
+            else:
+                found = self.cell.match(content, position)
+                position = found.end() if found else position
+            if position >= len(content) or content[position] in (_NEWLINE, _RETURN):
+                return _line_end(content, position) if number == width else None
+            if content[position] != self.delimiter:
+                return None
+            position += 1
+        return None
+
+    def _ends(self, content: bytes, position: int) -> bool:
+        return position >= len(content) or content[position] in (self.delimiter, _NEWLINE, _RETURN)
+
+    def _holds_rows(self, cell: bytes, width: int) -> bool:
+        """Whether the lines inside a cell look like rows of the table."""
+        inner = cell.split(b"\n")[1:-1]
+        return width > 1 and bool(inner) and all(line.count(bytes([self.delimiter])) == width - 1 for line in inner)
+
+
+@lru_cache(maxsize=8)
+def _grammar(delimiter: str) -> _Grammar:
+    return _Grammar(delimiter)
+
+
+def _line_end(content: bytes, start: int) -> int:
+    return content.find(b"\n", start) + 1 or len(content)
+
+
+def _text_end(content: bytes, start: int, end: int) -> int:
+    """Where the text of a line ends, before the signs of its end."""
+    return start + len(content[start:end].rstrip(b"\r\n"))
+
+
+def _as_plain(line: bytes, dialect: Dialect, width: int, rejected: list[Rejected]) -> bytes:
+    """A row whose quotation marks are text; nothing where it has another number of cells than the header."""
+    cells = line.split(dialect.delimiter.encode())
+    if len(cells) != width:
+        rejected.append(Rejected(OPEN_QUOTE, line.decode(errors="replace"), len(cells)))
+        return b""
+    return dialect.delimiter.encode().join(b'"%s"' % cell.replace(b'"', b'""') for cell in cells) + b"\n"

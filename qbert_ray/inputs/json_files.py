@@ -1,0 +1,300 @@
+"""Rows of JSON files: one object a line, one array of objects, or one object that names its rows by their IDs.
+
+JSON has no types that hold for a whole file, so values become text, line by line.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import polars as pl
+
+from qbert_ray.inputs.text_files import Text, blocks
+from qbert_ray.storage.columns import ITEM_ID, TIMESTAMP, USER_ID
+
+REASON, ROW = "<reason>", "<row>"  # of a rejected row: why, and the row as JSON; names that no column of a file has
+ROW_LENGTH = 2000  # characters of a rejected row that are kept
+MOST_NESTED = 64  # lists and mappings inside each other in a line
+MOST_BYTES = 2 << 30  # of a file that has to be read as one value
+SAMPLED_LINES = 10_000  # columns are named line by line; those of so many lines are known when a file is described
+BATCH_LINES = 1 << 14
+LINES, ARRAY, KEYED, HISTORIES = "lines", "array", "keyed", "histories"
+IMAGE_KEYS = (  # of mappings, the best first
+    *("large", "hi_res", "path", "url", "src", "href", "link", "uri", "image", "original", "full", "medium", "small", "thumb", "thumbnail"),
+    *("image_url", "imageUrl", "contentUrl", "file_name", "filename", "file", "filepath"),
+)
+_COLUMN_NAMES = {USER_ID, ITEM_ID, TIMESTAMP, "title", "name", "id", "rating", "index", "columns", "data"}
+
+Converters = Mapping[str, Callable[[Any], str | None]]
+
+
+class JsonError(ValueError):
+    """What is wrong with a file, without its name."""
+
+
+# values
+
+
+def plain_text(value: Any) -> str | None:
+    """A JSON value as text: whole numbers without .0, lists joined with a comma, mappings as JSON; NaN is none."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
+    if isinstance(value, list):
+        texts = (text.strip() for text in map(plain_text, value) if text)
+        return ", ".join(text for text in texts if text)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+
+
+def first_image(value: Any) -> str | None:
+    """Path, URL or data URI in a JSON value: the text itself, the first of a list, or what a mapping holds under a usual key.
+
+    A value in which none is found comes as its JSON, so that it can be told from no value.
+    """
+    found = _first_image(value)
+    if found or not _holds_something(value):
+        return found
+    return json.dumps(value, ensure_ascii=False)[:ROW_LENGTH]
+
+
+def _first_image(value: Any) -> str | None:
+    if isinstance(value, list):
+        if len(value) > 8 and all(type(byte) is int and 0 <= byte < 256 for byte in value):
+            return f"data:;base64,{base64.b64encode(bytes(value)).decode()}"
+        return next(filter(None, map(_first_image, value)), None)
+    if isinstance(value, dict):
+        content = value.get("bytes")
+        encoded = f"data:;base64,{content}" if isinstance(content, str) and content and len(content) % 4 == 0 else _first_image(content)
+        return next(filter(None, (*(_first_image(value.get(key)) for key in IMAGE_KEYS), encoded)), None)
+    return value if isinstance(value, str) else None
+
+
+def _holds_something(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return any(map(_holds_something, value.values() if isinstance(value, dict) else value))
+    return value is not None and value != "" and value == value
+
+
+# files
+
+
+def describe(content: bytes, whole: bool) -> tuple[str, tuple[str, ...]]:
+    """Layout and columns of a file, from its beginning.
+
+    Args:
+        content: UTF-8, of whole lines.
+        whole: whether that is all of the file.
+
+    Raises:
+        JsonError: it is JSON of another layout, or none.
+    """
+    lines = [line for line in map(bytes.strip, content.split(b"\n")) if line]
+    if not lines:
+        return LINES, ()
+    begin = lines[0][:1]
+    first = _parse(lines[0])
+    if begin == b"[":
+        return ARRAY, _names(_sampled_array(content, whole))
+    if begin == b"{" and (first is None or len(lines) == 1):
+        one = _one_object(content) if whole else None
+        layout = _layout(one) if one is not None else None
+        if layout:
+            return layout, _layout_columns(layout, one or {})
+        if not whole and (lines[0] == b"{" or len(lines) == 1):
+            return _layout_of_part(content)
+        if one is not None:
+            return (LINES, tuple(one)) if len(lines) == 1 else (ARRAY, tuple(one))
+    names = _names(filter(None, map(_parse, lines[:SAMPLED_LINES])))
+    if not names:
+        raise JsonError(f"none of the first {SAMPLED_LINES:,} lines is a JSON object (Python literals are not JSON)")
+    return LINES, names
+
+
+def read(stream: BinaryIO, text: Text, layout: str, converters: Converters) -> Iterator[pl.DataFrame]:
+    """Frames of the wanted values as text, with reason and row where a line is no object.
+
+    Args:
+        converters: wanted column -> how its values become text.
+    """
+    if layout == LINES:
+        lines = _lines(stream, text)
+        while batch := list(itertools.islice(lines, BATCH_LINES)):
+            yield _frame([_parse(line) for line in batch], batch, converters)
+        return
+    content = b"".join(_limited(blocks(stream, text)))
+    records = iter(_records(json.loads(content), layout))
+    while batch := list(itertools.islice(records, BATCH_LINES)):
+        yield _frame(
+            [record if isinstance(record, dict) else None for record in batch],
+            [json.dumps(record).encode() for record in batch],
+            converters,
+        )
+
+
+def as_line(text: str, **more: Any) -> str:
+    """A rejected line as the JSON that is kept of it."""
+    return json.dumps({"line": text[:ROW_LENGTH], **more}, ensure_ascii=False)[:ROW_LENGTH]
+
+
+def _frame(records: list[dict[str, Any] | None], lines: list[bytes], converters: Converters) -> pl.DataFrame:
+    broken = [line if record is None else None for record, line in zip(records, lines, strict=True)]
+    data: dict[str, list[str | None]] = {
+        name: [None if record is None else convert(record.get(name)) for record in records] for name, convert in converters.items()
+    }
+    data[REASON] = [None if line is None else "invalid JSON" for line in broken]
+    data[ROW] = [None if line is None else as_line(line.decode(errors="replace")) for line in broken]
+    try:
+        return pl.DataFrame(data, schema=dict.fromkeys(data, pl.String))
+    except UnicodeEncodeError:  # JSON can spell halves of a character, which UTF-8 cannot
+        data = {name: [value and value.encode(errors="replace").decode() for value in values] for name, values in data.items()}
+        return pl.DataFrame(data, schema=dict.fromkeys(data, pl.String))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    deep = line.count(b"[") + line.count(b"{") > MOST_NESTED and _is_deep(record)
+    return record if isinstance(record, dict) and not deep else None
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value is nested past `MOST_NESTED`; by a number, since how much Python's stack bears depends on who calls."""
+    level = [value]
+    for _ in range(MOST_NESTED):
+        level = [
+            inner for outer in level if isinstance(outer, dict | list) for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
+def _lines(stream: BinaryIO, text: Text) -> Iterator[bytes]:
+    stripped = (line.strip() for block in blocks(stream, text) for line in block.split(b"\n"))
+    return (line for line in stripped if line)
+
+
+def _limited(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > MOST_BYTES:
+            raise JsonError(f"it is one JSON value of more than {MOST_BYTES >> 30} GiB; write one object a line (JSONL)")
+        yield piece
+
+
+def _names(records: Iterable[Any]) -> tuple[str, ...]:
+    names: dict[str, None] = {}
+    for record in records:
+        names |= dict.fromkeys(record if isinstance(record, dict) else ())
+    return tuple(names)
+
+
+# one value that holds all rows
+
+
+def _records(value: Any, layout: str) -> Iterator[Any]:
+    if layout == ARRAY:
+        yield from value if isinstance(value, list) else [value]
+    elif layout == KEYED:
+        yield from ({ITEM_ID: key} | row if isinstance(row, dict) else row for key, row in value.items())
+    else:
+        for user, items in value.items():
+            yield from ({USER_ID: user, ITEM_ID: item, TIMESTAMP: number} for number, item in enumerate(items))
+
+
+def _layout(value: dict[str, Any]) -> str | None:
+    """Layout of an object that is no row; None where it is one.
+
+    Raises:
+        JsonError: it holds columns, or something else.
+    """
+    kinds = {type(inner) for inner in value.values()}
+    if kinds not in ({dict}, {list}) and not {"columns", "data"} <= set(value):
+        return None
+    if len(value) > 1 and (set(value) & _COLUMN_NAMES or (kinds == {dict} and _numbered(next(iter(value.values()))))):
+        if kinds == {list} and not {"columns", "data"} <= set(value) and len({len(inner) for inner in value.values()}) > 1:
+            return None  # one row whose values are lists
+        raise JsonError("it is one JSON object of columns; write one object a line: df.to_json(path, orient='records', lines=True)")
+    if kinds == {dict}:
+        return KEYED if len(value) > 1 else None
+    flat = list(itertools.islice(itertools.chain.from_iterable(value.values()), 100))
+    if any(isinstance(item, list | dict) for item in flat):
+        raise JsonError("it is one JSON object of lists, whose elements are no IDs; write one object a line (JSONL)")
+    if flat and all(isinstance(item, str) and item.startswith("<") and item.endswith(">") for item in flat):
+        raise JsonError("it holds semantic IDs as tokens, neither items nor interactions; data.semantic_ids takes item_id and codes")
+    return HISTORIES if len(value) > 1 else None
+
+
+def _numbered(row: dict[str, Any]) -> bool:
+    return bool(row) and all(key.isdigit() for key in row)
+
+
+def _layout_columns(layout: str, value: dict[str, Any]) -> tuple[str, ...]:
+    if layout == HISTORIES:
+        return USER_ID, ITEM_ID, TIMESTAMP
+    return _names([{ITEM_ID: None}, *itertools.islice(value.values(), SAMPLED_LINES)])
+
+
+def _one_object(content: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and not _is_deep(value) else None
+
+
+def _layout_of_part(content: bytes) -> tuple[str, tuple[str, ...]]:
+    """Layout of an object of which only the beginning is there: by the values that it holds whole."""
+    text, decoder, position = content.decode(errors="replace"), json.JSONDecoder(), content.find(b"{") + 1
+    found: dict[str, Any] = {}
+    try:
+        while True:
+            position = _skip(text, position)
+            key, position = decoder.raw_decode(text, position)
+            position = _skip(text, text.index(":", position) + 1)
+            found[key], position = decoder.raw_decode(text, position)
+            if len(found) >= 1000:
+                break
+    except ValueError:
+        pass
+    layout = _layout(found)
+    if not layout:
+        raise JsonError("it is one JSON object; write one object a line (JSONL)")
+    return layout, _layout_columns(layout, found)
+
+
+def _skip(text: str, position: int) -> int:
+    """The next place that is neither space nor comma."""
+    while text[position : position + 1] in (" ", "\t", "\r", "\n", ","):
+        position += 1
+    return position
+
+
+def _sampled_array(content: bytes, whole: bool) -> list[Any]:
+    """The first elements of an array.
+
+    Raises:
+        JsonError: it holds no objects.
+    """
+    text, decoder, position = content.decode(errors="replace"), json.JSONDecoder(), content.find(b"[") + 1
+    found: list[Any] = []
+    try:
+        while len(found) < 1000:
+            value, position = decoder.raw_decode(text, _skip(text, position))
+            found.append(value)
+    except (ValueError, RecursionError):
+        pass
+    if not any(isinstance(row, dict) and row for row in found):
+        raise JsonError("it is one JSON array, but not of objects with names; write one object a line (JSONL)")
+    return found

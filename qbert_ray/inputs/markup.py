@@ -1,0 +1,33 @@
+"""Plain text of what shops write as HTML."""
+
+from __future__ import annotations
+
+import html
+
+import polars as pl
+
+_HIDDEN = r"(?is)<!--.*?(?:-->|$)|<script\b.*?(?:</script\s*>|$)|<style\b.*?(?:</style\s*>|$)|<head\b.*?(?:</head\s*>|$)|<!\[CDATA\[|\]\]>"
+_TAGS = r"(?s)</?[A-Za-z!][^<>]*>|<\?[^>]*\?>"
+_ENTITY = r"&(?:#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
+
+
+def strip_markup(texts: pl.Series) -> pl.Series:
+    """Texts without HTML tags, comments, scripts and styles, and with entities decoded; null where nothing is left.
+
+    Texts without a tag or an entity stay as they are, spaces too.
+    """
+    marked = texts.str.contains(f"{_TAGS}|{_ENTITY}|<!").fill_null(False).arg_true()
+    if not len(marked):
+        return texts
+    plain = _without_tags(texts[marked])
+    for _ in range(2):  # feeds escape what was escaped already: &amp;lt;b&amp;gt;
+        escaped = plain.str.contains(_ENTITY).fill_null(False).arg_true()
+        if len(escaped):
+            decoded = plain[escaped].map_elements(html.unescape, pl.String)
+            plain = plain.scatter(escaped, _without_tags(decoded))
+    plain = plain.str.replace_all(r"\s+", " ").str.strip_chars()
+    return texts.scatter(marked, plain.replace("", None))
+
+
+def _without_tags(texts: pl.Series) -> pl.Series:
+    return texts.str.replace_all(_HIDDEN, " ").str.replace_all(_TAGS, " ")

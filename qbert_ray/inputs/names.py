@@ -1,0 +1,29 @@
+"""What columns are usually called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+RECBOLE = r":(token|token_seq|float|float_seq)$"  # types in RecBole's column names
+NAMES = {  # spelled without case, underscores and spaces; the first that a file has is taken
+    "user_id": ["userid", "user", "reviewerid", "customerid", "customer", "clientid", "client", "visitorid", "memberid", "accountid", "uid"]
+    + ["profileid", "personid", "useridx", "cardid", "shopperid", "buyerid", "sessionid", "session"],
+    "item_id": ["itemid", "item", "parentasin", "asin", "productid", "product", "sku", "articleid", "movieid", "bookid", "isbn", "trackid"]
+    + ["songid", "videoid", "newsid", "gameid", "offerid", "listingid", "goodsid", "businessid", "stockcode", "animeid", "recipeid"]
+    + ["artistid", "venueid", "itemidx", "iid", "id"],
+    "timestamp": ["timestamp", "time", "ts", "unixreviewtime", "datetime", "date", "eventtime", "createdat", "createdtime", "purchasedat"]
+    + ["purchasedate", "orderdate", "orderedat", "boughtat", "bought", "viewedat", "ratedat", "tdat", "day"],
+    "rating": ["rating", "ratings", "overall", "stars", "star", "score", "rate"],
+}  # fmt: skip
+
+
+def plain_name(name: str) -> str:
+    """A column's name in small letters, without RecBole's type."""
+    return re.sub(RECBOLE, "", name.lower())
+
+
+def named(columns: Sequence[str], role: str) -> list[str]:
+    """Columns whose name is usual for a role, the most usual first."""
+    spelled = {re.sub(r"[^a-z0-9]", "", plain_name(name)): name for name in reversed(columns)}
+    return [spelled[name] for name in NAMES[role] if name in spelled]

@@ -1,0 +1,152 @@
+"""Why rows are rejected, in words: a hint for each reason, and what to say where nothing is left of a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from qbert_ray.inputs.times import FORMATS
+from qbert_ray.storage.columns import ITEM_ID, TIMESTAMP
+
+HINTS = {
+    "missing item_id": "give every row an item_id; nan, NULL, None and the like are none",
+    "missing user_id": "give every row a user_id; nan, NULL, None and the like are none",
+    "missing timestamp": "give every interaction a time; a running number per user will do",
+    "bad timestamp": f"understood are {FORMATS}",
+    "bad rating": "with data.min_rating, a rating must be a number; leave data.min_rating out to keep all",
+    "below min_rating": "data.min_rating",
+    "item not in items table": "are the IDs of both files written alike? else add the items to the items file",
+    "duplicate item_id": "the first row of an item was kept",
+    "duplicate interaction": "same user, item and time: one was kept",
+    "below min_item_interactions": "data.min_item_interactions; 0 keeps every item of the catalog",
+    "item below min_item_interactions": "data.min_item_interactions or data.min_interactions",
+    "user below min_interactions": "data.min_interactions",
+    "unsafe path": "keep pictures beside the items file or under data.root, or use https:// or s3:// addresses",
+    "no path in image": "an image is a path, an address, bytes, or a mapping that holds one as path, url, src or bytes",
+    "invalid JSON": "each line must be one JSON object; Python literals with single quotes are not JSON",
+    "invalid CSV row": "another number of cells than the header: quote texts that hold commas",
+    "open quotation mark": "a quotation mark that opens a cell is not closed; double those that belong to the text",
+    "file not found": "image paths start from the folder of the items file",
+}
+UNITS = {"s": (1e8, 1.0), "ms": (1e11, 1e3), "us": (1e14, 1e6), "ns": (1e17, 1e9)}  # of times: the least likely number, how many a second
+MIXED, MOST = 0.01, 0.5  # shares from which a second unit of time, and histories of one time, are worth a word
+SHOWN = 300  # characters of an example
+_ALIKE: dict[str, Callable[[str], str]] = {  # why IDs of two files may differ -> what makes them equal
+    "they have leading zeros on one side only": lambda text: text.lstrip("0"),
+    "one side is written in capitals": str.lower,
+    "one side has spaces or signs in it": lambda text: "".join(sign for sign in text if sign.isalnum()).lower(),
+    "one side has a prefix": lambda text: (
+        text.rpartition("/")[2].rpartition(":")[2].lstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-#").lstrip("0")
+    ),
+}
+
+
+def rejected(reason: str, count: int, examples: Sequence[str], total: int | None = None) -> str:
+    """One line about rows that were rejected for one reason, of `total` rows.
+
+    Args:
+        examples: rows as JSON.
+    """
+    hint = _cells(examples) if reason == "invalid CSV row" else HINTS.get(reason, "")
+    shown = _shown(reason, examples)
+    of = f" of {total:,}" if total else ""
+    return f"{count:,}{of} {reason}" + (f", such as {shown}" if shown else "") + (f" ({hint})" if hint else "")
+
+
+def suspicions(users: int, evaluated: int, at_one_time: int, times: dict[str, int]) -> list[str]:
+    """What looks wrong in a table of interactions that can be used.
+
+    Args:
+        users: kept, of which `evaluated` have at least three interactions and `at_one_time` two or more that all have one time.
+        times: unit -> how many times look like it.
+    """
+    said = []
+    if not evaluated:
+        said.append("no user has 3 interactions, so nothing can be validated or evaluated: the last two of each user are held out")
+    total = sum(times.values())
+    often = [unit for unit, count in times.items() if total and count >= MIXED * total]
+    if len(often) > 1:
+        shares = " and ".join(f"{times[unit] / total:.0%} in {unit}" for unit in often)
+        said.append(f"times are of several units ({shares}), so histories are in the wrong order: write all of them in one")
+    if at_one_time > MOST * users:
+        said.append(
+            f"{at_one_time:,} of {users:,} users have all their interactions at one time, which are then ordered by a hash: "
+            "is user_id the number of an order, or the time only a day?"
+        )
+    return said
+
+
+def unknown_items(wanted: Iterable[str], known: Sequence[str]) -> str:
+    """An ID of each file, and why the two may not match."""
+    ids = [item for item in wanted if item]
+    if not ids or not known:
+        return ""
+    said = f"an ID of the interactions: {ids[0]!r}; one of the items: {known[0]!r}"
+    for why, alike in _ALIKE.items():
+        there = {alike(item) for item in known} - {""}
+        found = next((item for item in ids if alike(item) in there), None)
+        if found is not None:
+            same = next(item for item in known if alike(item) == alike(found))
+            return f"{found!r} of the interactions seems to be {same!r} of the items: {why}"
+    return said
+
+
+def nothing_left(
+    total: int,
+    found: dict[str, tuple[int, list[str]]],
+    left: int,
+    items: dict[str, tuple[int, list[str]]],
+    num_items: int,
+    known: list[str],
+) -> str:
+    """Why no interaction is left.
+
+    Args:
+        total: interactions read.
+        found: reason -> rejected interactions and some of them as JSON.
+        left: interactions that no reason rejects, all of which fall to the smallest numbers per user and item.
+        items: reason -> rejected ones of `num_items` items, and some of them.
+        known: some of the catalog's IDs.
+    """
+    lines = [f"nothing is left of {total:,} interactions"]
+    lines += [f"  interactions: {rejected(reason, count, examples)}" for reason, (count, examples) in found.items()]
+    if "item not in items table" in found:
+        ids = [_value(row, ITEM_ID) for row in found["item not in items table"][1]]
+        lines.append(f"  {unknown_items([item for item in ids if item], known)}")
+    lines += [f"  items: {rejected(reason, count, examples, num_items)}" for reason, (count, examples) in items.items()]
+    if left:
+        lines.append(
+            f"  the other {left:,} are of users or items with too few interactions: lower data.min_interactions and data.min_item_interactions"
+        )
+    return "\n".join(lines)
+
+
+def _shown(reason: str, examples: Sequence[str]) -> str:
+    if not examples:
+        return ""
+    value = _value(examples[0], TIMESTAMP) if reason == "bad timestamp" else _value(examples[0], "line")
+    return repr(value) if value else examples[0][:SHOWN]
+
+
+def _cells(examples: Sequence[str]) -> str:
+    rows = [row for row in map(_parsed, examples) if "cells" in row]
+    if not rows:
+        return HINTS["invalid CSV row"]
+    counts = sorted({row["cells"] for row in rows})
+    said = f"{' or '.join(map(str, counts))} cells, the header has {rows[0]['columns']}"
+    ends = counts == [rows[0]["columns"] + 1] and all(row["line"].rstrip().endswith((",", ";")) for row in rows)
+    return said + (": is there a comma at the end of each line?" if ends else "; quote texts that hold commas")
+
+
+def _value(row: str, column: str) -> str | None:
+    value = _parsed(row).get(column)
+    return None if value is None else str(value)[:SHOWN]
+
+
+def _parsed(row: str) -> dict[str, Any]:
+    try:
+        value = json.loads(row)
+    except ValueError:  # it was cut
+        return {}
+    return value if isinstance(value, dict) else {}

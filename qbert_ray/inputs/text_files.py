@@ -1,0 +1,138 @@
+"""Files of text as UTF-8, whatever they are written in: plain or gzipped, UTF-8, UTF-16, or Windows-1252 (Latin-1).
+
+An encoding is known by its byte order mark, by the zero bytes of UTF-16, or by bytes that UTF-8 cannot hold. Such bytes are
+read as Windows-1252 one by one, so that a single one in an otherwise good file spoils nothing.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from pyarrow import fs
+
+from qbert_ray.inputs.limits import MOST_LINE
+
+SAMPLE_BYTES = 1 << 20  # by which encoding, columns and delimiter of a file are judged
+BLOCK_BYTES = 16 << 20
+UTF8, LATIN = "utf-8", "windows-1252"
+MARKS = {codecs.BOM_UTF8: UTF8, codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_ERRORS = "qbert-ray-windows-1252"  # the name under which `_as_latin` is known to `codecs`
+
+
+class TextError(ValueError):
+    """What is wrong with a file, without its name."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """How a file of text is written."""
+
+    encoding: str = UTF8  # utf-8, windows-1252, utf-16-le or utf-16-be
+    returns: bool = False  # lines end in carriage returns alone, as old spreadsheets write them
+
+
+def open_text(filesystem: fs.FileSystem, path: str) -> BinaryIO:
+    """The decompressed bytes of a file."""
+    # Python's gzip rather than Arrow's: published dumps are at times several gzip streams in a row.
+    stream = filesystem.open_input_stream(path, compression=None)
+    return gzip.GzipFile(fileobj=stream) if path.lower().endswith(".gz") else io.BufferedReader(stream)  # type: ignore[return-value]
+
+
+def look_at(filesystem: fs.FileSystem, path: str) -> tuple[Text, bytes, bool]:
+    """How a file is written, its beginning as UTF-8, and whether that is all of it."""
+    with open_text(filesystem, path) as stream:
+        sample = stream.read(SAMPLE_BYTES)
+        whole = not stream.read(1)
+    text = _judge(sample)
+    content = b"".join(blocks(io.BytesIO(sample), text))
+    return text, content if whole else content[: content.rfind(b"\n") + 1] or content, whole
+
+
+def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """Whole lines as UTF-8, without the byte order mark, about `size` bytes at a time."""
+    _know_errors()
+    wide = text.encoding.startswith("utf-16")
+    decoder = codecs.getincrementaldecoder(text.encoding)("replace") if wide else None
+    rest: list[bytes] = []
+    first, cut = True, False
+    while True:
+        piece = stream.read(size)
+        last = not piece
+        if decoder:
+            piece = decoder.decode(piece, last).encode(errors="replace")
+        if text.returns:
+            piece = piece.replace(b"\r", b"\n")
+        if cut:  # of a line past the bound, which is rejected, only the beginning is kept
+            place = piece.find(b"\n")
+            piece, cut = (piece[place:], False) if place >= 0 else (b"", not last)
+        end = len(piece) if last else piece.rfind(b"\n") + 1
+        if end or last:
+            lines = b"".join([*rest, piece[:end]])
+            rest = [piece[end:]]
+            lines = lines.removeprefix(codecs.BOM_UTF8) if first else lines
+            first = first and not lines
+            if lines:
+                yield lines if wide else _valid(lines)
+        else:
+            rest.append(piece)
+            cut = cut or sum(map(len, rest)) > MOST_LINE
+            rest = [b"".join(rest)[:MOST_LINE]] if cut else rest
+        if last:
+            return
+
+
+def _judge(sample: bytes) -> Text:
+    encoding = next((name for mark, name in MARKS.items() if sample.startswith(mark)), None) or _without_mark(sample)
+    line_end = b"\n" if not encoding.startswith("utf-16") else "\n".encode(encoding)
+    return Text(encoding, returns=line_end not in sample and b"\r" in sample)
+
+
+def _without_mark(sample: bytes) -> str:
+    zeros = np.flatnonzero(np.frombuffer(sample[:4096], np.uint8) == 0)
+    if len(zeros) > min(len(sample), 4096) / 4:  # every second byte of text that is mostly ASCII
+        return "utf-16-le" if (zeros % 2).mean() > 0.5 else "utf-16-be"
+    try:
+        codecs.getincrementaldecoder(UTF8)().decode(sample)  # a character that is cut at the end is no error
+    except UnicodeDecodeError:
+        if len(zeros):
+            raise TextError("it holds zero bytes and is neither UTF-8 nor UTF-16, so it is no text") from None
+        return LATIN
+    return UTF8
+
+
+def _valid(content: bytes) -> bytes:
+    """The content as it is where it is UTF-8; else with the bytes that are not read as Windows-1252."""
+    if content.isascii():
+        return content
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return content.decode(errors=_ERRORS).encode()
+    return content
+
+
+def _as_latin(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    bad = error.object[error.start : error.end]
+    return "".join(_character(byte) for byte in bad), error.end
+
+
+def _character(byte: int) -> str:
+    try:
+        return bytes([byte]).decode("cp1252")
+    except UnicodeDecodeError:  # one of the five that Windows leaves out
+        return chr(byte)
+
+
+def _know_errors() -> None:
+    """Tell `codecs` of `_as_latin`; here and not on import, which starts nothing."""
+    try:
+        codecs.lookup_error(_ERRORS)
+    except LookupError:
+        codecs.register_error(_ERRORS, _as_latin)

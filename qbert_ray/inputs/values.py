@@ -1,0 +1,86 @@
+"""What the values of a column mean, whatever its type: text, IDs and ratings of the input contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+Kind = Any  # a polars data type; polars types its inner types more loosely than its own functions take them
+# How programs write that there is nothing: what pandas reads as missing, MySQL's \N, and what JavaScript and SQL leave behind.
+NOTHING = [
+    *("nan", "NaN", "NAN", "-nan", "-NaN", "null", "NULL", "Null", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "#N/A N/A", "#NA"),
+    *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN", "NaT", "\\N", "undefined"),
+]
+NO_ID = [*NOTHING, "none", "NONE", "na", "Na", "nil", "NIL", "<null>", "<none>", "(null)", "#n/a", "nat"]  # which could be words in a text
+_WHOLE = 2.0**53  # floats below are exact whole numbers
+
+
+def as_text(value: pl.Expr, kind: Kind) -> pl.Expr:
+    """Stripped text, null where nothing is left: whole numbers without .0, lists joined with a comma, structs as JSON.
+
+    Spellings of nothing, such as NaN and NULL, are null.
+    """
+    text, written = _text(value, kind)
+    filled = text != ""
+    return pl.when(filled & ~text.is_in(NOTHING) if written else filled).then(text)
+
+
+def as_id(value: pl.Expr, kind: Kind) -> pl.Expr:
+    """Text of an ID: as `as_text`, and 12.0 is 12 in any type, since that is how a whole number is written whose column had gaps."""
+    text = as_text(value, kind)
+    if kind.is_integer():
+        return text
+    return pl.when(~text.is_in(NO_ID)).then(text.str.replace(r"^(-?[0-9]+)[.]0+$", "$1"))
+
+
+def as_rating(value: pl.Expr, kind: Kind) -> pl.Expr:
+    """A number, null where it is none; a comma may stand for the point."""
+    if kind.is_numeric() or kind == pl.Boolean:
+        return value.cast(pl.Float32, strict=False).fill_nan(None)
+    if kind not in (pl.String, pl.Categorical, pl.Enum):
+        return pl.lit(None, pl.Float32)
+    text = value.cast(pl.String).str.strip_chars().str.replace(r"^(-?[0-9]+),([0-9]+)$", "$1.$2")
+    return text.cast(pl.Float32, strict=False).fill_nan(None)
+
+
+def is_given(value: pl.Expr, kind: Kind) -> pl.Expr:
+    """True where there is a value, null elsewhere."""
+    there = value if kind.is_integer() or kind.is_temporal() else as_text(value, kind)  # which are never written as nothing
+    return pl.when(there.is_not_null()).then(True)
+
+
+def _text(value: pl.Expr, kind: Kind) -> tuple[pl.Expr, bool]:
+    """Stripped text, and whether somebody may have written it, such as the spelling of nothing."""
+    if isinstance(kind, pl.Array):
+        value, kind = value.arr.to_list(), pl.List(kind.inner)
+    if isinstance(kind, pl.List):
+        return value.list.eval(as_text(pl.element(), kind.inner)).list.drop_nulls().list.join(", ").str.strip_chars(), True
+    if isinstance(kind, pl.Struct):
+        return pl.when(value.is_not_null()).then(value.struct.json_encode()), False
+    if kind.is_float():
+        whole = (value == value.round(0)) & (value.abs() < _WHOLE)
+        number = pl.when(value.is_not_nan()).then(value.cast(pl.String))
+        return pl.when(whole).then(value.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(number), False
+    if kind == pl.Binary:
+        return value.map_batches(_decode, return_dtype=pl.String).str.strip_chars(), True
+    if kind == pl.Duration:
+        return value.dt.to_string("iso"), False
+    text = value.cast(pl.String, strict=False).str.strip_chars()
+    return text, kind in (pl.String, pl.Categorical, pl.Enum)
+
+
+def _decode(values: pl.Series) -> pl.Series:
+    """Bytes as the text that they spell, those that spell none as hexadecimal digits."""
+    try:
+        return pl.Series(values.name, values.to_arrow().cast(pa.large_string()))
+    except pa.ArrowInvalid:
+        return pl.Series(values.name, [None if value is None else _spelled(value) for value in values.to_list()], pl.String)
+
+
+def _spelled(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.hex()

@@ -1,0 +1,76 @@
+"""Vectors that a user brings along, in any of the usual files."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from qbert_ray.features.vectors import read_vectors, vectors_shape
+
+IDS, MATRIX = ["a", "b", "7"], np.arange(6, dtype=np.float32).reshape(3, 2)
+
+
+def write(folder: Path, form: str) -> str:
+    """The three vectors in a file of some form."""
+    path = folder / form.split()[0]
+    frame = pl.DataFrame({"item_id": IDS, "vector": MATRIX.tolist()})
+    if path.suffix == ".npz":
+        np.savez(path, item_id=np.array(IDS), vector=MATRIX)
+    elif form.endswith("structured"):
+        rows = np.zeros(3, dtype=[("item_id", "U3"), ("vector", "f4", 2)])
+        rows["item_id"], rows["vector"] = IDS, MATRIX
+        np.save(path, rows)
+    elif path.suffix == ".npy":
+        np.save(path, MATRIX.astype(np.float64))
+        np.save(folder / "v_ids.npy", np.array(IDS)) if form.endswith("npy") else (folder / "v_ids.txt").write_text("\n".join(IDS))
+    elif path.suffix == ".jsonl":
+        frame.write_ndjson(path)
+    elif form.endswith("columns"):
+        pl.DataFrame({"item_id": IDS, "0": MATRIX[:, 0], "1": MATRIX[:, 1]}).write_csv(path)
+    elif path.suffix == ".csv":
+        path.write_text('item_id,vector\na,"[0, 1]"\nb,"[2.0 3.0]"\n7.0,4 5\n')
+    else:
+        frame.write_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["v.parquet", "v.npz", "v.npy structured", "v.npy npy", "v.npy txt", "v.csv", "v.csv columns", "v.jsonl"])
+def test_every_form_gives_the_same_vectors(tmp_path, form):
+    uri = write(tmp_path, form)
+    assert vectors_shape(uri) == (1, 2)
+    placed = read_vectors(uri, pa.array(["b", "7", "c"]), 1, 2)
+    assert placed.vectors[:, 0].tolist() == [[2, 3], [4, 5], [0, 0]] and placed.present[:, 0].tolist() == [True, True, False]
+    assert placed.rejected == [("unknown item", {"item_id": "a"})]
+
+
+def test_several_vectors_of_an_item_in_a_cube(tmp_path):
+    np.savez(tmp_path / "v.npz", item_id=np.array([1, 2]), vectors=np.ones((2, 3, 4)))
+    assert vectors_shape(str(tmp_path / "v.npz")) == (3, 4)
+    assert read_vectors(str(tmp_path / "v.npz"), pa.array(["2"]), 3, 4).present.all()
+
+
+def test_vectors_of_no_item_are_an_error_that_shows_both_ids(tmp_path):
+    with pytest.raises(ValueError, match=r"0 of 2 items have a vector.*3 unknown item.*an ID there: 'a', one of the items: 'A'"):
+        read_vectors(write(tmp_path, "v.npz"), pa.array(["A", "B"]), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("save", "said"),
+    [
+        (lambda path: np.save(path, MATRIX), "matrix without the IDs of its rows.*np.savez"),
+        (lambda path: np.save(path, np.array(IDS)), "array of shape"),
+        (lambda path: np.save(path, np.array([{"a": 1}], dtype=object)), "arrays of objects are not opened"),
+        (lambda path: path.write_bytes(b"no array"), "cannot be read"),
+    ],
+)
+def test_arrays_that_cannot_be_read_say_why(tmp_path, save, said):
+    save(tmp_path / "v.npy")
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        vectors_shape(str(tmp_path / "v.npy"))
+
+
+def test_ids_are_written_as_the_ingest_writes_them(tmp_path):
+    pl.DataFrame({"item_id": [1.0, -7.0], "vector": [[0.0], [1.0]]}).write_parquet(tmp_path / "v.parquet")
+    assert read_vectors(str(tmp_path / "v.parquet"), pa.array(["-7", "1"]), 1, 1).present.all()
