@@ -29,7 +29,7 @@ def read_yaml(text: str | bytes) -> Any:
         root = yaml.compose(text, Loader=_WithoutDates)
         if root is not None:
             _count(root)
-        return yaml.load(text, _WithoutDates)  # noqa: S506, a SafeLoader
+        return _WithoutDates(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, OverflowError) as error:
         if isinstance(error, YamlError):
             raise
