@@ -113,7 +113,7 @@ def test_averaged_weights_are_what_is_measured_and_kept():
         average = decay * average + (1 - decay) * weight
         assert loop.log[epoch]["weight"] == pytest.approx(average, rel=1e-5)
     assert loop.weights()["weight"].item() == pytest.approx(average, rel=1e-5)
-    assert loop.model.weight.item() == pytest.approx(weight, rel=1e-5)  # training goes on from its own weights
+    assert loop.model.weight.item() == pytest.approx(weight, rel=1e-5)  # training continues from its own weights
 
 
 @pytest.mark.parametrize(("sign", "scores", "best"), [(1.0, [3, 5, 5, 4], 1), (-1.0, [3, 1, 1, 2], 1), (1.0, [1, 2, 3, 4], 3)])

@@ -172,8 +172,8 @@ def test_survivors_by_hand():
     items, cold = np.array([True, True, False, False]), np.array([False, False, True, False])
     assert survivors(kept, items, cold, 2).tolist() == [True, True, True, False, False, False]
     assert survivors(kept, items, cold, 1).tolist() == [True, True, True, True, True, False]
-    nobody = pa.table({CODE: pa.array([2]), USER: pa.array([0])})
-    assert survivors(nobody, items, cold, 0).tolist() == [False]  # a user without a warm row is none
+    one_cold_row = pa.table({CODE: pa.array([2]), USER: pa.array([0])})
+    assert survivors(one_cold_row, items, cold, 0).tolist() == [False]  # a user without a warm row is none
 
 
 def ingested(tmp_path, log, catalog, name="run", rows_per_partition=500_000, **data):

@@ -129,7 +129,7 @@ def test_more_levels_than_dimensions_cannot_be_independent():
         ([5.0, 0, 0], [1, 1, 1], [0, 1, 2]),
     ],
 )
-def test_principal_components_are_dealt_to_blocks_of_about_equal_products(variance, sizes, expected):
+def test_principal_components_are_assigned_to_blocks_of_about_equal_products(variance, sizes, expected):
     blocks = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     found = kmeans._balanced(np.array(variance), blocks)
     assert found.argmax(0).tolist() == expected
