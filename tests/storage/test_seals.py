@@ -71,7 +71,7 @@ READ_BY = [
     ("recommender", "ingest/items/demo-00001.parquet", "ingest"),
     ("recommender", "semantic_ids/demo-00001.parquet", "semantic-ids"),
     ("recommender", "finetune/demo/model/model.safetensors", "finetune"),
-    ("recommender", "ranking/mix/demo/model.safetensors", "ranking"),
+    ("recommender", "ranking/blend/demo/model.safetensors", "ranking"),
     ("evaluate", "ingest/sequences/demo-00001.parquet", "ingest"),
     ("evaluate", "finetune/demo/model/model.json", "finetune"),
     ("score", "ingest/sequences/demo-00000.parquet", "ingest"),
