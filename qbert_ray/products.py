@@ -1,6 +1,7 @@
 """Matrix products in float32 on CPUs, by the faster of the two libraries that PyTorch brings.
 
-PyTorch multiplies float32 matrices by MKL, which leaves half of an AMD processor unused: 90 to 110 GFLOPS where oneDNN, which PyTorch
+On Intel, PyTorch's own products are as fast or faster (.85 to 1.0 of them) and serve. On AMD, MKL, which PyTorch multiplies float32
+matrices by, leaves half of the processor unused: 90 to 110 GFLOPS where oneDNN, which PyTorch
 uses for convolutions and bfloat16, reaches 190 to 250 on the same core (`python -m tests.benchmarks.products`). But oneDNN writes a
 program for each new shape, which takes about .4 ms, so only products large enough to be worth it go there. Results differ by rounding.
 Everything else, on GPUs, in other types, or in a compiled model, is left to PyTorch.
@@ -10,6 +11,7 @@ Shapes: S rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +23,21 @@ LEAST, LEAST_IN_TRAINING = 2**25, 2**26  # multiply-adds; layers that only infer
 
 
 def _onednn() -> Any:
-    """oneDNN's product, which PyTorch's own compiler calls by this name; None where PyTorch lacks it, or does not use MKL anyway."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+    """oneDNN's product, which PyTorch's own compiler calls by this name; None where `F.linear` serves.
+
+    That is on any processor but AMD's, where PyTorch lacks the operator (it is not public), and where PyTorch does not use MKL.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and _is_amd()):
         return None
     return getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+
+
+def _is_amd() -> bool:
+    """Whether this is an AMD processor, as Linux tells; elsewhere False."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 _ONEDNN = _onednn()

@@ -108,12 +108,12 @@ def sweep_table(description: dict[str, Any], rows: list[dict[str, Any]]) -> Tabl
     """Trials of a sweep, the best first; those that failed with their error."""
     metric, sign = description["metric"], -1 if description["mode"] == "max" else 1
     table = Table(title=f"{len(rows)} trials by {metric}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    shown = [*description["parameters"], "seed", *description["objectives"], "epochs", "seconds", "status"]
-    for name in shown:
+    columns = [*description["parameters"], "seed", *description["objectives"], "epochs", "seconds", "status"]
+    for name in columns:
         table.add_column(name.replace(".", ".\n"), no_wrap=name != "status", min_width=len("stopped") if name == "status" else None)
     for row in sorted(rows, key=lambda row: sign * row[metric] if row.get(metric) is not None else float("inf")):
         status = shown(f"failed: {row['error']}") if row["status"] == "failed" else row["status"]
-        table.add_row(*(_short(row.get(name)) for name in shown[:-1]), status)
+        table.add_row(*(_short(row.get(name)) for name in columns[:-1]), status)
     return table
 
 

@@ -164,7 +164,8 @@ def _check(content: bytes, dialect: Dialect, width: int, last: bool) -> _Block:
     if not len(suspicious):
         return _Block(content)
     block = _Block(b"")
-    grammar, pieces, done = _grammar(dialect.delimiter), [], 0
+    grammar, done = _grammar(dialect.delimiter), 0
+    pieces: list[bytes] = []
     for start in starts[suspicious].tolist():
         if start < done or start >= len(content):  # inside a cell that was just closed
             continue

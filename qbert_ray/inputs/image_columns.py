@@ -47,7 +47,7 @@ def image_path(value: pl.Expr, kind: Kind) -> pl.Expr:
     if isinstance(kind, pl.List):
         if _is_map(kind):  # whose entries are structs of key and value
             value = value.list.eval(pl.element().filter(pl.element().struct.field("key").is_in(list(IMAGE_KEYS))).struct.field("value"))
-            return image_path(value, pl.List(dict(kind.inner.to_schema())["value"]))
+            return image_path(value, pl.List(pl.String))
         if not can_hold_images(kind.inner):
             return pl.lit(None, pl.String)
         return value.list.eval(image_path(pl.element(), kind.inner)).list.drop_nulls().list.first()

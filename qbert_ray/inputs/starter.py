@@ -62,8 +62,8 @@ def _pair(table: Files, catalogs: list[Files], plain: list[Files]) -> Guess | No
         return Guess(catalog, table, detect_format((catalog.file,)), match, _names(table, match.item))
     if any(richness(other, _keys(other)[0]) for other in catalogs):
         return None
-    named = _amazon(table, ITEM_ID) + table.named(ITEM_ID)
-    item = next((name for name in named if name not in _users(table) and not _is_order(table, name)), None)
+    candidates = _amazon(table, ITEM_ID) + table.named(ITEM_ID)
+    item = next((name for name in candidates if name not in _users(table) and not _is_order(table, name)), None)
     if item is None or (len(plain) == 1 and not _says_of_items(table, item)):
         return None
     return Guess(table, table, "contract", Match(1.0, 0, item, item), _names(table, item))

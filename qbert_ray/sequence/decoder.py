@@ -14,8 +14,8 @@ D width, H heads, n code sequences of a history, W beams of a history.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -141,7 +141,8 @@ class Generator(nn.Module):
         for layer in self.encoder:
             states = layer(states, reading.groups)
         states = self.dropout(self.encoder_norm(states))
-        return Memory([layer.cross_key_value(states) for layer in self.decoder], reading.groups, reading.order)
+        layers: Iterable[Any] = self.decoder
+        return Memory([layer.cross_key_value(states) for layer in layers], reading.groups, reading.order)
 
     def forward(self, memory: Memory, codes: Tensor) -> Tensor:
         """[B, n, K, M] logits of every code given those before it, in packed order.

@@ -88,7 +88,7 @@ class GenerativeTask:
             most = min(getattr(self.settings, "validation_users", MOST_VALIDATED), MOST_VALIDATED)
             users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
             if len(users):
-                histories, target = [sequences.history(user, "valid") for user in users], sequences.valid[users]
+                histories, target = [sequences.history(int(user), "valid") for user in users], sequences.valid[users]
                 seen = [history[history != item] for history, item in zip(histories, target, strict=True)]
                 trie = Trie.build(torch.from_numpy(self.catalogs[name]).to(device))
                 found = search(model, self.catalogs[name], trie, histories, VALIDATION_BEAM, seen)
