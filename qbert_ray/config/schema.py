@@ -360,6 +360,7 @@ class Ranking(Section):
     """Item-item weights, their blend with the sequence model's scores, and the reranker; not in the paper."""
 
     enabled: bool = Field(True, description="blend item-item scores into the ranking")
+    sequence_scores: bool = Field(True, description="false: rank without the sequence model's scores, to measure what they add")
     regularisation: PositiveFloat = Field(100.0, description="ridge penalty of the item-item regression, in users")
     neighbours: PositiveInt = Field(200, description="most neighbours of an item in the regression; time and table grow with it")
     decay: Share = Field(0.85, description="decay of the history's items per step back, for the regression")

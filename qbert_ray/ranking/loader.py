@@ -51,6 +51,8 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
     contents = {name: vectors.to(device) for name, vectors in contents.items()}
     item_item = _load_item_item(run, domain, settings, model.max_items, contents, cold, len(items.codes))
     ranker = Ranker(model, items, trained, item_item, settings.rerank, settings.new_item_bonus)
+    if not settings.sequence_scores:
+        ranker.vectors, ranker.bias = torch.zeros_like(ranker.vectors), torch.zeros_like(ranker.bias)
     if blend is not None:
         ranker.use(blend, _load_reranker(run, domain) if settings.rerank else None)
     return ranker

@@ -187,3 +187,10 @@ def test_histories_may_be_iterators_and_the_run_a_path(run, recommender):
 def test_arguments_of_another_kind_are_refused_by_name(recommender, arguments, said):
     with pytest.raises(ValueError, match=said):
         recommender.recommend(**arguments)
+
+
+def test_without_the_sequence_models_scores_the_rest_ranks_alone(run, recommender):
+    histories = [np.array([3, 1, 4]), np.array([2, 7])]
+    without = load_ranker(run, "shop", Ranking(sequence_scores=False)).scores(histories)
+    assert not without["sequencer"].any() and without["model"].std() > 0
+    assert not torch.allclose(without["model"], load_ranker(run, "shop", Ranking()).scores(histories)["model"])
