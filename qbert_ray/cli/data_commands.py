@@ -89,6 +89,25 @@ def check_files(config: Config) -> bool:
     return not any(domain["errors"] for domain in report.values())
 
 
+def demo_data(
+    folder: Annotated[Path, typer.Argument(help="Where the shop's files go.")],
+    seed: Annotated[int, typer.Option(help="Another seed, another shop.")] = 0,
+) -> None:
+    """Generate the demo shop: a made-up catalog with pictures, and made-up shoppers.
+
+    Example: qbert-ray demo-data runs/demo/data
+    """
+    from qbert_ray.inputs.demo_shop import generate
+
+    if (folder / "interactions.parquet").exists():  # written last
+        console.print(f"the demo shop is already in {folder}; delete the folder for another")
+        return
+    counts = generate(folder, seed)
+    console.print(
+        f"generated a demo shop in {folder}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    )
+
+
 @contextmanager
 def _bars() -> Iterator:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

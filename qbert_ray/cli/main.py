@@ -59,6 +59,7 @@ def options(
 
 app.command(rich_help_panel="Data")(data_commands.fetch)
 app.command(rich_help_panel="Data")(data_commands.init)
+app.command("demo-data", rich_help_panel="Data")(data_commands.demo_data)
 
 
 @app.command(rich_help_panel="Whole run")
@@ -99,7 +100,7 @@ def demo(
 
     Example: qbert-ray demo runs/demo compute.executor=local
     """
-    demo_data(folder / "data")
+    data_commands.demo_data(folder / "data")
     run(["configs/demo.yaml"], [f"run.dir={folder}", f"data.root={folder / 'data'}", *(overrides or [])])
 
 
@@ -152,9 +153,9 @@ def sweep(
     config: Files,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and what they will cost; run nothing.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was begun; fail where there is none.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume a sweep that was begun; fail where there is none.")] = False,
 ) -> None:
-    """Train once for each setting of some fields, on Ray Tune; a sweep that was cut goes on.
+    """Train once for each setting of some fields, on Ray Tune; an interrupted sweep resumes.
 
     Example: qbert-ray sweep -c shop.yaml -c configs/sweeps/paper.yaml
     """
@@ -186,7 +187,7 @@ def reproduce(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the table, or s3:// or gs://; further data sets add to it.")],
     overrides: Overrides = None,
 ) -> None:
-    """A table of the paper anew: variants of a config over seeds, with intervals, beside the published figures.
+    """Make a table of the paper again: variants of a config over seeds, with intervals, next to the published figures.
 
     Example: qbert-ray reproduce configs/tables/fusion.yaml -c shop.yaml -o results/fusion
     """
@@ -292,26 +293,6 @@ def report(
 
 
 app.add_typer(id_commands.app, rich_help_panel="Looking")
-
-
-@app.command("demo-data", rich_help_panel="Data")
-def demo_data(
-    folder: Annotated[Path, typer.Argument(help="Where the shop's files go.")],
-    seed: Annotated[int, typer.Option(help="Another seed, another shop.")] = 0,
-) -> None:
-    """Generate the demo shop: a made-up catalog with pictures, and made-up shoppers.
-
-    Example: qbert-ray demo-data runs/demo/data
-    """
-    from qbert_ray.inputs.demo_shop import generate
-
-    if (folder / "interactions.parquet").exists():  # written last
-        console.print(f"the demo shop is already in {folder}; delete the folder for another")
-        return
-    counts = generate(folder, seed)
-    console.print(
-        f"generated a demo shop in {folder}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
-    )
 
 
 def _journal(config: Config, folder: str) -> Journal:

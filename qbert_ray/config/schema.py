@@ -7,22 +7,29 @@ fingerprint: more machines change the time, never the answer.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
-from qbert_ray.config.search import NonNegativeInt, PositiveFloat, PositiveInt, Section, Sweep
+from qbert_ray.config.compute_section import Actors, Compute, Workers
+from qbert_ray.config.data_sections import Data, Domain, Features, ImageEncoder, TextEncoder
+from qbert_ray.config.search import Sweep
+from qbert_ray.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share, paper
 
-Share = Annotated[float, Field(ge=0, le=1)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Modality = Literal["text", "image", "structure"]
+__all__ = [
+    "Actors",
+    "Compute",
+    "Config",
+    "Data",
+    "Domain",
+    "Features",
+    "ImageEncoder",
+    "Section",
+    "TextEncoder",
+    "Workers",
+]  # of the other modules of this package, for importers that need not know the division
+
 MaskStrategy = Literal["span", "tail", "multi_region", "random"]
-
-
-def paper(value: str) -> dict[str, JsonValue]:
-    """Where the paper speaks of a field, and its value there; part of the field's schema."""
-    return {"paper": value}
 
 
 class Run(Section):
@@ -36,139 +43,6 @@ class Run(Section):
     )
     tensorboard: bool = Field(True, description="write each epoch's metrics to <folder>/tensorboard")
     mlflow: str | None = Field(None, description="tracking URI of an MLflow server (needs mlflow-skinny); each training is a run there")
-
-
-class Domain(Section):
-    items: str = Field("items.parquet", description="catalog: file, folder or glob (Parquet, CSV, JSONL), under data.root")
-    interactions: str = Field("interactions.parquet", description="histories: file, folder or glob, under data.root")
-    role: Literal["target", "source"] = Field(
-        "target", description="source: only pre-trained on; target: also fine-tuned", json_schema_extra=paper("§4.1")
-    )
-    format: Literal["auto", "amazon_2018", "amazon_2023"] = Field(
-        "auto", description="raw Amazon review and metadata files, or the input contract"
-    )
-    item_columns: dict[Literal["item_id"], str] = Field({}, description="name of the column in the items file, where it is not item_id")
-    interaction_columns: dict[Literal["user_id", "item_id", "timestamp", "rating"], str] = Field(
-        {}, description="names of the columns in the interactions file, where they differ"
-    )
-    text_fields: list[str] = Field(
-        ["title"], description="text columns; each gives one of the J text vectors of an item", json_schema_extra=paper("Eq. 3")
-    )
-    attributes: list[str] = Field([], description="columns kept for reports; each also gives one text vector")
-    image_column: str | None = Field(None, description="path relative to the items file, URI, or bytes")
-    image_schemes: list[Literal["http", "https", "s3", "gs", "gcs", "abfs", "abfss", "hdfs"]] = Field(
-        ["https", "s3", "gs", "gcs"],
-        description="of addresses in the image column that are followed; of abfs, abfss and hdfs only the hosts that image_hosts names",
-    )
-    image_hosts: list[str] = Field(
-        [],
-        description="web hosts and buckets that the image column may name, such as '*.example.com'; empty: any public host. A host that is "
-        "named without * may have a private address",
-    )
-    follow_links: bool = Field(False, description="symbolic links in the folder of the data may lead outside it")
-    image_template: str | None = Field(
-        None, description="path of pictures named by ID, such as covers/{item_id}.jpg or {item_id:.3}/{item_id}.jpg"
-    )
-    text_features: str | None = Field(None, description="your own vectors (item_id, vector | vectors) instead of encoding text")
-    image_features: str | None = Field(None, description="your own vectors instead of encoding images")
-    structure_features: str | None = Field(None, description="your own vectors instead of collaborative ones")
-
-
-class Data(Section):
-    root: str = Field(".", description="folder or URI that the domains' paths are relative to")
-    domains: dict[str, Domain] = Field({"items": Domain()}, description="name -> one catalog with its interactions")
-    semantic_ids: str | None = Field(None, description="semantic IDs made elsewhere (item_id, codes[, domain]): stages 1 and 2 are skipped")
-    min_interactions: NonNegativeInt = Field(
-        5, description="k of the iterative k-core over users and items", json_schema_extra=paper("§4.1: 5-core sets")
-    )
-    min_item_interactions: NonNegativeInt | None = Field(
-        None, description="k for items, where it differs; 0 keeps every item of the catalog"
-    )
-    min_rating: float | None = Field(None, description="drop interactions rated below")
-    cold_share: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0,
-        description="share of the target domains' items, chosen by a hash, that is held out of all training to measure cold-start ranking",
-    )
-    rows_per_part: PositiveInt | None = Field(None, description="rows per Parquet part, the unit of work; None: follows from the row count")
-
-    @model_validator(mode="after")
-    def _some_domain(self) -> Data:
-        if not self.domains:
-            raise ValueError("data.domains is empty: name at least one domain")
-        if not any(domain.role == "target" for domain in self.domains.values()):
-            raise ValueError("no domain has role: target, so there is nothing to fine-tune or evaluate")
-        wrong = [name for name in self.domains if not re.fullmatch(r"\w[\w-]*", name)]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} cannot name a domain: letters, digits, '_' and '-' can, since files are named after it")
-        return self
-
-    @property
-    def targets(self) -> list[str]:
-        return [name for name, domain in self.domains.items() if domain.role == "target"]
-
-    @property
-    def sources(self) -> list[str]:
-        return [name for name, domain in self.domains.items() if domain.role == "source"]
-
-
-class TextEncoder(Section):
-    model: str = Field(
-        "minilm",
-        description="'minilm' or 'smollm2' (offline packages), or anything AutoModel.from_pretrained takes",
-        json_schema_extra=paper("LLaMA"),
-    )
-    gguf_file: str | None = Field(None, description="GGUF file inside the model folder or repository")
-    pooling: Literal["mean", "last"] = Field("mean", description="mean over tokens, or the last token (decoder-only models)")
-    layer: int = Field(-1, description="hidden layer that is pooled; -1 is the output of the last")
-    prompt: str = Field("{text}", description="what is encoded; {text} is the field's text")
-    max_tokens: PositiveInt = Field(128, description="longer texts are cut")
-    batch_size: PositiveInt = Field(64, description="texts per forward pass")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of the encoder's computation")
-
-    @model_validator(mode="after")
-    def _prompt_holds_text(self) -> TextEncoder:
-        if "{text}" not in self.prompt:
-            raise ValueError(f"features.text.prompt is {self.prompt!r}: it must contain {{text}}")
-        return self
-
-
-class ImageEncoder(Section):
-    model: str = Field(
-        "efficientnet-lite0",
-        description="'efficientnet-lite0' (offline package) or any open_clip model",
-        json_schema_extra=paper("CLIP ViT"),
-    )
-    pretrained: str | None = Field(None, description="open_clip's tag or a path to weights")
-    image_size: PositiveInt | None = Field(None, description="pixels per side; None: what the model was trained with")
-    grid: PositiveInt = Field(
-        2, description="the patch grid is pooled to grid x grid vectors, the J image vectors", json_schema_extra=paper("Eq. 3")
-    )
-    batch_size: PositiveInt = Field(32, description="images per forward pass")
-    max_bytes: PositiveInt = Field(20_000_000, description="larger files are rejected")
-    max_pixels: PositiveInt = Field(50_000_000, description="images with more pixels are rejected (decompression bombs)")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of the encoder's computation")
-
-
-class Structure(Section):
-    dim: PositiveInt = Field(64, description="width of the collaborative vectors")
-    window: PositiveInt = Field(50, description="latest training items of a user that count as co-occurring")
-
-
-class Features(Section):
-    modalities: list[Modality] = Field(
-        ["text", "image", "structure"],
-        description="modalities; a domain without input for one does without it",
-        json_schema_extra=paper("§3.1"),
-    )
-    text: TextEncoder = TextEncoder()
-    image: ImageEncoder = ImageEncoder()
-    structure: Structure = Structure()
-
-    @model_validator(mode="after")
-    def _some_modality(self) -> Features:
-        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
-            raise ValueError(f"features.modalities is {self.modalities}: name each of text, image, structure at most once, at least one")
-        return self
 
 
 class Training(Section):
@@ -393,54 +267,6 @@ class Evaluate(Section):
 class Score(Section):
     top_k: PositiveInt = Field(10, description="items per user")
     remove_seen: bool = Field(True, description="never recommend items of the user's history")
-
-
-class Actors(Section):
-    """Names as in Ray: ActorPoolStrategy and ray.remote."""
-
-    min_size: PositiveInt = Field(1, description="fewest actors; a cluster without room for them is refused")
-    max_size: PositiveInt | None = Field(None, description="None: one per GPU, or as many as the CPUs carry")
-    num_cpus: PositiveFloat = Field(1, description="CPUs of each actor, and its threads")
-    num_gpus: NonNegativeFloat | None = Field(None, description="None: 1 where the cluster has GPUs, else 0")
-    accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
-
-
-class Workers(Section):
-    """Names as in Ray: ScalingConfig."""
-
-    num_workers: PositiveInt = Field(1, description="training processes; must divide microbatches")
-    cpus_per_worker: PositiveFloat | None = Field(
-        None, description="None: an equal share of the cluster's, at most 16; also the number of threads"
-    )
-    use_gpu: bool | None = Field(None, description="None: where the cluster has one per worker")
-    max_failures: int = Field(3, description="worker failures survived per training; -1: any number")
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
-        "PACK", description="workers on few nodes or on many"
-    )
-    accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
-
-    def alone(self) -> Workers:
-        """What a model takes that is not trained by gradients: one task without a GPU."""
-        return self.model_copy(update={"num_workers": 1, "use_gpu": False, "placement_strategy": "PACK", "accelerator_type": None})
-
-
-class Compute(Section):
-    executor: Literal["ray", "local"] = Field(
-        "ray", description="ray: on a Ray cluster, or one started here; local: in this process, without Ray"
-    )
-    threads: PositiveInt | None = Field(None, description="of torch in the local executor; None: as torch has them")
-    address: str | None = Field(None, description="Ray cluster; None: RAY_ADDRESS, or a local one that ends with the run")
-    autoscaling: bool = Field(False, description="the cluster adds nodes on demand without telling Ray how many: allow more than it has")
-    checkpoint_seconds: NonNegativeFloat = Field(20.0, description="seconds between checkpoints of a training, at the end of an epoch")
-    features: Actors = Actors()
-    fusion: Workers = Workers()
-    quantizer: Workers = Workers()
-    pretrain: Workers = Workers()
-    finetune: Workers = Workers()
-    semantic_ids: Actors = Actors()
-    ranking: Actors = Actors()
-    evaluate: Actors = Actors()
-    score: Actors = Actors()
 
 
 class Config(Section):

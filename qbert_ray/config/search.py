@@ -10,17 +10,9 @@ import math
 import random
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """A mapping of a config."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 def _or_list(schema: dict[str, Any]) -> None:
