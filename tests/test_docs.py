@@ -50,7 +50,7 @@ def code(text: str) -> Iterator[str]:
 
 
 def test_commands_and_their_options_exist():
-    lines = {line.strip() for line in code(TEXT) if line.strip().startswith("qbert-ray ")}
+    lines = {line.strip() for line in code(TEXT) if line.strip().startswith("qbert-ray ") and "<stage>" not in line}
     assert len(lines) > 30
     for line in sorted(lines):
         words, command = shlex.split(line, comments=True)[1:], COMMANDS
