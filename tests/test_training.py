@@ -16,6 +16,7 @@ DEFAULTS = {
     "learning_rate": 0.1,
     "weight_decay": 0.0,
     "warmup_steps": 0,
+    "schedule": "constant",
     "gradient_clip": 1e9,
     "averaging": 0.0,
     "patience": None,
@@ -96,6 +97,15 @@ def test_the_learning_rate_rises_over_the_warm_up_steps():
     weight = 2.0
     for epoch, share in enumerate((0.5, 1.0, 1.0)):
         weight -= 0.1 * share * gradient(weight, epoch)
+        assert loop.log[epoch]["weight"] == pytest.approx(weight, rel=1e-5)
+
+
+def test_a_cosine_lets_the_learning_rate_fall_to_a_twentieth():
+    """By the share of the epochs that is done: 0, 1/3 and 2/3."""
+    loop = run(Line(schedule="cosine"))
+    weight = 2.0
+    for epoch, cosine in enumerate((1.0, 0.5, -0.5)):
+        weight -= 0.1 * (0.05 + 0.95 * (1 + cosine) / 2) * gradient(weight, epoch)
         assert loop.log[epoch]["weight"] == pytest.approx(weight, rel=1e-5)
 
 
