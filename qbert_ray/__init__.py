@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from qbert_ray.sequence.masking import draw_masks
     from qbert_ray.sequence.model import Sequencer
     from qbert_ray.storage.directory import ArtifactError
-    from qbert_ray.top_k import ranks, top_k
 
 __version__ = "0.1.0"
 
@@ -44,7 +43,6 @@ _MODULES = {
     "sequence.masking": ("draw_masks",),
     "sequence.model": ("Sequencer",),
     "storage.directory": ("ArtifactError",),
-    "top_k": ("ranks", "top_k"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -64,11 +62,9 @@ __all__ = [
     "load_config",
     "metrics",
     "open_run",
-    "ranks",
     "resolve_collisions",
     "run",
     "to_tokens",
-    "top_k",
 ]
 
 
