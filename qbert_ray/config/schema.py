@@ -201,7 +201,7 @@ class SequenceTraining(Training):
 
 
 class Pretrain(SequenceTraining):
-    enabled: bool = Field(True, description="false: fine-tuning starts from a fresh model")
+    enabled: bool = Field(True, description="false: fine-tuning starts from a fresh model, as it does where it is causal and there is no source domain")
     epochs: PositiveInt = 5
     batch_size: PositiveInt = Field(128, json_schema_extra=paper("§4.1: 512 sequences"))
     microbatches: PositiveInt = 1
@@ -307,8 +307,9 @@ class Config(Section):
         """Why stage 3 does not pre-train; None where it does."""
         if not self.pretrain.enabled:
             return "pretrain.enabled is false"
-        if self.sequencer.kind == "generative" and not (self.pretrain.domains or self.data.sources):
-            return "the generative model is trained on every prefix anyway, and there is no source domain"
+        on_prefixes = self.sequencer.kind == "generative" or self.finetune.objective == "causal"
+        if on_prefixes and not (self.pretrain.domains or self.data.sources):
+            return "fine-tuning reads every prefix of the target's histories anyway, and there is no source domain"
         return None
 
     @property

@@ -108,9 +108,6 @@ def test_seeds_stand_on_runs_of_their_own_that_share_what_no_seed_changes(swept)
         ({"space": {RATE: [1.0]}, "scheduler": "asha", "stage": "quantizer"}, "no stage up to quantizer|compares the epochs"),
         ({"space": {RATE: [1.0]}, "scheduler": "asha", "objectives": {"ms_per_user": "min"}}, "epochs, which have no ms_per_user"),
         ({"space": {RATE: {"uniform": [0.1, 1.0]}}, "search": "optuna", "seeds": [0, 1]}, "give one seed"),
-        ({"space": {"finetune.epochs": [1, 2]}, "scheduler": "pbt", "search": "random"}, "finetune.epochs cannot change then"),
-        ({"space": {"sequencer.dropout": [0.1]}, "scheduler": "pbt", "search": "random"}, "set sweep.stage=pretrain"),
-        ({"space": {RATE: [1e-3]}, "scheduler": "pbt"}, "give sweep.search=random"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_at_once(shop, tmp_path, sweep, said):
@@ -168,44 +165,3 @@ def test_trials_of_every_kind_of_stage_find_room(swept, stage, space, values):
     plan = other(swept[0], {"name": stage, "stage": stage, "space": space}, values)
     tuning.search(plan, Quiet())
     assert [(row["status"], row["error"]) for row in tuning.trial_rows(plan)] == [("done", None)]
-
-
-PBT = {"scheduler": "pbt", "search": "random", "perturbation_epochs": 2}
-
-
-@pytest.mark.slow
-def test_a_training_in_segments_is_the_whole_training(swept, finished):
-    plan, _ = swept
-    space = {RATE: [plan.config.finetune.learning_rate]}
-    same = other(plan, PBT | {"name": "same", "space": space, "num_trials": 2})
-    assert len(same.trials) == 1  # equal settings are one trial
-    tuning.search(same, Quiet())
-    expected = weights(finished[1])
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(same.trial_run(same.trials[0])).items())
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_a_population_that_was_cut_ends_as_one_that_was_not(swept):
-    plan, _ = swept
-    space = {RATE: {"loguniform": [1e-5, 1e-2]}, "finetune.last_item_share": {"uniform": [0.0, 0.5]}}
-    sweep, longer = PBT | {"space": space, "num_trials": 3}, {"finetune.epochs": 4}
-    whole = other(plan, sweep | {"name": "whole"}, longer)
-    best = tuning.search(whole, Quiet())
-    rows = tuning.trial_rows(whole)
-    changed = [row for row, trial in zip(rows, whole.trials, strict=True) if row[RATE] != trial.values[RATE]]
-    assert [row["status"] for row in rows] == ["done"] * 3 and len(changed) == 1
-    assert all(1e-5 <= row[RATE] <= 1e-2 and 0 <= row["finetune.last_item_share"] <= 0.5 for row in rows)
-    steps = pl.read_parquet(whole.folder.path("steps.parquet"))
-    assert steps["until"].to_list() == [2, 4] * 3
-    assert best["mean"] == max(row["ndcg@10"] for row in rows)
-    assert load_config([whole.folder.path("best.yaml")]).finetune.learning_rate == best["values"][RATE]
-    assert whole.folder.folders("") == ["trials"]
-
-    epoch = tuning._Budget(whole).epoch
-    cut = other(plan, sweep | {"name": "cut", "max_tokens": 5 * epoch}, longer)
-    assert tuning.search(cut, Quiet()) is None and tuning.unfinished(cut) == 3
-    cut = other(plan, sweep | {"name": "cut"}, longer)
-    assert tuning.search(cut, Quiet())["mean"] == best["mean"]
-    lines = [{name: value for name, value in row.items() if name != "seconds"} for row in tuning.trial_rows(cut)]
-    assert lines == [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
