@@ -201,7 +201,9 @@ class SequenceTraining(Training):
 
 
 class Pretrain(SequenceTraining):
-    enabled: bool = Field(True, description="false: fine-tuning starts from a fresh model, as it does where it is causal and there is no source domain")
+    enabled: bool = Field(
+        True, description="false: fine-tuning starts from a fresh model, as it does where it is causal and there is no source domain"
+    )
     epochs: PositiveInt = 5
     batch_size: PositiveInt = Field(128, json_schema_extra=paper("§4.1: 512 sequences"))
     microbatches: PositiveInt = 1

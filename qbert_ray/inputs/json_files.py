@@ -111,7 +111,7 @@ def describe(content: bytes, whole: bool) -> tuple[str, tuple[str, ...]]:
         if layout:
             return layout, _layout_columns(layout, one or {})
         if not whole and (lines[0] == b"{" or len(lines) == 1):
-            return _layout_of_part(content)
+            return _layout_of_part(content, one_line=len(lines) == 1)
         if one is not None:
             return (LINES, tuple(one)) if len(lines) == 1 else (ARRAY, tuple(one))
     names = _names(filter(None, map(_parse, lines[:SAMPLED_LINES])))
@@ -254,21 +254,30 @@ def _one_object(content: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and not _is_deep(value) else None
 
 
-def _layout_of_part(content: bytes) -> tuple[str, tuple[str, ...]]:
-    """Layout of an object of which only the beginning is there: by the values that it holds whole."""
+def _layout_of_part(content: bytes, one_line: bool) -> tuple[str, tuple[str, ...]]:
+    """Layout of an object of which only the beginning is there: by the values that it holds whole.
+
+    Args:
+        content: the beginning.
+        one_line: it has no line end, so it may be the first line of many.
+    """
     text, decoder, position = content.decode(errors="replace"), json.JSONDecoder(), content.find(b"{") + 1
     found: dict[str, Any] = {}
+    last: str | None = None
     try:
         while True:
             position = _skip(text, position)
             key, position = decoder.raw_decode(text, position)
             position = _skip(text, text.index(":", position) + 1)
+            last = str(key)
             found[key], position = decoder.raw_decode(text, position)
             if len(found) >= 1000:
                 break
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     layout = _layout(found)
+    if not layout and one_line and last is not None:
+        return LINES, tuple(dict.fromkeys([*found, last]))
     if not layout:
         raise JsonError("it is one JSON object; write one object a line (JSONL)")
     return layout, _layout_columns(layout, found)

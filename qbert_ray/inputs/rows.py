@@ -119,7 +119,7 @@ def _pick(raw: pl.DataFrame, source: Source, name: str | None, convert: Converte
     """The first filled of the columns that a contract name stands for, converted by their types."""
     columns = source.columns.get(name, ()) if name else ()
     filled = [convert(pl.col(column), raw.schema[column]) for column in columns]
-    empty = convert(pl.lit(None, pl.String), pl.String())
+    empty = convert(pl.lit(None, pl.Null), pl.Null())
     return pl.coalesce(*filled, empty).alias(name or "")
 
 

@@ -47,11 +47,27 @@ def open_text(filesystem: fs.FileSystem, path: str) -> BinaryIO:
 def look_at(filesystem: fs.FileSystem, path: str) -> tuple[Text, bytes, bool]:
     """How a file is written, its beginning as UTF-8, and whether that is all of it."""
     with open_text(filesystem, path) as stream:
-        sample = stream.read(SAMPLE_BYTES)
-        whole = not stream.read(1)
+        sample, cut = _beginning(stream)
+        whole = not stream.read(1) and not cut
     text = _judge(sample)
     content = b"".join(blocks(io.BytesIO(sample), text))
     return text, content if whole else content[: content.rfind(b"\n") + 1] or content, whole
+
+
+def _beginning(stream: BinaryIO) -> tuple[bytes, bool]:
+    """The first bytes of a file; where its first line is longer than that, the beginning of that line and the lines after it.
+
+    Returns:
+        The bytes, and whether the first line was cut.
+    """
+    sample = stream.read(SAMPLE_BYTES)
+    if b"\n" in sample or b"\r" in sample or len(sample) < SAMPLE_BYTES:
+        return sample, False
+    while piece := stream.read(SAMPLE_BYTES):
+        place = piece.find(b"\n")
+        if place >= 0:
+            return sample + piece[place:] + stream.read(SAMPLE_BYTES), True
+    return sample, True
 
 
 def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES) -> Iterator[bytes]:

@@ -58,7 +58,8 @@ def _text(value: pl.Expr, kind: Kind) -> tuple[pl.Expr, bool]:
     if isinstance(kind, pl.List):
         return value.list.eval(as_text(pl.element(), kind.inner)).list.drop_nulls().list.join(", ").str.strip_chars(), True
     if isinstance(kind, pl.Struct):
-        return pl.when(value.is_not_null()).then(value.struct.json_encode()), False
+        shown = [value.struct.field(field.name) for field in kind.fields if not _holds_bytes(field.dtype)]  # polars writes no bytes as JSON
+        return (pl.when(value.is_not_null()).then(pl.struct(shown).struct.json_encode()) if shown else pl.lit(None, pl.String)), False
     if kind.is_float():
         whole = (value == value.round(0)) & (value.abs() < _WHOLE)
         number = pl.when(value.is_not_nan()).then(value.cast(pl.String))
@@ -69,6 +70,12 @@ def _text(value: pl.Expr, kind: Kind) -> tuple[pl.Expr, bool]:
         return value.dt.to_string("iso"), False
     text = value.cast(pl.String, strict=False).str.strip_chars()
     return text, kind in (pl.String, pl.Categorical, pl.Enum)
+
+
+def _holds_bytes(kind: Kind) -> bool:
+    if isinstance(kind, pl.Struct):
+        return any(_holds_bytes(field.dtype) for field in kind.fields)
+    return _holds_bytes(kind.inner) if isinstance(kind, pl.List | pl.Array) else kind == pl.Binary
 
 
 def _decode(values: pl.Series) -> pl.Series:

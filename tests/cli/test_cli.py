@@ -65,7 +65,7 @@ def test_a_signal_ends_a_run_with_a_word_and_its_status(capsys, tmp_path, monkey
         signal.getsignal(signal.SIGTERM),
         signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # background jobs ignore it
-    monkeypatch.setattr("qbert_ray.execution.ray_session.session", lambda address: nullcontext())
+    monkeypatch.setattr("qbert_ray.execution.ray_executor.session", lambda address: nullcontext())
 
     def wait(*_):
         try:
@@ -74,7 +74,7 @@ def test_a_signal_ends_a_run_with_a_word_and_its_status(capsys, tmp_path, monkey
             raise KeyboardInterrupt from None
 
     monkeypatch.setattr("qbert_ray.pipeline.preflight", wait)
-    status, text = call(capsys, "run", "-c", "configs/demo.yaml", f"run.dir={tmp_path / 'run'}")
+    status, text = call(capsys, "run", "-c", "configs/demo.yaml", f"run.dir={tmp_path / 'run'}", f"data.root={tmp_path}")
     signal.signal(signal.SIGINT, interrupt)
     assert status == expected and text.endswith("stopped; the same command goes on from here\n")
     assert signal.getsignal(signal.SIGTERM) is before

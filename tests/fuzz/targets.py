@@ -33,6 +33,7 @@ from qbert_ray.features.encoders import ImageRejected, decode_image
 from qbert_ray.features.vectors import read_vectors, vectors_shape
 from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.inputs.image_columns import safe_paths
+from qbert_ray.inputs.readers import REASON, ROW
 from qbert_ray.inputs.rows import normalise_interactions, normalise_items
 from qbert_ray.inputs.sources import SourceError, open_source
 from qbert_ray.ranking.reranker import Reranker
@@ -104,7 +105,7 @@ def read_table(name: str, content: bytes, table: str = "items") -> int | None:
                     else normalise_interactions(raw, source, 2.0)
                 )
                 assert len(rows) == len(raw), "a row was lost"
-                assert rows.filter(pl.col("_reason").is_not_null() & pl.col("_row").is_null()).is_empty(), "a rejected row is not kept"
+                assert rows.filter(pl.col(REASON).is_not_null() & pl.col(ROW).is_null()).is_empty(), "a rejected row is not kept"
                 total += len(rows)
         return total
     except SourceError:
