@@ -1,4 +1,4 @@
-"""The device that the code of a stage computes on, in whatever process it runs."""
+"""The torch device that a stage computes on in the current process."""
 
 from __future__ import annotations
 

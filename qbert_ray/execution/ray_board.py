@@ -1,4 +1,4 @@
-"""How far a training is, from its workers to the driver.
+"""Progress of a training, passed from its workers to the driver through an actor.
 
 A module of its own, so that the process of the board imports neither torch nor Ray Data.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # With an environment of its own it starts a process of its own: else it takes one that has imported torch, and ends it.
 @ray.remote(num_cpus=0, runtime_env={"env_vars": {"QBERT_RAY_BOARD": "1"}})
 class Board:
-    """Where rank 0 writes how far it is, and the driver reads it."""
+    """Actor to which rank 0 writes its progress and from which the driver reads it."""
 
     def __init__(self) -> None:
         self.total, self.done = 0, 0
@@ -35,14 +35,14 @@ class Board:
 
 
 def start_board() -> Any:
-    """A board beside whoever reads it: the end of another node is not its end."""
+    """A board on the caller's node, so that it survives the loss of any other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     board: Any = Board  # the decorator gives it options
     return board.options(scheduling_strategy=here).remote()
 
 
 class Watch:
-    """Carries the board's state to the progress, and each epoch's metrics to a tracker, while a training runs."""
+    """Thread that passes the board's state to the progress, and each epoch's metrics to a tracker, while a training runs."""
 
     def __init__(self, board: Any, progress: Progress, tracker: Callable[[dict[str, Any]], None]) -> None:
         self.board, self.progress, self.tracker, self.stop = board, progress, tracker, threading.Event()

@@ -1,4 +1,4 @@
-"""The executor that sends the work of the stages to a Ray cluster, or to one that it starts on this machine."""
+"""The executor that runs the stages' work on a Ray cluster, connected to or started on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qbert_ray.execution.ray_session import ANYWHERE, session
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Task
 
-ERROR = "<error>"  # column of a table that says why another is not there
+ERROR = "<error>"  # column of a table that is returned in place of another and says why that one could not be read
 
 
 @contextmanager
@@ -64,7 +64,7 @@ class RayExecutor:
     def get(self, handle: Any) -> Any:
         try:
             return ray.get(handle)
-        except ray.exceptions.RayTaskError as error:  # one that is the user's to mend comes as itself, without Ray's traceback
+        except ray.exceptions.RayTaskError as error:  # an error that the user can fix is raised as itself, without Ray's traceback
             raise error.cause if isinstance(error.cause, ValueError) else error from None
 
     def put(self, value: Any) -> Any:
@@ -126,5 +126,5 @@ def _read(batch: dict[str, np.ndarray], reader: Callable[[int], Iterator[pa.Tabl
     for number in batch["number"]:
         try:
             yield from reader(int(number))
-        except ValueError as error:  # the user's to mend: travels as data, since Ray would print its traceback next to our message
+        except ValueError as error:  # the user can fix it: returned as data, since Ray would print its traceback next to our message
             yield pa.table({ERROR: [str(error)]})

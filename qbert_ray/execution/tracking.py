@@ -30,7 +30,7 @@ class Tracker(Protocol):
 
 @contextmanager
 def trackers(config: Config, run: RunDir, folder: str, progress: Progress, further: dict[str, Tracker] | None = None) -> Iterator[Tracker]:
-    """The trackers that the config names and `further` ones, as one, for the length of a training.
+    """One tracker that combines those of the config and `further` ones, for the duration of a training.
 
     One that fails is reported and left out; the training continues.
     """
@@ -53,7 +53,7 @@ def trackers(config: Config, run: RunDir, folder: str, progress: Progress, furth
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers among nested metrics by dotted name; those of a list by their place."""
+    """Nested metrics flattened to dotted name -> number; elements of a list are named by their position."""
     leaves: dict[str, float] = {}
     for name, value in flatten(metrics).items():
         values = {f"{name}.{place}": inner for place, inner in enumerate(value)} if isinstance(value, list) else {name: value}

@@ -1,6 +1,6 @@
 """The run directory: tables, models and manifests on a local, s3:// or gs:// path.
 
-A file is either whole or absent: local files are written beside their name and renamed, object stores publish on close.
+A file is either whole or absent: local files are written under a temporary name and renamed, object stores publish on close.
 A stage is done when its `manifest.json` is there, and that is written last. It names every file of the stage with a checksum,
 and from then on a file that is missing, damaged or not the stage's is refused. Models are safetensors plus a JSON that alone
 rebuilds them; nothing is ever unpickled.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Module = TypeVar("Module", bound=nn.Module)
 
 WEIGHTS = "weights"  # in the JSON of a model: what its tensors are known by
-S3_ATTEMPTS = 8  # of one request, further and further apart: 50 seconds in all
+S3_ATTEMPTS = 8  # of one request, with growing pauses: 50 seconds in all
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -58,12 +58,12 @@ def join(root: str, location: str) -> str:
 
 
 def _patient(rebuild: Callable[[dict[str, Any]], fs.S3FileSystem], arguments: tuple[dict[str, Any]]) -> fs.S3FileSystem:
-    """A store from what `__reduce__` gives, asked again for longer while it answers with errors of its own: Arrow gives up after 6 seconds."""
+    """A store rebuilt from `__reduce__` that retries server errors for longer: Arrow gives up after 6 seconds."""
     (options,) = arguments
     return rebuild(options | {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)})
 
 
-# Arrow forgets that patience on the way to another process, such as those of Ray Train.
+# Arrow drops the retry setting when a store is pickled to another process, such as those of Ray Train.
 copyreg.pickle(fs.S3FileSystem, lambda store: (_patient, store.__reduce__()))
 
 
@@ -82,7 +82,7 @@ class RunDir:
     shared: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if "://" not in self.uri:  # workers have working directories of their own
+        if "://" not in self.uri:  # workers have their own working directories
             object.__setattr__(self, "uri", str(Path(self.uri).expanduser().absolute()))
 
     @cached_property
@@ -234,8 +234,8 @@ class RunDir:
     # models
 
     def save_model(self, folder: str, tensors: dict[str, Any], description: dict[str, Any]) -> None:
-        """Weights and the JSON that rebuilds the model they belong to; the JSON is written last."""
-        from safetensors.torch import save  # brings torch, which reading tables does without
+        """Write the weights of a model and the JSON that rebuilds it; the JSON is written last."""
+        from safetensors.torch import save  # imports torch, which reading tables does not need
 
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         weights = save(contiguous)
@@ -302,7 +302,7 @@ class RunDir:
 
 @dataclass
 class Manifest:
-    """What a stage did: the done marker beside its outputs."""
+    """Record of a finished stage, written last into its folder: config, inputs, counts and files."""
 
     stage: str
     config: dict[str, Any]  # dotted path -> value, of all the config the outputs depend on
@@ -314,7 +314,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal outputs: hashes config and inputs, not times."""
+        """Hash of config and inputs, not of times: equal for equal outputs."""
         content = json.dumps([self.stage, self.config, self.inputs], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
