@@ -1,4 +1,4 @@
-"""`qbert-ray ids`: how good the semantic IDs of a run are, what an item's neighbours in them are, and what changed between two."""
+"""`qbert-ray ids`: quality of a run's semantic IDs, siblings of an item, and differences between two runs."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def reproduce(
     what = tables.load_table(table)
     refuse_credentials("--output", output)
     folder = RunDir(output)
-    folder.exists(tables.RANKS)  # a place that cannot be opened is told of before hours of training
+    folder.exists(tables.RANKS)  # a location that cannot be opened is reported before hours of training
     settings = load_config(list(config), list(overrides or []))
     seeds = settings.sweep.seeds or what.seeds
     compared = {"name": table.stem, "stage": "evaluate", "search": "variants", "variants": what.variants, "seeds": seeds}
@@ -217,7 +217,7 @@ def reproduce(
 
 
 def _search(plan: Any, journal: Journal) -> dict[str, Any] | None:
-    """Do what the trials of a sweep stand on, then the trials; what `tuning.search` gives."""
+    """Run the stages that the trials of a sweep share, then the trials; returns the result of `tuning.search`."""
     from qbert_ray.execution.ray_session import session
     from qbert_ray.sweeps import tuning
 
@@ -333,7 +333,7 @@ def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | 
 
 
 def _write_report_or_say(directory: str, journal: Journal) -> None:
-    """What it tells of is done, whatever becomes of the report."""
+    """Write the report; a failure is printed and does not fail the run, which is done."""
     try:
         _write_report(directory, journal)
     except Exception as error:  # noqa: BLE001
@@ -341,7 +341,7 @@ def _write_report_or_say(directory: str, journal: Journal) -> None:
 
 
 def _write_report(directory: str, journal: Journal) -> None:
-    from qbert_ray.report.page import write  # brings plotly, which the other commands do without
+    from qbert_ray.report.page import write  # imports plotly, which the other commands do not need
 
     path, problems = write(directory)
     for problem in problems:
