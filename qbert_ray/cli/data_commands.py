@@ -29,7 +29,7 @@ def fetch(
 
     Example: qbert-ray fetch amazon-2023:Musical_Instruments -o data/instruments
     """
-    from qbert_ray.inputs import public_data  # brings polars
+    from qbert_ray.inputs import public_data  # imports polars
 
     if name is None:
         for kind in ["movielens-1m", *public_data.CATEGORIES]:
@@ -65,7 +65,7 @@ def init(
 
     Example: qbert-ray init catalog.csv.gz "sales/*.parquet" -o shop.yaml
     """
-    from qbert_ray.inputs.starter_page import write_config  # brings polars
+    from qbert_ray.inputs.starter_page import write_config  # imports polars
 
     console.print(printable(write_config(files, output, force)), end="", markup=False, soft_wrap=True)
     console.print(f"[green]✓[/green] {shown(str(output))}; next: qbert-ray validate -c {shown(str(output))}", soft_wrap=True)
@@ -74,7 +74,7 @@ def init(
 def check_files(config: Config) -> bool:
     """Print one page about the input files, first their names, then their content; returns whether all can be used."""
     console.print(f"looking at the files of {', '.join(config.data.domains)} in {config.data.root}", markup=False, soft_wrap=True)
-    from qbert_ray.inputs import validation  # brings polars
+    from qbert_ray.inputs import validation  # imports polars
 
     sources = validation.open_sources(config)
     console.print(printable(validation.format_files(sources)), markup=False, soft_wrap=True)

@@ -24,7 +24,7 @@ def report(run: Run) -> None:
     Example: qbert-ray ids report runs/movielens
     """
     from qbert_ray.semantic_ids import id_report
-    from qbert_ray.semantic_ids import lookup as id_lookup  # bring polars and scipy, which the other commands do without
+    from qbert_ray.semantic_ids import lookup as id_lookup  # imports polars and scipy, which the other commands do not need
 
     content = id_report.report(run)
     for domain, figures in content["domains"].items():

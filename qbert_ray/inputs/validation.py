@@ -157,7 +157,7 @@ def _filled(run: RunDir) -> dict[str, float]:
 
 def _images(run: RunDir, settings: ImageEncoder, addresses: Addresses) -> dict[str, Any]:
     """How many of the catalog's first images, in hash order, exist and can be decoded."""
-    from qbert_ray.features.encoders import ImageRejected, decode_image  # which bring torch
+    from qbert_ray.features.encoders import ImageRejected, decode_image  # imports torch
 
     result: dict[str, Any] = {"looked_for": 0, "decoded": 0, "web": 0, "problems": Counter[str](), "examples": []}
     tried = 0

@@ -119,7 +119,7 @@ def thumbnail(path: str | None, content: bytes | None, addresses: Addresses = AN
     """A small JPEG of an image; None if it cannot be read. Nothing is fetched from the web."""
     from PIL import Image
 
-    from qbert_ray.features.encoders import ImageRejected, decode_image  # brings torch
+    from qbert_ray.features.encoders import ImageRejected, decode_image  # imports torch
 
     try:
         if content is None:

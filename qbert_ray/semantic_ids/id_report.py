@@ -66,7 +66,7 @@ def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> dict[str,
 
 
 def _neighbours(run: RunDir, parts: list[str], ids: Ids) -> dict[str, Any] | None:
-    """Recall of the nearest items; None where there are no embeddings to compare with, or too few items."""
+    """Recall of the nearest items; None if there are no embeddings to compare with, or too few items."""
     codebooks = read_codebooks(run)
     if codebooks is None or len(ids.codes) <= NEIGHBOURS + 1 or not run.exists(f"fusion/embeddings/{parts[0]}"):
         return None

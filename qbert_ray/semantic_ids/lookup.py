@@ -83,7 +83,7 @@ def read_titles(run: RunDir, parts: list[str]) -> pl.Series:
 
 
 def read_codebooks(run: RunDir) -> np.ndarray | None:
-    """[K, M, E]; None where the IDs were made elsewhere."""
+    """[K, M, E]; None if the IDs were made elsewhere."""
     if not run.exists("quantizer/model/model.json"):
         return None
     return run.load_model("quantizer/model")[0]["quantizer.codebooks"].float().numpy()

@@ -58,7 +58,7 @@ def content_vectors(run: RunDir, domain: str) -> Tensor:
 
 
 def item_content(run: RunDir, domain: str, kind: str) -> Tensor | None:
-    """Content vectors of a domain's items as the sequence model reads them; None where the run has none.
+    """Content vectors of a domain's items as the sequence model reads them; None if the run has none.
 
     Args:
         run: a run whose fusion is done.
@@ -87,7 +87,7 @@ def _zeros_if_none(run: RunDir, domain: str, modality: str) -> Tensor:
 
 
 def modality_vectors(run: RunDir, domain: str, modality: str) -> Tensor | None:
-    """[N, D] mean vector of each item in one modality, centred on those that training may see, of length 1; None where no item has any.
+    """[N, D] mean vector of each item in one modality, centred on those that training may see, of length 1; None if no item has any.
 
     Without centring, the component common to all texts dominates the cosine, and the neighbours are far worse.
     """

@@ -128,13 +128,13 @@ class RunDir:
         return self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
-        """Sorted names of the whole files in a folder; empty where there is no folder."""
+        """Sorted names of the whole files in a folder; empty if there is no folder."""
         selector = fs.FileSelector(self.path(folder), allow_not_found=True)
         names = (info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
         return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
 
     def folders(self, folder: str) -> list[str]:
-        """Sorted names of the folders in a folder; empty where there is none."""
+        """Sorted names of the folders in a folder; empty if there is none."""
         selector = fs.FileSelector(self.path(folder), allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.Directory)
 
@@ -324,7 +324,7 @@ class Manifest:
 
     @staticmethod
     def load(run: RunDir, folder: str) -> Manifest | None:
-        """The manifest of a finished stage; None where the stage is not done.
+        """The manifest of a finished stage; None if the stage is not done.
 
         Raises:
             ArtifactError: it is not what was written.
