@@ -28,7 +28,7 @@ from qbert_ray.storage.stages import STAGES
 
 
 def load_config(*sources: str | Path) -> Config:
-    """The config from YAML files merged left to right, and `section.field=value` strings on top of them.
+    """The config from YAML files, merged left to right, and from `section.field=value` strings, which override them.
 
     Args:
         sources: paths of YAML files and overrides in any order; a string with "=" is an override. A path such as
@@ -102,7 +102,7 @@ class FinishedRun:
         return self.directory.read_json("evaluate/metrics.json")
 
     def table(self, name: str, domain: str | None = None) -> pa.Table:
-        """All rows of a table.
+        """All rows of a table of the run, or those of one domain.
 
         Args:
             name: "ingest/items", "ingest/sequences", "ingest/interactions", "ingest/rejected", "features/text",

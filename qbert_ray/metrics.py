@@ -60,12 +60,12 @@ def collision_rate(codes: np.ndarray) -> float:
 
 
 def codebook_usage(codes: np.ndarray, codebook_size: int) -> list[float]:
-    """Share of the codewords that some item uses, per level."""
+    """Share of the codewords that at least one item uses, per level."""
     return [np.count_nonzero(np.bincount(level)) / codebook_size for level in codes.T]
 
 
 def perplexity(codes: np.ndarray, codebook_size: int) -> list[float]:
-    """2 ** entropy of the codes per level: codebook_size where all are used equally, 1 where one is."""
+    """Perplexity (2 ** entropy) of the codes per level: codebook_size if all are used equally, 1 if only one is."""
     return [2**bits for bits in entropy(codes, codebook_size)]
 
 

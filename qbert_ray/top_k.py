@@ -32,7 +32,7 @@ def ranks(scores: Tensor, target: Tensor, seen: list[np.ndarray] | None = None) 
 
 
 def rank_pairs(scores: Tensor, target: Tensor, seen: list[np.ndarray]) -> Tensor:
-    """[B, 2] rank of each target among all items, and among the unseen ones."""
+    """[B, 2] 1-based rank of each target among all items, and among the unseen ones."""
     rank = ranks(scores, target)
     return torch.stack([rank, rank - _better_among(scores, scores.gather(1, target[:, None]), target, seen)], dim=1)
 

@@ -49,7 +49,7 @@ class Task(Protocol):
         ...
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Samples of each global batch; the same on every worker."""
+        """Sample numbers of each global batch of an epoch, equal on every worker."""
         ...
 
     def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
@@ -57,7 +57,7 @@ class Task(Protocol):
         ...
 
     def adjust(self, model: Any, epoch: int) -> None:
-        """Changes of the weights outside of gradients, on rank 0, before each epoch and after the last."""
+        """Change weights without gradients, on rank 0, before each epoch and after the last."""
         ...
 
     def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Loop:
         return settings.learning_rate * warm * falling
 
     def _step(self, samples: np.ndarray, rate: float) -> tuple[float, float]:
-        """One update from a global batch at a learning rate; its summed loss and weight over all workers."""
+        """Update the weights from a global batch; returns its loss and weight, summed over all workers."""
         settings = self.task.settings
         self.optimizer.zero_grad(set_to_none=False)
         total, weight = torch.zeros((), device=self.device), 0.0
@@ -158,7 +158,7 @@ class Loop:
         return loss_sum, weight
 
     def _sum_gradients(self, loss: float, weight: float) -> tuple[float, float]:
-        """Divide the gradients, summed over all workers, by the summed weight."""
+        """Sum gradients, loss and weight over all workers, and divide the gradients by the weight; returns both sums."""
         gradients = []
         for parameter in self.model.parameters():
             if parameter.grad is None:  # unused by this worker's microbatches, but perhaps used by others'

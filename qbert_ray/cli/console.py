@@ -18,7 +18,7 @@ LOG_SECONDS = 30.0
 
 
 class StageBar:
-    """The progress of one stage: a bar on a terminal, elsewhere (a job's log) a line now and then."""
+    """The progress of one stage: a bar on a terminal, or a line at intervals elsewhere, such as in a job's log."""
 
     def __init__(self, console: Console, name: str) -> None:
         self.console = console

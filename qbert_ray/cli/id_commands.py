@@ -19,7 +19,7 @@ Run = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, or
 
 @app.command()
 def report(run: Run) -> None:
-    """Coverage, collisions, use of the codes, recall of neighbours, and what prefixes say on attributes.
+    """Coverage, collisions, codebook usage, recall of neighbours, and how well prefixes predict attributes.
 
     Example: qbert-ray ids report runs/movielens
     """
@@ -66,7 +66,7 @@ def diff(
     first: Annotated[str, typer.Argument(metavar="A", help="A run directory, or RUN_DIR@VERSION.")],
     second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
 ) -> None:
-    """What B changes in A: items that came and went, and IDs that are others, by the first level that differs.
+    """What B changes in A: added and removed items, and changed IDs, by the first level that differs.
 
     Example: qbert-ray ids diff runs/movielens@0 runs/movielens
     """

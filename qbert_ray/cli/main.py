@@ -73,7 +73,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Do every stage that is not done yet, and show the metrics.
+    """Run every stage that is not done yet, and show the metrics.
 
     Example: qbert-ray run -c shop.yaml
 
@@ -94,7 +94,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where the generated shop and the run go.")] = Path("runs/demo"),
     overrides: Overrides = None,
 ) -> None:
-    """Generate a small shop and do every stage on it: two minutes, no download.
+    """Generate a small shop and run every stage on it: two minutes, no download.
 
     Example: qbert-ray demo
 
@@ -187,7 +187,7 @@ def reproduce(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the table, or s3:// or gs://; further data sets add to it.")],
     overrides: Overrides = None,
 ) -> None:
-    """Make a table of the paper again: variants of a config over seeds, with intervals, next to the published figures.
+    """Reproduce a table of the paper: variants of a config over seeds, with intervals, next to the published figures.
 
     Example: qbert-ray reproduce configs/tables/fusion.yaml -c shop.yaml -o results/fusion
     """
@@ -254,7 +254,7 @@ def _show_trials(plan: Any, seconds: list[float | None]) -> None:
 
 @app.command(rich_help_panel="Data")
 def validate(config: Files, overrides: Overrides = None) -> None:
-    """Say in one page what is wrong with the input files; nothing is written.
+    """Report on one page what is wrong with the input files; nothing is written.
 
     Example: qbert-ray validate -c shop.yaml
     """

@@ -1,4 +1,4 @@
-"""The section `compute`: on what each stage runs. It changes the time, never the answer."""
+"""The section `compute`: the resources of each stage. They change the time, not the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From files and the command line to a `Config`: YAML overlays merge left to right, then `section.field=value` strings.
+"""Loads a `Config` from YAML files, merged left to right, and from `section.field=value` strings, which override them.
 
 config = load_config(["configs/movielens.yaml"], ["data.root=/data/movielens", "finetune.epochs=5"])
 """
@@ -73,7 +73,7 @@ def read_config(content: bytes, where: str) -> Config:
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """The config with other values at some dotted paths.
+    """A copy of the config with other values at some dotted paths.
 
     Raises:
         ConfigError: a path or a value is not valid.

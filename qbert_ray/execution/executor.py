@@ -42,7 +42,7 @@ class Executor(Protocol):
     name: str
 
     def submit(self, function: Callable[..., Any], *arguments: Any, num_returns: int = 1, workers: Workers | None = None) -> Any:
-        """Start `function(*arguments)`; a handle of its result, or a list of `num_returns` handles.
+        """Start `function(*arguments)`; returns a handle of its result, or a list of `num_returns` handles.
 
         Args:
             workers: resources of one training worker for it, its threads included; None: one CPU.
@@ -58,7 +58,7 @@ class Executor(Protocol):
         ...
 
     def as_completed(self, handles: Sequence[Handle]) -> Iterator[Any]:
-        """Values in the order in which they become ready."""
+        """Values of handles in the order in which they become ready."""
         ...
 
     def read(self, reader: Callable[[int], Iterator[pa.Table]], count: int) -> Rows:

@@ -42,7 +42,7 @@ def local_executor(compute: Compute) -> Iterator[LocalExecutor]:
 
 
 class LocalRows:
-    """Tables in memory."""
+    """A `Rows` that keeps its tables in memory."""
 
     def __init__(self, tables: list[pa.Table]) -> None:
         self.tables = tables

@@ -30,7 +30,7 @@ class Board:
         self.lines.append(line)
 
     def read(self, known: int) -> tuple[int, int, list[dict[str, Any]]]:
-        """Epochs in all, epochs done, and the metrics of each epoch that came after the first `known`."""
+        """Total number of epochs, epochs done, and the metrics of each epoch after the first `known`."""
         return self.total, self.done, self.lines[known:]
 
 

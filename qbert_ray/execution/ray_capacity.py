@@ -30,7 +30,7 @@ class CapacityError(ValueError):
 
 
 def nodes() -> list[Resources]:
-    """Resources of each living node; where the cluster grows by itself, of all the nodes it may have."""
+    """Resources of each live node; for a cluster that autoscales, of all the nodes it may have."""
     living = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     growing = state.get_cluster_config()
     groups = growing.node_group_configs if growing else ()
@@ -39,7 +39,7 @@ def nodes() -> list[Resources]:
 
 
 def room(there: list[Resources], bundle: Resources) -> int:
-    """How many bundles fit, each inside one node."""
+    """Number of bundles that fit, each within one node."""
     needed = {name: amount for name, amount in bundle.items() if amount}
     return sum(int(min(node.get(name, 0.0) / amount for name, amount in needed.items()) + 1e-9) for node in there)
 

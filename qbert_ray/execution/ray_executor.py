@@ -26,13 +26,13 @@ ERROR = "<error>"  # column of a table that is returned in place of another and 
 
 @contextmanager
 def ray_executor(address: str | None = None) -> Iterator[RayExecutor]:
-    """A `RayExecutor` for the length of a session."""
+    """A `RayExecutor` for the duration of a Ray session."""
     with session(address):
         yield RayExecutor()
 
 
 class RayRows:
-    """Blocks of a materialized dataset."""
+    """A `Rows` of the blocks of a materialized Ray dataset."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -48,7 +48,7 @@ class RayRows:
 
 
 class RayExecutor:
-    """Tasks by Ray Core, passes over a table by Ray Data, trainings by Ray Train. Holds nothing, so a new one costs nothing."""
+    """Runs tasks with Ray Core, passes over a table with Ray Data, and trainings with Ray Train; it has no state."""
 
     name = "ray"
 

@@ -44,7 +44,7 @@ def alone() -> bool:
 
 @contextmanager
 def session(address: str | None = None) -> Iterator[None]:
-    """Ray, connected to a cluster or started on this machine; one that was already there stays."""
+    """Context with Ray connected to a cluster or started on this machine; a Ray that was already running stays."""
     global _started_here
     owner = not ray.is_initialized()
     starts = owner and not address and not os.environ.get("RAY_ADDRESS")

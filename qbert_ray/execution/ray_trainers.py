@@ -13,7 +13,7 @@ from qbert_ray.execution.ray_session import alone
 
 
 def survive(trainer: DataParallelTrainer, max_failures: int) -> None:
-    """Train, and again from the last checkpoint after what Train itself gives up: its controller died, or lost an actor in a bad moment."""
+    """Run a training; resume from the last checkpoint after failures that Ray Train does not handle, such as a dead controller."""
     failures = 0
     while True:
         try:

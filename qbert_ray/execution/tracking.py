@@ -63,7 +63,7 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _tensorboard(run: RunDir, folder: str) -> Iterator[Tracker]:
-    """An event file in the run directory: written as it grows on a local path, when the training ends on an object store."""
+    """A tracker that writes a TensorBoard event file: continuously on a local path, at the end of the training on an object store."""
     # Comes with Ray Train. Not its SummaryWriter: that writes in a thread, and waits forever for one that a full disk has ended.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event

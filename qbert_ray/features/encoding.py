@@ -35,7 +35,7 @@ def load_image_encoder(settings: config.ImageEncoder) -> ImageEncoder:
 
 
 class TextPart:
-    """Text vectors of the items of a part; equal texts in it are encoded once."""
+    """Writes the text vectors of one part of the catalog; equal texts in it are encoded once."""
 
     def __init__(self, run: RunDir, settings: config.TextEncoder, fields: dict[str, dict[str, str]], num_vectors: int) -> None:
         """Load the encoder.
@@ -63,7 +63,7 @@ class TextPart:
 
 
 class ImagePart:
-    """Image vectors of the items of a part; reading and decoding run ahead of the encoder, in threads."""
+    """Writes the image vectors of one part of the catalog; threads read and decode ahead of the encoder."""
 
     def __init__(self, run: RunDir, settings: config.ImageEncoder, num_vectors: int, addresses: dict[str, Addresses]) -> None:
         """Load the encoder.

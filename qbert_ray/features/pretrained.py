@@ -27,7 +27,7 @@ class EncoderUnavailable(ValueError):  # noqa: N818
 
 
 def load_text_model(model: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Tokenizer (padding on the right, with a pad token) and network.
+    """Tokenizer (padding on the right, with a pad token) and network of a text model.
 
     Args:
         model: 'minilm', 'smollm2', or a hub name or folder for `AutoModel.from_pretrained`.

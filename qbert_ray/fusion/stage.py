@@ -55,7 +55,7 @@ def embed_catalog(config: Config, run: RunDir, executor: Executor, progress: Pro
 
 
 class EmbedPart:
-    """Fused embeddings and depths of a part of the catalog; cold items use the query of unknown ones.
+    """Writes the fused embeddings and depths of one part of the catalog; cold items use the unknown query.
 
     Args:
         known: domain -> ID vector of its first item, and how many items have one.

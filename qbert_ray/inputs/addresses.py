@@ -38,7 +38,7 @@ class AddressError(ValueError):
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the images of a domain may come from.
+    """The sources from which images of a domain may be read.
 
     Args:
         schemes: of addresses with "://" in rows.

@@ -79,7 +79,7 @@ def header(content: bytes, kind: str) -> tuple[Dialect, tuple[str, ...]]:
 
 
 def read(stream: BinaryIO, text: Text, dialect: Dialect, names: Sequence[str], wanted: Sequence[str]) -> Iterator[pa.Table | Rejected]:
-    """Tables of the wanted columns as strings, and the rows that do not fit the header.
+    """Tables of the wanted columns as strings, and rejected rows, which do not fit the header.
 
     Args:
         names: of all columns.

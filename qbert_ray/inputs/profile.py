@@ -78,7 +78,7 @@ class Files:
         return pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(names, pl.String))
 
     def named(self, role: str) -> list[str]:
-        """Columns whose name is usual for a role, the most usual first."""
+        """Columns with a usual name of a role, the most usual first."""
         return named(self.file.columns, role)
 
 

@@ -225,13 +225,13 @@ def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
 
 
 def _matches(found: list[str], wanted: list[str], fixed: int) -> bool:
-    """Whether a found path is inside the wanted folder, or fits the wanted glob; hidden files never do."""
+    """Whether a path is inside the wanted folder, or matches the wanted glob; hidden files never do."""
     hidden = any(part.startswith((".", "_")) and "=" not in part for part in found[fixed:])
     return not hidden and len(found) >= len(wanted) and all(map(fnmatch.fnmatchcase, found[fixed:], wanted[fixed:]))
 
 
 def detect_format(files: tuple[File, ...]) -> str:
-    """contract, amazon_2018 or amazon_2023, by the columns of a table's files."""
+    """Format of a table's files by their columns: contract, amazon_2018 or amazon_2023."""
     found = {name for file in files for name in file.columns}
     if ITEM_ID in found:
         return "contract"
@@ -241,7 +241,7 @@ def detect_format(files: tuple[File, ...]) -> str:
 def _choose_columns(
     label: str, name: str, table: Table, domain: Domain, form: str, files: tuple[File, ...], needs_rating: bool
 ) -> dict[str, tuple[str, ...]]:
-    """Contract name -> columns of the files; each wanted one is there."""
+    """Contract name -> columns of the files; raises if a wanted column is missing."""
     required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP]
     given: dict[str, str] = dict(domain.item_columns.items() if table == "items" else domain.interaction_columns.items())
     wanted = _wanted(name, table, domain, needs_rating)

@@ -19,7 +19,7 @@ MOST_ATTRIBUTES = 6
 
 
 def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], album: Album) -> dict[str, Any]:
-    """The section, or {"missing": why}."""
+    """Content of the section, or {"missing": why}."""
     why = facts.missing("semantic_ids")
     if why:
         return {"missing": why}

@@ -59,7 +59,7 @@ class Facts:
         )
 
     def differences(self) -> list[dict[str, str]]:
-        """Keys of the config that are not at their default: the key, its value, the default."""
+        """Config keys with a value other than the default: key, value, default."""
         defaults = flatten(Config().model_dump(mode="json"))
         domain = flatten(Domain().model_dump(mode="json"))
         result = []

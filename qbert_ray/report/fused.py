@@ -24,7 +24,7 @@ SEARCHED = 200_000  # items that can be neighbours
 
 
 def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], album: Album) -> dict[str, Any]:
-    """The section, or {"missing": why}."""
+    """Content of the section, or {"missing": why}."""
     why = facts.missing("fusion")
     if why:
         return {"missing": why}

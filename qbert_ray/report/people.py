@@ -18,7 +18,7 @@ USERS, LATEST, TOP = 6, 10, 10
 
 
 def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], ranks: dict[str, pl.DataFrame], album: Album) -> dict[str, Any]:
-    """The section, or {"missing": why}."""
+    """Content of the section, or {"missing": why}."""
     why = facts.missing("score")
     if why:
         return {"missing": why}

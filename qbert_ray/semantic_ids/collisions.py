@@ -79,7 +79,7 @@ class Resolved(NamedTuple):
 
 
 def resolve_collisions(codes: np.ndarray, latents: np.ndarray, codebooks: np.ndarray, taken: np.ndarray | None = None) -> Resolved:
-    """Distinct codes for every item; rows are in the order of item_index, which breaks ties.
+    """Unique codes for every item; rows are in the order of item_index, which breaks ties.
 
     Product quantizers work too: their codebooks are zero outside their own dimensions of the latent, so that the codes of
     other levels do not change the order of the codewords.
@@ -287,7 +287,7 @@ def _room(prefix: np.ndarray, used: np.ndarray, below: int, size: int) -> np.nda
 
 
 def _groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each run of equal values begins, and the number of the run that each value is in."""
+    """Start of each run of equal values, and the number of the run of each value."""
     new = np.ones(len(values), dtype=bool)
     new[1:] = values[1:] != values[:-1]
     return np.flatnonzero(new), np.cumsum(new) - 1

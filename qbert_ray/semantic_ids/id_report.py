@@ -88,7 +88,7 @@ def _neighbours(run: RunDir, parts: list[str], ids: Ids) -> dict[str, Any] | Non
 
 
 def read_attributes(run: RunDir, parts: list[str]) -> pl.DataFrame:
-    """A column for each attribute, in the order of item_index; of several values of an item, the first."""
+    """A column for each attribute, in the order of item_index; only the first of an item's values counts."""
     names = [name for name in run.column_names("ingest/items", parts[0]) if name.startswith(ATTRIBUTE_PREFIX)]
     rows = pl.concat([pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, *names])) for part in parts]).sort(ITEM_INDEX)
     return rows.select(pl.col(name).str.split(", ").list.first().alias(name.removeprefix(ATTRIBUTE_PREFIX)) for name in names)

@@ -1,4 +1,4 @@
-"""Stage 2 without gradients: an `RQVAE` without hidden layers whose weights are set once.
+"""Stage 2 without gradients: fits the weights of an `RQVAE` without hidden layers by k-means.
 
 Residual k-means quantizes the principal components of the embeddings level by level. Optimised product quantization (Ge et
 al. 2013, "Optimized Product Quantization for Approximate Nearest Neighbor Search") rotates them so that K blocks of

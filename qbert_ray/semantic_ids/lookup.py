@@ -59,7 +59,7 @@ def domains(parts: list[str]) -> dict[str, list[str]]:
 
 
 def read_ids(run: RunDir, parts: list[str]) -> Ids:
-    """The IDs of one domain.
+    """The semantic IDs of one domain, as arrays.
 
     Raises:
         ArtifactError: they were written before nearest_codes were.
@@ -93,7 +93,7 @@ def read_codebooks(run: RunDir) -> np.ndarray | None:
 
 
 def show(name: str, wanted: str, only: str | None = None) -> dict[str, Any]:
-    """An item, by its ID or its whole title: its semantic ID, its siblings from the longest shared prefix on, and why it moved.
+    """An item, found by its ID or full title: its semantic ID, its siblings by length of the shared prefix, and why it moved.
 
     Raises:
         ArtifactError: there is no such item, or it is in several domains.
@@ -132,7 +132,7 @@ def _find(wanted: str, catalogs: dict[str, tuple[pl.Series, pl.Series]]) -> tupl
 
 
 def _near(wanted: str, catalogs: dict[str, tuple[pl.Series, pl.Series]]) -> str:
-    """Items whose title holds the words, or whose ID or title is spelled like it."""
+    """Suggestions for an item that was not found: titles that contain the words, and IDs or titles with a similar spelling."""
     near: list[str] = []
     for item_ids, titles in catalogs.values():
         rows = titles.str.to_lowercase().str.contains(wanted.lower(), literal=True).arg_true()[:3].to_list()

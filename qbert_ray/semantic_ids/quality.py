@@ -22,7 +22,7 @@ class NeighbourRecall:
     """
 
     def __init__(self, queries: np.ndarray, embedding: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> None:
-        """Take the sampled items.
+        """Set the sampled items whose neighbours are compared.
 
         Args:
             queries: [Q] row of each sampled item in the catalog.

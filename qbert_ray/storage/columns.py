@@ -1,4 +1,4 @@
-"""Column names and Arrow schemas of every table that crosses a stage.
+"""Column names and Arrow schemas of every table that one stage writes and another reads.
 
 A table is a folder of Parquet parts named `<domain>-<number>.parquet`. Parts of the catalog (items, features, embeddings,
 semantic IDs) line up: part 3 of each holds the same items, in the order of `item_index`. So do parts over users.
@@ -170,7 +170,7 @@ def embeddings_schema(width: int) -> pa.Schema:
 
 
 def to_fixed_lists(array: np.ndarray) -> pa.Array:
-    """An Arrow column of fixed-size lists, without a Python loop.
+    """An Arrow column of fixed-size lists from a NumPy array.
 
     Args:
         array: [N, ...] of numbers or booleans, one to two trailing axes.
@@ -182,7 +182,7 @@ def to_fixed_lists(array: np.ndarray) -> pa.Array:
 
 
 def to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """The inverse of `to_fixed_lists`: [N, ...], shapes from the column's type; lists of other types must be of one length."""
+    """The NumPy array [N, ...] of a column of lists, the inverse of `to_fixed_lists`; other lists must all have one length."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     shape = [len(column)]

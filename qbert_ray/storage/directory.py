@@ -69,7 +69,7 @@ copyreg.pickle(fs.S3FileSystem, lambda store: (_patient, store.__reduce__()))
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths inside are relative: `run.read("ingest/items")`. Cheap to send to workers.
+    """Reads and writes a run directory by relative paths, as in `run.read("ingest/items")`; cheap to send to workers.
 
     Args:
         uri: a local path, s3:// or gs://.
@@ -116,7 +116,7 @@ class RunDir:
         return RunDir(f"{place.rstrip('/')}/{name}{mark}{query}")
 
     def sharing(self, base: RunDir, folders: Iterable[str]) -> RunDir:
-        """This run directory, reading some folders from another one on the same file system."""
+        """This run directory, except that some folders are read from another one on the same file system."""
         return replace(self, base=base, shared=frozenset(folders))
 
     def _is_shared(self, name: str) -> bool:
@@ -167,7 +167,7 @@ class RunDir:
             raise error if isinstance(error, ArtifactError) else damaged(self, name, f"cannot be read as JSON: {error}") from None
 
     def delete(self, name: str) -> None:
-        """Remove a file or folder; nothing happens where there is none."""
+        """Remove a file or folder if it exists."""
         assert not self._is_shared(name), f"{name} belongs to {self.base}"
         kind = self.filesystem.get_file_info(self.path(name)).type
         if kind == fs.FileType.Directory:
@@ -205,7 +205,7 @@ class RunDir:
             raise damaged(self, f"{table}/{name}", f"is damaged: {error}") from None
 
     def open_part(self, table: str, name: str) -> pq.ParquetFile:
-        """A part whose footer was checked; its pages are as they are read.
+        """A part opened as a Parquet file: its footer was checked, and its pages are checked as they are read.
 
         Raises:
             ArtifactError: it is not what was written.

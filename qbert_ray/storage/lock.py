@@ -89,7 +89,7 @@ class Lock:
         )
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         _held.pop(self.run.uri, None)
         self.ended.set()
         if self.thread.is_alive():
@@ -158,7 +158,7 @@ class Lock:
 
 @contextmanager
 def locked(run: RunDir, command: str = "") -> Iterator[Lock]:
-    """The lock of a run directory for as long as something writes into it.
+    """Context that holds the lock of a run directory while something writes into it.
 
     Args:
         run: the run directory.

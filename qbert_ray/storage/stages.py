@@ -48,7 +48,7 @@ class Stage:
         return self.name.replace("_", "-")
 
     def depends_on(self, config: Config) -> dict[str, Any]:
-        """Dotted path -> value of the config that its outputs depend on."""
+        """Dotted path -> value of the config fields that the stage's outputs depend on."""
         leaves = flatten(config.model_dump(mode="json"))
         return {path: value for path, value in leaves.items() if _under(path, self.config) and not _under(path, self.ignores)}
 

@@ -51,7 +51,7 @@ class Table(Section):
 
 
 def load_table(file: Path) -> Table:
-    """The table of a YAML file.
+    """The table definition in a YAML file.
 
     Raises:
         ConfigError: there is no such file, or it is not a table.
