@@ -47,7 +47,7 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
 
 def half_over_seeds(deviation: float | None, seeds: int) -> float | None:
-    """Half of the 95 % interval (Student's t) of a mean over seeds, from their standard deviation; None for a single seed."""
+    """Half-width of the 95 % interval (Student's t) of a mean over seeds, from their standard deviation; None for a single seed."""
     return None if deviation is None or seeds < 2 else float(stdtrit(seeds - 1, 0.975) * deviation / seeds**0.5)
 
 

@@ -223,7 +223,7 @@ def _search(plan: Any, journal: Journal) -> dict[str, Any] | None:
 
     with stoppable(errors), locked(plan.folder), session(plan.config.compute.address):
         tuning.check_room(plan)
-        with locked(plan.run):  # only for as long as stages are written there: several sweeps may read it
+        with locked(plan.run):  # only while stages are written there: several sweeps may read it
             for seed in plan.seeds:
                 for name in plan.to_prepare(seed):
                     started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)
@@ -316,7 +316,7 @@ def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | 
             status(stage, config, directory)
     stages = [by_command[only]] if only else list(STAGES)
     if not directory.exists("ingest/manifest.json") and not config.compute.address:
-        check_root(config.data.root)  # before Ray starts, which takes longer than to read this far
+        check_root(config.data.root)  # before Ray starts, which takes longer than this check
     with stoppable(errors), locked(directory), open_executor(config) as executor:
         if redo is not None:
             redo_from(by_command[redo].name, directory)

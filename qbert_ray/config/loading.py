@@ -20,7 +20,7 @@ MOST_SHOWN = 300  # characters of a value in an error
 WHOLE = {"masks", "variants"}  # mappings in which the set of keys is the setting, so merging could only add keys
 
 
-# Names before the first release -> those of today.
+# Names before the first release -> current names.
 RENAMED = {
     "rqvae": "quantizer (and quantizer.kind for rqvae.quantizer)",
     "quantizer.quantizer": "quantizer.kind",

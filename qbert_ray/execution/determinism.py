@@ -40,5 +40,5 @@ def set_threads(threads: int) -> None:
 
     strict = os.environ.get(MARK) == "1"
     if strict:
-        torch.use_deterministic_algorithms(True, warn_only=True)  # which loads torch's compiler: only where it is wanted
+        torch.use_deterministic_algorithms(True, warn_only=True)  # only if wanted, since it loads torch's compiler
     torch.set_num_threads(1 if strict else max(1, threads))

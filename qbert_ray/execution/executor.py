@@ -121,7 +121,7 @@ def open_executor(config: Config) -> Iterator[Executor]:
             with local_executor(config.compute) as executor:
                 yield executor
             return
-        from qbert_ray.execution import ray_session  # noqa: F401, sets what Ray reads when it is imported
+        from qbert_ray.execution import ray_session  # noqa: F401, sets the environment that Ray reads when it is imported
         from qbert_ray.execution.ray_executor import ray_executor
 
         with ray_executor(config.compute.address) as executor:

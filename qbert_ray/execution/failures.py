@@ -24,7 +24,7 @@ def root_cause(error: BaseException) -> BaseException:
 @contextmanager
 def stoppable(console: Console) -> Iterator[None]:
     """Context in which SIGINT and SIGTERM end the command with one line of output and the usual exit status."""
-    told: list[int] = []  # not in the exception: Ray catches a KeyboardInterrupt of any kind while it waits, and raises its own
+    told: list[int] = []  # kept outside the exception: while Ray waits, it catches any KeyboardInterrupt and raises its own
 
     def terminate(number: int, _: object) -> None:
         told.append(number)

@@ -125,7 +125,7 @@ class LocalExecutor:
         return last_metrics(run, folder)
 
     def check(self, config: Config, run: RunDir, names: Iterable[str]) -> None:
-        pass  # what is asked of a cluster does not apply to one process
+        pass  # requests for cluster resources do not apply to one process
 
     def num_machines(self) -> int:
         return 1

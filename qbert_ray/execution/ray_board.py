@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qbert_ray.execution.progress import Progress
 
 
-# With an environment of its own it starts a process of its own: else it takes one that has imported torch, and ends it.
+# With its own environment it starts a new process; otherwise it would take, and end, one that has already imported torch.
 @ray.remote(num_cpus=0, runtime_env={"env_vars": {"QBERT_RAY_BOARD": "1"}})
 class Board:
     """Actor to which rank 0 writes its progress and from which the driver reads it."""

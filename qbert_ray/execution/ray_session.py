@@ -50,7 +50,7 @@ def session(address: str | None = None) -> Iterator[None]:
     starts = owner and not address and not os.environ.get("RAY_ADDRESS")
     own = {name: value for name, value in _ALONE.items() if name not in os.environ} if starts else {}
     for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # what a user should know is in our own lines
+        logging.getLogger(name).setLevel(logging.ERROR)  # messages for users are printed by the run itself
     os.environ.update(own)
     if owner:
         before = signal.getsignal(signal.SIGTERM)
@@ -63,11 +63,11 @@ def session(address: str | None = None) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process without a word
+            signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process silently
         _started_here = starts
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # so that the command line sees what it can explain
+    context.raise_original_map_exception = True  # so that the command line receives errors that it can explain
     context.execution_options.verbose_progress = False
     try:
         yield

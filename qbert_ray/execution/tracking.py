@@ -45,7 +45,7 @@ def trackers(config: Config, run: RunDir, folder: str, progress: Progress, furth
             for name, tracker in list(found.items()):
                 try:
                     tracker(epoch, metrics)
-                except Exception as error:  # whatever a full disk or a server that is gone makes of it
+                except Exception as error:  # any error of a full disk or an unreachable server
                     del found[name]
                     progress.note(f"{name} gets no more figures of this training: {error}")
 

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from qbert_ray.features.pretrained import load_image_tower, load_text_model
 from qbert_ray.products import adopt
 
-PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # Pillow also opens some that start programs
+PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # Pillow starts other programs for some others
 PNG_BEGINS, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 LONGEST_SIDE_RATIO = 4  # a centre crop cuts off everything beyond it, and resizing a 1 x 1,000,000 strip would fill the memory
 
 
-class ImageRejected(ValueError):  # noqa: N818 - a verdict, not a fault
+class ImageRejected(ValueError):  # noqa: N818 - an expected outcome, not a fault
     """Bytes that are not a usable image; the message is one of a few fixed reasons, so that rejections can be counted."""
 
 
@@ -94,7 +94,7 @@ class TextEncoder:
 
     def _prompted(self, texts: list[str]) -> list[str]:
         before, _, after = self.prompt.partition("{text}")
-        if after:  # the tail of the prompt is what the last token reads: cut the text, not the tail
+        if after:  # the last token must be that of the prompt's end: cut the text, not the end of the prompt
             room = self.max_tokens - len(self.tokenizer(before + after)["input_ids"]) - 2  # two for tokens at the seams
             cut = {"add_special_tokens": False, "truncation": True, "max_length": max(1, room), "return_offsets_mapping": True}
             ends = [spans[-1][1] if spans else 0 for spans in self.tokenizer(texts, **cut)["offset_mapping"]]

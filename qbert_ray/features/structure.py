@@ -83,7 +83,7 @@ def _top_eigenvectors(matrix: sparse.csr_matrix, count: int, seed: int) -> tuple
     chosen = chosen[values[chosen] > 1e-9 * values.max()]
     vectors = vectors[:, chosen]
     largest = np.abs(vectors).argmax(axis=0)
-    return values[chosen], vectors * np.sign(vectors[largest, np.arange(len(chosen))])  # either sign is an eigenvector: fix one
+    return values[chosen], vectors * np.sign(vectors[largest, np.arange(len(chosen))])  # eigenvectors are unique up to sign: fix the sign
 
 
 def _unit_rows(vectors: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from qbert_ray.random_streams import ID_DROPOUT_STREAM, uniform
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import shuffled_batches
 
-SAMPLE = 4096  # items that the metrics are taken over
+SAMPLE = 4096  # items over which the metrics are computed
 
 
 class FusionTask:

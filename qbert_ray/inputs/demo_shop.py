@@ -36,7 +36,7 @@ class Category(NamedTuple):
 
 class Style(NamedTuple):
     name: str
-    lines: str  # product lines, part of the titles
+    lines: str  # names of product lines, part of the titles
     adjectives: str
     moods: str
 
@@ -104,7 +104,7 @@ COMPLEMENT, TASTE, CROWD, NOISE = 0.48, 0.38, 0.10, 0.04
 ATTRIBUTE_SIZES = (len(CATEGORIES), len(BRANDS), len(STYLES), len(COLOURS))
 MATCH = np.array([0.0, 1.5, 2.5, 2.5])  # log weight of a complement that shares this attribute
 TASTE_SPREAD = np.repeat([1.0, 2.0, 2.0, 2.0], ATTRIBUTE_SIZES)  # standard deviation of a user's liking for an attribute's values
-TASTE_MEMORY = 0.985  # share of a taste's deviation that is left one purchase later
+TASTE_MEMORY = 0.985  # share of a taste's deviation that remains after one purchase
 NEW_ITEM_WEIGHT = 0.05
 FIRST_DAY, DAY = 1_640_995_200, 86_400  # 2022-01-01, in seconds
 

@@ -19,7 +19,7 @@ from qbert_ray.inputs.values import NOTHING, Kind
 
 DEFAULT = Addresses()
 TEXT = (pl.String, pl.Categorical, pl.Enum)
-# Lists and mappings written into a cell of text, as JSON or as Python shows them.
+# Lists and mappings written into a text cell, as JSON or as Python prints them.
 _NESTED = r"^\s*[\[{]"
 _UNDER_KEY = r"""['"]%s['"]\s*:\s*(?:\[?\s*(?:(?:None|null)\s*,?\s*)*)['"]([^'"]+)['"]"""
 _IN_LIST = r"""^\s*\[\s*(?:(?:None|null)\s*,?\s*)*['"]([^'"]+)['"]"""

@@ -20,7 +20,7 @@ from qbert_ray.inputs.sources import POSITION
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 
 CODE, USER, HASH = "_code", "_user", "_hash"
-# Salts are constants and not the seed: another seed must not mean another test set.
+# Salts are constants rather than the seed, so that another seed does not change the test set.
 USER_SALT, ITEM_SALT, TIE_SALT, COLD_SALT = 1, 2, 3, 4
 GIVEN = [USER_ID, ITEM_ID, TIMESTAMP, RATING]
 

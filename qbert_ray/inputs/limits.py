@@ -71,7 +71,7 @@ def check_schema(schema: pa.Schema) -> None:
     level = list(schema.types)
     for _ in range(MOST_NESTED):
         level = [kind.field(place).type for kind in level for place in range(kind.num_fields)]
-        check_columns(level)  # fields of structs count as columns do
+        check_columns(level)  # fields of structs count as columns
     if level:
         raise LimitError(f"a column is nested more than {MOST_NESTED} levels deep")
 

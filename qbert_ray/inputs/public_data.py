@@ -170,7 +170,7 @@ def convert_movielens(folder: Path) -> None:
     interactions = pl.DataFrame(ratings, [USER_ID, ITEM_ID, RATING, TIMESTAMP], orient="row").with_columns(
         pl.col(RATING).cast(pl.Float32), pl.col(TIMESTAMP).cast(pl.Int64)
     )
-    for name, table in (("items", items), ("interactions", interactions)):  # the interactions last: they are the done marker
+    for name, table in (("items", items), ("interactions", interactions)):  # interactions are written last: they mark completion
         partial = folder / f".{name}.parquet"
         table.write_parquet(partial)
         partial.rename(folder / f"{name}.parquet")

@@ -163,7 +163,7 @@ def _images(run: RunDir, settings: ImageEncoder, addresses: Addresses) -> dict[s
     tried = 0
     for item_id, path, content in _first_images(run):
         if content is None and path.startswith(("http://", "https://")):
-            result["web"] += 1  # not fetched: a page about files should not take minutes
+            result["web"] += 1  # not fetched, which would take minutes
             continue
         result["looked_for"] += 1
         decode = tried < IMAGES_DECODED

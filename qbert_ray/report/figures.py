@@ -34,7 +34,7 @@ LONGEST = 60  # characters of a name in a figure
 
 class Figure(NamedTuple):
     title: str
-    note: str  # how to read it, or what would be bad
+    note: str  # how to read it, or which values would be bad
     alt: str  # alternative text: what the figure shows
     plot: dict[str, Any]
     height: int = 300

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-CELLS = 2**19  # movers x codewords that are looked at together; bounds the memory
+CELLS = 2**19  # movers x codewords processed at a time; bounds the memory
 ROWS = 2**13
 EPSILON = float(np.finfo(np.float64).eps)
 

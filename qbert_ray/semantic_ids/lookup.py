@@ -19,7 +19,7 @@ from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 
 IDS = "semantic_ids"
 SHOWN = 8  # siblings per length of the shared prefix
-SEARCHED = 200_000  # names that are compared letter by letter with one that is not there
+SEARCHED = 200_000  # names whose spelling is compared with that of a missing item
 
 
 class Ids(NamedTuple):

@@ -61,7 +61,7 @@ SEQUENCES = pa.schema(
     ]
 )
 
-# ingest/cold: a user's last interaction with a cold item, and what the user had of the other items before it.
+# ingest/cold: a user's last interaction with a cold item, and the user's history of other items before it.
 COLD_SEQUENCES = pa.schema(
     [
         (DOMAIN, pa.string()),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Module = TypeVar("Module", bound=nn.Module)
 
-WEIGHTS = "weights"  # in the JSON of a model: what its tensors are known by
+WEIGHTS = "weights"  # key in the JSON of a model: checksum of its tensors
 S3_ATTEMPTS = 8  # of one request, with growing pauses: 50 seconds in all
 
 
@@ -188,7 +188,7 @@ class RunDir:
         return names
 
     def write_part(self, table: str, name: str, rows: pa.Table) -> None:
-        whole = write_parquet(f"{table}/{name}", rows)  # a writer that fails half-way publishes that half on an object store
+        whole = write_parquet(f"{table}/{name}", rows)  # a writer that fails half-way would publish a partial file on an object store
         self.write_bytes(f"{table}/{name}", whole)
 
     def read_part(self, table: str, name: str, columns: list[str] | None = None) -> pa.Table:
@@ -343,5 +343,5 @@ class Manifest:
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    as_read = json.loads(json.dumps(content, default=str))  # with the keys that JSON makes of numbers
+    as_read = json.loads(json.dumps(content, default=str))  # JSON turns numeric keys into text
     return checksum(json.dumps(as_read, sort_keys=True).encode())

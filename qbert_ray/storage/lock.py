@@ -47,7 +47,7 @@ class Holder:
     host: str
     pid: int
     place: str  # scope of the process number: boot and process namespace
-    started: str  # when the process began, by its system's clock: tells a reused process number apart
+    started: str  # when the process began, by its system's clock: distinguishes a reused process number
     since: str  # when it took the lock
     command: str
     held: bool = False  # false: not yet, the claim may still be removed

@@ -49,7 +49,7 @@ def _check(model: Callable[..., nn.Module], tensors: dict[str, Tensor], descript
     """Raise ValueError if the model of a description does not fit the weights."""
     largest = max([1, *(tensor.numel() for tensor in tensors.values())])
     for name, value in _numbers(description):
-        many = name.startswith("num_") and name.endswith(("layers", "heads"))  # of modules, or of pieces of a vector
+        many = name.startswith("num_") and name.endswith(("layers", "heads"))  # number of modules, or of parts of a vector
         if many and value < 1:
             raise ValueError(f"{name} is {value}")
         if abs(value) > largest or (many and value > max(len(tensors), 1024)):
