@@ -255,11 +255,11 @@ def _one_object(content: bytes) -> dict[str, Any] | None:
 
 
 def _layout_of_part(content: bytes, one_line: bool) -> tuple[str, tuple[str, ...]]:
-    """Layout of an object of which only the beginning is there: by the values that it holds whole.
+    """Layout of an object of which only the beginning is known, by its complete values.
 
     Args:
         content: the beginning.
-        one_line: it has no line end, so it may be the first line of many.
+        one_line: whether it has no line end, so that it may be the first of many lines.
     """
     text, decoder, position = content.decode(errors="replace"), json.JSONDecoder(), content.find(b"{") + 1
     found: dict[str, Any] = {}

@@ -55,7 +55,7 @@ def look_at(filesystem: fs.FileSystem, path: str) -> tuple[Text, bytes, bool]:
 
 
 def _beginning(stream: BinaryIO) -> tuple[bytes, bool]:
-    """The first bytes of a file; where its first line is longer than that, the beginning of that line and the lines after it.
+    """The first bytes of a file; if its first line is longer than that, the beginning of that line and the lines after it.
 
     Returns:
         The bytes, and whether the first line was cut.

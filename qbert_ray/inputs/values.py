@@ -52,7 +52,7 @@ def is_given(value: pl.Expr, kind: Kind) -> pl.Expr:
 
 
 def _text(value: pl.Expr, kind: Kind) -> tuple[pl.Expr, bool]:
-    """Stripped text, and whether the type is free text, in which a missing value may be spelled out."""
+    """Stripped text, and whether it may spell out a missing value."""
     if isinstance(kind, pl.Array):
         value, kind = value.arr.to_list(), pl.List(kind.inner)
     if isinstance(kind, pl.List):
