@@ -1,4 +1,4 @@
-"""Running a config from Python, and reading what a run left.
+"""The Python API: runs a config, and reads the outputs of a run.
 
 config = load_config("shop.yaml", "finetune.epochs=5")
 finished = run(config, executor="local")
@@ -28,7 +28,7 @@ from qbert_ray.storage.stages import STAGES
 
 
 def load_config(*sources: str | Path) -> Config:
-    """The config from YAML files merged left to right, and `section.field=value` strings on top of them.
+    """The config from YAML files, merged left to right, and from `section.field=value` strings, which override them.
 
     Args:
         sources: paths of YAML files and overrides in any order; a string with "=" is an override. A path such as
@@ -42,7 +42,7 @@ def load_config(*sources: str | Path) -> Config:
 
 
 def run(config: Config, executor: Literal["ray", "local"] | None = None, progress: Progress | None = None) -> FinishedRun:
-    """Do every stage of a config that is not done yet.
+    """Run every stage of a config that is not done yet, and return the run.
 
     A stage that is done is skipped, one that was interrupted resumes, and one that was made with another config is refused.
 
@@ -56,7 +56,7 @@ def run(config: Config, executor: Literal["ray", "local"] | None = None, progres
         The run, whose tables and models can be read.
 
     Raises:
-        ArtifactError: outputs that are there were made with another config or from other data.
+        ArtifactError: existing outputs were made with another config or from other data.
         SourceError: the input files cannot be used.
         LockedError: another process writes into the run directory.
     """
@@ -73,7 +73,7 @@ def run(config: Config, executor: Literal["ray", "local"] | None = None, progres
 
 
 def open_run(run_dir: str) -> FinishedRun:
-    """A run that was made before.
+    """The outputs of an existing run.
 
     Args:
         run_dir: a local path, s3:// or gs://.
@@ -87,13 +87,13 @@ def open_run(run_dir: str) -> FinishedRun:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The outputs of a run."""
+    """The outputs of a run: its tables, metrics, config and models."""
 
     directory: RunDir
 
     @property
     def config(self) -> Config:
-        """The config that it was made with."""
+        """The config that the run was made with."""
         return run_config(self.directory)
 
     @property
@@ -102,7 +102,7 @@ class FinishedRun:
         return self.directory.read_json("evaluate/metrics.json")
 
     def table(self, name: str, domain: str | None = None) -> pa.Table:
-        """All rows of a table.
+        """All rows of a table of the run, or those of one domain.
 
         Args:
             name: "ingest/items", "ingest/sequences", "ingest/interactions", "ingest/rejected", "features/text",
@@ -115,5 +115,5 @@ class FinishedRun:
         return self.directory.read(name, domain)
 
     def recommender(self, domain: str | None = None, device: str = "cpu") -> Recommender:
-        """A recommender for one target domain, which may be left out where there is only one."""
+        """A recommender for one target domain; the domain may be omitted if there is only one."""
         return Recommender.load(self.directory.uri, domain, device)

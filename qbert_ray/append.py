@@ -1,9 +1,9 @@
-"""New items get semantic IDs from the models that are there; IDs that were published never move.
+"""Appends new items to a finished run: the trained models give them semantic IDs; published IDs are never changed or reused.
 
 The catalog grows only at its end: new items become further parts of ingest/items, and features, embeddings and IDs of these
-parts are made as those of a cold item. A part that has no IDs yet is what an earlier try left, so the same command goes on with
-it. Versions of the IDs are lists of parts in the manifest of semantic_ids, each with its parent; the manifest is written
-after the parts.
+parts are made as those of cold items. A part without IDs comes from an interrupted try, and the same command resumes with it.
+Versions of the IDs are lists of parts in the manifest of semantic_ids, each with its parent; the manifest is written after
+the parts.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ CONTENT = "_content"
 
 
 def append_ids(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
-    """IDs for the items of the input files that have none; the new version, or the last one where there is nothing to do.
+    """Assign IDs to the items of the input files that have none; returns the new version, or the last one if there is nothing to do.
 
     Returns:
         version, parent, fingerprint, model, parts, items (all that have IDs by then), and numbers of items: added, and of those
-        that had IDs before changed (their texts or pictures are others now, their IDs are not), unchanged and gone from the files.
+        that had IDs before changed (in text or image; their IDs stay the same), unchanged and gone from the files.
 
     Raises:
         ArtifactError: the run's stages up to semantic-ids are not done, or were made with another config.
@@ -82,7 +82,7 @@ def _check(config: Config, run: RunDir) -> None:
 
 
 def _append_items(config: Config, run: RunDir, domain: str, executor: Executor) -> Counter[str]:
-    """Write the new items of a domain behind its last part, in order, so that a cut leaves no gap; how the others were found."""
+    """Write a domain's new items after its last part, in order, so that an interruption leaves no gap; returns counts of the others."""
     rows, catalog = read_catalog(config, domain, open_source(config.data.root, domain, "items", config.data.domains[domain]), executor)
     parts = run.parts("ingest/items", domain)
     published = pl.concat(pl.DataFrame(executor.get(handle)) for handle in [executor.submit(_contents, run, part) for part in parts])
@@ -113,14 +113,14 @@ def _contents(run: RunDir, part: str) -> pa.Table:
 
 
 def _content(rows: pl.DataFrame) -> pl.Series:
-    """Hash of what is encoded of each item; comparable within one version of polars, so it is never stored."""
+    """[N] hash of each item's encoded fields; comparable only within one version of polars, so it is never stored."""
     texts = sorted(name for name in rows.columns if "." in name)
     columns = [pl.col("image_path", *texts).cast(pl.String), pl.col("image_bytes").cast(pl.Binary)]
     return rows.select(columns).hash_rows().alias(CONTENT)
 
 
 def _compare(block: pa.Table, known: pa.Table) -> tuple[Counter[str], pa.Table]:
-    """How many published items are as they were, by their first rows; and the rows of other items, unusable ones among them."""
+    """Counts of changed and unchanged published items, judged by their first rows; and the rows of all other items."""
     rows = pl.DataFrame(block)
     other = rows.join(pl.DataFrame(known), on=ITEM_ID, how="anti", maintain_order="left")
     rows = rows.with_columns(_content(rows).alias("now"))
@@ -132,7 +132,7 @@ def _compare(block: pa.Table, known: pa.Table) -> tuple[Counter[str], pa.Table]:
 
 
 def _versions(run: RunDir) -> list[dict[str, Any]]:
-    """The versions so far; the first is what the run made, noted down before anything is added to it."""
+    """The versions so far; the first one is that of the run itself, recorded before anything is appended."""
     manifest = Manifest.load(run, IDS)
     assert manifest is not None
     if "versions" not in manifest.counts:
@@ -144,7 +144,7 @@ def _versions(run: RunDir) -> list[dict[str, Any]]:
 
 
 def _publish(config: Config, run: RunDir, versions: list[dict[str, Any]], found: Counter[str]) -> dict[str, Any]:
-    """Add a version with all parts that are in none yet."""
+    """Record a new version with all parts that are in none yet; returns it."""
     listed = {part for version in versions for part in version["parts"]}
     parts = [part for part in run.parts(IDS) if part not in listed]
     counts = {name: found[name] for name in ("changed", "unchanged", "gone")}
@@ -175,7 +175,7 @@ def _publish(config: Config, run: RunDir, versions: list[dict[str, Any]], found:
 
 
 def _added_files(run: RunDir, stage: str, known: dict[str, Record]) -> dict[str, Record]:
-    """What the parts are known by that an append added to a stage; it also writes the rejected rows of a domain again."""
+    """Records of the files that an append wrote in a stage: new parts, and rewritten tables of rejected rows."""
     parts = {name: record for name, record in seal(run, stage).items() if name.endswith(".parquet")}
     return {name: record for name, record in parts.items() if name not in known or "/rejected/" in name}
 

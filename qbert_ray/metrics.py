@@ -1,4 +1,4 @@
-"""Hit rate and NDCG from ranks, and how good semantic IDs are from codes.
+"""Metrics: hit rate and NDCG from ranks, and the quality of semantic IDs from codes.
 
 Leave-one-out has one relevant item per user, so a user's hit is 0 or 1 and the ideal DCG is 1.
 """
@@ -12,12 +12,12 @@ NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 def hit_rate(rank: np.ndarray, k: int) -> np.ndarray:
-    """Per user: 1 where the 1-based rank of the target is at most k."""
+    """[U] 1 where the 1-based rank of the target is at most k, else 0."""
     return (rank <= k).astype(np.float64)
 
 
 def ndcg(rank: np.ndarray, k: int) -> np.ndarray:
-    """Per user: 1 / log2(rank + 1) where the target is among the first k, else 0."""
+    """[U] 1 / log2(rank + 1) where the target is among the first k, else 0."""
     return np.where(rank <= k, 1.0 / np.log2(rank + 1.0), 0.0)
 
 
@@ -31,14 +31,14 @@ def summarise(rank: np.ndarray, cutoffs: list[int]) -> dict[str, dict[str, float
 
 
 def expected_at_random(candidates: np.ndarray, cutoffs: list[int]) -> dict[str, dict[str, float]]:
-    """As `summarise`: what a random order of each user's candidates gives on average."""
+    """Expected metrics, in the format of `summarise`, of a random order of each user's candidates."""
     gains = 1.0 / np.log2(np.arange(1, max(cutoffs) + 1) + 1.0)
     table = {f"hr@{k}": interval(np.minimum(k, candidates) / candidates) for k in cutoffs}
     return table | {f"ndcg@{k}": interval(np.cumsum(gains[:k])[np.minimum(k, candidates) - 1] / candidates) for k in cutoffs if k > 1}
 
 
 def interval(values: np.ndarray) -> dict[str, float]:
-    """Mean and 95 % interval of per-user values in [0, 1]; zeros where there is no user."""
+    """Mean and 95 % interval of per-user values in [0, 1]; zeros if there are no users."""
     if not len(values):
         return {"value": 0.0, "low": 0.0, "high": 0.0}
     mean = float(values.mean())
@@ -47,12 +47,12 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
 
 def half_over_seeds(deviation: float | None, seeds: int) -> float | None:
-    """Half of the 95 % interval (Student's t) of a mean over seeds, from their standard deviation; None for a single seed."""
+    """Half-width of the 95 % interval (Student's t) of a mean over seeds, from their standard deviation; None for a single seed."""
     return None if deviation is None or seeds < 2 else float(stdtrit(seeds - 1, 0.975) * deviation / seeds**0.5)
 
 
 def collision_rate(codes: np.ndarray) -> float:
-    """1 - distinct IDs / items, of codes [N, K]."""
+    """Collision rate of codes [N, K]: 1 - distinct IDs / items."""
     if not len(codes):
         return 0.0
     ordered = codes[np.lexsort(codes.T)]
@@ -60,17 +60,17 @@ def collision_rate(codes: np.ndarray) -> float:
 
 
 def codebook_usage(codes: np.ndarray, codebook_size: int) -> list[float]:
-    """Share of the codewords that some item uses, per level."""
+    """Share of the codewords that at least one item uses, per level."""
     return [np.count_nonzero(np.bincount(level)) / codebook_size for level in codes.T]
 
 
 def perplexity(codes: np.ndarray, codebook_size: int) -> list[float]:
-    """2 ** entropy of the codes per level: codebook_size where all are used equally, 1 where one is."""
+    """Perplexity (2 ** entropy) of the codes per level: codebook_size if all are used equally, 1 if only one is."""
     return [2**bits for bits in entropy(codes, codebook_size)]
 
 
 def entropy(codes: np.ndarray, codebook_size: int) -> list[float]:
-    """Bits that the code of a level tells: log2(codebook_size) where all are used equally, 0 where one is."""
+    """Entropy in bits of the codes per level: log2(codebook_size) where all are used equally, 0 where one is."""
     result = []
     for level in codes.T:
         share = np.bincount(level, minlength=codebook_size) / max(len(level), 1)
@@ -80,7 +80,7 @@ def entropy(codes: np.ndarray, codebook_size: int) -> list[float]:
 
 
 def gini(codes: np.ndarray, codebook_size: int) -> list[float]:
-    """How unequally the codewords of a level are used: 0 all equally, 1 - 1 / codebook_size where one takes all."""
+    """Gini coefficient of the codewords' use per level: 0 if all are used equally, 1 - 1 / codebook_size if only one is used."""
     rank = np.arange(1, codebook_size + 1)
     result = []
     for level in codes.T:

@@ -1,7 +1,7 @@
-"""Runs the stages of a run directory in order, and the rules of a rerun.
+"""Runs the stages of a run directory in order, and decides on a rerun which to skip, resume or refuse.
 
-A finished stage is skipped. A stage whose config changed since is refused, with the key that changed. `redo_from` forgets a
-stage and all after it. `compute` is part of no stage's dependencies: other machines change the time, never the answer.
+A finished stage is skipped. A stage whose config changed since is refused, with the key that changed. `redo_from` deletes the
+outputs of a stage and all after it. No stage depends on `compute`: other machines change the time, not the result.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from qbert_ray.storage.lock import check_held
 from qbert_ray.storage.seals import STARTED, seal
 from qbert_ray.storage.stages import BY_NAME, STAGES, Stage
 
-# Folders of a run directory before the first release -> those of today.
+# Names of a run's folders before the first release -> current names.
 RENAMED = {"rqvae": "quantizer", "memory": "ranking", "evaluation": "evaluate", "recommendations": "score"}
 
 
 def refuse_old_names(run: RunDir) -> None:
-    """Refuse a run directory whose folders have the names of before the first release.
+    """Raise if the folders of a run directory have names from before the first release.
 
     Raises:
-        ArtifactError: which folder, and what it is called today.
+        ArtifactError: the message gives the folder and its current name.
     """
     for old, new in RENAMED.items():
         if run.exists(f"{old}/manifest.json"):
@@ -39,10 +39,10 @@ def refuse_old_names(run: RunDir) -> None:
 
 
 def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Manifest | None:
-    """The manifest of a finished stage; None where it is still to do.
+    """The manifest of a finished stage; None if it is still to do.
 
     Args:
-        files: whether changed input files matter, but for files whose new items were appended.
+        files: whether to compare the input files as well; files whose new items were appended count as unchanged.
 
     Raises:
         ArtifactError: it was done with another config, or from other inputs.
@@ -71,7 +71,7 @@ def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Man
 
 
 def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, progress: Progress) -> Manifest | None:
-    """Do a stage unless it is done; its manifest, or None where the config leaves it out.
+    """Run a stage unless it is done; returns its manifest, or None if the config leaves it out.
 
     Raises:
         ArtifactError: an input stage is not done, or the outputs there were made differently.
@@ -102,13 +102,13 @@ def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, pro
 
 
 def _function(stage: Stage) -> Callable[..., dict[str, Any]]:
-    """The function that does a stage; importing it may bring torch."""
+    """The function that runs a stage; importing it may import torch."""
     module, _, name = stage.work.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def preflight(stages: Sequence[Stage], config: Config, run: RunDir, executor: Executor) -> None:
-    """Refuse, before the first of some stages starts, what the executor has no room for in any that is still to do.
+    """Raise, before the first stage starts, if the executor lacks the resources for any stage that is still to do.
 
     Raises:
         CapacityError: what is asked for and what there is.
@@ -120,8 +120,8 @@ def preflight(stages: Sequence[Stage], config: Config, run: RunDir, executor: Ex
 
 
 def redo_from(name: str, run: RunDir) -> None:
-    """Forget a stage and all after it."""
-    for stage in reversed(STAGES[STAGES.index(BY_NAME[name]) :]):  # the last first, so that a cut leaves a run that is consistent
+    """Delete the outputs of a stage and of all stages after it."""
+    for stage in reversed(STAGES[STAGES.index(BY_NAME[name]) :]):  # in reverse order, so that an interruption leaves a consistent run
         run.delete(f"{stage.name}/manifest.json")
         run.delete(stage.name)
 
@@ -130,7 +130,7 @@ APPENDED = "ingest/appended.json"  # state of the input files up to which items 
 
 
 def _forget_unfinished(stage: Stage, manifest: Manifest, run: RunDir) -> None:
-    """Leave what an earlier try of exactly this stage can go on from; remove anything else."""
+    """Keep the partial outputs of an earlier try if this stage can resume from them; delete any others."""
     marker = f"{stage.name}/{STARTED}"
     same = run.exists(marker) and run.read_json(marker) == {"fingerprint": manifest.fingerprint}
     if not (same and stage.keeps):
@@ -152,7 +152,7 @@ _FILES = {"ingest": ("items", "interactions"), "features": ("text_features", "im
 
 
 def file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
-    """What the input files are known by, so that changed data is noticed and copied data is not."""
+    """Fingerprints of the input files a stage reads: changed data is noticed, and a copy of the same data is not."""
     named = {
         f"data.domains.{name}.{field}": getattr(d, field) for name, d in config.data.domains.items() for field in _FILES.get(stage.name, ())
     }

@@ -1,10 +1,10 @@
-"""Matrix products in float32 on CPUs, by the faster of the two libraries that PyTorch brings.
+"""Float32 matrix products on CPUs, by the faster of the two libraries that come with PyTorch.
 
-On Intel, PyTorch's own products are as fast or faster (.85 to 1.0 of them) and serve. On AMD, MKL, which PyTorch multiplies float32
-matrices by, leaves half of the processor unused: 90 to 110 GFLOPS where oneDNN, which PyTorch
-uses for convolutions and bfloat16, reaches 190 to 250 on the same core (`python -m tests.benchmarks.products`). But oneDNN writes a
-program for each new shape, which takes about .4 ms, so only products large enough to be worth it go there. Results differ by rounding.
-Everything else, on GPUs, in other types, or in a compiled model, is left to PyTorch.
+On Intel, PyTorch's own products are used: oneDNN reaches only .85 to 1.0 of their speed. On AMD, MKL, with which PyTorch multiplies
+float32 matrices, leaves half of the processor unused: 90 to 110 GFLOPS, where oneDNN, which PyTorch uses for convolutions and
+bfloat16, reaches 190 to 250 on the same core (`python -m tests.benchmarks.products`). But oneDNN compiles a kernel for each new
+shape, which takes about .4 ms, so only large products use it. Results differ by rounding. Everything else, on GPUs, in other
+types, or in a compiled model, is left to PyTorch.
 
 Shapes: S rows, K inputs, N outputs.
 """
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LEAST, LEAST_IN_TRAINING = 2**25, 2**26  # multiply-adds; layers that only infer see a shape again in the next layer
+LEAST, LEAST_IN_TRAINING = 2**25, 2**26  # multiply-adds; at inference the next layer has the same shapes again
 
 
 def _onednn() -> Any:
-    """oneDNN's product, which PyTorch's own compiler calls by this name; None where `F.linear` serves.
+    """oneDNN's product, which PyTorch's own compiler calls by this name; None if `F.linear` is to be used.
 
-    That is on any processor but AMD's, where PyTorch lacks the operator (it is not public), and where PyTorch does not use MKL.
+    That is on any processor but AMD's, if PyTorch lacks the operator (it is not public), and if PyTorch does not use MKL.
     """
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and _is_amd()):
         return None
@@ -33,7 +33,7 @@ def _onednn() -> Any:
 
 
 def _is_amd() -> bool:
-    """Whether this is an AMD processor, as Linux tells; elsewhere False."""
+    """Whether this is an AMD processor according to Linux; False on other systems."""
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -44,7 +44,7 @@ _ONEDNN = _onednn()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times weight [N, K] transposed, plus bias [N]: what `torch.nn.functional.linear` gives."""
+    """[..., N] product of x [..., K] and weight [N, K] transposed, plus bias [N], like `torch.nn.functional.linear`."""
     if _ONEDNN is None or torch.compiler.is_compiling():  # sizes are symbols then
         return F.linear(x, weight, bias)
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -79,14 +79,14 @@ class _Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by `product`."""
+    """A `torch.nn.Linear` that multiplies with `product`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
 
 
 def adopt(model: nn.Module) -> nn.Module:
-    """The same model, whose linear layers multiply by `product`; subclasses of them stay what they are."""
+    """The same model with its `torch.nn.Linear` layers turned into `Linear`; subclasses are left unchanged."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

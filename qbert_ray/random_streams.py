@@ -1,4 +1,4 @@
-"""Uniform random numbers that depend on their arguments alone, so that no draw depends on batches, workers or restarts."""
+"""Uniform random numbers that depend only on their arguments, and so not on batches, workers or restarts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SAMPLE_STREAM, COLD_STREAM, PREFIX_STREAM = 7_000_003, 7_000_009, 7_000_013
 
 
 def uniform(seed: int, epoch: int, samples: np.ndarray, slots: int) -> np.ndarray:
-    """[B, slots] numbers in [0, 1) that depend on nothing but the arguments (splitmix64 as a counter-based generator)."""
+    """[B, slots] numbers in [0, 1) that depend only on the arguments (splitmix64 as a counter-based generator)."""
     with np.errstate(over="ignore"):
         key = _mix(np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch) + np.uint64(1))
         row = _mix(samples.astype(np.uint64) ^ key)[:, None]

@@ -1,4 +1,4 @@
-"""From scores of every catalog item to ranks and top-k lists.
+"""Ranks and top-k lists from the scores of all catalog items.
 
 Equal scores are ordered by item_index, which is a permutation by hash: ties carry no information and never change.
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GROUP = 32  # neighbouring items of which the largest score is taken first
+GROUP = 32  # neighbouring items whose largest score is computed first
 
 
 def ranks(scores: Tensor, target: Tensor, seen: list[np.ndarray] | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def ranks(scores: Tensor, target: Tensor, seen: list[np.ndarray] | None = None) 
     """
     own = scores.gather(1, target[:, None])  # [B, 1]
     better, equal = _count(scores > own), _count(scores >= own)
-    rows = (equal - better > 1).nonzero()[:, 0]  # where there is more than the target itself
+    rows = (equal - better > 1).nonzero()[:, 0]  # rows in which other items have the target's score
     if len(rows):
         before = torch.arange(scores.shape[1], device=scores.device) < target[rows, None]
         better[rows] += _count((scores[rows] == own[rows]) & before)
@@ -32,13 +32,13 @@ def ranks(scores: Tensor, target: Tensor, seen: list[np.ndarray] | None = None) 
 
 
 def rank_pairs(scores: Tensor, target: Tensor, seen: list[np.ndarray]) -> Tensor:
-    """[B, 2] rank of each target among all items, and among the unseen ones."""
+    """[B, 2] 1-based rank of each target among all items, and among the unseen ones."""
     rank = ranks(scores, target)
     return torch.stack([rank, rank - _better_among(scores, scores.gather(1, target[:, None]), target, seen)], dim=1)
 
 
 def _better_among(scores: Tensor, own: Tensor, target: Tensor, seen: list[np.ndarray]) -> Tensor:
-    """[B] how many different items of `seen` come before the target."""
+    """[B] number of distinct items of `seen` that rank before the target."""
     rows, items = (torch.from_numpy(each).to(scores.device) for each in pairs(seen, scores.shape[1]))
     theirs, own = scores[rows, items], own[rows, 0]
     before = (theirs > own) | ((theirs == own) & (items < target[rows]))
@@ -46,20 +46,20 @@ def _better_among(scores: Tensor, own: Tensor, target: Tensor, seen: list[np.nda
 
 
 def hide(scores: Tensor, seen: list[np.ndarray]) -> Tensor:
-    """Scores with the items each user has seen at minus infinity."""
+    """Scores [B, N] with each user's seen items set to minus infinity."""
     rows, items = (torch.from_numpy(each).to(scores.device) for each in pairs(seen, scores.shape[1]))
     return scores.index_put((rows, items), scores.new_tensor(-torch.inf))
 
 
 def pairs(seen: list[np.ndarray], num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """User and item of everything seen, each pair once."""
+    """User and item of each distinct pair in `seen`."""
     user = np.repeat(np.arange(len(seen)), [len(items) for items in seen])
     pairs = np.unique(user * num_items + np.concatenate([*seen, np.zeros(0, np.int64)]).astype(np.int64))
     return pairs // num_items, pairs % num_items
 
 
 def _count(true: Tensor) -> Tensor:
-    """[B] how many of each row [B, N] are true; on a CPU NumPy sums booleans several times as fast as PyTorch."""
+    """[B] number of true values per row [B, N]; on a CPU, NumPy sums booleans several times as fast as PyTorch."""
     return true.sum(1) if true.is_cuda else torch.from_numpy(true.numpy().sum(1, dtype=np.int32)).long()
 
 
@@ -73,10 +73,10 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def better(best: tuple[Tensor, Tensor] | None, scores: Tensor, first: int, k: int) -> tuple[Tensor, Tensor]:
-    """What `top_k` gives for a catalog of which it has seen what `best` came from, after a further block of it.
+    """The top k of a catalog processed in blocks: merges `best`, of the blocks before, with the scores of a further block.
 
     Args:
-        best: scores and indices [B, at most k] of the blocks before; None: there are none.
+        best: scores and indices [B, at most k] of the blocks before; None for the first block.
         scores: [B, n] of the block whose first item is `first`.
     """
     if best is None:
@@ -87,7 +87,7 @@ def better(best: tuple[Tensor, Tensor] | None, scores: Tensor, first: int, k: in
         rows = torch.arange(len(scores), device=scores.device)
         more, places = top_k(scores, k)
         places = torch.where(places >= 0, places + first, -1)
-    else:  # few items of a block are better than all that are kept, and equal scores go to the earlier item
+    else:  # few items of a block beat those that are kept, and an equal score loses to the earlier item
         rows, more, places = _above(scores, values[:, -1:], k)
         places = places + first
     joined = torch.cat([indices[rows], places], dim=1)
@@ -97,9 +97,9 @@ def better(best: tuple[Tensor, Tensor] | None, scores: Tensor, first: int, k: in
 
 
 def _above(scores: Tensor, least: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What is above `least` [B, 1] in scores [B, n], in order of the index: rows [R] that have any, their scores and places [R, most of a row].
+    """Scores [B, n] above `least` [B, 1], in order of the index: rows [R] that have any, their scores and places [R, most of a row].
 
-    Rows with fewer are filled up with minus infinity; rows may be cut to their k best.
+    Rows with fewer are padded with minus infinity; rows may be cut to their k best.
     """
     row, place = (scores > least).nonzero(as_tuple=True)
     counts = row.bincount(minlength=len(scores))
@@ -116,7 +116,7 @@ def _above(scores: Tensor, least: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def _best_of_groups(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As `_best`, of long rows: the k best items lie in the k groups of neighbours with the largest scores, earlier groups first."""
+    """`_best` for long rows: the k best items lie in the k groups of neighbours with the largest scores, earlier groups first."""
     groups = scores.shape[1] // GROUP
     if groups <= 4 * k:
         return _best(scores, k)
@@ -129,9 +129,9 @@ def _best_of_groups(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and where they stand, the largest first, equal ones by place."""
+    """The k largest values of each row and their places, the largest first, equal ones in order of place."""
     values, indices = scores.topk(k, dim=1)
-    # topk picks freely among equal scores at the cut: where there are any, sort that row whole.
+    # topk chooses arbitrarily among equal scores at the cut: sort rows that have any completely.
     tied = (scores >= values[:, -1:]).sum(1) > k
     if tied.any():
         values[tied], indices[tied] = (x[:, :k] for x in scores[tied].sort(dim=1, descending=True, stable=True))

@@ -1,8 +1,8 @@
-"""One training loop for the three trainings, in plain PyTorch.
+"""The training loop of all three stages, in plain PyTorch.
 
-A task says what differs: the model, the batches of an epoch, the loss, the metrics. The loop cuts every global batch into
-microbatches, each with a random state of its own, and workers share them out; gradients and weights are summed before the
-division. So any number of workers gives the same model, up to the order of floating-point additions.
+A task defines the model, the batches of an epoch, the loss and the metrics. The loop cuts every global batch into
+microbatches, each with its own random state, which are divided among the workers; gradients and weights are summed before
+the division. So any number of workers gives the same model, up to the order of floating-point additions.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ STATE = ("state.safetensors", "state.json")  # files of a checkpoint of the loop
 
 
 class Task(Protocol):
-    """What differs between trainings."""
+    """What the loop trains: a model, its batches, its loss and its metrics."""
 
     seed: int
 
     @property
     def settings(self) -> Training:
-        """The section of the config that it trains by."""
+        """The config section with its training settings."""
         ...
 
     @property
     def criterion(self) -> tuple[str, float] | None:
-        """The metric that picks the best epoch, and +1 where more is better; None: the last epoch."""
+        """The metric that selects the best epoch, and +1 if larger is better, else -1; None: the last epoch."""
         ...
 
     def build(self) -> nn.Module:
@@ -49,15 +49,15 @@ class Task(Protocol):
         ...
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Samples of each global batch; the same on every worker."""
+        """Sample numbers of each global batch of an epoch, equal on every worker."""
         ...
 
     def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
-        """Summed loss of some samples, and what to divide the sum over the batch by."""
+        """Summed loss of some samples, and their weight; the sum over the batch is divided by the summed weight."""
         ...
 
     def adjust(self, model: Any, epoch: int) -> None:
-        """Changes of the weights outside of gradients, on rank 0, before each epoch and after the last."""
+        """Change weights without gradients, on rank 0, before each epoch and after the last."""
         ...
 
     def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Task(Protocol):
 
 
 class Loop:
-    """Epochs of one task on one worker; no Ray inside."""
+    """Trains one task on one worker, epoch by epoch, without Ray."""
 
     def __init__(self, task: Task, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
         self.task, self.device, self.rank, self.world_size = task, device, rank, world_size
@@ -90,7 +90,7 @@ class Loop:
         return self.epoch >= self.task.settings.epochs or (patience is not None and self.waited >= patience)
 
     def weights(self) -> dict[str, Tensor]:
-        """What is evaluated and kept: the averaged weights where they are on."""
+        """The weights that are evaluated and saved: the averaged ones if averaging is on."""
         return {name: tensor.detach() for name, tensor in (self.average or self.model.state_dict()).items()}
 
     def run_epoch(self) -> None:
@@ -121,7 +121,7 @@ class Loop:
         """The learning rate of the next step.
 
         Args:
-            done: share of the epochs that is behind.
+            done: share of the epochs that is completed.
         """
         settings = self.task.settings
         warm = min(1.0, (self.step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
@@ -129,7 +129,7 @@ class Loop:
         return settings.learning_rate * warm * falling
 
     def _step(self, samples: np.ndarray, rate: float) -> tuple[float, float]:
-        """One update from a global batch at a learning rate; its summed loss and weight over all workers."""
+        """Update the weights from a global batch; returns its loss and weight, summed over all workers."""
         settings = self.task.settings
         self.optimizer.zero_grad(set_to_none=False)
         total, weight = torch.zeros((), device=self.device), 0.0
@@ -152,16 +152,16 @@ class Loop:
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
-            decay = min(settings.averaging, self.step / (self.step + 10))  # short memory while there is little to remember
+            decay = min(settings.averaging, self.step / (self.step + 10))  # shorter average during the first steps
             pairs = [(self.average[name], tensor) for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()]
             torch._foreach_lerp_([mean for mean, _ in pairs], [tensor for _, tensor in pairs], 1 - decay)
         return loss_sum, weight
 
     def _sum_gradients(self, loss: float, weight: float) -> tuple[float, float]:
-        """Divide the gradients, summed over all workers, by the summed weight."""
+        """Sum gradients, loss and weight over all workers, and divide the gradients by the weight; returns both sums."""
         gradients = []
         for parameter in self.model.parameters():
-            if parameter.grad is None:  # unused by this worker's pieces, perhaps not by others'
+            if parameter.grad is None:  # unused by this worker's microbatches, but perhaps used by others'
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         if self.world_size > 1:
@@ -180,7 +180,7 @@ class Loop:
         return loss, weight
 
     def evaluate(self) -> dict[str, Any]:
-        """The task's metrics of the weights that would be kept."""
+        """The task's metrics for the weights that would be saved."""
         kept = None
         if self.average is not None:
             kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -203,7 +203,7 @@ class Loop:
             self.waited += 1
 
     def agree(self, number: int) -> int:
-        """What rank 0 says."""
+        """The number of rank 0, on every worker."""
         if self.world_size == 1:
             return number
         said = torch.tensor([number], device=self.device if dist.get_backend() == "nccl" else "cpu")
@@ -216,7 +216,7 @@ class Loop:
                 dist.broadcast(tensor, 0)
 
     def save(self, directory: Path) -> None:
-        """A checkpoint from which `restore` goes on exactly."""
+        """Write a checkpoint from which `restore` resumes exactly."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"average.{name}": tensor for name, tensor in (self.average or {}).items()}
@@ -245,29 +245,29 @@ class Loop:
 
 
 def publish(loop: Loop, run: RunDir, folder: str) -> None:
-    """Leave the trained model and the log of its epochs in the run directory."""
+    """Write the trained model and the log of its epochs to the run directory."""
     run.write_bytes(f"{folder}/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in loop.log).encode())
     run.save_model(f"{folder}/model", loop.best or loop.weights(), loop.task.description())
 
 
 def last_metrics(run: RunDir, folder: str) -> dict[str, Any]:
-    """Metrics of the last epoch of a training that `publish` left."""
+    """Metrics of the last epoch of a published training."""
     return json.loads(run.read_bytes(f"{folder}/metrics.jsonl").splitlines()[-1])
 
 
 def trained(run: RunDir, folder: str) -> bool:
-    """Whether a training has left its model: an earlier try of its stage may have been cut after it."""
+    """Whether a training has published its model, as in an earlier try of its stage that was interrupted later."""
     return run.exists(f"{folder}/model/model.json")
 
 
 def build(make_task: Any, arguments: dict[str, Any], run: RunDir, folder: str) -> None:
-    """Leave what a training leaves, of a task whose model is done once it is built."""
+    """Build a model that needs no training, and publish it like a trained one."""
     loop = Loop(make_task(**arguments), torch.device("cpu"))
     loop.log.append({"epoch": 0} | loop.evaluate())
     publish(loop, run, folder)
 
 
 def shuffled_batches(size: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Batches of about equal size, at most batch_size, in an order that follows from seed and epoch."""
+    """Shuffled batches of about equal size, at most batch_size; the order depends on seed and epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(size)
     return np.array_split(order, max(1, -(-size // batch_size)))

@@ -1,4 +1,4 @@
-"""What a shell completes beside commands and options: config files, fields and sections."""
+"""Shell completion of config files, fields and sections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def config_files(incomplete: str) -> list[str]:
 
 
 def overrides(incomplete: str) -> list[str]:
-    """`section.field=` of every field; those of a domain have a name in between that only the user knows."""
+    """`section.field=` of every field; those of a domain are omitted, since they contain a name that the user chooses."""
     return [f"{field.path}=" for field in fields() if field.path.startswith(incomplete) and "<" not in field.path]
 
 

@@ -1,4 +1,4 @@
-"""What a run says to a person: a bar while a stage works, one line when it is done, a table at the end."""
+"""Terminal output of a run: a bar while a stage works, a line when it is done, a table at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOG_SECONDS = 30.0
 
 
 class StageBar:
-    """The progress of one stage: a bar on a terminal, elsewhere (a job's log) a line now and then."""
+    """The progress of one stage: a bar on a terminal, or a line at intervals elsewhere, such as in a job's log."""
 
     def __init__(self, console: Console, name: str) -> None:
         self.console = console
@@ -68,7 +68,7 @@ class StageBar:
 
 
 def stage_line(name: str, manifest: Manifest | None, seconds: float | None, why: str | None = None) -> str:
-    """One line on a finished (seconds given), an earlier finished, or a left-out stage (why given)."""
+    """One line on a stage that just finished (seconds given), was finished earlier, or is left out (why given)."""
     if manifest is None:
         return f"[dim]– {name:<{NAME_WIDTH}} left out: {shown(why)}[/dim]"
     when = f"{seconds:7.1f} s" if seconds is not None else "   done before"
@@ -95,7 +95,7 @@ def metrics_table(domain: str, content: dict[str, Any], ranked: str = "every ite
 
 
 def trials_table(trials: list[tuple[str, dict[str, Any], int]], shared: list[str], seconds: list[float | None]) -> Table:
-    """Trials (name, values, seed) that a sweep is going to run, the last stage each shares, and what it may cost."""
+    """Table of the trials (name, values, seed) that a sweep is going to run, the last stage each shares, and its estimated time."""
     table = Table(title=f"{len(trials)} trials", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for name in ("trial", *trials[0][1], "seed", "shares\nup to", "minutes"):
         table.add_column(name.replace(".", ".\n"), no_wrap=True)
@@ -105,7 +105,7 @@ def trials_table(trials: list[tuple[str, dict[str, Any], int]], shared: list[str
 
 
 def sweep_table(description: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
-    """Trials of a sweep, the best first; those that failed with their error."""
+    """Table of a sweep's trials, the best first; failed ones with their error."""
     metric, sign = description["metric"], -1 if description["mode"] == "max" else 1
     table = Table(title=f"{len(rows)} trials by {metric}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     columns = [*description["parameters"], "seed", *description["objectives"], "epochs", "seconds", "status"]

@@ -1,4 +1,4 @@
-"""`qbert-ray fetch` and `qbert-ray init`: public data to try things on, and a first config for one's own."""
+"""Commands that prepare data: public data sets, the demo shop, and a first config for the user's own files."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def fetch(
     name: Annotated[str | None, typer.Argument(help="movielens-1m, amazon-2023:CATEGORY or amazon-2018:CATEGORY; none: list them.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the files; data/NAME unless said otherwise.")] = None,
 ) -> None:
-    """Download a public data set: checked, and gone on with after a break.
+    """Download a public data set and check it; an interrupted download resumes.
 
     Example: qbert-ray fetch movielens-1m -o data/movielens-1m
 
     Example: qbert-ray fetch amazon-2023:Musical_Instruments -o data/instruments
     """
-    from qbert_ray.inputs import public_data  # brings polars
+    from qbert_ray.inputs import public_data  # imports polars
 
     if name is None:
         for kind in ["movielens-1m", *public_data.CATEGORIES]:
@@ -65,16 +65,16 @@ def init(
 
     Example: qbert-ray init catalog.csv.gz "sales/*.parquet" -o shop.yaml
     """
-    from qbert_ray.inputs.starter_page import write_config  # brings polars
+    from qbert_ray.inputs.starter_page import write_config  # imports polars
 
     console.print(printable(write_config(files, output, force)), end="", markup=False, soft_wrap=True)
     console.print(f"[green]✓[/green] {shown(str(output))}; next: qbert-ray validate -c {shown(str(output))}", soft_wrap=True)
 
 
 def check_files(config: Config) -> bool:
-    """Print one page about the input files, those that are named first and what is in them as soon as it is known; whether all can be used."""
+    """Print one page about the input files, first their names, then their content; returns whether all can be used."""
     console.print(f"looking at the files of {', '.join(config.data.domains)} in {config.data.root}", markup=False, soft_wrap=True)
-    from qbert_ray.inputs import validation  # brings polars
+    from qbert_ray.inputs import validation  # imports polars
 
     sources = validation.open_sources(config)
     console.print(printable(validation.format_files(sources)), markup=False, soft_wrap=True)
@@ -93,7 +93,7 @@ def demo_data(
     folder: Annotated[Path, typer.Argument(help="Where the shop's files go.")],
     seed: Annotated[int, typer.Option(help="Another seed, another shop.")] = 0,
 ) -> None:
-    """Generate the demo shop: a made-up catalog with pictures, and made-up shoppers.
+    """Generate the demo shop: a made-up catalog with images, and made-up shoppers.
 
     Example: qbert-ray demo-data runs/demo/data
     """

@@ -1,4 +1,4 @@
-"""`qbert-ray ids`: how good the semantic IDs of a run are, what an item's neighbours in them are, and what changed between two."""
+"""`qbert-ray ids`: quality of a run's semantic IDs, siblings of an item, and differences between two runs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Run = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, or
 
 @app.command()
 def report(run: Run) -> None:
-    """Coverage, collisions, use of the codes, recall of neighbours, and what prefixes say on attributes.
+    """Coverage, collisions, codebook usage, recall of neighbours, and how well prefixes predict attributes.
 
     Example: qbert-ray ids report runs/movielens
     """
     from qbert_ray.semantic_ids import id_report
-    from qbert_ray.semantic_ids import lookup as id_lookup  # bring polars and scipy, which the other commands do without
+    from qbert_ray.semantic_ids import lookup as id_lookup  # imports polars and scipy, which the other commands do not need
 
     content = id_report.report(run)
     for domain, figures in content["domains"].items():
@@ -66,7 +66,7 @@ def diff(
     first: Annotated[str, typer.Argument(metavar="A", help="A run directory, or RUN_DIR@VERSION.")],
     second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
 ) -> None:
-    """What B changes in A: items that came and went, and IDs that are others, by the first level that differs.
+    """What B changes in A: added and removed items, and changed IDs, by the first level that differs.
 
     Example: qbert-ray ids diff runs/movielens@0 runs/movielens
     """

@@ -1,4 +1,4 @@
-"""What a run says while it works: bars, lines and tables to a person, one JSON line per event to a log."""
+"""Output of a run while it works: bars, lines and tables on a terminal, or one JSON line per event in a log."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from qbert_ray.storage.directory import Manifest
 
 
 class Journal(Protocol):
-    """Where a run tells what happened."""
+    """Receives the events of a run."""
 
     def begin(self, what: str) -> None:
-        """Something starts that takes longer than a moment."""
+        """An operation begins that takes a while."""
         ...
 
     def stage(self, name: str) -> AbstractContextManager[Any]:
-        """The `Progress` of a stage, for as long as it works."""
+        """Context that gives the `Progress` of a running stage."""
         ...
 
     def done(self, name: str, manifest: Manifest | None, seconds: float | None, why: str | None = None) -> None:
-        """A stage is done: now (seconds given) or before, or left out (why given)."""
+        """A stage is done now (seconds given), was done before, or is left out (why given)."""
         ...
 
     def warn(self, text: str) -> None: ...
 
     def metrics(self, domain: str, content: dict[str, Any]) -> None:
-        """What evaluate/metrics.json says of a domain."""
+        """The metrics of a domain, from evaluate/metrics.json."""
         ...
 
     def appended(self, version: dict[str, Any]) -> None:
-        """The version of the semantic IDs that now is the latest."""
+        """A new version of the semantic IDs was appended."""
         ...
 
     def trials(self, description: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """What became of each trial of a sweep."""
+        """The results of a sweep's trials."""
         ...
 
     def files(self, paths: Mapping[str, str]) -> None:
-        """Where results are: what they are -> where."""
+        """Results were written: description -> path."""
         ...
 
 
 class Terminal:
-    """For a person, who also reads what is printed into a file."""
+    """A journal for people: bars, lines and tables, also readable when redirected to a file."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -90,7 +90,7 @@ class Terminal:
 
 
 class JsonLines:
-    """For a machine: every line a JSON object with `timestamp`, `event`, `run`, and where they are known `stage` and `domain`."""
+    """A journal for machines: each line is a JSON object with `timestamp`, `event`, `run` and, if known, `stage` and `domain`."""
 
     def __init__(self, run: str, domains: list[str]) -> None:
         processors: list[Any] = [
@@ -140,12 +140,12 @@ class JsonLines:
 
 
 def _dumps(content: Any, **options: Any) -> str:
-    """One line of JSON, readable in any language, that a terminal does not obey."""
+    """One line of JSON with Unicode text kept readable and terminal control characters escaped."""
     return json_safe(json.dumps(content, ensure_ascii=False, **options))
 
 
 class _StageLog:
-    """A `Progress` that logs each epoch, and how far a stage is now and then."""
+    """A `Progress` that logs each epoch and, at intervals, how far the stage is."""
 
     def __init__(self, log: Any, domains: list[str]) -> None:
         self.log, self.domains = log, domains

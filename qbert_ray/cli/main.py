@@ -73,7 +73,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Do every stage that is not done yet, and show the metrics.
+    """Run every stage that is not done yet, and show the metrics.
 
     Example: qbert-ray run -c shop.yaml
 
@@ -94,7 +94,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where the generated shop and the run go.")] = Path("runs/demo"),
     overrides: Overrides = None,
 ) -> None:
-    """Generate a small shop and do every stage on it: two minutes, no download.
+    """Generate a small shop and run every stage on it: two minutes, no download.
 
     Example: qbert-ray demo
 
@@ -187,7 +187,7 @@ def reproduce(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the table, or s3:// or gs://; further data sets add to it.")],
     overrides: Overrides = None,
 ) -> None:
-    """Make a table of the paper again: variants of a config over seeds, with intervals, next to the published figures.
+    """Reproduce a table of the paper: variants of a config over seeds, with intervals, next to the published figures.
 
     Example: qbert-ray reproduce configs/tables/fusion.yaml -c shop.yaml -o results/fusion
     """
@@ -196,7 +196,7 @@ def reproduce(
     what = tables.load_table(table)
     refuse_credentials("--output", output)
     folder = RunDir(output)
-    folder.exists(tables.RANKS)  # a place that cannot be opened is told of before hours of training
+    folder.exists(tables.RANKS)  # a location that cannot be opened is reported before hours of training
     settings = load_config(list(config), list(overrides or []))
     seeds = settings.sweep.seeds or what.seeds
     compared = {"name": table.stem, "stage": "evaluate", "search": "variants", "variants": what.variants, "seeds": seeds}
@@ -217,13 +217,13 @@ def reproduce(
 
 
 def _search(plan: Any, journal: Journal) -> dict[str, Any] | None:
-    """Do what the trials of a sweep stand on, then the trials; what `tuning.search` gives."""
+    """Run the stages that the trials of a sweep share, then the trials; returns the result of `tuning.search`."""
     from qbert_ray.execution.ray_session import session
     from qbert_ray.sweeps import tuning
 
     with stoppable(errors), locked(plan.folder), session(plan.config.compute.address):
         tuning.check_room(plan)
-        with locked(plan.run):  # only for as long as stages are written there: several sweeps may read it
+        with locked(plan.run):  # only while stages are written there: several sweeps may read it
             for seed in plan.seeds:
                 for name in plan.to_prepare(seed):
                     started, done = time.monotonic(), tuning.is_prepared(plan, seed, name)
@@ -254,7 +254,7 @@ def _show_trials(plan: Any, seconds: list[float | None]) -> None:
 
 @app.command(rich_help_panel="Data")
 def validate(config: Files, overrides: Overrides = None) -> None:
-    """Say in one page what is wrong with the input files; nothing is written.
+    """Report on one page what is wrong with the input files; nothing is written.
 
     Example: qbert-ray validate -c shop.yaml
     """
@@ -316,7 +316,7 @@ def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | 
             status(stage, config, directory)
     stages = [by_command[only]] if only else list(STAGES)
     if not directory.exists("ingest/manifest.json") and not config.compute.address:
-        check_root(config.data.root)  # before Ray starts, which takes longer than to read this far
+        check_root(config.data.root)  # before Ray starts, which takes longer than this check
     with stoppable(errors), locked(directory), open_executor(config) as executor:
         if redo is not None:
             redo_from(by_command[redo].name, directory)
@@ -333,7 +333,7 @@ def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | 
 
 
 def _write_report_or_say(directory: str, journal: Journal) -> None:
-    """What it tells of is done, whatever becomes of the report."""
+    """Write the report; a failure is printed and does not fail the run, which is done."""
     try:
         _write_report(directory, journal)
     except Exception as error:  # noqa: BLE001
@@ -341,7 +341,7 @@ def _write_report_or_say(directory: str, journal: Journal) -> None:
 
 
 def _write_report(directory: str, journal: Journal) -> None:
-    from qbert_ray.report.page import write  # brings plotly, which the other commands do without
+    from qbert_ray.report.page import write  # imports plotly, which the other commands do not need
 
     path, problems = write(directory)
     for problem in problems:

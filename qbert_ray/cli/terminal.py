@@ -1,4 +1,4 @@
-"""Text of others, made fit for a terminal: titles, IDs, paths and errors may hold characters that it would obey."""
+"""Escapes untrusted text for a terminal: titles, IDs, paths and errors may hold control characters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from rich.markup import escape
 
-# What moves the cursor, changes colours or titles, types answers, or turns the direction of writing.
+# Characters that move the cursor, change colours or titles, make the terminal reply, or change the direction of writing.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
@@ -16,7 +16,7 @@ def printable(text: object) -> str:
 
 
 def shown(text: object) -> str:
-    """A text of others inside rich's markup: without control characters, and without markup of its own."""
+    """An untrusted text for use in rich's markup: control characters and its own markup are escaped."""
     return escape(printable(text))
 
 

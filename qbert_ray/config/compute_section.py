@@ -1,4 +1,4 @@
-"""The section `compute`: on what each stage runs. It changes the time, never the answer."""
+"""The section `compute`: the resources of each stage. They change the time, not the result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Workers(Section):
     accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
 
     def alone(self) -> Workers:
-        """What a model takes that is not trained by gradients: one task without a GPU."""
+        """Resources for a model that is not trained by gradients: one task without a GPU."""
         return self.model_copy(update={"num_workers": 1, "use_gpu": False, "placement_strategy": "PACK", "accelerator_type": None})
 
 

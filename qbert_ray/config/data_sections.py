@@ -1,4 +1,4 @@
-"""The sections `data` and `features`: somebody's files, and the vectors that are made of them."""
+"""The sections `data` and `features`: the user's files, and the vectors that are made from them."""
 
 from __future__ import annotations
 

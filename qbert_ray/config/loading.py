@@ -1,4 +1,4 @@
-"""From files and the command line to a `Config`: YAML overlays merge left to right, then `section.field=value` strings.
+"""Loads a `Config` from YAML files, merged left to right, and from `section.field=value` strings, which override them.
 
 config = load_config(["configs/movielens.yaml"], ["data.root=/data/movielens", "finetune.epochs=5"])
 """
@@ -17,10 +17,10 @@ from qbert_ray.config.shipped import shipped
 from qbert_ray.config.yaml_files import YamlError, read_yaml
 
 MOST_SHOWN = 300  # characters of a value in an error
-WHOLE = {"masks", "variants"}  # mappings whose keys are the choice itself, so merging would only ever add some
+WHOLE = {"masks", "variants"}  # mappings in which the set of keys is the setting, so merging could only add keys
 
 
-# Names before the first release -> those of today.
+# Names before the first release -> current names.
 RENAMED = {
     "rqvae": "quantizer (and quantizer.kind for rqvae.quantizer)",
     "quantizer.quantizer": "quantizer.kind",
@@ -51,11 +51,11 @@ def load_config(files: list[str | Path] = [], overrides: list[str] = []) -> Conf
 
 
 def read_config(content: bytes, where: str) -> Config:
-    """The config that a run left, which another version, or somebody else, may have written.
+    """The config saved in a run directory, possibly by another version or another user.
 
     Args:
         content: of its config.yaml.
-        where: that is, for errors.
+        where: its path, for errors.
 
     Raises:
         ConfigError: it cannot be read, or a key or value is not valid.
@@ -73,7 +73,7 @@ def read_config(content: bytes, where: str) -> Config:
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """The config with other values at some dotted paths.
+    """A copy of the config with other values at some dotted paths.
 
     Raises:
         ConfigError: a path or a value is not valid.
@@ -105,7 +105,7 @@ def _validate(tree: dict[Any, Any]) -> Config:
 
 
 def refuse_credentials(name: str, value: str) -> None:
-    """Raise ConfigError where a URI given as `name` holds credentials; the value is not repeated, since the message is logged too."""
+    """Raise ConfigError if a URI given as `name` holds credentials; the message omits the value, since it is logged too."""
     if re.match(r"\w+://[^/?]*@", value):
         raise ConfigError(
             f"{name} holds credentials, which would end up in manifests and logs; write {value.partition('://')[0]}://bucket/path and "
@@ -114,7 +114,7 @@ def refuse_credentials(name: str, value: str) -> None:
 
 
 def read_layer(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """One YAML file, on top of the file in its folder that its `extends` names; configs/... may be one that comes with the package.
+    """The values of one YAML file, merged onto the file that its `extends` names; configs/... may come with the package.
 
     Args:
         file: where it is.
@@ -142,7 +142,7 @@ def read_layer(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     """`base` with `overlay` on top: mappings merge key by key, anything else is replaced.
 
-    Those of `WHOLE` are replaced whole.
+    The mappings in `WHOLE` are replaced as a whole.
     """
     merged = dict(base)
     for key, value in overlay.items():
@@ -152,7 +152,7 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> leaf of a nested mapping, as errors and manifests name it."""
+    """Dotted path -> leaf of a nested mapping; errors and manifests use these paths."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     leaves: dict[str, Any] = {}
@@ -162,7 +162,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def settings_of(overlay: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> value that an overlay sets, as `merge` would: what is replaced whole stays whole."""
+    """Dotted path -> value that an overlay sets; mappings that `merge` replaces as a whole stay whole."""
     found: dict[str, Any] = {}
     for key, value in overlay.items():
         path = f"{prefix}{key}"
@@ -179,7 +179,7 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _as_typed(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The tree in which fields of text have what was typed: run.dir=2024 is no number."""
+    """The tree with text fields as they were typed: run.dir=2024 is text, not a number."""
     try:
         Config.model_validate(tree)
     except ValidationError as error:
@@ -192,7 +192,7 @@ def _as_typed(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 
 def _parse_value(text: str) -> Any:
-    """YAML, but dates stay text: a folder may be called 2024-01-01, and no field takes a date."""
+    """A value parsed as YAML, except that dates stay text: a folder may be called 2024-01-01, and no field takes a date."""
     try:
         return read_yaml(text)
     except YamlError:

@@ -1,4 +1,4 @@
-"""The reference of every config field, from the schema of `Config`: for a terminal, for the documentation site, for editors."""
+"""The reference of every config field, made from the schema of `Config`, for terminals, the documentation site and editors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Field(NamedTuple):
     type: str
     default: str  # as YAML and the command line take it
     description: str
-    paper: str  # where the paper speaks of it, and its value
+    paper: str  # section and value in the paper
 
 
 def json_schema() -> dict[str, Any]:
@@ -66,7 +66,7 @@ def sections() -> list[str]:
 
 
 def about(section: str) -> str:
-    """What a section is for; empty where its name says it."""
+    """Description of a section; empty if its name is enough."""
     return (Config.model_fields[section].annotation.__doc__ or "").strip()  # type: ignore[union-attr]
 
 
@@ -119,7 +119,7 @@ def _walk(schema: dict[str, Any], root: dict[str, Any], path: str) -> Iterator[F
 
 
 def _text(default: Any) -> str:
-    """As one would write it on the command line: quoted only where YAML would else read something different."""
+    """A default as written on the command line; quoted only if YAML would otherwise read it differently."""
     quoted = json.dumps(default, ensure_ascii=False)
     plain = quoted.replace('"', "")
     return plain if yaml.safe_load(plain) == default else quoted

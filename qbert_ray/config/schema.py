@@ -1,8 +1,8 @@
 """Every setting of a run: name, unit, default, the paper's value and section.
 
-One frozen `Config` describes a whole run; `loading.load_config` reads it. A fact is said once: what follows from other
-fields (number of levels of given IDs, widths of features) is derived where it is used. `compute` never enters a stage's
-fingerprint: more machines change the time, never the answer.
+One frozen `Config` describes a whole run; `loading.load_config` reads it. What follows from other fields (number of levels
+of given IDs, widths of features) is not a field but derived where it is used. `compute` is never part of a stage's
+fingerprint, since machines change the time and not the result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
     "Section",
     "TextEncoder",
     "Workers",
-]  # of the other modules of this package, for importers that need not know the division
+]  # re-exported from the other modules of this package
 
 MaskStrategy = Literal["span", "tail", "multi_region", "random"]
 
@@ -167,7 +167,7 @@ class Sequencer(Section):
 
     @property
     def embeds_items(self) -> bool:
-        """Whether items have embeddings that the head trains as well: scores of codes alone do not see them."""
+        """Whether items have embeddings of their own that the head trains too; scores of codes alone do not include them."""
         return self.item_embedding and self.tokens == "item" and self.loss == "catalog"
 
 
@@ -306,7 +306,7 @@ class Config(Section):
 
     @property
     def no_pretraining(self) -> str | None:
-        """Why stage 3 does not pre-train; None where it does."""
+        """Why stage 3 does not pre-train; None if it does."""
         if not self.pretrain.enabled:
             return "pretrain.enabled is false"
         on_prefixes = self.sequencer.kind == "generative" or self.finetune.objective == "causal"
@@ -316,7 +316,7 @@ class Config(Section):
 
     @property
     def no_blend(self) -> str | None:
-        """Why the sequence model ranks alone; None where item-item weights and a reranker help."""
+        """Why the sequence model ranks alone; None if its scores are blended with item-item weights and reranked."""
         if not self.ranking.enabled:
             return "ranking.enabled is false"
         return "beams have no scores of other items to blend" if self.sequencer.kind == "generative" else None

@@ -1,6 +1,6 @@
-"""What a sweep searches: the section `sweep` of a config, and the settings that follow from it.
+"""The section `sweep` of a config, and the settings that a sweep tries.
 
-The settings of each, grid and random are known before the first trial; those of optuna follow from the trials before.
+The settings of each, grid and random are known before the first trial; those of optuna depend on earlier trials.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt,
 
 
 def _or_list(schema: dict[str, Any]) -> None:
-    """A list by itself is a choice."""
+    """Allow a bare list, which is a choice, in the JSON schema."""
     itself = dict(schema)
     schema.clear()
     schema["anyOf"] = [{"type": "array"}, itself]
@@ -98,19 +98,19 @@ OBJECTIVES = {"fusion": {"view_distance": "min"}, "quantizer": {"reconstruction_
 
 
 def objectives(sweep: Sweep) -> dict[str, str]:
-    """Metric -> "max" or "min"; the first is what trials are compared by."""
+    """Metric -> "max" or "min"; trials are compared by the first."""
     return dict(sweep.objectives) or OBJECTIVES.get(sweep.stage, {"ndcg@10": "max"})
 
 
 def settings(sweep: Sweep, base: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    """Swept field -> value, of each setting in order, without repetitions; those of optuna are not known before.
+    """The settings (swept field -> value) in order, without repetitions; empty for optuna, whose settings are not known in advance.
 
     Args:
         base: dotted path -> value of all fields as they are without the sweep.
-        seed: another seed, other random draws.
+        seed: seed of the random draws.
 
     Raises:
-        ValueError: the space is empty, or names values where the search needs draws or the other way round.
+        ValueError: the space is empty, or lists values where the search needs draws, or the reverse.
     """
     if not sweep.space:
         raise ValueError("sweep.space is empty: name fields and their values, such as sweep.space.sequencer.num_layers=[1,2,3,4]")
@@ -133,7 +133,7 @@ def settings(sweep: Sweep, base: dict[str, Any], seed: int) -> list[dict[str, An
 
 
 def draw(entry: Draw, generator: random.Random) -> Any:
-    """A value at random."""
+    """A random value of an entry of the space."""
     if entry.choice is not None:
         return generator.choice(entry.choice)
     if entry.randint is not None:

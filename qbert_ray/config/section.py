@@ -1,4 +1,4 @@
-"""What the sections of a config have in common."""
+"""The base class of the sections of a config."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ class Section(BaseModel):
 
 
 def paper(value: str) -> dict[str, JsonValue]:
-    """Where the paper speaks of a field, and its value there; part of the field's schema."""
+    """Schema entry of a field with its section and value in the paper."""
     return {"paper": value}

@@ -9,7 +9,7 @@ _FOLDERS = (_HERE.parents[1] / "configs", _HERE.parents[2] / "configs")  # of an
 
 
 def shipped(path: Path) -> Path | None:
-    """The config of the package that a path such as configs/demo.yaml names; None where there is none."""
+    """Path of the shipped config that a path such as configs/demo.yaml names; None if there is none."""
     if path.parts[:1] != ("configs",):
         return None
     found = (folder / Path(*path.parts[1:]) for folder in _FOLDERS)

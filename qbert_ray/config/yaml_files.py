@@ -1,7 +1,7 @@
-"""YAML that somebody else may have written, read within bounds.
+"""Reads untrusted YAML within bounds.
 
-YAML can say gigabytes in a few lines: an alias stands for all that it names, and aliases may name aliases. What a text says is
-counted before anything of that size is built.
+A few lines of YAML can expand to gigabytes: an alias stands for all that it refers to, and aliases may refer to aliases. The
+expanded size is counted before anything is built.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ MOST_BYTES, MOST_NODES, MOST_NESTED = 4 << 20, 200_000, 64
 
 
 class YamlError(ValueError):
-    """A text is no YAML, or more than one is willing to read; the message says what, without the file's name."""
+    """A text is not valid YAML or is beyond a bound; the message says why, without the file's name."""
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """What a YAML text holds: mappings, lists, texts and numbers; dates stay text, since a folder may be called 2024-01-01.
+    """The content of a YAML text: mappings, lists, texts and numbers; dates stay text, since a folder may be called 2024-01-01.
 
     Raises:
         YamlError: it cannot be read, or is larger than a config can be.
@@ -38,7 +38,7 @@ def read_yaml(text: str | bytes) -> Any:
 
 
 class _WithoutDates(yaml.SafeLoader):
-    """Reads what looks like a date as text."""
+    """Loader that reads dates as text."""
 
 
 _WithoutDates.yaml_implicit_resolvers = {
@@ -48,8 +48,8 @@ _WithoutDates.yaml_implicit_resolvers = {
 
 
 def _count(root: yaml.Node) -> None:
-    """Raise YamlError where a text, aliases written out, has more than `MOST_NODES` nodes, is nested too deeply or holds itself."""
-    sizes: dict[int, int] = {}  # of what was counted, by identity: aliases are one object
+    """Raise YamlError if a text, with aliases expanded, has more than `MOST_NODES` nodes, is nested too deeply or contains itself."""
+    sizes: dict[int, int] = {}  # of counted nodes, by identity: all aliases of a node are one object
     depths: dict[int, int] = {}
     above: set[int] = set()
 

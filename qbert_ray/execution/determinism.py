@@ -1,8 +1,8 @@
-"""`run.deterministic`: what makes equal runs on equal machines give equal weights to the bit.
+"""Settings of `run.deterministic`, under which equal runs on equal machines give bit-identical weights.
 
-Sums of floating-point numbers depend on their order: threads share a sum out as they come, and MKL chooses the order by where an
-array lies in memory. Here a training has one thread, MKL one order, and torch its deterministic algorithms. Another processor,
-number of workers or version of torch may still give other last digits.
+Floating-point sums depend on their order: threads split a sum differently each time, and MKL chooses the order by the memory
+address of an array. A deterministic training uses one thread, one fixed order in MKL, and torch's deterministic algorithms.
+Another processor, number of workers or version of torch may still change the last digits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ENVIRONMENT = {  # read when torch is loaded, in every process of a run
 
 @contextmanager
 def environment(wanted: bool) -> Iterator[None]:
-    """The environment of a deterministic run, where that is wanted, for this process and those that it starts."""
+    """Set the environment of a deterministic run, if wanted, for this process and those that it starts."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT} if wanted else {}
     os.environ.update(ENVIRONMENT if wanted else {})
     try:
@@ -35,10 +35,10 @@ def environment(wanted: bool) -> Iterator[None]:
 
 
 def set_threads(threads: int) -> None:
-    """Set torch's threads in this process: those asked for, or one and deterministic algorithms in a deterministic run."""
+    """Set torch's number of threads in this process; a deterministic run gets one thread and deterministic algorithms."""
     import torch
 
     strict = os.environ.get(MARK) == "1"
     if strict:
-        torch.use_deterministic_algorithms(True, warn_only=True)  # which loads torch's compiler: only where it is wanted
+        torch.use_deterministic_algorithms(True, warn_only=True)  # only if wanted, since it loads torch's compiler
     torch.set_num_threads(1 if strict else max(1, threads))

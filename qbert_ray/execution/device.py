@@ -1,4 +1,4 @@
-"""The device that the code of a stage computes on, in whatever process it runs."""
+"""The torch device that a stage computes on in the current process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _device = "cpu"
 
 
 def own_device() -> str:
-    """ "cuda" where the executor gave this process a GPU, else "cpu": never a GPU that the process merely sees."""
+    """ "cuda" if the executor assigned this process a GPU, else "cpu", even if the process can see a GPU."""
     return _device
 
 

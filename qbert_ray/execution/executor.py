@@ -1,4 +1,4 @@
-"""Where the work of a stage runs: the protocol that stages are written against.
+"""The `Executor` protocol, which stages use to run their work in this process or on a Ray cluster.
 
 A stage names functions and arguments; an executor decides on which machine they run. `local` runs them in this process, one
 after another; `ray` sends them to a cluster. Both write equal tables.
@@ -18,10 +18,10 @@ from qbert_ray.execution.determinism import environment
 from qbert_ray.execution.progress import Progress
 from qbert_ray.storage.directory import RunDir
 
-if TYPE_CHECKING:  # it brings torch, which reading files does without
+if TYPE_CHECKING:  # it imports torch, which reading files does not need
     from qbert_ray.training import Task
 
-Handle = Any  # of a value that an executor holds; as an argument of `submit` it becomes the value
+Handle = Any  # refers to a value that an executor holds; passed to `submit`, it is replaced by the value
 
 
 class Rows(Protocol):
@@ -42,7 +42,7 @@ class Executor(Protocol):
     name: str
 
     def submit(self, function: Callable[..., Any], *arguments: Any, num_returns: int = 1, workers: Workers | None = None) -> Any:
-        """Start `function(*arguments)`; a handle of its result, or a list of `num_returns` handles.
+        """Start `function(*arguments)`; returns a handle of its result, or a list of `num_returns` handles.
 
         Args:
             workers: resources of one training worker for it, its threads included; None: one CPU.
@@ -58,7 +58,7 @@ class Executor(Protocol):
         ...
 
     def as_completed(self, handles: Sequence[Handle]) -> Iterator[Any]:
-        """Values in the order in which they become ready."""
+        """Values of handles in the order in which they become ready."""
         ...
 
     def read(self, reader: Callable[[int], Iterator[pa.Table]], count: int) -> Rows:
@@ -68,7 +68,7 @@ class Executor(Protocol):
     def map_parts(
         self, run: RunDir, worker: type, arguments: dict[str, Any], parts: list[str], output: str, actors: Actors, progress: Progress
     ) -> Counter[str]:
-        """Call `worker(**arguments)(part)` once for each part that `output` lacks; sums of the counts of all parts.
+        """Call `worker(**arguments)(part)` once for each part that `output` lacks; returns the counts summed over all parts.
 
         Args:
             worker: class whose instances take a part's name, write its outputs and return counts (name -> number). The part of
@@ -91,11 +91,11 @@ class Executor(Protocol):
         progress: Progress,
         compute: Compute,
     ) -> dict[str, Any]:
-        """Train `make_task(**arguments)` and leave `<folder>/model` and `<folder>/metrics.jsonl`; the last epoch's metrics."""
+        """Train `make_task(**arguments)`, write `<folder>/model` and `<folder>/metrics.jsonl`, and return the last epoch's metrics."""
         ...
 
     def check(self, config: Config, run: RunDir, names: Iterable[str]) -> None:
-        """Refuse keys of `compute` that ask for more than there is, and paths that some machine does not see.
+        """Raise if keys of `compute` ask for more resources than there are, or a machine cannot see a path of the run.
 
         Raises:
             CapacityError: what is asked for and what there is.
@@ -103,7 +103,7 @@ class Executor(Protocol):
         ...
 
     def num_machines(self) -> int:
-        """How many machines work for it; with one, a local path is seen by all."""
+        """Number of machines that it runs on; with one, every process sees a local path."""
         ...
 
     def measure(self, stage: str, counts: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ def open_executor(config: Config) -> Iterator[Executor]:
             with local_executor(config.compute) as executor:
                 yield executor
             return
-        from qbert_ray.execution import ray_session  # noqa: F401, sets what Ray reads when it is imported
+        from qbert_ray.execution import ray_session  # noqa: F401, sets the environment that Ray reads when it is imported
         from qbert_ray.execution.ray_executor import ray_executor
 
         with ray_executor(config.compute.address) as executor:

@@ -1,4 +1,4 @@
-"""Why something failed, and how a run ends that is told to."""
+"""The root cause of an error, and a clean end for a run that is interrupted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error that a worker raised, from under Ray's wrappers."""
+    """The error that a worker raised, without Ray's wrappers."""
     while True:
         failures = getattr(error, "worker_failures", None)
         inner = getattr(error, "cause", None) or (next(iter(failures.values())) if failures else None)
@@ -23,8 +23,8 @@ def root_cause(error: BaseException) -> BaseException:
 
 @contextmanager
 def stoppable(console: Console) -> Iterator[None]:
-    """SIGINT, and SIGTERM of `ray job stop`, a scheduler or a machine that goes down, end what is inside with one line and the usual status."""
-    told: list[int] = []  # not in the exception: Ray catches a KeyboardInterrupt of any kind while it waits, and raises its own
+    """Context in which SIGINT and SIGTERM end the command with one line of output and the usual exit status."""
+    told: list[int] = []  # kept outside the exception: while Ray waits, it catches any KeyboardInterrupt and raises its own
 
     def terminate(number: int, _: object) -> None:
         told.append(number)

@@ -26,7 +26,7 @@ from qbert_ray.training import STATE, Loop, Task, last_metrics, publish, trained
 
 @contextmanager
 def local_executor(compute: Compute) -> Iterator[LocalExecutor]:
-    """A `LocalExecutor` with torch's threads and device set as it asks, and as they were afterwards."""
+    """A `LocalExecutor`; torch's threads and device are set as `compute` says and restored afterwards."""
     import torch
 
     threads, device, strict = torch.get_num_threads(), own_device(), torch.are_deterministic_algorithms_enabled()
@@ -42,7 +42,7 @@ def local_executor(compute: Compute) -> Iterator[LocalExecutor]:
 
 
 class LocalRows:
-    """Tables in memory."""
+    """A `Rows` that keeps its tables in memory."""
 
     def __init__(self, tables: list[pa.Table]) -> None:
         self.tables = tables
@@ -58,7 +58,7 @@ class LocalRows:
 
 
 class LocalExecutor:
-    """Calls functions where they are named; a handle is the value itself."""
+    """Calls functions directly in this process; a handle is the value itself."""
 
     name = "local"
 
@@ -125,7 +125,7 @@ class LocalExecutor:
         return last_metrics(run, folder)
 
     def check(self, config: Config, run: RunDir, names: Iterable[str]) -> None:
-        pass  # what is asked of a cluster does not apply to one process
+        pass  # requests for cluster resources do not apply to one process
 
     def num_machines(self) -> int:
         return 1
@@ -135,7 +135,7 @@ class LocalExecutor:
 
 
 def _save(loop: Loop, run: RunDir, folder: str) -> None:
-    """Leave a checkpoint; the JSON is written last."""
+    """Write a checkpoint; the JSON is written last."""
     with tempfile.TemporaryDirectory() as directory:
         loop.save(Path(directory))
         for name in STATE:

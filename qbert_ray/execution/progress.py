@@ -1,4 +1,4 @@
-"""How a stage reports its progress."""
+"""The `Progress` protocol, through which a stage reports its progress."""
 
 from __future__ import annotations
 

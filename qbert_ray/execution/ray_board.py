@@ -1,4 +1,4 @@
-"""How far a training is, from its workers to the driver.
+"""Progress of a training, passed from its workers to the driver through an actor.
 
 A module of its own, so that the process of the board imports neither torch nor Ray Data.
 """
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from qbert_ray.execution.progress import Progress
 
 
-# With an environment of its own it starts a process of its own: else it takes one that has imported torch, and ends it.
+# With its own environment it starts a new process; otherwise it would take, and end, one that has already imported torch.
 @ray.remote(num_cpus=0, runtime_env={"env_vars": {"QBERT_RAY_BOARD": "1"}})
 class Board:
-    """Where rank 0 writes how far it is, and the driver reads it."""
+    """Actor to which rank 0 writes its progress and from which the driver reads it."""
 
     def __init__(self) -> None:
         self.total, self.done = 0, 0
@@ -30,19 +30,19 @@ class Board:
         self.lines.append(line)
 
     def read(self, known: int) -> tuple[int, int, list[dict[str, Any]]]:
-        """Epochs in all, epochs done, and the metrics of each epoch that came after the first `known`."""
+        """Total number of epochs, epochs done, and the metrics of each epoch after the first `known`."""
         return self.total, self.done, self.lines[known:]
 
 
 def start_board() -> Any:
-    """A board beside whoever reads it: the end of another node is not its end."""
+    """A board on the caller's node, so that it survives the loss of any other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     board: Any = Board  # the decorator gives it options
     return board.options(scheduling_strategy=here).remote()
 
 
 class Watch:
-    """Carries the board's state to the progress, and each epoch's metrics to a tracker, while a training runs."""
+    """Thread that passes the board's state to the progress, and each epoch's metrics to a tracker, while a training runs."""
 
     def __init__(self, board: Any, progress: Progress, tracker: Callable[[dict[str, Any]], None]) -> None:
         self.board, self.progress, self.tracker, self.stop = board, progress, tracker, threading.Event()

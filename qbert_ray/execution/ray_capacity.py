@@ -1,6 +1,6 @@
-"""What the cluster has, what each stage takes of it, and whether what `compute` asks for finds room.
+"""The cluster's resources, what each stage needs of them, and a check that what `compute` asks for fits.
 
-Ray waits for ever for what no node has, so a run asks here first: it is refused in seconds, before its first stage.
+Ray waits forever for resources that no node has, so a run checks here before its first stage and is refused within seconds.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Resources = dict[str, float]
 
 
 class CapacityError(ValueError):
-    """The cluster cannot do what the config asks of it; the message says what was asked and what there is."""
+    """The config asks for more than the cluster has; the message says what was asked for and what there is."""
 
 
 def nodes() -> list[Resources]:
-    """Resources of each living node; where the cluster grows by itself, of all the nodes it may have."""
+    """Resources of each live node; for a cluster that autoscales, of all the nodes it may have."""
     living = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     growing = state.get_cluster_config()
     groups = growing.node_group_configs if growing else ()
@@ -39,13 +39,13 @@ def nodes() -> list[Resources]:
 
 
 def room(there: list[Resources], bundle: Resources) -> int:
-    """How many bundles fit, each inside one node."""
+    """Number of bundles that fit, each within one node."""
     needed = {name: amount for name, amount in bundle.items() if amount}
     return sum(int(min(node.get(name, 0.0) / amount for name, amount in needed.items()) + 1e-9) for node in there)
 
 
 def actor_bundle(actors: Actors, there: list[Resources]) -> Resources:
-    """What one actor takes."""
+    """Resources of one actor."""
     gpus = actors.num_gpus if actors.num_gpus is not None else float(room(there, {"GPU": 1}) > 0)
     return {"CPU": actors.num_cpus, "GPU": gpus} | _accelerator(actors.accelerator_type)
 
@@ -63,7 +63,7 @@ def pool(actors: Actors, tasks: int) -> dict[str, Any]:
 
 
 def worker_bundle(workers: Workers, there: list[Resources]) -> Resources:
-    """What one training worker takes."""
+    """Resources of one training worker."""
     accelerator = _accelerator(workers.accelerator_type)
     gpu = {"GPU": 1.0} | accelerator
     with_gpu = workers.use_gpu if workers.use_gpu is not None else _fit(workers, gpu, there)
@@ -73,7 +73,7 @@ def worker_bundle(workers: Workers, there: list[Resources]) -> Resources:
 
 
 def check(config: Config, names: Iterable[str]) -> None:
-    """Whether each of some keys of `compute` finds room in the cluster.
+    """Raise if any of some keys of `compute` asks for more than the cluster has.
 
     Raises:
         CapacityError: with what is asked for and what there is, for each that does not.
@@ -133,7 +133,7 @@ def _listed(there: list[Resources]) -> str:
 
 
 def check_reachable(config: Config, run: RunDir) -> None:
-    """Whether every node sees the run directory and the input.
+    """Raise if a node cannot see the run directory or the input.
 
     Raises:
         CapacityError: one does not, or the run directory is inside the temporary copy of a job's code.

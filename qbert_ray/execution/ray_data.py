@@ -76,10 +76,10 @@ _latest: tuple[str, _Publisher] | None = None  # of this process: the pass it be
 
 
 def _publish(batch: dict[str, np.ndarray], call: str, *arguments: Any) -> dict[str, np.ndarray]:
-    """What an actor does, in a task: whoever did a part of this pass before has everything loaded."""
+    """Process one part in a task; a process that has done a part of this pass before reuses what it loaded."""
     global _latest
     if _latest is None or _latest[0] != call:
-        _latest = None  # what another pass has loaded goes first
+        _latest = None  # free what another pass has loaded first
         _latest = call, _Publisher(*arguments)
     return _latest[1](batch)
 
@@ -94,7 +94,7 @@ class _Publisher:
         self.run, self.output, self.error = run, output, ""
         try:
             self.worker = worker(**arguments)
-        except ValueError as error:  # the user's to mend: travels as data, since Ray would bury it in a dead actor's traceback
+        except ValueError as error:  # the user can fix it: returned as data, since Ray would hide it in a dead actor's traceback
             self.error = str(error)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

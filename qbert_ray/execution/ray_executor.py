@@ -1,4 +1,4 @@
-"""The executor that sends the work of the stages to a Ray cluster, or to one that it starts on this machine."""
+"""The executor that runs the stages' work on a Ray cluster, connected to or started on this machine."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from qbert_ray.execution.ray_session import ANYWHERE, session
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Task
 
-ERROR = "<error>"  # column of a table that says why another is not there
+ERROR = "<error>"  # column of a table that is returned in place of another and says why that one could not be read
 
 
 @contextmanager
 def ray_executor(address: str | None = None) -> Iterator[RayExecutor]:
-    """A `RayExecutor` for the length of a session."""
+    """A `RayExecutor` for the duration of a Ray session."""
     with session(address):
         yield RayExecutor()
 
 
 class RayRows:
-    """Blocks of a materialized dataset."""
+    """A `Rows` of the blocks of a materialized Ray dataset."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -48,7 +48,7 @@ class RayRows:
 
 
 class RayExecutor:
-    """Tasks by Ray Core, passes over a table by Ray Data, trainings by Ray Train. Holds nothing, so a new one costs nothing."""
+    """Runs tasks with Ray Core, passes over a table with Ray Data, and trainings with Ray Train; it has no state."""
 
     name = "ray"
 
@@ -64,7 +64,7 @@ class RayExecutor:
     def get(self, handle: Any) -> Any:
         try:
             return ray.get(handle)
-        except ray.exceptions.RayTaskError as error:  # one that is the user's to mend comes as itself, without Ray's traceback
+        except ray.exceptions.RayTaskError as error:  # an error that the user can fix is raised as itself, without Ray's traceback
             raise error.cause if isinstance(error.cause, ValueError) else error from None
 
     def put(self, value: Any) -> Any:
@@ -126,5 +126,5 @@ def _read(batch: dict[str, np.ndarray], reader: Callable[[int], Iterator[pa.Tabl
     for number in batch["number"]:
         try:
             yield from reader(int(number))
-        except ValueError as error:  # the user's to mend: travels as data, since Ray would print its traceback next to our message
+        except ValueError as error:  # the user can fix it: returned as data, since Ray would print its traceback next to our message
             yield pa.table({ERROR: [str(error)]})

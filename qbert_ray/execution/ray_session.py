@@ -1,4 +1,4 @@
-"""Ray for the length of a run."""
+"""Starts Ray, or connects to a cluster, for the duration of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ for _name, _value in {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait steal the core from whoever works
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the core from those that work
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends a run
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables; a sweep prints its own
@@ -31,26 +31,26 @@ from qbert_ray.execution.determinism import ENVIRONMENT, MARK  # noqa: E402
 
 _started_here = False  # Ray, by `session`
 _ALONE = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away: a process less in each training
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this machine is not preempted: one process less in each training
     "RAY_idle_worker_killing_time_threshold_ms": "600000",  # processes that have imported torch wait for the next stage
 }
 ANYWHERE = "DEFAULT"  # strategy of tasks that a sweep's trial starts: else they would wait inside the trial's own placement group, which has no CPU
 
 
 def alone() -> bool:
-    """Whether this Ray is one machine's, and ends with this process."""
+    """Whether this process started Ray on this machine alone, so that Ray ends with it."""
     return _started_here
 
 
 @contextmanager
 def session(address: str | None = None) -> Iterator[None]:
-    """Ray, connected to a cluster or started on this machine; one that was already there stays."""
+    """Context with Ray connected to a cluster or started on this machine; a Ray that was already running stays."""
     global _started_here
     owner = not ray.is_initialized()
     starts = owner and not address and not os.environ.get("RAY_ADDRESS")
     own = {name: value for name, value in _ALONE.items() if name not in os.environ} if starts else {}
     for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # what a user should know is in our own lines
+        logging.getLogger(name).setLevel(logging.ERROR)  # messages for users are printed by the run itself
     os.environ.update(own)
     if owner:
         before = signal.getsignal(signal.SIGTERM)
@@ -63,11 +63,11 @@ def session(address: str | None = None) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process without a word
+            signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process silently
         _started_here = starts
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # so that the command line sees what it can explain
+    context.raise_original_map_exception = True  # so that the command line receives errors that it can explain
     context.execution_options.verbose_progress = False
     try:
         yield

@@ -100,8 +100,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         ended = loop.finished
         if loop.rank == 0:
             written = board.write.remote(epochs, epochs if loop.finished else loop.epoch, loop.log[-1])
-            if ended:  # who waits for the end of the training then reads all of it
-                with contextlib.suppress(ray.exceptions.RayError):  # it only tells
+            if ended:  # the driver, which waits for the end of the training, then reads every epoch
+                with contextlib.suppress(ray.exceptions.RayError):  # it only reports progress
                     ray.get(written)
         if not ended and loop.agree(int(time.monotonic() - saved > config["checkpoint_seconds"])):
             with tempfile.TemporaryDirectory() as directory:

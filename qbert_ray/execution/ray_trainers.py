@@ -1,4 +1,4 @@
-"""Ray Train's trainers with as few processes as a training needs, and what they do not survive by themselves."""
+"""Ray Train's trainers with as few processes as a training needs, and recovery from failures that they do not handle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qbert_ray.execution.ray_session import alone
 
 
 def survive(trainer: DataParallelTrainer, max_failures: int) -> None:
-    """Train, and again from the last checkpoint after what Train itself gives up: its controller died, or lost an actor in a bad moment."""
+    """Run a training; resume from the last checkpoint after failures that Ray Train does not handle, such as a dead controller."""
     failures = 0
     while True:
         try:
@@ -24,22 +24,22 @@ def survive(trainer: DataParallelTrainer, max_failures: int) -> None:
             if isinstance(error, ControllerError) and not isinstance(error.controller_failure, RayActorError):
                 raise
             failures += 1
-            # Alone, nobody frees what the workers of a dead controller held: the next would wait for ever.
+            # On a Ray of our own the resources of a dead controller's workers are never freed: the next one would wait forever.
             if (died and alone()) or failures > max_failures >= 0:
                 raise
 
 
 class Single(DataParallelTrainer):
-    """One worker, who needs no process group: its controller starts without torch."""
+    """Trainer of one worker, which needs no process group: its controller starts without torch."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Leave Ctrl-C alone: Train's handler stays when the training is over, and then swallows what should end the run."""
+        """Keep Ctrl-C as it is: Train's handler stays installed after the training and then swallows the signal that should end the run."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without those that start a process, three seconds of CPU each, for what is not here: datasets, other runs' nodes."""
+        """Train's callbacks, less those that start a process (three seconds of CPU each) for features that are unused here."""
         needless = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if alone() else set())
         return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in needless]
 
 
 class Together(Single, TorchTrainer):
-    """Several workers, in torch's process group."""
+    """Trainer of several workers, in torch's process group."""

@@ -30,7 +30,7 @@ class Tracker(Protocol):
 
 @contextmanager
 def trackers(config: Config, run: RunDir, folder: str, progress: Progress, further: dict[str, Tracker] | None = None) -> Iterator[Tracker]:
-    """The trackers that the config names and `further` ones, as one, for the length of a training.
+    """One tracker that combines those of the config and `further` ones, for the duration of a training.
 
     One that fails is reported and left out; the training continues.
     """
@@ -45,7 +45,7 @@ def trackers(config: Config, run: RunDir, folder: str, progress: Progress, furth
             for name, tracker in list(found.items()):
                 try:
                     tracker(epoch, metrics)
-                except Exception as error:  # whatever a full disk or a server that is gone makes of it
+                except Exception as error:  # any error of a full disk or an unreachable server
                     del found[name]
                     progress.note(f"{name} gets no more figures of this training: {error}")
 
@@ -53,7 +53,7 @@ def trackers(config: Config, run: RunDir, folder: str, progress: Progress, furth
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers among nested metrics by dotted name; those of a list by their place."""
+    """Nested metrics flattened to dotted name -> number; elements of a list are named by their position."""
     leaves: dict[str, float] = {}
     for name, value in flatten(metrics).items():
         values = {f"{name}.{place}": inner for place, inner in enumerate(value)} if isinstance(value, list) else {name: value}
@@ -63,8 +63,8 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _tensorboard(run: RunDir, folder: str) -> Iterator[Tracker]:
-    """An event file in the run directory: written as it grows on a local path, when the training ends on an object store."""
-    # Comes with Ray Train. Not its SummaryWriter: that writes in a thread, and waits for ever for one that a full disk has ended.
+    """A tracker that writes a TensorBoard event file: continuously on a local path, at the end of the training on an object store."""
+    # Comes with Ray Train. Not its SummaryWriter: that writes in a thread, and waits forever for one that a full disk has ended.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.summary import scalar

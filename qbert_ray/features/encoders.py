@@ -1,7 +1,7 @@
 """Frozen text and image encoders as batch callables (§3.1: LLaMA for text, CLIP for images).
 
 A text encoder is anything `transformers.AutoModel.from_pretrained` takes, an image encoder anything open_clip takes. Three
-models come inside Python packages and load without a hub: 'minilm' and 'smollm2' for text, 'efficientnet-lite0' (an ImageNet
+models are part of Python packages and load without a hub: 'minilm' and 'smollm2' for text, 'efficientnet-lite0' (an ImageNet
 network, not CLIP) for images. Weights are frozen and a vector never depends on its batch mates.
 
 B texts or images, T tokens, J vectors per image, D width, S pixels per side.
@@ -22,17 +22,17 @@ from torch.nn import functional as F
 from qbert_ray.features.pretrained import load_image_tower, load_text_model
 from qbert_ray.products import adopt
 
-PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # Pillow also opens some that start programs
+PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # Pillow starts other programs for some others
 PNG_BEGINS, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-LONGEST_SIDE_RATIO = 4  # a centre crop sees nothing beyond it, and resizing a 1 x 1,000,000 strip would fill the memory
+LONGEST_SIDE_RATIO = 4  # a centre crop cuts off everything beyond it, and resizing a 1 x 1,000,000 strip would fill the memory
 
 
-class ImageRejected(ValueError):  # noqa: N818 - a verdict, not a fault
-    """Bytes that are not a usable picture; the message is the reason, one of few so that it can be counted."""
+class ImageRejected(ValueError):  # noqa: N818 - an expected outcome, not a fault
+    """Bytes that are not a usable image; the message is one of a few fixed reasons, so that rejections can be counted."""
 
 
 class TextEncoder:
-    """Texts -> [B, D] float32, D = `width`."""
+    """A frozen text encoder: texts -> [B, D] float32, D = `width`."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class TextEncoder:
             max_tokens: most tokens per text, prompt included.
             batch_size: texts per forward pass.
             dtype: 'float32', 'bfloat16' or 'float16', of weights and computation.
-            device: None takes a GPU where there is one.
+            device: None uses a GPU if there is one.
 
         Raises:
             EncoderUnavailable: the weights are not on this machine and cannot be fetched.
@@ -77,7 +77,7 @@ class TextEncoder:
         self.width = self(["width"]).shape[1]
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """Vectors in the order of `texts`; equal texts are encoded once, texts of like length together.
+        """Vectors in the order of `texts`; equal texts are encoded once, and texts of similar length are batched together.
 
         Returns:
             [B, D] float32, not normalised.
@@ -94,7 +94,7 @@ class TextEncoder:
 
     def _prompted(self, texts: list[str]) -> list[str]:
         before, _, after = self.prompt.partition("{text}")
-        if after:  # the tail of the prompt is what the last token reads: cut the text, not the tail
+        if after:  # the last token must be that of the prompt's end: cut the text, not the end of the prompt
             room = self.max_tokens - len(self.tokenizer(before + after)["input_ids"]) - 2  # two for tokens at the seams
             cut = {"add_special_tokens": False, "truncation": True, "max_length": max(1, room), "return_offsets_mapping": True}
             ends = [spans[-1][1] if spans else 0 for spans in self.tokenizer(texts, **cut)["offset_mapping"]]
@@ -111,14 +111,14 @@ class TextEncoder:
             output = self.model(input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=deep, **types)
         hidden = (output.hidden_states[self.layer] if deep else output.last_hidden_state).float()  # [B, T, D]
         if self.pooling == "last":
-            last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # [B], whatever side is padded
+            last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # [B], whichever side is padded
             return hidden[torch.arange(len(hidden), device=last.device), last].cpu().numpy()
         weights = mask[..., None].float()
         return ((hidden * weights).sum(1) / weights.sum(1).clamp(min=1)).cpu().numpy()
 
 
 class ImageEncoder:
-    """Pictures -> [B, J, D] float32: the patch grid averaged to grid x grid vectors. J = `num_vectors`, D = `width`."""
+    """A frozen image encoder: images -> [B, J, D] float32, the patch grid averaged to J = grid x grid vectors, D = `width`."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class ImageEncoder:
             grid: side of the pooled patch grid.
             batch_size: images per forward pass.
             dtype: 'float32', 'bfloat16' or 'float16', of the computation.
-            device: None takes a GPU where there is one.
+            device: None uses a GPU if there is one.
 
         Raises:
             EncoderUnavailable: the weights are not on this machine and cannot be fetched.
@@ -154,7 +154,7 @@ class ImageEncoder:
         self.width = self([Image.new("RGB", (8, 8))]).shape[2]
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """[3, S, S] as the model was trained: resized, cropped at the centre, normalised. Safe to call from threads."""
+        """[3, S, S] image, resized, cropped at the centre and normalised as in the model's training. Safe to call from threads."""
         width, height = image.size
         longest = LONGEST_SIDE_RATIO * min(width, height)
         if max(width, height) > longest:
@@ -163,7 +163,7 @@ class ImageEncoder:
         return self._transform(image)
 
     def __call__(self, images: list[Image.Image] | Tensor) -> np.ndarray:
-        """Patch vectors of pictures, or of what `preprocess` made of them ([B, 3, S, S]).
+        """Patch vectors of images, or of images that `preprocess` has converted ([B, 3, S, S]).
 
         Returns:
             [B, J, D] float32, not normalised; J runs along the rows of the grid.
@@ -181,12 +181,12 @@ class ImageEncoder:
 
 
 def decode_image(content: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
-    """The first frame of a picture file, upright, in RGB, on white where it is transparent.
+    """The first frame of an image file, upright, in RGB, on white where it is transparent.
 
     Args:
         content: the file.
         max_bytes: longer files are rejected.
-        max_pixels: larger pictures are rejected before a pixel is decoded.
+        max_pixels: larger images are rejected before a pixel is decoded.
 
     Raises:
         ImageRejected: with the reason.
@@ -210,7 +210,7 @@ def _decode(content: bytes, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=[name for name in PICTURE_FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError:
         raise ImageRejected("too many pixels") from None
-    except Exception:  # noqa: BLE001 - Pillow raises whatever a header made its parsers meet
+    except Exception:  # noqa: BLE001 - a broken header can make Pillow's parsers raise anything
         raise ImageRejected("not an image") from None
     if image.width * image.height > max_pixels:
         raise ImageRejected("too many pixels")
@@ -221,7 +221,7 @@ def _decode(content: bytes, max_pixels: int) -> Image.Image:
 
 
 def _without_notes(content: bytes) -> bytes:
-    """A PNG without its texts and colour profile, which Pillow refuses where they are long; other files as they are."""
+    """A PNG without its texts and colour profile, which Pillow refuses if they are long; other files unchanged."""
     if not content.startswith(PNG_BEGINS):
         return content
     kept, position = [PNG_BEGINS], len(PNG_BEGINS)
@@ -245,7 +245,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _patch_vectors(visual: Any, pixels: Tensor, grid: int) -> Tensor:
-    """[B, 3, S, S] -> [B, grid * grid, D]: patches averaged cell by cell, then headed as the tower heads its pooled vector."""
+    """[B, 3, S, S] -> [B, grid * grid, D]: patches averaged per cell, then passed through the tower's head as its pooled vector is."""
     trunk = getattr(visual, "trunk", None)
     if trunk is None:
         return _pool_grid(_vit_tokens(visual, pixels), grid)
@@ -255,7 +255,7 @@ def _patch_vectors(visual: Any, pixels: Tensor, grid: int) -> Tensor:
         raise ValueError(f"{type(trunk).__name__} gives no patch grid [B, D, h, w]; choose a ViT or a convolutional network")
     cells = _pool_grid(features[:, prefix:] if features.ndim == 3 else features.flatten(2).transpose(1, 2), grid)  # [B, J, D]
     batch, count, width = cells.shape
-    # Each cell goes through the head as a picture of one patch; class tokens are that patch again, so any kind of pooling returns it.
+    # Each cell goes through the head as an image of one patch; class tokens repeat that patch, so any kind of pooling returns it.
     flat = cells.reshape(batch * count, width)
     alone = flat[:, :, None, None] if features.ndim == 4 else flat[:, None].expand(-1, prefix + 1, -1)
     return visual.head(trunk.forward_head(alone)).reshape(batch, count, -1)

@@ -1,4 +1,4 @@
-"""What an actor of the features stage does with one part of the catalog: encode its texts, or read and encode its images.
+"""Encodes the texts or the images of one part of the catalog, in an actor of the stage `features`.
 
 J vectors per item, D width, S pixels per side.
 """
@@ -23,7 +23,7 @@ from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
 from qbert_ray.storage.directory import RunDir
 
-READERS = 8  # threads that read and decode images beside the encoder of an actor
+READERS = 8  # threads of an actor that read and decode images while its encoder works
 
 
 def load_text_encoder(settings: config.TextEncoder) -> TextEncoder:
@@ -35,13 +35,13 @@ def load_image_encoder(settings: config.ImageEncoder) -> ImageEncoder:
 
 
 class TextPart:
-    """Text vectors of the items of a part; equal texts in it are encoded once."""
+    """Writes the text vectors of one part of the catalog; equal texts in it are encoded once."""
 
     def __init__(self, run: RunDir, settings: config.TextEncoder, fields: dict[str, dict[str, str]], num_vectors: int) -> None:
         """Load the encoder.
 
         Args:
-            fields: domain -> column of ingest/items -> what is written before its text.
+            fields: domain -> column of ingest/items -> prefix of its text.
             num_vectors: J, the most fields of a domain.
         """
         self.run, self.fields, self.num_vectors = run, fields, num_vectors
@@ -57,13 +57,13 @@ class TextPart:
             present[:, slot] = [bool(text) for text in stripped] if stripped else False
             texts += [before + text for text in stripped if text]
         vectors = np.zeros((len(items), self.num_vectors, self.encoder.width), np.float32)
-        vectors.transpose(1, 0, 2)[present.T] = self.encoder(texts)  # the texts run field by field
+        vectors.transpose(1, 0, 2)[present.T] = self.encoder(texts)  # texts are ordered field by field
         self.run.write_part("features/text", part, features_table(items, vectors, present))
         return {"items": len(items), "text_vectors": len(texts), "items_without_text": int((~present.any(axis=1)).sum())}
 
 
 class ImagePart:
-    """Image vectors of the items of a part; reading and decoding run ahead of the encoder, in threads."""
+    """Writes the image vectors of one part of the catalog; threads read and decode ahead of the encoder."""
 
     def __init__(self, run: RunDir, settings: config.ImageEncoder, num_vectors: int, addresses: dict[str, Addresses]) -> None:
         """Load the encoder.
@@ -71,7 +71,7 @@ class ImagePart:
         Args:
             run: the run directory.
             settings: of the encoder.
-            num_vectors: J; more than the encoder gives where another domain brings more.
+            num_vectors: J; more than the encoder gives if another domain has more.
             addresses: domain -> where its images may come from.
         """
         self.run, self.settings, self.num_vectors, self.addresses = run, settings, num_vectors, addresses
@@ -102,7 +102,7 @@ class ImagePart:
         } | {f"images_rejected.{reason}": count for reason, count in Counter(rejected.values()).items()}
 
     def _picture(self, path: str | None, content: bytes | None, addresses: Addresses) -> torch.Tensor | str:
-        """[3, S, S], or the reason why there is none."""
+        """[3, S, S] image, or the reason why it cannot be used."""
         try:
             content = read_image(path or "", self.settings.max_bytes, addresses) if content is None else content
             return self.encoder.preprocess(decode_image(content, self.settings.max_bytes, self.settings.max_pixels))
@@ -112,7 +112,7 @@ class ImagePart:
     def _batches(
         self, pictures: Iterable[tuple[int, torch.Tensor | str]], rejected: dict[int, str]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Rows and pixels [B, 3, S, S] of full batches; rows without a picture go to `rejected`."""
+        """Rows and pixels [B, 3, S, S] of full batches; rows without an image go to `rejected`."""
         rows: list[int] = []
         pixels: list[torch.Tensor] = []
         for row, picture in pictures:
@@ -129,7 +129,7 @@ class ImagePart:
 
 
 def ahead(threads: ThreadPoolExecutor, function: Callable[[Any], Any], inputs: Iterable[Any], window: int) -> Iterator[Any]:
-    """`function` of each input, in order, at most `window` of them computed before they are asked for."""
+    """`function` of each input, in order; at most `window` results are computed ahead."""
     pending: deque[Future[Any]] = deque()
     for value in inputs:
         pending.append(threads.submit(function, value))
@@ -140,11 +140,11 @@ def ahead(threads: ThreadPoolExecutor, function: Callable[[Any], Any], inputs: I
 
 
 def write_rejected(run: RunDir, name: str, modality: str, table: str, rows: list[tuple[str, dict[str, Any]]]) -> None:
-    """Keep rejected rows in features/rejected, or remove those of an earlier try where there are none.
+    """Write rejected rows to features/rejected, or remove those of an earlier try if there are none.
 
     Args:
         name: `<domain>-...`, of a part or a domain.
-        table: that the rows are of.
+        table: table that the rows belong to.
         rows: reason and row.
     """
     domain, part = name.rsplit("-", 1)[0], f"{name}.{modality}.parquet"

@@ -1,4 +1,4 @@
-"""Vectors that a user brings along, in any of the usual files, as batches of item_id and lists of numbers.
+"""Reads a user's own item vectors from Parquet, NumPy, CSV or JSON files, as batches of item_id and lists of numbers.
 
 Parquet (a file or a folder) with `item_id` and `vector` or `vectors`; .npz with arrays of these names; .npy with a structured
 array of them, or with a matrix and the IDs of its rows in a file next to it; CSV, TSV or JSON lines with `item_id` and either
@@ -85,7 +85,7 @@ def _load(filesystem: fs.FileSystem, path: str, uri: str) -> np.ndarray | dict[s
 
 
 def _row_ids(filesystem: fs.FileSystem, path: str, uri: str, rows: int) -> np.ndarray:
-    """IDs of a matrix's rows, from the file next to it."""
+    """IDs of the rows of a matrix, from the file next to it."""
     stem = path[: -len(".npy")]
     names = [f"{stem}{ending}" for ending in ID_FILES]
     found = next((info.path for info in filesystem.get_file_info(names) if info.type == fs.FileType.File), None)
@@ -147,6 +147,6 @@ def _text(filesystem: fs.FileSystem, path: str, uri: str) -> pa.Table:
 
 
 def _ids(values: pa.Array) -> pa.Array:
-    """IDs as the ingest writes them."""
+    """IDs as text, spelled as the ingest spells them."""
     frame = pl.DataFrame(pa.table({ITEM_ID: plain(values)}))
     return frame.select(as_id(pl.col(ITEM_ID), frame.schema[ITEM_ID]).alias(ITEM_ID))[ITEM_ID].to_arrow().cast(pa.string())

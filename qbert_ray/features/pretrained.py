@@ -1,7 +1,7 @@
-"""Where the weights of the frozen encoders come from: packages, folders, hubs.
+"""Loads the weights of the frozen encoders from packages, folders or hubs.
 
-A hub is the usual source. Three models come inside Python packages instead, so that everything runs without one: 'minilm' and
-'smollm2' for text, 'efficientnet-lite0' (an ImageNet network, not CLIP) for images. No pickle is ever loaded whole.
+A hub is the usual source. Three models are part of Python packages instead, so that everything runs without one: 'minilm' and
+'smollm2' for text, 'efficientnet-lite0' (an ImageNet network, not CLIP) for images. Pickles are loaded as weights only.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49c
 
 
 class EncoderUnavailable(ValueError):  # noqa: N818
-    """The weights of an encoder cannot be had on this machine; the message names what can."""
+    """The weights of an encoder are not available on this machine; the message names alternatives."""
 
 
 def load_text_model(model: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Tokenizer (padding on the right, with a pad token) and network.
+    """Tokenizer (padding on the right, with a pad token) and network of a text model.
 
     Args:
         model: 'minilm', 'smollm2', or a hub name or folder for `AutoModel.from_pretrained`.
@@ -37,7 +37,7 @@ def load_text_model(model: str, gguf_file: str | None, dtype: torch.dtype) -> tu
     Raises:
         EncoderUnavailable: the weights are not on this machine and cannot be fetched.
     """
-    from transformers import AutoModel, AutoTokenizer  # takes seconds: only those who encode text wait
+    from transformers import AutoModel, AutoTokenizer  # takes seconds, and only text encoding needs it
 
     packaged = {"minilm": _minilm, "smollm2": _smollm2}
     source = str(packaged[model]()) if model in packaged else model
@@ -45,13 +45,13 @@ def load_text_model(model: str, gguf_file: str | None, dtype: torch.dtype) -> tu
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
         network = AutoModel.from_pretrained(source, gguf_file=gguf_file, dtype=dtype)
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:  # any token does: the mask hides it
+    if tokenizer.pad_token is None:  # any token will do: the mask hides it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer, network.get_encoder() if network.config.is_encoder_decoder else network
 
 
 def load_image_tower(model: str, pretrained: str | None, image_size: int | None) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
-    """Image tower as open_clip builds it, and the transform that a picture needs before it.
+    """Image tower as open_clip builds it, and the transform that its input images need.
 
     Args:
         model: 'efficientnet-lite0', or what open_clip takes: 'ViT-L-14', 'local-dir:/path', 'hf-hub:owner/name'.
@@ -101,7 +101,7 @@ def _smollm2() -> Path:
 
     file = next(packed.glob("*.gguf")).name
     unpacked = AutoModel.from_pretrained(packed, gguf_file=file, dtype=torch.float32)
-    # The loaded model still calls itself quantized and refuses to be saved: move its weights into one that does not.
+    # The loaded model is still marked as quantized and cannot be saved: move its weights into a new one.
     del unpacked.config.quantization_config
     plain = type(unpacked)(unpacked.config)
     plain.load_state_dict(unpacked.state_dict())
@@ -110,7 +110,7 @@ def _smollm2() -> Path:
         folder = Path(partial) / "model"
         plain.save_pretrained(folder)
         AutoTokenizer.from_pretrained(packed, gguf_file=file).save_pretrained(folder)
-        if not cached.exists():  # another actor may have been faster
+        if not cached.exists():  # another actor may have written it meanwhile
             folder.rename(cached)
     return cached
 
@@ -125,7 +125,7 @@ def _efficientnet_lite0(image_size: int) -> tuple[nn.Module, Callable[..., torch
 
     visual = TimmModel("tf_efficientnet_lite0", embed_dim=1280, image_size=image_size, pool="avg", proj="none")
     expected = visual.trunk.state_dict()
-    # Two projects, one architecture: the tensors differ in name only and come in the same order.
+    # The architecture of two projects is the same: the tensors differ in name only and are in the same order.
     given = [tensor for name, tensor in torch.load(weights, weights_only=True).items() if not name.startswith("_fc")]
     assert [tensor.shape for tensor in given] == [tensor.shape for tensor in expected.values()]
     visual.trunk.load_state_dict(dict(zip(expected, given, strict=True)))
@@ -135,7 +135,7 @@ def _efficientnet_lite0(image_size: int) -> tuple[nn.Module, Callable[..., torch
 
 
 def _fold_batch_norms(network: nn.Module) -> None:
-    """Multiply each frozen batch norm into the convolution before it: the same numbers, 1.5 times as fast on a CPU."""
+    """Fold each frozen batch norm into the convolution before it: equal outputs, 1.5 times as fast on a CPU."""
     children = list(network.named_children())
     for (name, convolution), (norm_name, norm) in zip(children, children[1:], strict=False):
         if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -155,12 +155,12 @@ def _package(module: str, model: str, advice: str) -> Path:
 
 @contextmanager
 def _explained(model: str, place: str, offline: str) -> Iterator[None]:
-    """Turns what the libraries say about weights they cannot load into one message for all of them.
+    """Turn the errors of the different libraries about weights that cannot be loaded into one `EncoderUnavailable`.
 
     Args:
         model: as the config names it.
         place: hub name, tag or path that the weights come from.
-        offline: what can be given instead where there is no hub.
+        offline: what can be given instead if there is no hub.
     """
     try:
         yield

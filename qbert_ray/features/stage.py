@@ -1,7 +1,7 @@
-"""Stage `features`: vectors of every item for each modality (§3.1), part by part.
+"""The stage `features`: writes the vectors of every item for each modality (§3.1), part by part.
 
-What is encoded goes through an actor pool; vectors of the user's own and structural ones are one task per domain. All parts
-of a modality have the same J and D: what an item lacks is zeros and marked absent.
+Texts and images are encoded in an actor pool; the user's own vectors and structural ones are one task per domain. All parts
+of a modality have the same J and D: vectors that an item lacks are zeros and marked absent.
 
 N items of a domain, J vectors per item, D width.
 """
@@ -28,12 +28,12 @@ from qbert_ray.inputs.addresses import Addresses
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX
 from qbert_ray.storage.directory import RunDir, join
 
-SEED = 0  # of the factorisation, which a seed only perturbs in the last digits: no knob
+SEED = 0  # of the factorisation; not a setting, since another seed only changes the last digits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where each domain's vectors of a modality come from, and the shape that all share."""
+    """Source of each domain's vectors of one modality, and the shape that all share."""
 
     own: dict[str, str]  # domain -> URI of the user's vectors
     made: list[str]  # domains whose vectors are made here
@@ -66,7 +66,7 @@ def extract_features(config: Config, run: RunDir, executor: Executor, progress: 
 
 
 def _rejected_images(counts: dict[str, Any]) -> list[str]:
-    """A warning where more than half of the images cannot be used."""
+    """A warning if more than half of the images cannot be used."""
     given, lost = counts.get("images", 0) + counts.get("images_rejected", 0), counts.get("images_rejected", 0)
     if lost <= given / 2:
         return []
@@ -78,10 +78,10 @@ def _rejected_images(counts: dict[str, Any]) -> list[str]:
 
 
 def extend_features(config: Config, run: RunDir, executor: Executor, progress: Progress) -> None:
-    """Vectors for parts of the catalog that came after the features: made as those before, but without structure.
+    """Write vectors for parts that were appended to the catalog: made as the earlier ones, but without structure.
 
     Raises:
-        ValueError: vectors of the user's own have another shape by now.
+        ValueError: the shape of the user's own vectors has changed.
     """
     for modality in MODALITIES:
         there = run.parts(f"features/{modality}")
@@ -110,7 +110,7 @@ def _extract(config: Config, run: RunDir, modality: str, plan: Plan, executor: E
 
 
 def _whole_domains(config: Config, modality: str, plan: Plan, structure: Callable[..., Placed]) -> dict[str, Callable[..., Placed]]:
-    """Domain -> what makes its vectors, where one task does."""
+    """Domain -> function that makes its vectors, for domains that one task handles."""
     tasks: dict[str, Callable[..., Placed]] = {
         domain: partial(read_vectors, uri, num_vectors=plan.num_vectors, width=plan.width or 0) for domain, uri in plan.own.items()
     }
@@ -123,7 +123,7 @@ def _whole_domains(config: Config, modality: str, plan: Plan, structure: Callabl
 
 
 def _encode(config: Config, run: RunDir, modality: str, plan: Plan, executor: Executor, progress: Progress) -> Counter[str]:
-    """The parts that go through an encoder."""
+    """Encode the parts of the domains in `plan.made`; returns the counts."""
     if not plan.made or modality == "structure":
         return Counter()
     rest = [domain for domain in config.data.domains if domain not in plan.own]
@@ -137,11 +137,11 @@ def _encode(config: Config, run: RunDir, modality: str, plan: Plan, executor: Ex
     return executor.map_parts(run, worker, arguments, parts, f"features/{modality}", config.compute.features, progress)
 
 
-# what is made from what
+# planning
 
 
 def _plan(config: Config, run: RunDir, modality: str, executor: Executor) -> Plan | None:
-    """None where no domain has input for the modality."""
+    """The plan of a modality; None if no domain has input for it."""
     domains = config.data.domains
     given = {name: getattr(domain, f"{modality}_features") for name, domain in domains.items()}
     own = {name: join(config.data.root, location) for name, location in given.items() if location}
@@ -167,7 +167,7 @@ def _has_input(domain: Domain, modality: str) -> bool:
 
 
 def _text_columns(domain: Domain) -> dict[str, str]:
-    """Column of ingest/items -> what is written before its text: a bare value such as "Blue" needs its name to be understood."""
+    """Column of ingest/items -> prefix of its text: a bare value such as "Blue" needs its column's name to be understood."""
     attributes = {f"{ATTRIBUTE_PREFIX}{name}": f"{name.replace('_', ' ')}: " for name in domain.attributes}
     return {f"{TEXT_PREFIX}{name}": "" for name in domain.text_fields} | attributes
 
@@ -178,7 +178,7 @@ def _made_vectors(config: Config, domain: Domain, modality: str) -> int:
 
 
 def _made_width(config: Config, modality: str, executor: Executor) -> int:
-    """D of the vectors that are made; an encoder has to be loaded to know."""
+    """D of the vectors that are made; the encoder has to be loaded to know it."""
     if modality == "structure":
         return config.features.structure.dim
     return executor.get(executor.submit(_encoder_width, config, modality))
@@ -194,7 +194,7 @@ def _encoder_width(config: Config, modality: str) -> int:
 def _map_domains(
     run: RunDir, modality: str, tasks: dict[str, Callable[..., Placed]], executor: Executor, progress: Progress
 ) -> Counter[str]:
-    """Vectors of whole domains, side by side; domains that an earlier try finished are skipped."""
+    """Write the vectors of whole domains in parallel; domains that an earlier try finished are skipped."""
     marker = f"features/{modality}/.counts"
     done = set(run.names(marker))
     running = [
@@ -217,7 +217,7 @@ def _write_domain(run: RunDir, modality: str, domain: str, make: Callable[..., P
     for part in run.parts("ingest/items", domain):
         rows = run.read_part("ingest/items", part, KEYS)
         place = slice(start, start + len(rows))
-        if not run.exists(f"features/{modality}/{part}"):  # what is there has been read by others
+        if not run.exists(f"features/{modality}/{part}"):  # existing parts may already have been read
             run.write_part(f"features/{modality}", part, features_table(rows, placed.vectors[place], placed.present[place]))
         start += len(rows)
     there = int(placed.present.any(axis=1).sum())
@@ -242,7 +242,7 @@ def _structure(config: Config, run: RunDir, plan: Plan, domain: str, item_ids: p
 
 
 def _training_items(run: RunDir, domain: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where each user's training items start, [U + 1], and those of all users."""
+    """Offsets [U + 1] of each user's training items, and the items of all users."""
     if not run.parts("ingest/sequences", domain):
         return np.zeros(1, np.int64), np.zeros(0, np.int64)
     train = run.read("ingest/sequences", domain, ["train"])["train"].combine_chunks()

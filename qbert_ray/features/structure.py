@@ -1,4 +1,4 @@
-"""Structural features: what an item's company in training histories says about it (§3.1).
+"""Structural features: item vectors from co-occurrence in training histories (§3.1).
 
 `together` is the number of users who have both items, [N, N], as `co_occurrence` counts it from training interactions.
 
@@ -18,7 +18,7 @@ def co_occurrence(indptr: np.ndarray, items: np.ndarray, num_items: int, window:
     """[N, N] number of users who have both items among their training interactions; the diagonal is empty.
 
     Args:
-        window: only the latest so many of each user's items count.
+        window: number of each user's latest items that count; None: all.
     """
     if window is not None:
         ends = np.repeat(indptr[1:], np.diff(indptr))
@@ -31,7 +31,7 @@ def co_occurrence(indptr: np.ndarray, items: np.ndarray, num_items: int, window:
 
 
 def gram(indptr: np.ndarray, items: np.ndarray, num_items: int) -> sparse.csr_matrix:
-    """[N, N] number of users who have both items; on the diagonal, users who have the item."""
+    """[N, N] number of users who have both items; the diagonal holds the users of each item."""
     has = sparse.csr_matrix((np.ones(len(items), dtype=np.float32), items, indptr), shape=(len(indptr) - 1, num_items))
     has.sum_duplicates()
     has.data[:] = 1.0  # a user who has an item twice is still one user
@@ -47,8 +47,8 @@ def collaborative_vectors(together: sparse.csr_matrix, dim: int, seed: int) -> n
     two items that occur with nothing but each other come out orthogonal.
 
     Args:
-        dim: width; where it is more than the catalog holds, the rest is zeros.
-        seed: of the iteration's start.
+        dim: width; if there are fewer positive eigenvalues, the rest is zeros.
+        seed: seed of the iteration's start.
 
     Returns:
         [N, dim] float32 rows of length 1; zeros for items that never occur with another.
@@ -58,12 +58,12 @@ def collaborative_vectors(together: sparse.csr_matrix, dim: int, seed: int) -> n
     if mutual.nnz:
         strength, factors = _top_eigenvectors(mutual, dim, seed)
         vectors[:, : len(strength)] = _unit_rows(factors * np.sqrt(strength))
-        vectors[np.diff(mutual.indptr) == 0] = 0  # rounding leaves dust there, which unit length would blow up
+        vectors[np.diff(mutual.indptr) == 0] = 0  # rounding errors there would be scaled up to unit length
     return vectors
 
 
 def _positive_mutual_information(together: sparse.csr_matrix) -> sparse.csr_matrix:
-    """max(0, log p(i, j) / (p(i) p(j))) of counts, [N, N]."""
+    """[N, N] positive pointwise mutual information of counts: max(0, log(p(i, j) / (p(i) p(j))))."""
     pairs = together.tocoo()
     totals = np.asarray(together.sum(axis=1)).ravel()
     information = np.log(pairs.data * totals.sum() / (totals[pairs.row] * totals[pairs.col]))
@@ -83,7 +83,7 @@ def _top_eigenvectors(matrix: sparse.csr_matrix, count: int, seed: int) -> tuple
     chosen = chosen[values[chosen] > 1e-9 * values.max()]
     vectors = vectors[:, chosen]
     largest = np.abs(vectors).argmax(axis=0)
-    return values[chosen], vectors * np.sign(vectors[largest, np.arange(len(chosen))])  # either sign is an eigenvector: fix one
+    return values[chosen], vectors * np.sign(vectors[largest, np.arange(len(chosen))])  # eigenvectors are unique up to sign: fix the sign
 
 
 def _unit_rows(vectors: np.ndarray) -> np.ndarray:

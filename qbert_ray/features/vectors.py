@@ -1,6 +1,6 @@
-"""Vectors of items: the table that features/<modality> holds, and vectors that the user brings along.
+"""The table features/<modality>, and the user's own vectors brought into its shape.
 
-The user's own come from the files of `own_vectors`, with `item_id` and either `vector` (a list of numbers) or `vectors` (a list of those).
+The user's own are read by `own_vectors`: `item_id` and either `vector` (a list of numbers) or `vectors` (a list of such lists).
 
 N items, J vectors per item, D width, R rows of the user's table, V vectors in it.
 """
@@ -21,7 +21,7 @@ from qbert_ray.storage.columns import DOMAIN, ITEM_ID, ITEM_INDEX, features_sche
 
 @dataclass(frozen=True)
 class Placed:
-    """Vectors in the order of the items, and the rows that could not be placed."""
+    """Vectors in the order of the items, and the rows that were rejected."""
 
     vectors: np.ndarray  # [N, J, D] float32, zeros where absent
     present: np.ndarray  # [N, J] booleans
@@ -40,7 +40,7 @@ def features_table(items: pa.Table, vectors: np.ndarray, present: np.ndarray) ->
 
 
 def vectors_shape(uri: str) -> tuple[int, int]:
-    """Most vectors of a row (J) and the width (D) that most vectors have.
+    """The largest number of vectors in a row (J), and the most frequent width (D).
 
     Raises:
         ValueError: there is no such table, it lacks a column, or holds no vector.
@@ -56,7 +56,7 @@ def vectors_shape(uri: str) -> tuple[int, int]:
 
 
 def read_vectors(uri: str, item_ids: pa.Array, num_vectors: int, width: int) -> Placed:
-    """The user's vectors of some items; needs memory for all of them.
+    """The user's own vectors of some items; needs memory for all of them.
 
     Args:
         item_ids: N ids, as strings.
@@ -92,7 +92,7 @@ def _none_placed(uri: str, item_ids: pa.Array, rejected: list[tuple[str, dict[st
 
 
 def _flat(column: pa.Array) -> tuple[np.ndarray, np.ndarray, pa.Array]:
-    """Row [V] and width [V] of each vector in a column of `vector` or `vectors`, and the vectors; null ones have width 0."""
+    """Row [V] and width [V] of each vector in a column `vector` or `vectors`, and their numbers; null vectors have width 0."""
     depth = 0
     kind = column.type
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
@@ -108,7 +108,7 @@ def _lengths(lists: pa.Array) -> np.ndarray:
 
 
 def _check(column: pa.Array, num_vectors: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors [R, J, D] and which are there [R, J], of the rows whose reason [R] to be rejected is empty."""
+    """Vectors [R, J, D], which are there [R, J], and the reason [R] why each row is rejected, empty if it is not."""
     row, widths, flat = _flat(column)
     starts = np.searchsorted(row, np.arange(len(column)))
     slot = np.arange(len(row)) - starts[row]

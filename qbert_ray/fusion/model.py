@@ -1,8 +1,8 @@
 """Stage 1, §3.3: dynamic cross-modal semantic injection.
 
 An item's ID vector q queries its modalities: Eq. 3 picks among the J vectors of each modality, a transformer of at most L
-layers fuses what was picked (Eq. 4), and a gate decides after each layer how much of it to take and whether the item goes
-on. Items that halt leave the batch, in training as at inference, so both compute the same function.
+layers fuses what was picked (Eq. 4), and a gate decides after each layer how much of it to take and whether the item
+continues. Items that halt leave the batch, in training as at inference, so both compute the same function.
 
 Notable choices where the paper is silent: the gate mixes per dimension and its mean is the halting probability; an item's
 output is the mean of its layers' states weighted by their halting probabilities (adaptive computation time); a modality an
@@ -170,7 +170,7 @@ def alignment_loss(
     """Eq. 5 and the ponder cost, each a mean over the batch; their sum under "loss".
 
     Every pair of views (fused and each modality) is contrasted over the items that have both. The ponder cost holds the
-    batch's mean at a target and leaves items free to differ: a price per layer drives all of them to the same depth.
+    batch's mean depth at a target and leaves items free to differ: a cost per layer drives all of them to the same depth.
     """
     views = torch.cat([fused.embedding[:, None], fused.aligned], dim=1)  # [B, 1 + V, D]
     views = F.normalize(views, dim=-1)
@@ -187,7 +187,7 @@ def alignment_loss(
 
 
 def geometry_loss(fused: Fused, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-    """Mean squared difference between the cosine of two fused embeddings and the mean cosine of what their modalities say.
+    """Mean squared difference between the cosine of two fused embeddings and the mean cosine of the items' input features.
 
     Not in the paper. Eq. 5 alone pushes all items of a batch apart, near ones too, until every neighbourhood is lost.
 
@@ -201,7 +201,7 @@ def geometry_loss(fused: Fused, features: dict[str, Tensor], present: dict[str, 
         if not has.any():  # no item of the batch has this modality; the mean of none is not a number
             continue
         mean = (vectors * present[name][..., None]).sum(1) / present[name].sum(1, keepdim=True).clamp_min(1)
-        centred = (mean - mean[has].mean(0)) * has[:, None]  # common to all items says nothing about two of them
+        centred = (mean - mean[has].mean(0)) * has[:, None]  # what all items share does not distinguish two of them
         unit = F.normalize(centred, dim=-1)
         both = (has[:, None] & has).to(unit.dtype)
         wanted, pairs = wanted + unit @ unit.T, pairs + both

@@ -19,18 +19,18 @@ from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import warm_items
 from qbert_ray.storage.directory import RunDir
 
-BATCH = 4096  # of the few items that go deep, enough to fill a layer
+BATCH = 4096  # items encoded at once: large enough that the few that run through many layers still fill a batch
 
 
 def train_fusion(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
-    """Stage 1: the model, then the embeddings of the catalog."""
+    """Train stage 1 and write the fused embeddings of the catalog; returns the counts for the manifest."""
     metrics = executor.fit(FusionTask, {"config": config, "run": run}, config.compute.fusion, run, "fusion", progress, config.compute)
     counts = embed_catalog(config, run, executor, progress)
     return counts | {"metrics": metrics, "warnings": fusion_warnings(config, counts, metrics)}
 
 
 def fusion_warnings(config: Config, counts: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
-    """What stage 1 should not look like: one depth for all, or modalities that did not align."""
+    """Warnings about a stage 1 that went wrong: one depth for all items, or modalities that did not align."""
     warnings = []
     depth, most = max(((name, count) for name, count in counts.items() if name.startswith("depth_")), key=lambda pair: pair[1])
     if config.fusion.dynamic and counts["items"] > 20 and most > 0.98 * counts["items"]:
@@ -45,7 +45,7 @@ def fusion_warnings(config: Config, counts: dict[str, Any], metrics: dict[str, A
 
 
 def embed_catalog(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
-    """Write fusion/embeddings; counts of items and of items per depth."""
+    """Write fusion/embeddings; returns the number of items, and of items per depth."""
     known, total = {}, 0
     for domain in config.data.domains:
         known[domain] = (total, warm_items(run, domain))
@@ -55,7 +55,7 @@ def embed_catalog(config: Config, run: RunDir, executor: Executor, progress: Pro
 
 
 class EmbedPart:
-    """Fused embeddings and depths of a part of the catalog; cold items use the query of unknown ones.
+    """Writes the fused embeddings and depths of one part of the catalog; cold items use the unknown query.
 
     Args:
         known: domain -> ID vector of its first item, and how many items have one.

@@ -1,4 +1,4 @@
-"""The training of stage 1: batches of items, the losses of Eq. 5, and what is measured after an epoch."""
+"""The training task of stage 1: batches of items, the losses of Eq. 5, and the metrics after each epoch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qbert_ray.random_streams import ID_DROPOUT_STREAM, uniform
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import shuffled_batches
 
-SAMPLE = 4096  # items that the metrics are taken over
+SAMPLE = 4096  # items over which the metrics are computed
 
 
 class FusionTask:
-    """Stage 1, Eq. 5."""
+    """Training task of the fusion model (stage 1, Eq. 5)."""
 
     criterion = None
 
@@ -54,7 +54,7 @@ class FusionTask:
         return loss * len(samples), float(len(samples))
 
     def _unread(self, hidden: np.ndarray, samples: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """A cold item has no structure either: what trains with the unknown query is fused without, and learns to foretell it."""
+        """Modality -> [B] samples fused without it: samples trained as unknown items lose their structure, as cold items have none."""
         if "structure" not in self.features.present:
             return {}
         others = [there[samples].any(1) for name, there in self.features.present.items() if name != "structure"]

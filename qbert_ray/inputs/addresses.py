@@ -1,9 +1,9 @@
-"""Which addresses in a catalog may be followed, and reading what is there.
+"""Decides which image addresses in a catalog may be followed, and reads the files there.
 
-A catalog is somebody else's file. Its rows may name files under the catalog's folder or the data root, objects of a store, and
-web addresses, of the schemes and hosts that the config allows. They never choose how a store is reached: options come from
-`data.root` and the paths of the config alone. A host's name is looked up once, its addresses are judged, and the connection
-goes to the address that was judged; redirects are not followed, and proxies are not asked.
+A catalog is not trusted. Its rows may name files under the catalog's folder or the data root, objects of a store, and
+web addresses, of the schemes and hosts that the config allows. They never choose how a store is reached: options come only from
+`data.root` and the paths of the config. A host's name is resolved once, its addresses are checked, and the connection
+goes to the address that was checked; redirects are not followed, and proxies are not used.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from qbert_ray.config.schema import Domain
 from qbert_ray.storage.directory import ArtifactError, join, resolve
 
 WEB, STORES = ("http", "https"), ("s3", "gs", "gcs")
-NAMED_ONLY = ("abfs", "abfss", "hdfs")  # whose addresses say which host is sent the credentials
-WAIT_SECONDS, WHOLE_SECONDS = 20, 60  # for the next bytes of a download, and for all of it
+NAMED_ONLY = ("abfs", "abfss", "hdfs")  # the address itself names the host that is sent the credentials
+WAIT_SECONDS, WHOLE_SECONDS = 20, 60  # timeouts for the next bytes of a download, and for the whole of it
 POOLED = 8  # connections that are kept open to one host
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class AddressError(ValueError):
-    """An address may not be followed, or there is nothing to be had; the message is the reason of a rejected row."""
+    """An address may not be followed or cannot be read; the message is the reason of a rejected row."""
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the images of a domain may come from.
+    """The sources from which images of a domain may be read.
 
     Args:
         schemes: of addresses with "://" in rows.
-        hosts: patterns of web hosts and buckets; empty: any. A host that is named without a wildcard may have a private address.
+        hosts: patterns of allowed web hosts and buckets; empty: any. A host named without a wildcard may have a private address.
         folders: local folders whose files may be read.
-        own: beginnings, up to the bucket or host, of the config's own addresses; these are always allowed.
+        own: prefixes, up to the bucket or host, of the config's own addresses; these are always allowed.
         queries: of the config's own addresses, with their question mark.
         follow_links: whether symbolic links in the folders may lead outside.
     """
@@ -58,7 +58,7 @@ class Addresses:
 
     @staticmethod
     def of(root: str, domain: Domain) -> Addresses:
-        """What the config says of a domain.
+        """The addresses that a domain's config allows.
 
         Args:
             root: data.root.
@@ -77,10 +77,10 @@ class Addresses:
         )
 
     def allow(self, uri: str) -> bool:
-        """Whether the scheme, the host or bucket, and the form of an address in a row are allowed; nothing is looked up."""
+        """Whether the scheme, the host or bucket, and the form of an address in a row are allowed; without a DNS look-up."""
         scheme, mark, rest = uri.partition("://")
         scheme, authority = scheme.lower(), re.split(r"[/?#]", rest, maxsplit=1)[0]
-        if not mark or not authority or re.search(r"[\x00-\x20\x7f\\%@]", authority):  # "%31" is "1" to some; "@" brings credentials
+        if not mark or not authority or re.search(r"[\x00-\x20\x7f\\%@]", authority):  # some read "%31" as "1"; "@" introduces credentials
             return False
         if scheme not in WEB and ("#" in rest or ("?" in rest and "?" + rest.partition("?")[2] not in self.queries)):
             return False
@@ -99,7 +99,7 @@ class Addresses:
 
 
 def read_image(uri: str, max_bytes: int, addresses: Addresses) -> bytes:
-    """A file's first `max_bytes` + 1 bytes, of a path, an object store or the web.
+    """The first `max_bytes` + 1 bytes of a file on a local path, in an object store or on the web.
 
     Raises:
         AddressError: with the reason.
@@ -123,13 +123,13 @@ def read_image(uri: str, max_bytes: int, addresses: Addresses) -> bytes:
 
 
 def is_inside(path: str, folders: tuple[str, ...]) -> bool:
-    """Whether a local path, symbolic links followed, is in one of some folders, links to which are followed too."""
+    """Whether a local path lies in one of some folders, after symbolic links of both are resolved."""
     real, places = os.path.realpath(path), {os.path.realpath(folder) for folder in folders if folder}
     return any(os.path.commonpath([real, place]) == place for place in places)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet, and not an IPv4 address in IPv6 that is not."""
+    """Whether an IP address is public; an IPv4 address embedded in IPv6 must be public as well."""
     number = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(number, ipaddress.IPv6Address):
         inner = number.ipv4_mapped or number.sixtofour or (number.teredo[1] if number.teredo else None)
@@ -141,10 +141,10 @@ def is_public(address: str) -> bool:
 
 
 def _read_local(path: str, max_bytes: int, addresses: Addresses) -> bytes:
-    real = "" if "\x00" in path else os.path.realpath(path)  # what was judged is opened, wherever a link leads by then
+    real = "" if "\x00" in path else os.path.realpath(path)  # the path that was checked is opened, even if a link changes meanwhile
     if not real or not (addresses.follow_links or is_inside(real, addresses.folders)):
         raise AddressError("unsafe path")
-    if os.path.exists(real) and not os.path.isfile(real):  # a pipe would be waited for
+    if os.path.exists(real) and not os.path.isfile(real):  # reading a pipe would wait forever
         raise AddressError("cannot be read")
     with fs.LocalFileSystem().open_input_stream(real) as stream:
         return stream.read(max_bytes + 1)
@@ -157,7 +157,7 @@ def _beginning(uri: str) -> str:
 
 
 def _host(uri: str) -> str | None:
-    """Host of a web address as the connection will be asked for it; None where there is none."""
+    """Host of a web address in the form that the connection uses; None if there is none."""
     try:
         host = urllib3.util.parse_url(uri).host
     except ValueError:
@@ -166,7 +166,7 @@ def _host(uri: str) -> str | None:
 
 
 def _is_own_name(host: str) -> bool:
-    """Whether a host is, without a look-up, known not to be of the public internet."""
+    """Whether a host is known, without a DNS look-up, not to be public."""
     if host == "localhost" or host.endswith((".localhost", ".internal", ".local")) or "%" in host or not host:
         return True
     try:
@@ -180,7 +180,7 @@ def _is_own_name(host: str) -> bool:
 
 
 def _download(uri: str, max_bytes: int, addresses: Addresses) -> bytes:
-    """The beginning of a web file, from an address that was judged."""
+    """The beginning of a web file, read from an address that was checked."""
     parts, host = urllib3.util.parse_url(uri), _host(uri) or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
@@ -198,13 +198,13 @@ def _download(uri: str, max_bytes: int, addresses: Addresses) -> bytes:
             if time.monotonic() > deadline:
                 raise AddressError("cannot be read")
     finally:
-        response.close()  # what was not read is not another image's: a connection that was read to its end is back in the pool by now
+        response.close()  # unread bytes must not reach the next image; a connection that was read to its end is already back in the pool
     return bytes(content)
 
 
 @lru_cache(maxsize=64)
 def _pool(scheme: str, host: str, address: str, port: int) -> Any:
-    """Connections to an address whose certificate must be the host's."""
+    """A connection pool for an IP address, whose certificate must match the host's name."""
     options: dict[str, Any] = {"timeout": urllib3.Timeout(WAIT_SECONDS), "maxsize": POOLED}
     if scheme == "http":
         return urllib3.HTTPConnectionPool(address, port, **options)
@@ -212,7 +212,7 @@ def _pool(scheme: str, host: str, address: str, port: int) -> Any:
 
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
-    """File system and path; keys of object stores are taken as they are, whatever signs they hold."""
+    """File system and path of an address; keys of object stores are used verbatim, whatever characters they hold."""
     scheme, _, rest = uri.partition("://")
     path, _, query = rest.partition("?")
     return _store(f"{scheme}://{path.partition('/')[0]}" + (f"?{query}" if query else "")), path

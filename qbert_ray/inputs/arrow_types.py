@@ -1,4 +1,4 @@
-"""Columns of any Arrow type in the types that polars knows: what is rare becomes what is usual, values stay what they are."""
+"""Converts columns of any Arrow type to the types that polars supports, without changing their values."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ UUID_BYTES = 16
 
 
 def plain_table(table: pa.Table, columns: Sequence[str]) -> pa.Table:
-    """The columns in usual types.
+    """The given columns of a table, in types that polars supports.
 
     UUIDs and other binary values of fixed length, maps, durations, intervals, unions, 256-bit decimals, views and encoded runs
-    are converted; a type that nothing is known of becomes the text that Python shows of its values.
+    are converted; any other unsupported type becomes the text that Python prints of its values.
     """
     chosen = [table.column(table.schema.names.index(name)) for name in columns]
     return pa.table(
@@ -25,7 +25,7 @@ def plain_table(table: pa.Table, columns: Sequence[str]) -> pa.Table:
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """One array in a usual type."""
+    """An array in a type that polars supports."""
     kind = array.type
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
@@ -78,7 +78,7 @@ def _lists(array: pa.Array) -> pa.Array:
 
 
 def _uuids(array: pa.Array) -> pa.Array:
-    """16 bytes in the usual spelling of UUIDs."""
+    """UUIDs of 16 bytes as text in their usual form."""
     digits = pl.Series(array.cast(pa.large_binary())).bin.encode("hex")
     return digits.str.replace(r"^(.{8})(.{4})(.{4})(.{4})(.{12})$", "$1-$2-$3-$4-$5").to_arrow()
 

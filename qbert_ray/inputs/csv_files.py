@@ -1,6 +1,6 @@
-"""Rows of CSV and TSV files, block by block.
+"""Reads rows of CSV and TSV files, block by block.
 
-Blocks of whole rows are parsed by Arrow. Before that, quotation marks are looked at: one that opens a cell and is never closed
+Blocks of whole rows are parsed by Arrow. Before that, quotation marks are checked: one that opens a cell and is never closed
 would swallow all rows up to the next one, so its row is read with the marks as plain text, or rejected where that does not
 fit the header. In TSV, quotation marks are text.
 """
@@ -23,22 +23,22 @@ from qbert_ray.inputs.text_files import Text, blocks
 
 DELIMITERS = ",;\t|"
 OPEN_QUOTE, WRONG_CELLS = "open quotation mark", "invalid CSV row"  # why a row is rejected
-MOST_QUOTED = 1 << 20  # bytes of one cell: a quotation mark that is not closed within them is taken for a stray one
+MOST_QUOTED = 1 << 20  # bytes of one cell: a quotation mark that is not closed within them counts as a stray one
 _QUOTE, _NEWLINE, _RETURN = b'"'[0], b"\n"[0], b"\r"[0]
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a file of cells is written."""
+    """Delimiter, quoting and header of a CSV or TSV file."""
 
     delimiter: str = ","
-    quoted: bool = True  # quotation marks hold cells together; else they are text
+    quoted: bool = True  # quotation marks enclose cells; else they are text
     header_lines: int = 1  # lines above the first row
 
 
 @dataclass
 class Rejected:
-    """A row that is no row of the table."""
+    """A row that cannot be parsed, with the reason."""
 
     reason: str
     line: str
@@ -47,16 +47,16 @@ class Rejected:
 
 @dataclass
 class _Block:
-    """Rows that can be parsed, and what could not."""
+    """The rows of a block that can be parsed, the rejected ones, and an unfinished rest."""
 
     content: bytes
-    rest: bytes = b""  # of a cell that goes on in the next block
+    rest: bytes = b""  # beginning of a cell that continues in the next block
     several_lines: bool = False  # some cell holds a line end
     rejected: list[Rejected] = field(default_factory=list)
 
 
 def header(content: bytes, kind: str) -> tuple[Dialect, tuple[str, ...]]:
-    """How a file is written and the names of its columns, from its beginning; no names where it has no line.
+    """Dialect and column names of a file, from its beginning; no names if it is empty.
 
     Args:
         content: UTF-8.
@@ -66,7 +66,7 @@ def header(content: bytes, kind: str) -> tuple[Dialect, tuple[str, ...]]:
     before = len(text) - len(text.lstrip("\r\n"))
     skipped = text[:before].count("\n")
     text = text[before:]
-    said = re.match(r"(?i)sep=(.)\r?\n", text)  # what Excel writes above the header
+    said = re.match(r"(?i)sep=(.)\r?\n", text)  # a line that Excel writes above the header
     if said:
         text, skipped = text[said.end() :], skipped + 1
     if not text.strip():
@@ -79,7 +79,7 @@ def header(content: bytes, kind: str) -> tuple[Dialect, tuple[str, ...]]:
 
 
 def read(stream: BinaryIO, text: Text, dialect: Dialect, names: Sequence[str], wanted: Sequence[str]) -> Iterator[pa.Table | Rejected]:
-    """Tables of the wanted columns as strings, and the rows that do not fit the header.
+    """Tables of the wanted columns as strings, and rejected rows, which do not fit the header.
 
     Args:
         names: of all columns.
@@ -129,7 +129,7 @@ def _parse(block: _Block, dialect: Dialect, names: Sequence[str], wanted: Sequen
 
 
 def _first_row(text: str, delimiter: str) -> tuple[list[str], int]:
-    """Cells of the first row and the lines it covers; of an open quotation mark the first line alone."""
+    """Cells of the first row and how many lines it spans; only the first line if a quotation mark is left open."""
     rows = python_csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         cells = next(rows)
@@ -141,7 +141,7 @@ def _first_row(text: str, delimiter: str) -> tuple[list[str], int]:
 
 
 def _distinct(names: list[str]) -> tuple[str, ...]:
-    """Names in which a repeated one has its number appended."""
+    """Distinct names: a number is appended to repeated ones."""
     found: dict[str, None] = {}
     for name in names:
         number, new = 1, name
@@ -155,7 +155,7 @@ def _distinct(names: list[str]) -> tuple[str, ...]:
 
 
 def _check(content: bytes, dialect: Dialect, width: int, last: bool) -> _Block:
-    """The rows of a block in which every quotation mark that opens a cell is closed."""
+    """A block in which every quotation mark that opens a cell is closed."""
     if not dialect.quoted or b'"' not in content:
         return _Block(content)
     data = np.frombuffer(content, np.uint8)
@@ -188,7 +188,7 @@ def _check(content: bytes, dialect: Dialect, width: int, last: bool) -> _Block:
 
 
 def _suspicious(data: np.ndarray, starts: np.ndarray, delimiter: int) -> np.ndarray:
-    """Numbers of the lines whose quotation marks are not plainly those of cells that open and close in the line."""
+    """Numbers of the lines whose quotation marks do not clearly open and close cells within the line."""
     quotes = np.flatnonzero(data == _QUOTE)
     around = np.concatenate([[_NEWLINE], data, [_NEWLINE]])
     before, after = around[quotes], around[quotes + 2]
@@ -202,7 +202,7 @@ def _suspicious(data: np.ndarray, starts: np.ndarray, delimiter: int) -> np.ndar
 
 
 class _Grammar:
-    """Cells and rows as Arrow reads them, as patterns that never try a choice twice."""
+    """Regular expressions for cells and rows as Arrow reads them, without backtracking."""
 
     def __init__(self, delimiter: str) -> None:
         d = re.escape(delimiter.encode())
@@ -214,7 +214,7 @@ class _Grammar:
         self.cell, self.delimiter = re.compile(cell), delimiter.encode()[0]
 
     def close(self, content: bytes, start: int, width: int) -> int | None:
-        """Where a row of several lines ends; None where its quotation mark is a stray one."""
+        """Where a row of several lines ends; None if its quotation mark is a stray one."""
         position, limit = start, start + MOST_QUOTED
         for number in range(1, width + 1):
             opened = position < len(content) and content[position] == _QUOTE
@@ -252,12 +252,12 @@ def _line_end(content: bytes, start: int) -> int:
 
 
 def _text_end(content: bytes, start: int, end: int) -> int:
-    """Where the text of a line ends, before the signs of its end."""
+    """Where the text of a line ends, before its line break."""
     return start + len(content[start:end].rstrip(b"\r\n"))
 
 
 def _as_plain(line: bytes, dialect: Dialect, width: int, rejected: list[Rejected]) -> bytes:
-    """A row whose quotation marks are text; nothing where it has another number of cells than the header."""
+    """A row whose quotation marks are read as text; empty, and rejected, if its number of cells differs from the header's."""
     cells = line.split(dialect.delimiter.encode())
     if len(cells) != width:
         rejected.append(Rejected(OPEN_QUOTE, line.decode(errors="replace"), len(cells)))

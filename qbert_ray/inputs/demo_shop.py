@@ -1,14 +1,14 @@
-"""The generated shop of the quick start: every item, sentence, picture and purchase in it is made up, drawn from one seed.
+"""Generates the synthetic shop of the quick start: items, texts, images and purchases, all drawn from one seed.
 
-`generate` writes ordinary input files (items.parquet, interactions.parquet, images/), so a run reads them like anybody's.
+`generate` writes ordinary input files (items.parquet, interactions.parquet, images/), which a run reads like any user's.
 Notable choices:
 
 * A catalog item is a category, a brand, a style and a colour. Its texts name the first three and, in half of the titles, the
-  colour; its picture shows all four: shape by category, hue by colour, pattern by style, trim and backdrop by brand.
+  colour; its image shows all four: shape by category, hue by colour, pattern by style, trim and backdrop by brand.
 * A purchase completes the one before it (tent -> sleeping bag -> lantern -> backpack, by brand, style and colour), or follows the
-  user's drifting taste, or the crowd, or nothing. Complements point one way, so order matters; they follow attributes,
-  so most pairs are too rare to count but can be read off the content.
-* Some items have no picture or no description, a few pictures are broken, and a few items are too new to have been bought much.
+  user's drifting taste, or popularity, or is random. Complements point one way, so order matters; they follow attributes,
+  so most pairs are too rare to count but can be inferred from the content.
+* Some items have no image or no description, a few images are broken, and a few items are too new to have been bought often.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Category(NamedTuple):
 
 class Style(NamedTuple):
     name: str
-    lines: str  # product lines, part of the titles
+    lines: str  # names of product lines, part of the titles
     adjectives: str
     moods: str
 
 
 # Choices of words are separated by " | ". Four categories make a department; the complement of a category is the next one of
-# its department, round and round.
+# its department, and that of the last is the first.
 DEPARTMENT_SIZE = 4
 CATEGORIES = (
     Category("Tents", 180, "Two-Person Tent | Dome Tent | Trail Tent | Family Tent", "weekends in the hills | long summer trips | "
@@ -104,11 +104,11 @@ COMPLEMENT, TASTE, CROWD, NOISE = 0.48, 0.38, 0.10, 0.04
 ATTRIBUTE_SIZES = (len(CATEGORIES), len(BRANDS), len(STYLES), len(COLOURS))
 MATCH = np.array([0.0, 1.5, 2.5, 2.5])  # log weight of a complement that shares this attribute
 TASTE_SPREAD = np.repeat([1.0, 2.0, 2.0, 2.0], ATTRIBUTE_SIZES)  # standard deviation of a user's liking for an attribute's values
-TASTE_MEMORY = 0.985  # share of a taste's deviation that is left one purchase later
+TASTE_MEMORY = 0.985  # share of a taste's deviation that remains after one purchase
 NEW_ITEM_WEIGHT = 0.05
 FIRST_DAY, DAY = 1_640_995_200, 86_400  # 2022-01-01, in seconds
 
-# Pictures, in the order of CATEGORIES: pieces painted one after the other, as "kind paint size x y x y ...", coordinates from 0
+# Images, in the order of CATEGORIES: pieces painted one after the other, as "kind paint size x y x y ...", coordinates from 0
 # to 100. The size is a box's corner radius, or the width of a line or an arc; arcs end with their two angles.
 SIZE, OVERSAMPLING = 160, 2
 SHADOW = "ellipse shadow 0 8 87 92 101"
@@ -141,13 +141,13 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Catalog:
-    """What the N items are, before they have texts and pictures.
+    """Attributes of the N items, from which their texts and images are made.
 
     Attributes:
         attributes: [N, 4] positions in CATEGORIES, BRANDS, STYLES and COLOURS.
         price: [N] in the shop's currency.
-        popularity: [N] share of the crowd's purchases.
-        availability: [N] factor on every chance to be bought; small for new items.
+        popularity: [N] share of the purchases that follow popularity.
+        availability: [N] factor on the probability of being bought; small for new items.
     """
 
     attributes: np.ndarray
@@ -157,9 +157,9 @@ class Catalog:
 
 
 def generate(folder: str | Path, seed: int = 0, num_items: int = 1200, num_users: int = 3000) -> dict[str, int]:
-    """Counts of the shop that is written to `folder`; the same seed gives the same files.
+    """Write the shop to `folder` and return its counts; the same seed gives the same files.
 
-    interactions.parquet is written last, so its presence says that the folder is complete.
+    interactions.parquet is written last, so its presence means that the folder is complete.
 
     Args:
         folder: receives images/, items.parquet and interactions.parquet; earlier ones are replaced.
@@ -190,8 +190,8 @@ def generate(folder: str | Path, seed: int = 0, num_items: int = 1200, num_users
 
 
 def build_catalog(rng: np.random.Generator, num_items: int) -> Catalog:
-    """Attributes, prices and popularity; a brand keeps to one department, mostly to one style, and to few colours."""
-    order = rng.permutation(num_items)  # so that neither an item's number nor its place in the file tells anything
+    """A catalog of random items; a brand sells in one department, mostly in one style, and in few colours."""
+    order = rng.permutation(num_items)  # so that neither an item's number nor its position in the file is informative
     category = order % len(CATEGORIES)
     brand = category // DEPARTMENT_SIZE * BRANDS_PER_DEPARTMENT + order // len(CATEGORIES) % BRANDS_PER_DEPARTMENT
     house_style = rng.permutation(len(BRANDS)) % len(STYLES)
@@ -213,7 +213,7 @@ def build_catalog(rng: np.random.Generator, num_items: int) -> Catalog:
 
 
 def describe(catalog: Catalog, rng: np.random.Generator) -> pa.Table:
-    """The items table, but for its image column; some descriptions are missing."""
+    """The items table without its image column; some descriptions are missing."""
     texts = [_texts(item, rng) for item in catalog.attributes]
     missing = rng.random(len(texts)) < 0.04
     category, brand, style, colour = catalog.attributes.T
@@ -288,7 +288,7 @@ def simulate_histories(catalog: Catalog, rng: np.random.Generator, num_users: in
 
 
 def complement_weights(catalog: Catalog) -> np.ndarray:
-    """[N, N] chance that a complement of the row's item is the column's, among the next category of its department."""
+    """[N, N] probability that the complement of the row's item is the column's, an item of the next category of its department."""
     category = catalog.attributes[:, 0]
     following = category // DEPARTMENT_SIZE * DEPARTMENT_SIZE + (category + 1) % DEPARTMENT_SIZE
     shared = sum(weight * (values[:, None] == values) for weight, values in zip(MATCH, catalog.attributes.T, strict=True))
@@ -297,7 +297,7 @@ def complement_weights(catalog: Catalog) -> np.ndarray:
 
 
 def next_item_chances(catalog: Catalog, pairings: np.ndarray, taste: np.ndarray, history: np.ndarray) -> np.ndarray:
-    """[U, N] chance of each item to be bought next, up to a factor per user; zero for what a user has.
+    """[U, N] probability that each item is bought next, up to a factor per user; zero for items that the user has.
 
     Args:
         pairings: [N, N] from `complement_weights`.
@@ -332,7 +332,7 @@ def _write_pictures(folder: Path, catalog: Catalog, item_ids: list[str], rng: np
 
 
 def draw_picture(item: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """A square picture of one item, given by its [4] attributes; `rng` moves and scales it a little."""
+    """A square image of one item, given by its [4] attributes; `rng` moves and scales it a little."""
     category, brand, style, colour = item.tolist()
     side = SIZE * OVERSAMPLING
     base, hue = list(COLOURS.values())[colour], brand * 0.618 % 1  # golden ratio: neighbours get hues far apart
@@ -363,7 +363,7 @@ def draw_picture(item: np.ndarray, rng: np.random.Generator) -> Image.Image:
 
 @cache
 def _patterns() -> list[Image.Image]:
-    """One mask per style, in the order of STYLES, a fifth larger than a picture so that each item can cut out another part."""
+    """One mask per style, in the order of STYLES, a fifth larger than an image so that each item can use another part."""
     x, y = np.meshgrid(*[np.arange(0, 120, 100 / SIZE / OVERSAMPLING)] * 2)
     shades = (
         (y + np.abs(x % 12 - 6)) // 4 % 2,  # zigzag

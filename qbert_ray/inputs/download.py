@@ -1,7 +1,7 @@
-"""One file over HTTP: goes on where it stopped, is checked, and is there whole or not at all.
+"""Downloads one file over HTTP: resumes, checks the content, and publishes only a whole file.
 
-`requests` (Ray brings it) does the transport. pooch would check hashes but starts over after a break, and the one in huggingface_hub
-that goes on is not part of its interface; going on is one header, so it is here.
+`requests` (a dependency of Ray) does the transport. pooch checks hashes but starts over after an interruption, and the resuming
+download in huggingface_hub is not part of its public interface; resuming takes one header, so it is implemented here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ TRIES, PAUSE = 4, 2.0  # without any progress; seconds, doubled each time
 TIMEOUT = (10, 60)  # seconds to connect, and without a byte
 TRANSIENT = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
-Report = Callable[[int, int | None], None]  # bytes that are there, and of how many, where that is known
+Report = Callable[[int, int | None], None]  # bytes downloaded, and of how many, if known
 
 
 class DownloadError(ValueError):
-    """A file that cannot be had or is not what it should be; the message says what was expected."""
+    """A file cannot be downloaded or is not what was published; the message says what was expected."""
 
 
 def download(url: str, path: Path, md5: str | None = None, report: Report = lambda done, total: None) -> None:
@@ -62,10 +62,10 @@ def download(url: str, path: Path, md5: str | None = None, report: Report = lamb
 
 
 def check(path: Path, name: str, md5: str | None, gzipped: bool) -> None:
-    """Compare a file with its published hash, or a gzipped one with its own sums.
+    """Raise if a file does not match its published hash, or a gzipped file its own checksums.
 
     Args:
-        name: how errors call it.
+        name: its name in errors.
 
     Raises:
         DownloadError: it is damaged or another file.
@@ -85,13 +85,13 @@ def check(path: Path, name: str, md5: str | None, gzipped: bool) -> None:
 
 
 def _go_on(url: str, partial: Path, tag: Path, report: Report) -> None:
-    """Append what is missing of a file; from the start where the server cannot, or where its file is another one by now."""
+    """Append the missing bytes of a file; start over if the server cannot resume or its file has changed."""
     have = _size(partial)
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers |= {"Range": f"bytes={have}-"} | ({"If-Range": tag.read_text()} if tag.exists() else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:  # nothing is missing, or the file is shorter by now
+        if response.status_code == 416:  # nothing is missing, or the server's file has become shorter
             if response.headers.get("Content-Range") == f"bytes */{have}":
                 return
             partial.unlink()
@@ -124,7 +124,7 @@ def _size(path: Path) -> int:
 
 
 def _brief(error: Exception) -> str:
-    """What went wrong, from under requests' account of what it tried."""
+    """The cause of an error, without the wrapping text of requests."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "(Caused by " in text:
         text = text.rpartition("(Caused by ")[2].rpartition(": ")[2].rstrip(")\"' ")

@@ -1,8 +1,8 @@
-"""What input files are known by: their names, sizes and content, not their times, so that copies count as the same.
+"""Fingerprints of input files from their names, sizes and content, not their times, so that copies count as the same.
 
-A file up to `WHOLE` is hashed whole; of a larger one, blocks spread from its first to its last byte. Parquet and gzip end with
-sums over what is before, so any change of them is seen. A change of plain text past `WHOLE` that keeps its size and falls
-between the blocks is not; `--redo` or `--from` reads it again.
+A file up to `WHOLE` is hashed whole; of a larger one, blocks spread evenly from its first to its last byte. Parquet and gzip end
+with checksums of their content, so any change of them is noticed. A change of larger plain text that keeps its size and falls
+between the blocks is not noticed; `--redo` or `--from` reads such a file again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ READERS = 16  # files at the same time, for object stores
 
 
 def fingerprint(root: str, location: str) -> str | None:
-    """What the files of a path of the config are known by; None where there are none.
+    """Fingerprint of the files of a path of the config; None if there are none.
 
     Args:
         root: data.root.
@@ -40,14 +40,14 @@ def fingerprint(root: str, location: str) -> str | None:
         return None
     whole = xxhash.xxh3_128()
     for info, content in zip(infos, sums, strict=True):
-        name = "/".join(info.path.split("/")[fixed:])  # nothing of one file: the config names it
+        name = "/".join(info.path.split("/")[fixed:])  # empty for a single file, which the config names
         whole.update(f"{name}\0{info.size}\0{content}\0".encode())
     return f"{sum(info.size for info in infos)} bytes in {len(infos)} files, {whole.hexdigest()}"
 
 
 @lru_cache(maxsize=100_000)
 def _sum(uri: str, path: str, size: int, mtime_ns: int) -> str:
-    """Hash of a file's content, read again by a process only once its size or time changed."""
+    """Hash of a file's content; a process reads it again only if its size or time changed."""
     filesystem: fs.FileSystem = resolve(uri)[0]
     found = xxhash.xxh3_128()
     with filesystem.open_input_file(path) as file:
@@ -57,7 +57,7 @@ def _sum(uri: str, path: str, size: int, mtime_ns: int) -> str:
 
 
 def _places(size: int) -> list[int]:
-    """Where the blocks begin that are read of a file: everywhere, or evenly from its first to its last one."""
+    """Offsets of the blocks of a file that are hashed: all of them, or evenly spaced from the first to the last."""
     if size <= WHOLE:
         return list(range(0, size, BLOCK))
     return [int(place) for place in np.linspace(0, size - BLOCK, WHOLE // BLOCK).astype(np.int64)]

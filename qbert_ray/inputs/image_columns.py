@@ -1,6 +1,6 @@
-"""Where an item's picture is: which column types can hold one, and which paths may be followed.
+"""Finds an item's image in a column: which types can hold one, and which paths may be followed.
 
-A catalog is somebody else's file, so its paths are not trusted: they may point into the catalog's own folder or the data
+A catalog is not trusted, and so neither are its paths: they may point into the catalog's own folder or the data
 root, or to a remote store or web host, but never to other local files or to this machine's own services.
 """
 
@@ -19,7 +19,7 @@ from qbert_ray.inputs.values import NOTHING, Kind
 
 DEFAULT = Addresses()
 TEXT = (pl.String, pl.Categorical, pl.Enum)
-# Lists and mappings written into a cell of text, as JSON or as Python shows them.
+# Lists and mappings written into a text cell, as JSON or as Python prints them.
 _NESTED = r"^\s*[\[{]"
 _UNDER_KEY = r"""['"]%s['"]\s*:\s*(?:\[?\s*(?:(?:None|null)\s*,?\s*)*)['"]([^'"]+)['"]"""
 _IN_LIST = r"""^\s*\[\s*(?:(?:None|null)\s*,?\s*)*['"]([^'"]+)['"]"""
@@ -28,7 +28,7 @@ _LEAST_ENCODED = 120  # characters; a shorter text is a path
 
 
 def can_hold_images(kind: Kind) -> bool:
-    """Whether paths or pictures can be in a column of a type."""
+    """Whether a column of a type can hold image paths or encoded images."""
     if isinstance(kind, pl.List | pl.Array):
         return kind.inner.is_integer() or _is_map(kind) or can_hold_images(kind.inner)
     if isinstance(kind, pl.Struct):
@@ -37,7 +37,7 @@ def can_hold_images(kind: Kind) -> bool:
 
 
 def image_path(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """The path or URI in an image column: the text itself, the first of a list, or what a struct holds under a usual name."""
+    """The path or URI in an image column: the text itself, the first of a list, or a struct's field with a usual name."""
     if isinstance(kind, pl.Array):
         value, kind = value.arr.to_list(), pl.List(kind.inner)
     if isinstance(kind, pl.Struct):
@@ -59,7 +59,7 @@ def image_path(value: pl.Expr, kind: Kind) -> pl.Expr:
 
 
 def image_bytes(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """The encoded picture in an image column: the bytes themselves, also as numbers or base64, the first of a list, or of a struct."""
+    """The encoded image in an image column: the bytes themselves, also as numbers or base64, in a list (the first) or a struct."""
     if isinstance(kind, pl.Array):
         value, kind = value.arr.to_list(), pl.List(kind.inner)
     if isinstance(kind, pl.Struct):
@@ -87,7 +87,7 @@ def unread_image(value: pl.Expr, kind: Kind) -> pl.Expr:
 
 
 def from_template(template: str, item_id: pl.Expr) -> pl.Expr:
-    """The path that a template such as covers/{item_id}.jpg or {item_id:.3}/{item_id}.jpg gives each item.
+    """The path of each item's image by a template such as covers/{item_id}.jpg or {item_id:.3}/{item_id}.jpg.
 
     Raises:
         ValueError: it holds anything else in braces, or no item_id.
@@ -108,7 +108,7 @@ def from_template(template: str, item_id: pl.Expr) -> pl.Expr:
 
 
 def _is_map(kind: Kind) -> bool:
-    """Whether a type is that of a map from text to text, as `arrow_types` gives it."""
+    """Whether a type is a map from text to text, as `arrow_types` converts it."""
     return isinstance(kind, pl.List) and kind.inner == pl.Struct({"key": pl.String, "value": pl.String})
 
 
@@ -138,7 +138,7 @@ def _from_numbers(values: pl.Series) -> pl.Series:
 
 
 def safe_paths(paths: pl.Series, folder: str, query: str, root: str, addresses: Addresses = DEFAULT) -> pl.Series:
-    """Absolute paths and URIs; null where there is none or where it may not be followed.
+    """Absolute paths and URIs; null where there is none or it may not be followed.
 
     Args:
         paths: as the rows give them.
@@ -149,7 +149,7 @@ def safe_paths(paths: pl.Series, folder: str, query: str, root: str, addresses: 
     """
     frame = pl.DataFrame({"path": paths})
     scheme = pl.col("path").str.extract(r"^([A-Za-z][A-Za-z0-9+.-]*):", 1).str.to_lowercase()
-    unusual = r"(^[/~])|((^|/)\.\.(/|$))|[\\\x00]|//" + ("|[?#]" if "://" in folder else "")  # a query would choose how a store is reached
+    unusual = r"(^[/~])|((^|/)\.\.(/|$))|[\\\x00]|//" + ("|[?#]" if "://" in folder else "")  # a query could change how a store is reached
     frame = frame.with_columns(scheme.alias("scheme"), (scheme.is_null() & ~pl.col("path").str.contains(unusual)).alias("plain"))
     joined = pl.concat_str(pl.lit(f"{folder}/"), pl.col("path").str.replace(r"^(\./)+", ""), pl.lit(query))
     remote = pl.col("scheme").is_not_null() & pl.col("path").is_in(_allowed(frame, addresses))
@@ -173,7 +173,7 @@ def _inside(path: str, folder: str, query: str, root: str) -> str | None:
 
 
 def _allowed(frame: pl.DataFrame, addresses: Addresses) -> list[str]:
-    """Addresses with a scheme that may be followed; web hosts and plain buckets are judged once each."""
+    """Addresses with a scheme that may be followed; each web host or bucket is checked once."""
     given = frame.filter(pl.col("scheme").is_not_null()).select("path", beginning=pl.col("path").str.extract(r"^(\w+://[^/?#]*)", 1))
     unusual = given.filter(pl.col("path").str.contains(r"[?#]") & ~pl.col("path").str.contains(r"^(?i)https?:"))["path"]
     good = [beginning for beginning in given["beginning"].drop_nulls().unique().to_list() if addresses.allow(beginning)]

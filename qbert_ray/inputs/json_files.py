@@ -1,6 +1,6 @@
-"""Rows of JSON files: one object a line, one array of objects, or one object that names its rows by their IDs.
+"""Reads rows of JSON files: one object per line, one array of objects, or one object that maps IDs to rows.
 
-JSON has no types that hold for a whole file, so values become text, line by line.
+A JSON file has no schema, so values become text, line by line.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import polars as pl
 from qbert_ray.inputs.text_files import Text, blocks
 from qbert_ray.storage.columns import ITEM_ID, TIMESTAMP, USER_ID
 
-REASON, ROW = "<reason>", "<row>"  # of a rejected row: why, and the row as JSON; names that no column of a file has
+REASON, ROW = "<reason>", "<row>"  # of a rejected row: why, and the row as JSON; names that columns of files do not have
 ROW_LENGTH = 2000  # characters of a rejected row that are kept
 MOST_NESTED = 64  # lists and mappings inside each other in a line
-MOST_BYTES = 2 << 30  # of a file that has to be read as one value
-SAMPLED_LINES = 10_000  # columns are named line by line; those of so many lines are known when a file is described
+MOST_BYTES = 2 << 30  # of a file that has to be parsed as one value
+SAMPLED_LINES = 10_000  # each line names its own columns; `describe` collects those of so many lines
 BATCH_LINES = 1 << 14
 LINES, ARRAY, KEYED, HISTORIES = "lines", "array", "keyed", "histories"
 IMAGE_KEYS = (  # of mappings, the best first
@@ -34,7 +34,7 @@ Converters = Mapping[str, Callable[[Any], str | None]]
 
 
 class JsonError(ValueError):
-    """What is wrong with a file, without its name."""
+    """A JSON file cannot be read; the message says why, without the file's name."""
 
 
 # values
@@ -57,9 +57,9 @@ def plain_text(value: Any) -> str | None:
 
 
 def first_image(value: Any) -> str | None:
-    """Path, URL or data URI in a JSON value: the text itself, the first of a list, or what a mapping holds under a usual key.
+    """Path, URL or data URI in a JSON value: the text itself, the first of a list, or a mapping's value under a usual key.
 
-    A value in which none is found comes as its JSON, so that it can be told from no value.
+    A value in which none is found is returned as its JSON, so that it differs from a missing value.
     """
     found = _first_image(value)
     if found or not _holds_something(value):
@@ -142,7 +142,7 @@ def read(stream: BinaryIO, text: Text, layout: str, converters: Converters) -> I
 
 
 def as_line(text: str, **more: Any) -> str:
-    """A rejected line as the JSON that is kept of it."""
+    """A rejected line as JSON, cut to the length that is kept."""
     return json.dumps({"line": text[:ROW_LENGTH], **more}, ensure_ascii=False)[:ROW_LENGTH]
 
 
@@ -170,7 +170,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether a value is nested past `MOST_NESTED`; by a number, since how much Python's stack bears depends on who calls."""
+    """Whether a value is nested deeper than `MOST_NESTED`; a fixed bound, since Python's own limit depends on the caller's stack."""
     level = [value]
     for _ in range(MOST_NESTED):
         level = [
@@ -200,7 +200,7 @@ def _names(records: Iterable[Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-# one value that holds all rows
+# files that are one JSON value
 
 
 def _records(value: Any, layout: str) -> Iterator[Any]:
@@ -214,7 +214,7 @@ def _records(value: Any, layout: str) -> Iterator[Any]:
 
 
 def _layout(value: dict[str, Any]) -> str | None:
-    """Layout of an object that is no row; None where it is one.
+    """Layout of an object that holds many rows; None if it is a single row.
 
     Raises:
         JsonError: it holds columns, or something else.
@@ -255,11 +255,11 @@ def _one_object(content: bytes) -> dict[str, Any] | None:
 
 
 def _layout_of_part(content: bytes, one_line: bool) -> tuple[str, tuple[str, ...]]:
-    """Layout of an object of which only the beginning is there: by the values that it holds whole.
+    """Layout of an object of which only the beginning is known, by its complete values.
 
     Args:
         content: the beginning.
-        one_line: it has no line end, so it may be the first line of many.
+        one_line: whether it has no line end, so that it may be the first of many lines.
     """
     text, decoder, position = content.decode(errors="replace"), json.JSONDecoder(), content.find(b"{") + 1
     found: dict[str, Any] = {}
@@ -284,7 +284,7 @@ def _layout_of_part(content: bytes, one_line: bool) -> tuple[str, tuple[str, ...
 
 
 def _skip(text: str, position: int) -> int:
-    """The next place that is neither space nor comma."""
+    """The next position that is neither space nor comma."""
     while text[position : position + 1] in (" ", "\t", "\r", "\n", ","):
         position += 1
     return position

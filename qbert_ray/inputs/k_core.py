@@ -1,8 +1,8 @@
-"""Interactions spread over partitions by a hash of the user, and the k-core over all of them.
+"""Partitions interactions by a hash of the user, and computes the k-core over all partitions.
 
-Everything about a user is in one partition, so only item counts have to be added up: in each round the partitions count the
-items of their remaining users, and the driver says which items are left. Partitions are never rewritten; what is left of one
-follows from the items that are left.
+All rows of a user are in one partition, so only item counts have to be added up: in each round the partitions count the
+items of their remaining users, and the driver decides which items remain. Partitions are never rewritten; the remaining
+rows of one follow from the remaining items.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from qbert_ray.inputs.sources import POSITION
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 
 CODE, USER, HASH = "_code", "_user", "_hash"
-# Salts are constants and not the seed: another seed must not mean another test set.
+# Salts are constants rather than the seed, so that another seed does not change the test set.
 USER_SALT, ITEM_SALT, TIE_SALT, COLD_SALT = 1, 2, 3, 4
 GIVEN = [USER_ID, ITEM_ID, TIMESTAMP, RATING]
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Users whose hashes lie in one range. `kept`: their rows in order of user and time; `rejected`: position, reason, row."""
+    """Rows of the users whose hashes lie in one range. `kept`: in order of user and time; `rejected`: position, reason, row."""
 
     kept: Handle
     rejected: Handle
@@ -35,16 +35,16 @@ class Partition:
 
 @dataclass(frozen=True)
 class Core:
-    """What the k-core left."""
+    """Items and users of the k-core."""
 
     items: np.ndarray  # [catalog] of bool
-    cold: np.ndarray  # [catalog] of bool, items held out of it that its users have often enough
+    cold: np.ndarray  # [catalog] of bool, held-out items with enough interactions of its users
     users: list[int]  # of each partition
     rounds: int
 
 
 def partition(executor: Executor, blocks: list[Handle], catalog: Handle, count: int) -> list[Partition]:
-    """Partitions in order of the user's hash; the same rows in the same order for any division into blocks.
+    """Partitions in order of the user's hash; rows and their order do not depend on how blocks are divided.
 
     Args:
         blocks: tables as `normalise_interactions` gives them.
@@ -75,7 +75,7 @@ def core(executor: Executor, partitions: list[Partition], cold: np.ndarray, min_
 
 
 def survivors(kept: pa.Table, items: np.ndarray, cold: np.ndarray, min_user: int) -> np.ndarray:
-    """[rows] whether a row is of the remaining or the cold items and its user still has `min_user` of the remaining ones."""
+    """[rows] whether a row's item is remaining or cold and its user still has `min_user` of the remaining items."""
     codes, users = kept[CODE].to_numpy(), kept[USER].to_numpy()
     enough = np.bincount(users[items[codes]], minlength=1 + int(users.max(initial=0))) >= max(min_user, 1)
     return (items | cold)[codes] & enough[users]
@@ -110,7 +110,7 @@ def _merge(catalog: pa.Table, *blocks: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def _in_order(rows: pl.DataFrame, items: np.ndarray) -> pl.DataFrame:
-    """Rows by user and time. Ties in time are broken by a hash: file order would leak how the file was made.
+    """Rows sorted by user and time. Ties in time are broken by a hash, since file order would leak how the file was made.
 
     Args:
         items: [catalog] hash of each item.

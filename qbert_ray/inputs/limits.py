@@ -1,6 +1,6 @@
-"""Bounds on what somebody else's file may ask of this process: memory, nesting, columns, and where its folder leads.
+"""Bounds on untrusted input files: memory, nesting, columns, and symbolic links out of their folder.
 
-A row past a bound is rejected with the reason, as any row that cannot be used; a file past one is refused by name.
+A row beyond a bound is rejected with the reason, like any unusable row; a file beyond one is refused by name.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ CHUNK = 1 << 20
 
 
 class LimitError(ValueError):
-    """A file is past a bound; the message says which."""
+    """A file is beyond a bound; the message says which."""
 
 
 def leading_outside(filesystem: fs.FileSystem, paths: list[str], folders: tuple[str, ...]) -> list[str]:
-    """Local files that, symbolic links followed, are in none of some folders."""
+    """Local files that lie in none of some folders once symbolic links are resolved."""
     if not isinstance(filesystem, fs.LocalFileSystem):
         return []
     return [path for path in paths if not is_inside(path, folders)]
 
 
 def lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines of a stream without white space around them; one that is longer than `MOST_LINE` is cut there, and so no JSON."""
+    """Stripped lines of a stream; a line longer than `MOST_LINE` is cut there, so that it is no valid JSON."""
     while line := stream.readline(MOST_LINE + 1):
         rest = line
         while len(line) > MOST_LINE and not rest.endswith(b"\n") and (rest := stream.readline(CHUNK)):
@@ -60,24 +60,24 @@ def batches(items: Iterable[bytes], most_rows: int, most_bytes: int) -> Iterator
 
 
 def check_columns(names: Iterable[str]) -> None:
-    """Raise LimitError where there are more than `MOST_COLUMNS`."""
+    """Raise LimitError if there are more than `MOST_COLUMNS`."""
     if sum(1 for _ in names) > MOST_COLUMNS:
         raise LimitError(f"it has more than {MOST_COLUMNS:,} columns")
 
 
 def check_schema(schema: pa.Schema) -> None:
-    """Raise LimitError where a Parquet file has too many columns, or one whose type is nested too deeply."""
+    """Raise LimitError if a Parquet file has too many columns, or one whose type is nested too deeply."""
     check_columns(schema.names)
     level = list(schema.types)
     for _ in range(MOST_NESTED):
         level = [kind.field(place).type for kind in level for place in range(kind.num_fields)]
-        check_columns(level)  # fields of structs count as columns do
+        check_columns(level)  # fields of structs count as columns
     if level:
         raise LimitError(f"a column is nested more than {MOST_NESTED} levels deep")
 
 
 def repeated_columns(metadata: pq.FileMetaData, schema: pa.Schema, names: Iterable[str]) -> list[str]:
-    """Columns of texts or bytes that a file writes by number, each value once: a few bytes may stand for gigabytes."""
+    """Dictionary-encoded columns of texts or bytes, in which a few bytes may decode to gigabytes."""
     plain = {name for name in names if pa.types.is_string(schema.field(name).type) or pa.types.is_binary(schema.field(name).type)}
     found: set[str] = set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
@@ -87,7 +87,7 @@ def repeated_columns(metadata: pq.FileMetaData, schema: pa.Schema, names: Iterab
 
 
 def unpacked(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """A batch in pieces of about `PIECE_BYTES` whose columns written by number hold the values.
+    """A batch with its dictionary-encoded columns decoded, in pieces of about `PIECE_BYTES`.
 
     Raises:
         LimitError: a value is larger than `MOST_VALUE`.

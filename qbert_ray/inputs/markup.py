@@ -1,4 +1,4 @@
-"""Plain text of what shops write as HTML."""
+"""Plain text from HTML in catalogs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _ENTITY = r"&(?:#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
 
 
 def strip_markup(texts: pl.Series) -> pl.Series:
-    """Texts without HTML tags, comments, scripts and styles, and with entities decoded; null where nothing is left.
+    """Texts without HTML tags, comments, scripts and styles, and with entities decoded; null if nothing is left.
 
-    Texts without a tag or an entity stay as they are, spaces too.
+    Texts without a tag or an entity are unchanged, spaces included.
     """
     marked = texts.str.contains(f"{_TAGS}|{_ENTITY}|<!").fill_null(False).arg_true()
     if not len(marked):
         return texts
     plain = _without_tags(texts[marked])
-    for _ in range(2):  # feeds escape what was escaped already: &amp;lt;b&amp;gt;
+    for _ in range(2):  # some feeds escape twice: &amp;lt;b&amp;gt;
         escaped = plain.str.contains(_ENTITY).fill_null(False).arg_true()
         if len(escaped):
             decoded = plain[escaped].map_elements(html.unescape, pl.String)

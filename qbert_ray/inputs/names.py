@@ -1,4 +1,4 @@
-"""What columns are usually called."""
+"""Usual names of columns, by role."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 RECBOLE = r":(token|token_seq|float|float_seq)$"  # types in RecBole's column names
-NAMES = {  # spelled without case, underscores and spaces; the first that a file has is taken
+NAMES = {  # without case, underscores and spaces; the first one that a file has is used
     "user_id": ["userid", "user", "reviewerid", "customerid", "customer", "clientid", "client", "visitorid", "memberid", "accountid", "uid"]
     + ["profileid", "personid", "useridx", "cardid", "shopperid", "buyerid", "sessionid", "session"],
     "item_id": ["itemid", "item", "parentasin", "asin", "productid", "product", "sku", "articleid", "movieid", "bookid", "isbn", "trackid"]
@@ -19,11 +19,11 @@ NAMES = {  # spelled without case, underscores and spaces; the first that a file
 
 
 def plain_name(name: str) -> str:
-    """A column's name in small letters, without RecBole's type."""
+    """A column's name in lower case, without RecBole's type."""
     return re.sub(RECBOLE, "", name.lower())
 
 
 def named(columns: Sequence[str], role: str) -> list[str]:
-    """Columns whose name is usual for a role, the most usual first."""
+    """Columns with a usual name of a role, the most usual first."""
     spelled = {re.sub(r"[^a-z0-9]", "", plain_name(name)): name for name in reversed(columns)}
     return [spelled[name] for name in NAMES[role] if name in spelled]

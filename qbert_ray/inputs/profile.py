@@ -1,4 +1,4 @@
-"""What the columns of somebody's files hold, by name and by a sample of their values: IDs, times, texts, pictures, attributes."""
+"""Profiles the columns of a user's files, by name and by a sample of values: IDs, times, texts, images, attributes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from qbert_ray.inputs.times import TimeStyle, as_timestamp, judge
 from qbert_ray.inputs.values import as_text
 from qbert_ray.storage.directory import resolve
 
-SAMPLED_ROWS = 20_000  # of which a column is judged
+SAMPLED_ROWS = 20_000  # by which a column is profiled
 PICTURE = r"(?i)\.(jpe?g|png|webp|gif|bmp)(\?.*)?$"
 LINK = r"(?i)^[a-z][a-z0-9+.-]*://"
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")  # how encoded pictures begin
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")  # first bytes of encoded images
 
 
 @dataclass(frozen=True)
 class Column:
-    """What a sample of a column's values is like; shares are of the filled ones."""
+    """Statistics of a sample of a column's values; shares are of the filled values."""
 
     name: str
     kind: str  # text, number, time, bytes, mapping or vector
@@ -38,23 +38,23 @@ class Column:
     distinct: float
     values: int  # distinct ones
     words: float  # on average
-    pictures: float  # that end like a picture's file, or begin like a picture
+    pictures: float  # share that ends with an image file's suffix, or begins with the bytes of an image
     links: float
     example: str
 
 
 @dataclass(frozen=True)
 class Files:
-    """Files of one folder and kind with the same columns: one table."""
+    """A table: files of one folder and kind with the same columns."""
 
     paths: tuple[Path, ...]
-    file: File  # the first, looked into
+    file: File  # the first one, of which columns and a sample are read
     sample: pl.DataFrame
     columns: dict[str, Column]
 
     @property
     def location(self) -> Path:
-        """The file, the folder of partitions, or the glob that names exactly these."""
+        """The file, the folder of partitions, or the glob that matches exactly these files."""
         return self.folder if _partitions(self.paths[0]) else _glob(self.paths)
 
     @property
@@ -63,7 +63,7 @@ class Files:
         return _above_partitions(self.paths[0])
 
     def times(self, name: str) -> TimeStyle:
-        """How the times of a column are written, by the sample."""
+        """How the times of a column are written, judged by the sample."""
         return judge([self.sample[name]])
 
     def read(self, names: Sequence[str], most: int) -> pl.DataFrame:
@@ -78,12 +78,12 @@ class Files:
         return pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(names, pl.String))
 
     def named(self, role: str) -> list[str]:
-        """Columns whose name is usual for a role, the most usual first."""
+        """Columns with a usual name of a role, the most usual first."""
         return named(self.file.columns, role)
 
 
 def look(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
-    """Tables among the files and folders named, and why files that look like one were left aside."""
+    """Tables among the given files and folders, and the reason why other files were left aside."""
     tables: dict[tuple[object, ...], list[tuple[Path, File]]] = {}
     aside: dict[str, str] = {}
     for path in sorted(set(itertools.chain.from_iterable(map(_files, paths)))):
@@ -92,7 +92,7 @@ def look(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
         except FileError as error:
             aside[str(path)] = str(error)
             continue
-        # Amazon's categories lie beside each other; other files of equal columns are parts of one table.
+        # Amazon's categories are separate files in one folder; other files with equal columns are parts of one table.
         part = re.sub(r"\d+", "", path.name) if detect_format((file,)) != "contract" else ""
         if wrong := _headless(file):
             aside[str(path)] = wrong
@@ -123,7 +123,7 @@ def _above_partitions(path: Path) -> Path:
 
 
 def _headless(file: File) -> str:
-    """Why the first line of a file of cells is no header; empty where it may be one."""
+    """Why the first line of a CSV or TSV file is not a header; empty if it may be one."""
     if file.kind not in ("csv", "tsv") or file.layout == MIND:
         return ""
     odd = [name for name in file.own_columns if re.fullmatch(r"-?[0-9]+([.][0-9]+)?|[a-z]+://.*|[0-9]{4}-[0-9]{2}-[0-9]{2}.*", name)]
@@ -231,7 +231,7 @@ def _column(values: pl.Series) -> Column:
 
 
 def _kind(values: pl.Series, text: pl.Series) -> str:
-    """number, time or text: what nearly all filled values can be read as."""
+    """The kind of a column by its values: the one as which nearly all filled values can be read."""
     if values.dtype.is_temporal():
         return "time"
     if not len(text):

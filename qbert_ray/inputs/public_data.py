@@ -1,4 +1,4 @@
-"""Public data sets by name: where their files are, under which terms, and how they become files of the input contract.
+"""Public data sets by name: download addresses, terms of use, and conversion to the input contract.
 
 Amazon's files are read as they are published; MovieLens is converted to Parquet.
 """
@@ -58,7 +58,7 @@ class PublicData:
 
 
 def find(name: str) -> PublicData:
-    """The data set of a name such as movielens-1m or amazon-2023:Musical_Instruments.
+    """The data set with a name such as movielens-1m or amazon-2023:Musical_Instruments.
 
     Raises:
         DownloadError: there is none.
@@ -78,13 +78,13 @@ def find(name: str) -> PublicData:
 
 
 def fetch(name: str, folder: Path, report: Callable[[str], Report] = lambda name: lambda done, total: None) -> list[str]:
-    """Download a data set's files into a folder and convert them; names of those that came, none where all were there.
+    """Download a data set's files into a folder and convert them; returns the names of the new files.
 
     Args:
-        report: name of a file -> what its progress is told to.
+        report: name of a file -> function that receives its progress.
 
     Raises:
-        DownloadError: no such data set, or a file cannot be had or is not what was published.
+        DownloadError: no such data set, or a file cannot be downloaded or is not what was published.
     """
     data = find(name)
     receipt = folder / RECEIPT
@@ -106,7 +106,7 @@ def fetch(name: str, folder: Path, report: Callable[[str], Report] = lambda name
 
 
 def _is_there(path: Path, file: Remote, receipt: dict[str, object] | None) -> bool:
-    """Whether a file came before and is still what came; one without a receipt was put there by hand and is checked."""
+    """Whether a file was downloaded before and is unchanged; one without a receipt was put there by hand and is checked."""
     if not path.exists():
         return False
     if receipt is not None and receipt["url"] == file.url:
@@ -158,7 +158,7 @@ def _amazon_2018(category: str) -> PublicData:
 
 
 def convert_movielens(folder: Path) -> None:
-    """Write items.parquet (title, genres, year) and interactions.parquet from ml-1m.zip, whose fields `::` parts."""
+    """Write items.parquet (title, genres, year) and interactions.parquet from ml-1m.zip, whose fields are separated by `::`."""
     with zipfile.ZipFile(folder / "ml-1m.zip") as archive:
         movies = _records(archive.read("ml-1m/movies.dat"), 3)
         ratings = _records(archive.read("ml-1m/ratings.dat"), 4)
@@ -170,7 +170,7 @@ def convert_movielens(folder: Path) -> None:
     interactions = pl.DataFrame(ratings, [USER_ID, ITEM_ID, RATING, TIMESTAMP], orient="row").with_columns(
         pl.col(RATING).cast(pl.Float32), pl.col(TIMESTAMP).cast(pl.Int64)
     )
-    for name, table in (("items", items), ("interactions", interactions)):  # the interactions last: they are the done marker
+    for name, table in (("items", items), ("interactions", interactions)):  # interactions are written last: they mark completion
         partial = folder / f".{name}.parquet"
         table.write_parquet(partial)
         partial.rename(folder / f"{name}.parquet")

@@ -1,7 +1,7 @@
-"""Rows of Parquet, CSV and JSON files as they are, plain or gzipped, batch by batch.
+"""Reads the raw rows of Parquet, CSV and JSON files, plain or gzipped, batch by batch.
 
-Values of Parquet files keep their types; those of CSV and JSON come as text. A row that cannot be parsed is handed on with
-the reason instead of stopping the file. Folders such as date=2026-01-31 are a column of the files in them.
+Values of Parquet files keep their types; those of CSV and JSON are read as text. A row that cannot be parsed is returned with
+the reason and does not stop the file. Folders such as date=2026-01-31 are a column of the files in them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class File:
 
     @property
     def remark(self) -> str:
-        """What is unusual about how the file is written; empty where nothing is."""
+        """Unusual properties of how the file is written; empty if there are none."""
         said = []
         if self.text.encoding == LATIN:
             said.append("not UTF-8: read as Windows-1252 (Latin-1)")
@@ -77,7 +77,7 @@ class File:
 
 @dataclass(frozen=True)
 class Fragment:
-    """What one task reads: some row groups of a Parquet file, or a whole file of text."""
+    """The unit that one task reads: some row groups of a Parquet file, or a whole text file."""
 
     file: File
     first_row: int = 0
@@ -92,7 +92,7 @@ def kind_of(path: str) -> str | None:
 
 
 def describe(filesystem: fs.FileSystem, path: str) -> File:
-    """Kind and columns of a file, looked into but not read; a file without a header has no columns.
+    """Kind and columns of a file, from its beginning or footer; a file without a header has no columns.
 
     Raises:
         FileError: the file is unreadable or of no known kind.
@@ -125,7 +125,7 @@ def describe(filesystem: fs.FileSystem, path: str) -> File:
 
 
 def fragments(file: File) -> Iterator[Fragment]:
-    """The pieces that tasks read side by side; they depend on the file alone."""
+    """The fragments of a file that tasks read in parallel; they depend on the file alone."""
     if file.kind != "parquet":
         yield Fragment(file)
         return
@@ -140,7 +140,7 @@ def fragments(file: File) -> Iterator[Fragment]:
 
 
 def read(filesystem: fs.FileSystem, fragment: Fragment, converters: Converters) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Batches of a fragment with the number of their first row; reason and row are filled where parsing failed.
+    """Number of the first row, and rows, of each batch of a fragment; reason and row are filled where parsing failed.
 
     Args:
         converters: wanted column -> how a JSON value becomes text. Columns that the file lacks are left out.
@@ -170,7 +170,7 @@ def _describe_parquet(filesystem: fs.FileSystem, path: str) -> File:
 
 
 def _with_folders(file: File) -> File:
-    """The file with a column for each folder of its path such as date=2026-01-31 that it has no column for."""
+    """The file with a column added for each folder of its path such as date=2026-01-31, unless it has that column."""
     pairs = [part.partition("=") for part in file.path.split("/")[:-1]]
     found = {
         unquote(name): None if value == NO_VALUE else unquote(value) for name, equals, value in pairs if equals and name.isidentifier()

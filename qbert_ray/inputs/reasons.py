@@ -1,4 +1,4 @@
-"""Why rows are rejected, in words: a hint for each reason, and what to say where nothing is left of a table."""
+"""Messages about rejected rows: a hint for each reason, and an explanation if no row of a table is left."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ HINTS = {
     "open quotation mark": "a quotation mark that opens a cell is not closed; double those that belong to the text",
     "file not found": "image paths start from the folder of the items file",
 }
-UNITS = {"s": (1e8, 1.0), "ms": (1e11, 1e3), "us": (1e14, 1e6), "ns": (1e17, 1e9)}  # of times: the least likely number, how many a second
-MIXED, MOST = 0.01, 0.5  # shares from which a second unit of time, and histories of one time, are worth a word
+UNITS = {"s": (1e8, 1.0), "ms": (1e11, 1e3), "us": (1e14, 1e6), "ns": (1e17, 1e9)}  # of times: smallest plausible value, units per second
+MIXED, MOST = 0.01, 0.5  # shares above which a second unit of time, and histories with a single time, are reported
 SHOWN = 300  # characters of an example
-_ALIKE: dict[str, Callable[[str], str]] = {  # why IDs of two files may differ -> what makes them equal
+_ALIKE: dict[str, Callable[[str], str]] = {  # why IDs of two files may differ -> function that makes them equal
     "they have leading zeros on one side only": lambda text: text.lstrip("0"),
     "one side is written in capitals": str.lower,
     "one side has spaces or signs in it": lambda text: "".join(sign for sign in text if sign.isalnum()).lower(),
@@ -43,7 +43,7 @@ _ALIKE: dict[str, Callable[[str], str]] = {  # why IDs of two files may differ -
 
 
 def rejected(reason: str, count: int, examples: Sequence[str], total: int | None = None) -> str:
-    """One line about rows that were rejected for one reason, of `total` rows.
+    """One line about the rows, out of `total`, that were rejected for one reason.
 
     Args:
         examples: rows as JSON.
@@ -55,10 +55,10 @@ def rejected(reason: str, count: int, examples: Sequence[str], total: int | None
 
 
 def suspicions(users: int, evaluated: int, at_one_time: int, times: dict[str, int]) -> list[str]:
-    """What looks wrong in a table of interactions that can be used.
+    """Warnings about interactions that can be used but look wrong.
 
     Args:
-        users: kept, of which `evaluated` have at least three interactions and `at_one_time` two or more that all have one time.
+        users: kept users; `evaluated` of them have at least three interactions, `at_one_time` two or more with equal times.
         times: unit -> how many times look like it.
     """
     said = []
@@ -78,7 +78,7 @@ def suspicions(users: int, evaluated: int, at_one_time: int, times: dict[str, in
 
 
 def unknown_items(wanted: Iterable[str], known: Sequence[str]) -> str:
-    """An ID of each file, and why the two may not match."""
+    """One line with an ID of each file, and the likely reason why they do not match."""
     ids = [item for item in wanted if item]
     if not ids or not known:
         return ""
@@ -100,12 +100,12 @@ def nothing_left(
     num_items: int,
     known: list[str],
 ) -> str:
-    """Why no interaction is left.
+    """A message that explains why no interaction is left.
 
     Args:
         total: interactions read.
         found: reason -> rejected interactions and some of them as JSON.
-        left: interactions that no reason rejects, all of which fall to the smallest numbers per user and item.
+        left: interactions that no reason rejects; the k-core removed all of them.
         items: reason -> rejected ones of `num_items` items, and some of them.
         known: some of the catalog's IDs.
     """

@@ -1,7 +1,7 @@
-"""What the values of a user's rows mean: IDs, time, text and images of the input contract, from any column type.
+"""Converts a user's raw rows, of any column type, into IDs, times, texts and images of the input contract.
 
-Pure functions on polars frames. A row that cannot be used stays in the frame with its reason and itself as JSON; nothing
-is dropped here. `stable_hash` is the house's hash: it orders users, items and ties, so it never changes between versions.
+Pure functions on polars frames. A row that cannot be used stays in the frame with its reason and its JSON; nothing
+is dropped here. `stable_hash` orders users, items and ties everywhere, so it never changes between versions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qbert_ray.inputs.times import as_timestamp
 from qbert_ray.inputs.values import Kind, as_id, as_rating, as_text, is_given
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID
 
-UNSAFE, UNREAD = "<unsafe image>", "<unread image>"  # the image path that was refused, the value in which none was found
+UNSAFE, UNREAD = "<unsafe image>", "<unread image>"  # the image path that was refused, the value in which no path was found
 _GIVEN_TIME, _GIVEN_RATING, _GIVEN_PATH = "<given time>", "<given rating>", "<given path>"
 
 
@@ -31,7 +31,7 @@ _GIVEN_TIME, _GIVEN_RATING, _GIVEN_PATH = "<given time>", "<given rating>", "<gi
 
 
 def stable_hash(values: pl.Series, salt: int = 0) -> np.ndarray:
-    """64-bit hash of each string's UTF-8 bytes (null as an empty one), the same on every machine and version.
+    """[N] 64-bit hash of each string's UTF-8 bytes (null counts as empty), the same on every machine and version.
 
     Words of eight bytes are mixed in one after the other, for all strings at once.
     """
@@ -52,7 +52,7 @@ def stable_hash(values: pl.Series, salt: int = 0) -> np.ndarray:
 
 
 def mix(values: np.ndarray, salt: int = 0) -> np.ndarray:
-    """Splitmix64: spreads 64-bit numbers evenly, one to one."""
+    """64-bit numbers mixed by splitmix64, a bijection."""
     x = values + np.uint64(0x9E3779B97F4A7C15 * (salt + 1) % 2**64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -85,10 +85,10 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
 
 
 def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain, root: str) -> pl.DataFrame:
-    """item_id, image_path, image_bytes, text.*, attribute.*, position, reason, row, an image path that was refused, and an unread image.
+    """item_id, image_path, image_bytes, text.*, attribute.*, position, reason, row, the refused image path, and the unread image value.
 
     Args:
-        file: number of the file the rows are from: relative image paths start in its folder.
+        file: number of the rows' file: relative image paths start in its folder.
         root: another folder that absolute image paths may point into.
     """
     texts = {f"{TEXT_PREFIX}{name}": name for name in domain.text_fields} | {
@@ -105,7 +105,7 @@ def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain
     rows = rows.with_columns(strip_markup(rows[column]) for column in texts)
     if source.template:
         rows = rows.with_columns(pl.coalesce(_GIVEN_PATH, from_template(source.template, pl.col(ITEM_ID))))
-    # A picture that came as bytes needs no path, whatever its path says.
+    # An image given as bytes needs no path, so a bad path does not matter.
     given = rows.select(pl.when(pl.col("image_bytes").is_null()).then(_GIVEN_PATH).alias(_GIVEN_PATH)).to_series()
     addresses = Addresses.of(source.uri if "://" in source.uri else root, domain)
     paths = safe_paths(given, source.folder(file), source.query, root, addresses)
@@ -116,7 +116,7 @@ def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain
 
 
 def _pick(raw: pl.DataFrame, source: Source, name: str | None, convert: Converter) -> pl.Expr:
-    """The first filled of the columns that a contract name stands for, converted by their types."""
+    """The first filled one of the columns for a contract name, converted by their types."""
     columns = source.columns.get(name, ()) if name else ()
     filled = [convert(pl.col(column), raw.schema[column]) for column in columns]
     empty = convert(pl.lit(None, pl.Null), pl.Null())
@@ -124,7 +124,7 @@ def _pick(raw: pl.DataFrame, source: Source, name: str | None, convert: Converte
 
 
 def _explain(rows: pl.DataFrame, reasons: Sequence[pl.Expr], raw: pl.DataFrame) -> pl.DataFrame:
-    """`rows` with the first reason that holds; rejected ones also hold the raw row as JSON, without bytes."""
+    """`rows` with the first reason that applies; rejected ones also hold the raw row as JSON, without bytes."""
     rows = rows.with_columns(pl.coalesce(REASON, *reasons).alias(REASON))
     rejected = (rows[REASON].is_not_null() & rows[ROW].is_null()).arg_true()
     if not len(rejected):
@@ -134,7 +134,7 @@ def _explain(rows: pl.DataFrame, reasons: Sequence[pl.Expr], raw: pl.DataFrame) 
 
 
 def as_json(rows: pl.DataFrame) -> pl.Series:
-    """Each row as JSON, cut."""
+    """Each row as JSON, cut to the length that is kept."""
     return rows.select(pl.struct(pl.all()).struct.json_encode().str.slice(0, ROW_LENGTH)).to_series()
 
 

@@ -1,8 +1,8 @@
-"""A user's files as the config names them: which they are, what they are called inside, and their raw rows.
+"""Finds the files that the config names, maps their columns to the input contract, and reads their raw rows.
 
 A `Source` is the files of one table of one domain: one file, a folder or a glob, local, s3:// or gs://. Raw Amazon review
-and metadata files are known by their columns. Every row carries its position (number of the file, number of the row), which
-is what makes the answer independent of who reads what and when.
+and metadata files are recognised by their columns. Every row has its position (number of the file, number of the row), so that
+the result does not depend on which task reads what and when.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 from qbert_ray.storage.directory import join, resolve
 
 Table = Literal["items", "interactions"]
-POSITION = "<position>"  # a name that no column of a file has
+POSITION = "<position>"  # a name that columns of files do not have
 _FILE_BITS = 40  # rows of a file that positions can count
 
 # Names of the input contract -> columns of Amazon's raw files; the first filled one wins.
@@ -55,7 +55,7 @@ class SourceError(ValueError):
 class Source:
     """The files of one table of one domain, with the columns that are wanted of them."""
 
-    label: str  # how errors call it
+    label: str  # its name in errors
     uri: str
     filesystem: fs.FileSystem
     files: tuple[File, ...]
@@ -71,15 +71,15 @@ class Source:
 
     @property
     def query(self) -> str:
-        """Of the URI, with its question mark: how to reach the store."""
+        """Query of the URI, with its question mark; it says how to reach the store."""
         return "?" + self.uri.partition("?")[2] if "://" in self.uri and "?" in self.uri else ""
 
     def fragments(self) -> list[tuple[int, Fragment]]:
-        """What can be read side by side, each with the number of its file."""
+        """Fragments that can be read in parallel, each with the number of its file."""
         return [(number, fragment) for number, file in enumerate(self.files) for fragment in readers.fragments(file)]
 
     def folder(self, file: int) -> str:
-        """Local path or URI, without its query, of a file's folder: where relative image paths start."""
+        """Local path or URI, without its query, of a file's folder, from which relative image paths start."""
         folder = self.files[file].path.rpartition("/")[0]
         return f"{self.uri.partition('://')[0]}://{folder}" if "://" in self.uri else folder
 
@@ -102,7 +102,7 @@ class Source:
 
 
 def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating: bool = False) -> Source:
-    """The files that a domain's `items` or `interactions` names, looked into but not read.
+    """The files that a domain's `items` or `interactions` names, with their columns; rows are not read yet.
 
     Args:
         root: folder or URI that relative paths start from.
@@ -132,7 +132,7 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
             described = tuple(pool.map(lambda path: readers.describe(filesystem, path), paths))
     except FileError as error:
         raise SourceError(f"{label}: {error}; set {key}") from None
-    files = tuple(file for file in described if file.own_columns)  # parts that hold nothing are usual; Spark writes hundreds
+    files = tuple(file for file in described if file.own_columns)  # empty parts are common: Spark writes hundreds
     if not files:
         raise SourceError(f"{label}: {uri} is empty; set {key}")
     form = domain.format if domain.format != "auto" else detect_format(files)
@@ -146,10 +146,10 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
 
 
 def check_root(root: str) -> None:
-    """Refuse a local data.root that is not there.
+    """Raise if a local data.root does not exist.
 
     Raises:
-        SourceError: with the nearest name that is there.
+        SourceError: with the most similar name that exists.
     """
     filesystem, path = resolve(root)
     if not isinstance(filesystem, fs.LocalFileSystem) or Path(path).exists():
@@ -162,7 +162,7 @@ def check_root(root: str) -> None:
 
 
 def _check_images(source: Source, name: str) -> None:
-    """Refuse an image column of a type that can hold neither paths nor pictures, and a template that names no item."""
+    """Raise if an image column's type can hold neither paths nor images, or a template names no item."""
     for file, column in itertools.product(source.files, source.columns.get(source.image or "", ())):
         if file.schema is None or column not in file.schema.names:
             continue
@@ -180,7 +180,7 @@ def _check_images(source: Source, name: str) -> None:
 
 
 def _time_style(source: Source) -> TimeStyle:
-    """How times are written, by the first values of the first file that has them, or more where these do not tell."""
+    """How times are written, judged by the first values of the first file that has them, or by more if these are ambiguous."""
     try:
         return judge(
             frame[column]
@@ -189,7 +189,7 @@ def _time_style(source: Source) -> TimeStyle:
             for _, frame in readers.read(source.filesystem, fragment, {column: plain_text})
             if column in frame.columns and len(frame)
         )
-    except FileError:  # found again, and told of, when the rows are read
+    except FileError:  # it is found again and reported when the rows are read
         return TimeStyle()
 
 
@@ -197,16 +197,16 @@ def find_files(filesystem: fs.FileSystem, path: str, wanted: Callable[[str], obj
     """Sorted paths of the files that a file, folder or glob of the config names.
 
     Args:
-        filesystem: that the path is on.
+        filesystem: file system of the path.
         path: as the file system takes it.
-        wanted: of a folder or glob only names that this is true of; by default those of tables.
+        wanted: selects among the names of a folder or glob; by default those of tables.
     """
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.File:
         return [path]
     parts = path.rstrip("/").split("/")
     fixed = len(parts)
-    if kind == fs.FileType.NotFound:  # only what does not exist by that very name can be a glob
+    if kind == fs.FileType.NotFound:  # a path that exists literally is not a glob
         fixed = _first_glob(filesystem, parts)
     selector = fs.FileSelector("/".join(parts[:fixed]), recursive=True, allow_not_found=True)
     infos = (info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File)
@@ -214,7 +214,7 @@ def find_files(filesystem: fs.FileSystem, path: str, wanted: Callable[[str], obj
 
 
 def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
-    """Number of the first part of a path that is a pattern: one with its signs that is no folder by that very name."""
+    """Number of the first part of a path that is a pattern: it has wildcards, and no folder has literally that name."""
     for number, part in enumerate(parts):
         missing = (
             any(sign in part for sign in "*?[") and filesystem.get_file_info("/".join(parts[: number + 1])).type == fs.FileType.NotFound
@@ -225,13 +225,13 @@ def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
 
 
 def _matches(found: list[str], wanted: list[str], fixed: int) -> bool:
-    """Whether a found path is inside the wanted folder, or fits the wanted glob; hidden files never do."""
+    """Whether a path is inside the wanted folder, or matches the wanted glob; hidden files never do."""
     hidden = any(part.startswith((".", "_")) and "=" not in part for part in found[fixed:])
     return not hidden and len(found) >= len(wanted) and all(map(fnmatch.fnmatchcase, found[fixed:], wanted[fixed:]))
 
 
 def detect_format(files: tuple[File, ...]) -> str:
-    """contract, amazon_2018 or amazon_2023, by the columns of a table's files."""
+    """Format of a table's files by their columns: contract, amazon_2018 or amazon_2023."""
     found = {name for file in files for name in file.columns}
     if ITEM_ID in found:
         return "contract"
@@ -241,7 +241,7 @@ def detect_format(files: tuple[File, ...]) -> str:
 def _choose_columns(
     label: str, name: str, table: Table, domain: Domain, form: str, files: tuple[File, ...], needs_rating: bool
 ) -> dict[str, tuple[str, ...]]:
-    """Contract name -> columns of the files; each wanted one is there."""
+    """Contract name -> columns of the files; raises if a wanted column is missing."""
     required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP]
     given: dict[str, str] = dict(domain.item_columns.items() if table == "items" else domain.interaction_columns.items())
     wanted = _wanted(name, table, domain, needs_rating)
@@ -261,7 +261,7 @@ def _choose_columns(
 
 
 def _mend(name: str, table: Table, column: str, found: tuple[str, ...]) -> str:
-    """How to name a column of the contract that the file calls otherwise."""
+    """Advice on how to map a column of the contract that has another name in the file."""
     if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
         return "rename it there, or "
     likely = next(iter(named(found, column)), "<column>")
@@ -269,7 +269,7 @@ def _mend(name: str, table: Table, column: str, found: tuple[str, ...]) -> str:
 
 
 def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool) -> dict[str, str]:
-    """Column -> config key that asks for it; empty where it may be absent."""
+    """Column -> config key that asks for it; empty if the column may be absent."""
     here = f"data.domains.{name}"
     if table == "interactions":
         rating = "data.min_rating" if needs_rating else ""

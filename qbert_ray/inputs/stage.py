@@ -1,8 +1,8 @@
-"""The user's files become the tables of a run: catalog, sequences, interactions, and every rejected row with its reason.
+"""The stage `ingest`: turns the user's files into catalog, sequences, interactions, and rejected rows with their reasons.
 
-Files are read fragment by fragment with Ray Data; interactions go through `partitions`; the tables are written part by part
-in tasks. Only the catalog's IDs and one number per item ever reach the driver. Each order below is that of a hash, so blocks
-and workers cannot change the answer.
+Files are read fragment by fragment; interactions are partitioned by user (`k_core`); the tables are written part by part
+in tasks. Only the catalog's IDs and one number per item ever reach the driver. Every order is that of a hash, so blocks
+and workers do not change the result.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from qbert_ray.storage.columns import (
 from qbert_ray.storage.directory import RunDir, resolve
 
 ROWS_PER_PARTITION, MAX_TASKS = 500_000, 64
-EXAMPLES, KNOWN_IDS = 100, 100_000  # looked at where nothing is left, to say why
+EXAMPLES, KNOWN_IDS = 100, 100_000  # read to explain why no interaction is left
 BYTES_PER_TASK = 128 << 20  # of the catalog
 GROUP = "_group"
 
@@ -64,7 +64,7 @@ def ingest(config: Config, run: RunDir, executor: Executor, progress: Progress) 
 def ingest_domain(
     config: Config, name: str, run: RunDir, executor: Executor, progress: Progress, rows_per_partition: int = ROWS_PER_PARTITION
 ) -> dict[str, Any]:
-    """One domain of `ingest`; other partitions change where parts of the users' tables end, never rows or their order."""
+    """Ingest one domain; the number of partitions changes where parts of the users' tables end, never rows or their order."""
     data, domain = config.data, config.data.domains[name]
     items = open_source(data.root, name, "items", domain)
     interactions = open_source(data.root, name, "interactions", domain, needs_rating=data.min_rating is not None)
@@ -97,7 +97,7 @@ def ingest_domain(
 
 
 def read_catalog(config: Config, name: str, source: Source, executor: Executor) -> tuple[Rows, pa.Table]:
-    """Normalised rows of a domain's items files; and item_id, position of the first row and hash of each item, in order of the hash."""
+    """Normalised rows of a domain's items files, and its catalog as `_catalog` makes it."""
     rows = _read(executor, source, read_items, domain=config.data.domains[name], root=_local(config.data.root))
     return rows, _catalog(executor, source, rows.blocks())
 
@@ -124,7 +124,7 @@ def _read(executor: Executor, source: Source, reader: Callable[..., Iterator[pa.
 
 
 def _catalog(executor: Executor, source: Source, blocks: list[Handle]) -> pa.Table:
-    """item_id, position of the first row and hash of each item, in order of the hash: an item's row is its code."""
+    """item_id, position of the first row and hash of each item, in order of the hash; an item's row number identifies it."""
     rows = pl.concat([pl.DataFrame(executor.get(handle)) for handle in [executor.submit(_ids, block) for block in blocks]])
     if rows.is_empty():
         why = [
@@ -142,7 +142,7 @@ def _ids(block: pa.Table) -> pa.Table:
 
 
 def _held_out(catalog: pa.Table, share: float) -> np.ndarray:
-    """[catalog] whether an item is cold: by its ID alone, so that another catalog or seed holds out the same ones."""
+    """[catalog] whether an item is cold; it depends on its ID alone, so another catalog or seed holds out the same items."""
     return stable_hash(pl.DataFrame(catalog)[ITEM_ID], COLD_SALT) < np.uint64(share * 2**64)
 
 
@@ -185,7 +185,7 @@ def _clamp(value: float, low: int, high: int) -> int:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes one domain's tables from what the core left."""
+    """Writes one domain's tables from the items and users of its k-core."""
 
     run: RunDir
     executor: Executor
@@ -196,7 +196,7 @@ class Writer:
     min_user: int
 
     def write(self, items: Rows, partitions: list[Partition]) -> dict[str, Any]:
-        """Write everything; returns what was kept and what was rejected for which reason."""
+        """Write all tables; returns the counts of kept rows, and of rejected rows by reason."""
         num_items = int(self.left.items.sum() + self.left.cold.sum())
         size = self.rows_per_part or _clamp(num_items / 16, 64, 8192)
         parts_per_task = _clamp(num_items / size / _clamp(items.size_bytes() / BYTES_PER_TASK, 1, MAX_TASKS), 1, 1 << 30)
@@ -228,7 +228,7 @@ class Writer:
         ]  # fmt: skip
 
     def _final_catalog(self, rows_per_group: int) -> pa.Table:
-        """The catalog with item_index (null: not kept; cold items come last), the group that writes the row, and what is cold."""
+        """The catalog with item_index (null: not kept; cold items come last), the group that writes the row, and whether it is cold."""
         kept, cold = self.left.items | self.left.cold, self.left.cold
         index = np.where(cold, self.left.items.sum() + np.cumsum(cold), np.cumsum(self.left.items)) - 1
         frame = pl.DataFrame(self.catalog).with_columns(
@@ -238,7 +238,7 @@ class Writer:
 
 
 def split_items(block: pa.Table, catalog: pa.Table, groups: int) -> list[pa.Table] | pa.Table:
-    """Rows of each group, with item_index, or with the reason why they are not kept."""
+    """Rows of each group, with item_index, or with the reason why they are rejected."""
     first = pl.DataFrame(catalog).rename({POSITION: "first"})
     rows = pl.DataFrame(block).join(first, on=ITEM_ID, how="left")
     repeated = pl.when(pl.col(POSITION) != pl.col("first")).then(pl.lit(f"duplicate {ITEM_ID}"))
@@ -249,7 +249,7 @@ def split_items(block: pa.Table, catalog: pa.Table, groups: int) -> list[pa.Tabl
 
 
 def write_items(run: RunDir, domain: str, number: str, first_part: int, size: int, *pieces: pa.Table) -> Counter[tuple[str, str]]:
-    """Write the parts of a group of items in order, and part `number` of the rejected rows; rows by (table, reason), none if kept."""
+    """Write the parts of a group of items and part `number` of the rejected rows; returns counts by (table, reason), "" if kept."""
     rows = pl.concat([pl.DataFrame(piece) for piece in pieces])
     kept = rows.filter(pl.col(REASON).is_null()).sort(ITEM_INDEX).with_columns(pl.lit(domain).alias(DOMAIN))
     texts = [name for name in rows.columns if "." in name]
@@ -269,7 +269,7 @@ def write_items(run: RunDir, domain: str, number: str, first_part: int, size: in
 
 
 def _lost_images(kept: pl.DataFrame, column: str, reason: str) -> pl.DataFrame:
-    """Items whose image cannot be used, with what was given for it."""
+    """Items whose image cannot be used, with the value that was given for it."""
     lost = kept.filter(pl.col(column).is_not_null())
     row = as_json(lost.select(ITEM_ID, pl.col(column).alias("image")))
     return lost.with_columns(row.alias(ROW), pl.lit("images").alias("table"), pl.lit(reason).alias(REASON))
@@ -307,7 +307,7 @@ def _write_users(
 
 
 def _times(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
-    """Users whose interactions all have one time, and how many times look like seconds, milliseconds, ...
+    """Number of users whose interactions all have one time, and how many times look like seconds, milliseconds, ...
 
     Args:
         times: in order of user and time.
@@ -338,7 +338,7 @@ def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     place = above - np.repeat(first, sizes)  # [rows] warm ones above of the same user
     later = cold & (place > 0)
     target = np.full(len(starts), -1)
-    target[np.repeat(np.arange(len(starts)), sizes)[later]] = np.flatnonzero(later)  # of several the last
+    target[np.repeat(np.arange(len(starts)), sizes)[later]] = np.flatnonzero(later)  # if there are several, the last
     history = np.where(target >= 0, place[target], 0) if len(rows) else target
     sequences = (
         rows[starts]
@@ -357,7 +357,7 @@ def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def _lists(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> pl.Series:
-    """[U] lists of the `lengths` values from `starts` on."""
+    """[U] lists of `lengths` values, beginning at `starts`."""
     ends = np.cumsum(lengths)
     flat = values[np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)]
     offsets = np.concatenate([[0], ends]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""A first config for somebody's files: which table is which, and why it is thought so."""
+"""Guesses a first config for a user's files: which table holds what, and why."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from qbert_ray.inputs.starter_columns import Guess, Match, item_columns, read_ca
 from qbert_ray.inputs.times import as_timestamp
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 
-MOST_ROWS = 2_000_000  # that items are matched and interactions counted over
-LEAST_MATCH = 0.01  # share of the interactions' items that a catalog must know
+MOST_ROWS = 2_000_000  # used to match items and to count interactions
+LEAST_MATCH = 0.01  # share of the interactions' items that a catalog must contain
 CORES, LEAST_KEPT, LEAST_USERS = (5, 3, 2), 0.3, 20  # tried in turn; share of interactions and number of users that must stay
-NEARLY = 0.8  # of the best share of items known: catalogs from here on are chosen by what they say of the items
+NEARLY = 0.8  # of the best share of items found: among catalogs above it, the one with the most information on its items is chosen
 ORDERS = r"(?i)order|invoice|receipt|basket|cart|transaction|voucher|ticket|trx|txn|bill|checkout|document|session|visit"
 PRODUCT = r"(?i)brand|categor|genre|title|product_?name|item_?name|descri|price"
 LOGS = r"(?i)rating|review|interaction|transaction|event|sale|order|purchase|click|behavior|behaviour|history|log|inter\b"
 
 
 class StarterError(ValueError):
-    """Files of which no config can be made; the message says what was seen and what is expected."""
+    """No config can be made for the files; the message says what was found and what is expected."""
 
 
 def guess(tables: list[Files], aside: dict[str, str], paths: Sequence[Path]) -> list[Guess]:
-    """Each catalog with one table of interactions whose items it knows, and what their columns are for.
+    """One guess per catalog: the table of interactions whose items it contains, and the roles of the columns.
 
     `aside` receives why other tables are not used.
 
     Raises:
-        StarterError: there is none of either, or no catalog knows the items.
+        StarterError: there are no interactions or no catalogs, or no catalog contains the items.
     """
     plain = [table for table in tables if not given_features(table)]
     sales = [table for table in plain if _users(table) and _time(table)]
     catalogs = [table for table in plain if table not in sales and _keys(table)]
-    if not sales:  # users may have an unusual name: then what a catalog knows the items of
+    if not sales:  # the user column may have an unusual name: then any table with times whose items a catalog contains
         sales = [table for table in plain if _time(table) and _best(table, catalogs)[0].share > 0.5]
         catalogs = [table for table in catalogs if table not in sales]
     if not sales:
@@ -55,9 +55,9 @@ def guess(tables: list[Files], aside: dict[str, str], paths: Sequence[Path]) -> 
 
 
 def _pair(table: Files, catalogs: list[Files], plain: list[Files]) -> Guess | None:
-    """A table of interactions with the catalog for it, or with itself where it says more of its items than any."""
+    """A table of interactions with its catalog; the table itself is the catalog if it describes its items better than any other."""
     match, catalog = _best(table, catalogs)
-    named = match.key in catalog.named(ITEM_ID) or plain_name(match.key) == plain_name(match.item)  # numbers of other things match, too
+    named = match.key in catalog.named(ITEM_ID) or plain_name(match.key) == plain_name(match.item)  # numeric IDs of other things can match
     if match.share >= LEAST_MATCH and (named or richness(catalog, match.key) or _amazon(catalog, ITEM_ID)):
         return Guess(catalog, table, detect_format((catalog.file,)), match, _names(table, match.item))
     if any(richness(other, _keys(other)[0]) for other in catalogs):
@@ -70,13 +70,13 @@ def _pair(table: Files, catalogs: list[Files], plain: list[Files]) -> Guess | No
 
 
 def _says_of_items(table: Files, item: str) -> bool:
-    """Whether a table of interactions also has columns about the items, by their values or their names."""
+    """Whether a table of interactions also describes its items, judged by values or names of its columns."""
     taken = {_time(table), *_users(table)[:1]}
     return bool(item_columns(table, item, taken)) or any(re.search(PRODUCT, name) for name in table.columns if name != item)
 
 
 def _one_for_each_catalog(found: list[Guess], aside: dict[str, str]) -> list[Guess]:
-    """Of several tables of interactions with the items of one catalog the one that is most like purchases or ratings."""
+    """For each catalog, the table of interactions that looks most like purchases or ratings."""
     chosen: dict[int, Guess] = {}
     for domain in sorted(found, key=_is_main, reverse=True):
         main = chosen.setdefault(id(domain.items), domain)
@@ -105,7 +105,7 @@ def given_features(table: Files) -> str:
 
 
 def _amazon(table: Files, name: str) -> list[str]:
-    """Columns of raw Amazon files that stand for a contract name."""
+    """Columns of raw Amazon files for a contract name."""
     return [column for column in AMAZON.get(detect_format((table.file,)), {}).get(name, []) if column in table.columns]
 
 
@@ -122,7 +122,7 @@ def _time(table: Files) -> str | None:
 
 
 def _users(table: Files) -> list[str]:
-    """Columns that are named as users are, the most usual first."""
+    """Columns with a usual name for users, the most usual first."""
     return _amazon(table, USER_ID) + table.named(USER_ID)
 
 
@@ -132,14 +132,14 @@ def _single(table: Files) -> list[str]:
 
 
 def _keys(table: Files) -> list[str]:
-    """Columns that could name each row, the likeliest first."""
+    """Columns that could identify each row, the likeliest first."""
     named = _amazon(table, ITEM_ID) + table.named(ITEM_ID)
     single = [name for name in _single(table) if table.columns[name].filled > 0.95 and table.columns[name].distinct > 0.95]
     return list(dict.fromkeys([*(name for name in named if name in single), *single]))[:4]
 
 
 def _best(table: Files, catalogs: list[Files]) -> tuple[Match, Files]:
-    """Of the catalogs that know about as many of the items, the one that says most of them."""
+    """The catalog with the most information on the items, among those that contain about as many of them as the best."""
     matches = [(_match(table, catalog), catalog) for catalog in catalogs if catalog is not table]
     most = max((match.share for match, _ in matches), default=0.0)
     near = [pair for pair in matches if pair[0].share and pair[0].share >= NEARLY * most]
@@ -154,7 +154,7 @@ def _best(table: Files, catalogs: list[Files]) -> tuple[Match, Files]:
 
 
 def _match(table: Files, catalog: Files) -> Match:
-    """How the items of the interactions are named in both, by the values that both have."""
+    """The columns that hold the item ID in both tables, found by the values that they share."""
     taken = {_time(table), *_users(table)[:1]}
     named = _amazon(table, ITEM_ID) + table.named(ITEM_ID)
     candidates = list(dict.fromkeys(name for name in [*named, *_single(table)] if name not in taken))
@@ -183,7 +183,7 @@ def _names(table: Files, item: str) -> dict[str, str]:
 
 
 def _unnamed_users(table: Files, item: str, time: str | None) -> list[str]:
-    """Columns without a usual name in which users could be: single words that come back, at several times and with several items."""
+    """Columns without a usual name that could hold users: single words that recur at several times and with several items."""
     of_item = set(item_columns(table, item, {time}))
     repeated = [name for name in _single(table) if name not in (item, time, *table.named(RATING)) and table.columns[name].distinct < 0.95]
     users = [name for name in repeated if name not in of_item and table.columns[name].values > 10 and not _is_order(table, name, time)]
@@ -191,7 +191,7 @@ def _unnamed_users(table: Files, item: str, time: str | None) -> list[str]:
 
 
 def _is_order(table: Files, name: str, time: str | None = None) -> bool:
-    """Whether a column numbers orders: it is called so, or nearly all of its values have one time in all of their rows."""
+    """Whether a column holds order numbers, judged by its name, or because nearly every value has a single time."""
     if re.search(ORDERS, name):
         return True
     if time is None or time == name:
@@ -202,7 +202,7 @@ def _is_order(table: Files, name: str, time: str | None = None) -> bool:
 
 
 def _without_time(plain: list[Files], catalogs: list[Files]) -> str:
-    """What to do with a table of users and items that lacks nothing but times."""
+    """Advice on a table of users and items that only lacks times."""
     for table in sorted(plain, key=lambda table: -len(table.columns)):
         users = _users(table)
         items = [name for name in table.named(ITEM_ID) if name not in users]
@@ -230,7 +230,7 @@ def _readable(table: Files, name: str) -> bool:
 
 
 def _core(domain: Guess) -> tuple[int, str]:
-    """The largest usual k whose k-core keeps enough, and what it keeps."""
+    """The largest usual k whose k-core keeps enough, and a note on what it keeps."""
     item, user = domain.match.item, domain.names[USER_ID]
     pairs = domain.interactions.read(list(dict.fromkeys([user, item])), MOST_ROWS).drop_nulls()
     known = domain.items.read([domain.match.key], MOST_ROWS)[domain.match.key].drop_nulls().unique()

@@ -1,4 +1,4 @@
-"""What the columns of a catalog are for, in a first config: texts, attributes, images; and why others are left aside."""
+"""Guesses the roles of a catalog's columns for a first config: texts, attributes, images; and why others are left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qbert_ray.inputs.profile import Column, Files
 from qbert_ray.inputs.sources import AMAZON, detect_format
 
 CHECKED_PICTURES = 100
-MOST_FILES = 20_000  # of a folder that are looked at for images
+MOST_FILES = 20_000  # of a folder that are searched for images
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 TITLES = ("title", "name", "product_title", "product_name", "prod_name", "item_name", "headline", "book_title", "original_title")
 CATEGORIES = r"(?i)categor|genre|brand|tag|type|colou?r|department|class|group|section|maker|vendor|publisher|author|artist"
@@ -26,7 +26,7 @@ SAME = 0.9  # share of items whose rows must agree for a column to belong to the
 
 @dataclass(frozen=True, order=True)
 class Match:
-    share: float  # of the interactions' items that the catalog knows
+    share: float  # of the interactions' items that the catalog contains
     rank: int  # how usual the names are
     item: str  # column of the interactions
     key: str  # column of the catalog
@@ -34,7 +34,7 @@ class Match:
 
 @dataclass
 class Guess:
-    """One domain: two tables, what their columns are for, and why."""
+    """A guessed domain: its two tables, the roles of their columns, and why."""
 
     items: Files
     interactions: Files
@@ -50,7 +50,7 @@ class Guess:
 
 
 def richness(table: Files, key: str) -> int:
-    """How much a catalog says of its items: two for a text, one for words."""
+    """How much information a catalog has on its items: two points for a text column, one for a column of words."""
     others = [column for name, column in table.columns.items() if name != key and column.kind == "text" and column.filled > 0.1]
     return sum(2 if column.words >= 1.5 else 1 for column in others if column.links < 0.5 or column.words >= 1.5)
 
@@ -66,10 +66,10 @@ def item_columns(table: Files, item: str, taken: set[str | None]) -> list[str]:
 
 
 def read_catalog(domain: Guess, folders: Sequence[Path]) -> None:
-    """Say what the columns of the domain's catalog are for.
+    """Set the roles of the catalog's columns in a domain.
 
     Args:
-        folders: that were named: images in them may be called by the IDs of their items.
+        folders: the given folders; images in them may be named by item IDs.
     """
     if domain.form != "contract":
         _read_amazon(domain)
@@ -112,7 +112,7 @@ def _read_amazon(domain: Guess) -> None:
 
 
 def _place(domain: Guess, column: Column, pictures: dict[str, str]) -> None:
-    """Put one column where it seems to belong."""
+    """Assign a role to one column."""
     name, called, words = column.name, plain_name(column.name), f"{column.words:.1f} words on average"
     called_picture = any(word in called for word in PICTURE_NAMES)
     repeats = column.distinct <= 0.7 and column.values > 1
@@ -141,7 +141,7 @@ def _place(domain: Guess, column: Column, pictures: dict[str, str]) -> None:
 
 
 def _pictures(table: Files, column: Column) -> str:
-    """Why a column is read as images; empty where it holds paths and none of them exists."""
+    """Why a column is read as images; empty if it holds paths of which none exists."""
     if column.kind == "bytes":
         return "images themselves"
     if column.links > 0.5:
@@ -152,7 +152,7 @@ def _pictures(table: Files, column: Column) -> str:
 
 
 def _template(domain: Guess, folders: Sequence[Path]) -> tuple[str, str] | None:
-    """How image files near the tables are called by the IDs of their items, and why; None where none are."""
+    """Path template of image files near the tables that are named by item IDs, and why; None if there are none."""
     known = set(domain.items.read([domain.match.key], 2_000_000)[domain.match.key].drop_nulls().to_list())
     counts: dict[tuple[Path, str], int] = {}
     seen = 0

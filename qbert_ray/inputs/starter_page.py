@@ -1,4 +1,4 @@
-"""The YAML text of a first config, with the reason of each guess beside it."""
+"""Writes a first config as YAML, with the reason for each guess as a comment."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from qbert_ray.storage.columns import ITEM_ID
 
 
 def write_config(paths: Sequence[Path], output: Path, force: bool = False) -> str:
-    """Write a commented config for the files and folders named; its content.
+    """Write a commented config for the given files and folders; returns its text.
 
     Raises:
-        StarterError: the output is there already, or there are no items with interactions among the files.
-        SourceError: the files are not what they seemed.
+        StarterError: the output exists already, or there are no items with interactions among the files.
+        SourceError: the files turn out not to be usable.
     """
     if output.exists() and not force:
         raise StarterError(f"{output} is there already; choose another name, or replace it with --force")
@@ -110,7 +110,7 @@ def _name(text: str) -> str:
 
 
 def _name_of(found: Guess) -> str:
-    """Amazon's categories are files beside each other; other domains are folders."""
+    """Name of a domain: that of the file for Amazon's categories, which share a folder; else that of the folder."""
     return _name(found.interactions.paths[0].name if found.form != "contract" else found.interactions.paths[0].parent.name)
 
 

@@ -1,7 +1,7 @@
-"""Files of text as UTF-8, whatever they are written in: plain or gzipped, UTF-8, UTF-16, or Windows-1252 (Latin-1).
+"""Reads text files as UTF-8: plain or gzipped, written in UTF-8, UTF-16 or Windows-1252 (Latin-1).
 
-An encoding is known by its byte order mark, by the zero bytes of UTF-16, or by bytes that UTF-8 cannot hold. Such bytes are
-read as Windows-1252 one by one, so that a single one in an otherwise good file spoils nothing.
+An encoding is recognised by its byte order mark, by the zero bytes of UTF-16, or by bytes that are invalid in UTF-8. Such bytes
+are read as Windows-1252 one by one, so that a single one does not spoil an otherwise good file.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _ERRORS = "qbert-ray-windows-1252"  # the name under which `_as_latin` is known 
 
 
 class TextError(ValueError):
-    """What is wrong with a file, without its name."""
+    """A text file cannot be read; the message says why, without the file's name."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """How a file of text is written."""
+    """Encoding and line ends of a text file."""
 
     encoding: str = UTF8  # utf-8, windows-1252, utf-16-le or utf-16-be
     returns: bool = False  # lines end in carriage returns alone, as old spreadsheets write them
@@ -39,13 +39,13 @@ class Text:
 
 def open_text(filesystem: fs.FileSystem, path: str) -> BinaryIO:
     """The decompressed bytes of a file."""
-    # Python's gzip rather than Arrow's: published dumps are at times several gzip streams in a row.
+    # Python's gzip rather than Arrow's: some published dumps are several concatenated gzip streams.
     stream = filesystem.open_input_stream(path, compression=None)
     return gzip.GzipFile(fileobj=stream) if path.lower().endswith(".gz") else io.BufferedReader(stream)  # type: ignore[return-value]
 
 
 def look_at(filesystem: fs.FileSystem, path: str) -> tuple[Text, bytes, bool]:
-    """How a file is written, its beginning as UTF-8, and whether that is all of it."""
+    """A file's encoding, its beginning as UTF-8, and whether that is the whole file."""
     with open_text(filesystem, path) as stream:
         sample, cut = _beginning(stream)
         whole = not stream.read(1) and not cut
@@ -55,7 +55,7 @@ def look_at(filesystem: fs.FileSystem, path: str) -> tuple[Text, bytes, bool]:
 
 
 def _beginning(stream: BinaryIO) -> tuple[bytes, bool]:
-    """The first bytes of a file; where its first line is longer than that, the beginning of that line and the lines after it.
+    """The first bytes of a file; if its first line is longer than that, the beginning of that line and the lines after it.
 
     Returns:
         The bytes, and whether the first line was cut.
@@ -84,7 +84,7 @@ def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES) -> Iterator[by
             piece = decoder.decode(piece, last).encode(errors="replace")
         if text.returns:
             piece = piece.replace(b"\r", b"\n")
-        if cut:  # of a line past the bound, which is rejected, only the beginning is kept
+        if cut:  # of a line beyond the bound, which is rejected, only the beginning is kept
             place = piece.find(b"\n")
             piece, cut = (piece[place:], False) if place >= 0 else (b"", not last)
         end = len(piece) if last else piece.rfind(b"\n") + 1
@@ -114,7 +114,7 @@ def _without_mark(sample: bytes) -> str:
     if len(zeros) > min(len(sample), 4096) / 4:  # every second byte of text that is mostly ASCII
         return "utf-16-le" if (zeros % 2).mean() > 0.5 else "utf-16-be"
     try:
-        codecs.getincrementaldecoder(UTF8)().decode(sample)  # a character that is cut at the end is no error
+        codecs.getincrementaldecoder(UTF8)().decode(sample)  # a character cut off at the end is no error
     except UnicodeDecodeError:
         if len(zeros):
             raise TextError("it holds zero bytes and is neither UTF-8 nor UTF-16, so it is no text") from None
@@ -123,7 +123,7 @@ def _without_mark(sample: bytes) -> str:
 
 
 def _valid(content: bytes) -> bytes:
-    """The content as it is where it is UTF-8; else with the bytes that are not read as Windows-1252."""
+    """The content as UTF-8; bytes that are invalid in it are read as Windows-1252."""
     if content.isascii():
         return content
     try:
@@ -142,12 +142,12 @@ def _as_latin(error: UnicodeError) -> tuple[str, int]:
 def _character(byte: int) -> str:
     try:
         return bytes([byte]).decode("cp1252")
-    except UnicodeDecodeError:  # one of the five that Windows leaves out
+    except UnicodeDecodeError:  # one of the five bytes that Windows-1252 does not define
         return chr(byte)
 
 
 def _know_errors() -> None:
-    """Tell `codecs` of `_as_latin`; here and not on import, which starts nothing."""
+    """Register `_as_latin` with `codecs`; not on import, which has no side effects."""
     try:
         codecs.lookup_error(_ERRORS)
     except LookupError:

@@ -1,4 +1,4 @@
-"""Times as whole numbers: numbers as given, dates and clocks as microseconds since 1970, in any of the usual spellings.
+"""Converts times to whole numbers: numbers as given, dates and times in any usual format as microseconds since 1970.
 
 Which number of 11/12/2019 is the day, and whether numbers have fractions, is the same for a whole table: `judge` finds it.
 """
@@ -46,14 +46,14 @@ _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct",
 
 @dataclass(frozen=True)
 class TimeStyle:
-    """What one value of a table cannot tell by itself."""
+    """Properties of a column of times that a single value does not show."""
 
-    fractional: bool = False  # numbers have fractions of a second: all are taken times a million
-    day_first: bool | None = None  # of 11/12/2019; None: nothing tells, so the month with slashes and the day with dashes
+    fractional: bool = False  # numbers have fractions of a second: all are multiplied by a million
+    day_first: bool | None = None  # of 11/12/2019; None: unknown, so the month comes first with slashes and the day with dashes
 
 
 def judge(batches: Iterable[pl.Series]) -> TimeStyle:
-    """The style of a column of times: by its first batch, or by as many as it takes to tell days from months."""
+    """The style of a column of times, judged by its first batch, or by as many as it takes to tell days from months."""
     style = TimeStyle()
     for number, values in enumerate(batches):
         if values.dtype.is_float() or values.dtype.is_decimal():
@@ -74,7 +74,7 @@ def judge(batches: Iterable[pl.Series]) -> TimeStyle:
 
 
 def as_timestamp(value: pl.Expr, kind: Any, style: TimeStyle = TimeStyle()) -> pl.Expr:
-    """Whole number, as given; dates and times as microseconds since 1970. Null where it is neither.
+    """Whole numbers as given; dates and times as microseconds since 1970; null for anything else.
 
     Fractions of numbers are dropped unless the style says that the column has them.
     """
@@ -100,7 +100,7 @@ def _number(value: pl.Expr, style: TimeStyle) -> pl.Expr:
 
 
 def _read(values: pl.Series, style: TimeStyle) -> pl.Series:
-    """Times in a column of text; whatever one step cannot read is left to the next."""
+    """Times in a column of text; each step reads what the ones before it could not."""
     text = values.str.strip_chars()
     times = text.cast(pl.Int64, strict=False)  # digits first: only they keep all 64 bits
     if style.fractional:
@@ -122,13 +122,13 @@ def _read(values: pl.Series, style: TimeStyle) -> pl.Series:
 
 
 def _numbers(text: pl.Series, style: TimeStyle) -> pl.Series:
-    """Decimals and exponents, as spreadsheets write whole numbers."""
+    """Whole numbers written as decimals or with exponents, as spreadsheets do."""
     plain = text.str.replace(r"^(-?\d{5,}),(\d+)$", "$1.$2")
     return plain.to_frame().select(_number(pl.col("text").cast(pl.Float64, strict=False), style)).to_series()
 
 
 def _iso(text: pl.Series) -> pl.Series:
-    """The common spellings of ISO 8601, fast."""
+    """Times in common forms of ISO 8601; fast."""
     plain = pl.col("text").str.replace("[Tt ]", " ").str.replace(r" ?(Z|z|UTC|GMT)$", "+00:00")
     zoned = plain.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%#z", time_unit="us", time_zone="UTC", strict=False).dt.epoch("us")
     clock = plain.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="us", strict=False).dt.epoch("us")
@@ -137,7 +137,7 @@ def _iso(text: pl.Series) -> pl.Series:
 
 
 def _common(text: pl.Series, style: TimeStyle) -> pl.Series:
-    """Other usual spellings, each tried on what is left where it fits some of the first values; fast too."""
+    """Times in other usual formats, each tried on the remaining values if it fits some of the first; fast too."""
     numbers = "%d/%m/%Y" if style.day_first else "%m/%d/%Y"
     dates = ("%Y-%m-%d", "%d.%m.%Y", "%Y/%m/%d", numbers)
     times = pl.Series("text", [None] * len(text), pl.Int64)
@@ -156,7 +156,7 @@ def _datetimes(text: pl.Series, form: str) -> pl.Series:
 
 
 def _dates(text: pl.Series, style: TimeStyle) -> pl.Series:
-    """Dates and clocks in other spellings, taken apart; each spelling once."""
+    """Times in any other format, parsed field by field; equal texts are parsed once."""
     rows = text.unique().to_frame().with_columns(pl.col("text").alias("given"))
     plain = pl.col("text").str.replace(r" *\([^)]*\)$", "").str.replace(r"([0-9]) *\[.*\]$", "$1")
     plain = plain.str.replace(r"^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*[.]?,? +", "")
@@ -201,7 +201,7 @@ def _date(parts: pl.Series) -> pl.Series:
 
 
 def _clock(local: pl.Series) -> pl.Series:
-    """Microseconds since midnight of the clock in `local`; none where there is no clock, null where it is wrong."""
+    """Microseconds since midnight of the time in `local`; 0 if there is no time, null if it is invalid."""
     parts = local.str.extract_groups(_CLOCK).struct.unnest()
     hour, minute, second = (pl.col(name).cast(pl.Int64) for name in ("hour", "minute", "second"))
     fraction = pl.col("fraction").str.pad_end(6, "0").str.slice(0, 6).cast(pl.Int64).fill_null(0)
@@ -213,7 +213,7 @@ def _clock(local: pl.Series) -> pl.Series:
 
 
 def _to_utc(local: pl.Series, zones: pl.Series, east: pl.Series) -> pl.Series:
-    """Local times less what their zones are ahead; null where a zone is not known."""
+    """Local times converted to UTC; null if the time zone is unknown."""
     frame = pl.DataFrame({"time": local, "zone": zones, "east": east})
     minutes = pl.col("zone").str.to_uppercase().replace_strict(ZONES, default=None, return_dtype=pl.Int64)
     frame = frame.with_columns(pl.coalesce("east", minutes, pl.when(pl.col("zone").is_null()).then(0)).alias("east"))

@@ -1,4 +1,4 @@
-"""What is wrong with somebody's files, in one page: a dry run of the ingest into a folder that is deleted afterwards."""
+"""Validates a user's files and reports on one page: a dry run of the ingest into a temporary folder."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from qbert_ray.storage.directory import RunDir
 
 EXAMPLES, EXAMPLE_LENGTH = 3, 100
 IMAGES_LOOKED_FOR, IMAGES_DECODED = 200, 100
-SMALL_BYTES = 512 << 20  # of local input files that are checked in this process
+SMALL_BYTES = 512 << 20  # total size of local input files up to which they are checked in this process
 TABLES: tuple[Table, ...] = ("items", "interactions")
 
 Sources = dict[str, dict[Table, Source | str]]  # domain -> table -> its files, or why they cannot be used
 
 
 def open_sources(config: Config) -> Sources:
-    """The files of each domain, looked into but not read.
+    """The files of each domain with their columns; rows are not read yet.
 
     Raises:
         SourceError: data.root is not there.
@@ -45,7 +45,7 @@ def open_sources(config: Config) -> Sources:
 
 
 def in_this_process(config: Config, sources: Sources) -> bool:
-    """Whether local files so small are named that starting Ray would take longer than reading them."""
+    """Whether all input files are local and so small that starting Ray would take longer than reading them."""
     if config.compute.executor == "local":
         return True
     given = [source for tables in sources.values() for source in tables.values() if isinstance(source, Source)]
@@ -56,7 +56,7 @@ def in_this_process(config: Config, sources: Sources) -> bool:
 
 
 def validate(config: Config, executor: Executor, sources: Sources | None = None) -> dict[str, Any]:
-    """The report of each domain: its files, what a run would keep and reject, and what looks wrong.
+    """A report per domain: its files, what a run would keep and reject, and what looks wrong.
 
     Args:
         sources: as `open_sources` gives them.
@@ -70,7 +70,7 @@ def _open(config: Config, name: str, table: Table) -> Source | str:
         return open_source(config.data.root, name, table, config.data.domains[name], config.data.min_rating is not None)
     except ValueError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001 - a file that breaks a reader must not hide what the others are like
+    except Exception as error:  # noqa: BLE001 - a file that breaks a reader must not hide the reports on the others
         return _unexpected(name, error)
 
 
@@ -102,7 +102,7 @@ def _validate_domain(config: Config, name: str, executor: Executor, tables: dict
 
 @contextmanager
 def _scratch(run_dir: str, executor: Executor) -> Iterator[RunDir]:
-    """A folder that every worker can write: this machine's own if there is no other, else one beside the run."""
+    """A temporary folder that every worker can write: local if there is only one machine, else next to the run directory."""
     base, mark, query = run_dir.partition("?") if "://" in run_dir else (run_dir, "", "")
     if "://" not in base and executor.num_machines() == 1:
         folder = tempfile.mkdtemp()
@@ -156,14 +156,14 @@ def _filled(run: RunDir) -> dict[str, float]:
 
 
 def _images(run: RunDir, settings: ImageEncoder, addresses: Addresses) -> dict[str, Any]:
-    """The first pictures of the catalog, which is in hash order: how many are there and can be decoded."""
-    from qbert_ray.features.encoders import ImageRejected, decode_image  # which bring torch
+    """How many of the catalog's first images, in hash order, exist and can be decoded."""
+    from qbert_ray.features.encoders import ImageRejected, decode_image  # imports torch
 
     result: dict[str, Any] = {"looked_for": 0, "decoded": 0, "web": 0, "problems": Counter[str](), "examples": []}
     tried = 0
     for item_id, path, content in _first_images(run):
         if content is None and path.startswith(("http://", "https://")):
-            result["web"] += 1  # not fetched: a page about files should not take minutes
+            result["web"] += 1  # not fetched, which would take minutes
             continue
         result["looked_for"] += 1
         decode = tried < IMAGES_DECODED
@@ -191,7 +191,7 @@ def _first_images(run: RunDir) -> Iterator[tuple[str, str, bytes | None]]:
 
 
 def _histories(run: RunDir) -> dict[str, Any]:
-    """Range and ties of time, and quantiles of the interactions per user."""
+    """Range and ties of the times, and quantiles of the interactions per user."""
     lengths, ties, total = [], 0, 0
     first, last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     for part in run.parts("ingest/interactions"):
@@ -210,7 +210,7 @@ def _histories(run: RunDir) -> dict[str, Any]:
 
 
 def format_files(sources: Sources) -> str:
-    """What the files of each domain are, as text: all that is known before they are read."""
+    """The files of each domain as text: what is known before their rows are read."""
     lines = []
     for name, tables in sources.items():
         lines += [
@@ -221,10 +221,10 @@ def format_files(sources: Sources) -> str:
 
 
 def format_validation(report: dict[str, Any], files: bool = True) -> str:
-    """The report as one page of text.
+    """The validation report as one page of text.
 
     Args:
-        files: say what the files are, too.
+        files: whether to list the files as well.
     """
     return "\n\n".join("\n".join(_domain_lines(name, domain, files)) for name, domain in report.items())
 
@@ -271,7 +271,7 @@ def _image_lines(images: dict[str, Any]) -> Iterator[str]:
 
 
 def _as_date(first: int, last: int) -> str:
-    """Both ends as dates where they are plausible ones in some unit, else as the numbers they are."""
+    """The first and last time as dates if they are plausible in some unit, else as numbers."""
     for unit, (_, scale) in UNITS.items():
         if first / scale >= 1e8 and last / scale <= 4e9:  # 1973 to 2096
             days = [datetime.fromtimestamp(value / scale, UTC).date().isoformat() for value in (first, last)]

@@ -1,4 +1,4 @@
-"""What the values of a column mean, whatever its type: text, IDs and ratings of the input contract."""
+"""Converts the values of a column of any type to text, IDs and ratings of the input contract."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import polars as pl
 import pyarrow as pa
 
 Kind = Any  # a polars data type; polars types its inner types more loosely than its own functions take them
-# How programs write that there is nothing: what pandas reads as missing, MySQL's \N, and what JavaScript and SQL leave behind.
+# How programs write a missing value: what pandas reads as missing, MySQL's \N, and values of JavaScript and SQL.
 NOTHING = [
     *("nan", "NaN", "NAN", "-nan", "-NaN", "null", "NULL", "Null", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "#N/A N/A", "#NA"),
     *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN", "NaT", "\\N", "undefined"),
 ]
-NO_ID = [*NOTHING, "none", "NONE", "na", "Na", "nil", "NIL", "<null>", "<none>", "(null)", "#n/a", "nat"]  # which could be words in a text
-_WHOLE = 2.0**53  # floats below are exact whole numbers
+NO_ID = [*NOTHING, "none", "NONE", "na", "Na", "nil", "NIL", "<null>", "<none>", "(null)", "#n/a", "nat"]  # in a text these could be words
+_WHOLE = 2.0**53  # below it, floats represent whole numbers exactly
 
 
 def as_text(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """Stripped text, null where nothing is left: whole numbers without .0, lists joined with a comma, structs as JSON.
+    """Stripped text, null if empty: whole numbers without .0, lists joined with a comma, structs as JSON.
 
-    Spellings of nothing, such as NaN and NULL, are null.
+    Spellings of a missing value, such as NaN and NULL, are null.
     """
     text, written = _text(value, kind)
     filled = text != ""
@@ -28,7 +28,7 @@ def as_text(value: pl.Expr, kind: Kind) -> pl.Expr:
 
 
 def as_id(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """Text of an ID: as `as_text`, and 12.0 is 12 in any type, since that is how a whole number is written whose column had gaps."""
+    """IDs as text, like `as_text`; 12.0 is 12 in any type, since whole numbers of a column with gaps are often written as floats."""
     text = as_text(value, kind)
     if kind.is_integer():
         return text
@@ -36,7 +36,7 @@ def as_id(value: pl.Expr, kind: Kind) -> pl.Expr:
 
 
 def as_rating(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """A number, null where it is none; a comma may stand for the point."""
+    """Numbers, null for anything else; a decimal comma is accepted."""
     if kind.is_numeric() or kind == pl.Boolean:
         return value.cast(pl.Float32, strict=False).fill_nan(None)
     if kind not in (pl.String, pl.Categorical, pl.Enum):
@@ -46,13 +46,13 @@ def as_rating(value: pl.Expr, kind: Kind) -> pl.Expr:
 
 
 def is_given(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """True where there is a value, null elsewhere."""
-    there = value if kind.is_integer() or kind.is_temporal() else as_text(value, kind)  # which are never written as nothing
+    """True where there is a value, else null."""
+    there = value if kind.is_integer() or kind.is_temporal() else as_text(value, kind)  # these types have no spelling of a missing value
     return pl.when(there.is_not_null()).then(True)
 
 
 def _text(value: pl.Expr, kind: Kind) -> tuple[pl.Expr, bool]:
-    """Stripped text, and whether somebody may have written it, such as the spelling of nothing."""
+    """Stripped text, and whether it may spell out a missing value."""
     if isinstance(kind, pl.Array):
         value, kind = value.arr.to_list(), pl.List(kind.inner)
     if isinstance(kind, pl.List):
@@ -79,7 +79,7 @@ def _holds_bytes(kind: Kind) -> bool:
 
 
 def _decode(values: pl.Series) -> pl.Series:
-    """Bytes as the text that they spell, those that spell none as hexadecimal digits."""
+    """Bytes decoded as text, or as hexadecimal digits if they are not text."""
     try:
         return pl.Series(values.name, values.to_arrow().cast(pa.large_string()))
     except pa.ArrowInvalid:

@@ -1,4 +1,4 @@
-"""Items as a person knows them: title, picture, semantic ID; and the album of all the pictures that a report shows."""
+"""Items as the report shows them: title, image and semantic ID; and the thumbnails of a page, within a budget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIDE, QUALITY = 88, 68  # pixels and JPEG quality of a thumbnail
 BUDGET = 5_500_000  # bytes of all thumbnails, as base64
 READERS = 8
 MOST_BYTES, MOST_PIXELS = 20_000_000, 50_000_000
-ANYWHERE = Addresses(follow_links=True)  # local files that decode as an image are shown to whoever can read them
+ANYWHERE = Addresses(follow_links=True)  # local files that decode as an image are shown in the report
 LONGEST = 90  # characters of a title
 
 
@@ -67,13 +67,13 @@ class Catalog:
         return title if len(title) <= LONGEST else title[: LONGEST - 1] + "…"
 
     def item(self, row: int) -> dict[str, Any]:
-        """An item as the page shows it."""
+        """Title, semantic ID and image key of an item, as the page shows them."""
         tokens = to_tokens(self.ids.codes[[row]])[0] if self.ids is not None and row < len(self.ids.codes) else None
         return {"key": f"{self.domain}/{row}", "title": self.title(row), "item_id": str(self.item_ids[int(row)]), "semantic_id": tokens}
 
 
 class Album:
-    """Thumbnails within a budget: those that were wanted first come first."""
+    """Collects the thumbnails of a page within a budget; those requested first have priority."""
 
     def __init__(self) -> None:
         self.wanted: dict[tuple[str, int], None] = {}
@@ -83,7 +83,7 @@ class Album:
         self.wanted |= {(catalog.domain, int(row)): None for row in rows}
 
     def pictures(self, catalogs: dict[str, Catalog]) -> dict[str, str]:
-        """{"<domain>/<item_index>": data URI} of the wanted items that have a picture which can be read."""
+        """{"<domain>/<item_index>": data URI} of the requested items whose image can be read."""
         found: dict[tuple[str, int], bytes | None] = {}
         most = BUDGET // 1500  # more would never fit, so they are not read
         wanted = list(self.wanted)[:most]
@@ -110,16 +110,16 @@ def _thumbnails(run: RunDir, part: str, rows: list[int]) -> list[tuple[int, byte
         return []
     table = pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, "image_path", "image_bytes"]))
     given = table.filter(pl.col(ITEM_INDEX).is_in(rows) & (pl.col("image_path").is_not_null() | pl.col("image_bytes").is_not_null()))
-    addresses = replace(ANYWHERE, queries=("?" + run.uri.partition("?")[2],))  # the run may be somebody else's: its rows choose no store
+    addresses = replace(ANYWHERE, queries=("?" + run.uri.partition("?")[2],))  # an untrusted run's rows must not choose the store
     with ThreadPoolExecutor(READERS) as threads:
         return list(threads.map(lambda row: (row[0], thumbnail(row[1], row[2], addresses)), given.rows()))
 
 
 def thumbnail(path: str | None, content: bytes | None, addresses: Addresses = ANYWHERE) -> bytes | None:
-    """A small JPEG of a picture; None where it cannot be had. The web is never asked: a report opens and is made without it."""
+    """A small JPEG of an image; None if it cannot be read. Nothing is fetched from the web."""
     from PIL import Image
 
-    from qbert_ray.features.encoders import ImageRejected, decode_image  # brings torch
+    from qbert_ray.features.encoders import ImageRejected, decode_image  # imports torch
 
     try:
         if content is None:

@@ -1,4 +1,4 @@
-"""Stage 2: are the codes used, did items collide, do prefixes mean something, and what lies under each of them."""
+"""The report's section on stage 2: codebook usage, collisions, agreement of prefixes with attributes, and a tree of prefixes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from qbert_ray.semantic_ids import id_report
 from qbert_ray.semantic_ids.lookup import IDS
 from qbert_ray.storage.directory import RunDir
 
-BROWSED = 8_000  # items in the tree of a domain; of larger ones those with the most training interactions
-HINTED = 20_000  # larger catalogs are browsed without what is typical of a code
+BROWSED = 8_000  # items in the tree of a domain; in larger domains, those with the most training interactions
+HINTED = 20_000  # larger catalogs are browsed without the typical values of each code
 MOST_ATTRIBUTES = 6
 
 
 def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], album: Album) -> dict[str, Any]:
-    """The section, or {"missing": why}."""
+    """Content of the section, or {"missing": why}."""
     why = facts.missing("semantic_ids")
     if why:
         return {"missing": why}
@@ -41,7 +41,7 @@ def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], album: Album
 
 
 def usage(codes: np.ndarray, size: int, levels: list[dict[str, float]]) -> list[Figure]:
-    """For each level, how many items each of its codes has, the most used code first."""
+    """A figure per level: number of items of each code, the most used code first."""
     counts = [np.sort(np.bincount(level, minlength=size))[::-1] for level in codes.T]
     most = max(int(count[0]) for count in counts)
     result = []
@@ -56,7 +56,7 @@ def usage(codes: np.ndarray, size: int, levels: list[dict[str, float]]) -> list[
 
 
 def purity(name: str, lengths: list[dict[str, float]]) -> Figure:
-    """Share of items that have the most common value of their prefix, by the prefix's length, beside shuffled values."""
+    """Share of items that have the most common value of their prefix, by prefix length, compared with shuffled values."""
     kept = [(length, row) for length, row in enumerate(lengths, 1) if row["items"]]
     x = ["".join(f"<{letter}>" for letter in "abcdefghijklmnopqrstuvwxyz"[:length]).replace("<", "&lt;") for length, _ in kept]
     found, chance = [row["purity"] for _, row in kept], [row["purity_shuffled"] for _, row in kept]
@@ -70,7 +70,7 @@ def purity(name: str, lengths: list[dict[str, float]]) -> Figure:
 
 
 def tree(catalog: Catalog, album: Album) -> dict[str, Any]:
-    """What the page needs to browse prefixes: items with their codes, and what is typical of each first code."""
+    """Data for browsing prefixes: items with their codes, and the typical values of each first code."""
     ids = catalog.ids
     assert ids is not None
     rows = np.arange(len(ids.codes))

@@ -1,4 +1,4 @@
-"""Stage 3: did training converge, is the model better than the baselines, and for whom."""
+"""The report's section on stage 3: training curves, comparison with the baselines, and results by group of users."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from qbert_ray.sequence.masking import draw_lengths, draw_masks
 from qbert_ray.storage.columns import USER_ID, to_sequences
 from qbert_ray.storage.directory import RunDir
 
-RANKED = 200_000  # users that the groups are made of
+RANKED = 200_000  # users that are divided into groups
 GROUPS = 5
 MASKED_LENGTH, DRAWS = 20, 3  # items of the example history, draws of each strategy
 
 
 def gather(run: RunDir, facts: Facts, ranks: dict[str, pl.DataFrame]) -> dict[str, Any]:
-    """The section; what is not done yet says so within it."""
+    """The content of the section; parts whose stage is not done say so."""
     content = run.read_json("evaluate/metrics.json") if run.exists("evaluate/metrics.json") else {}
     domains = []
     for domain in facts.targets:
@@ -84,7 +84,7 @@ def comparison(content: dict[str, Any]) -> list[Figure]:
 
 
 def cold(content: dict[str, Any]) -> dict[str, Any] | None:
-    """As the comparison, for items that no training saw; None where none were held out."""
+    """The comparison for cold items; None if none were held out."""
     if "cold" not in content:
         return None
     return {"metrics": content["cold"], "figures": comparison(content["cold"])}
@@ -107,7 +107,7 @@ def read_ranks(run: RunDir, domain: str, catalog: Catalog) -> pl.DataFrame:
 
 
 def groups(ranks: pl.DataFrame) -> list[Figure]:
-    """ndcg@10 by what the user has had, and by how well the target is known."""
+    """ndcg@10 by the length of the user's history, and by the popularity of the target."""
     if ranks.is_empty():
         return []
     by_history = "Users in about equal groups by the length of their history"
@@ -155,7 +155,7 @@ def blend_weights(counts: dict[str, Any]) -> Figure | None:
 
 
 def masks(facts: Facts) -> list[dict[str, Any]]:
-    """Masks of every strategy that trains, drawn on a history of some items as training draws them."""
+    """Masks of every strategy that is used in training, drawn on an example history."""
     rows = []
     seed, lengths, samples = facts.config["run"]["seed"], np.full(DRAWS, MASKED_LENGTH), np.arange(DRAWS)
     for training_name in ("pretrain", "finetune"):

@@ -1,4 +1,4 @@
-"""What a run directory says of itself without a table being opened: its config, and which stages are done."""
+"""Config and stage manifests of a run directory, read without opening a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qbert_ray.storage.stages import BY_NAME
 
 
 class Facts:
-    """A run's config, merged on the defaults but not validated, since another version may have written it; and its manifests."""
+    """A run's manifests, and its config, merged on the defaults but not validated, since another version may have written it."""
 
     def __init__(self, run: RunDir) -> None:
         """Read them.
@@ -39,14 +39,14 @@ class Facts:
         return self.manifests[stage].counts if stage in self.manifests else {}
 
     def left_out(self, stage: str) -> str | None:
-        """Why the config leaves a stage out; None where it does not."""
+        """Why the config leaves a stage out; None if it does not."""
         try:
             return BY_NAME[stage].skipped(Config.model_validate(self.config))
         except ValueError:  # a config that this version does not know
             return None
 
     def missing(self, stage: str) -> str | None:
-        """Why a stage's outputs are not there; None where they are."""
+        """Why a stage's outputs are missing; None if they are not."""
         if stage in self.manifests:
             return None
         why = self.left_out(stage)
@@ -59,7 +59,7 @@ class Facts:
         )
 
     def differences(self) -> list[dict[str, str]]:
-        """Keys of the config that are not at their default: the key, its value, the default."""
+        """Config keys with a value other than the default: key, value, default."""
         defaults = flatten(Config().model_dump(mode="json"))
         domain = flatten(Domain().model_dump(mode="json"))
         result = []

@@ -1,7 +1,7 @@
-"""What a figure of the report is: a plotly figure, the question it answers, and words for those who do not see it.
+"""Figures of the report: a plotly figure with the question it answers and an alternative text.
 
-Colours mean the same everywhere: a model, a view of an item, a training. Each has a shade for light and one for dark paper; a
-figure is drawn with the light one, and the page exchanges them. Nothing is told by colour alone: symbols and dashes differ too.
+Colours mean the same everywhere: a model, a view of an item, a training. Each has a shade for the light and the dark theme; a
+figure is drawn with the light one, and the page swaps them. No information is in colour alone: symbols and dashes differ too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 
 from qbert_ray.config.loading import merge
 
-# name -> on light, on dark: Okabe and Ito's hues, which the colour-blind tell apart, made 3 : 1 against the paper
+# name -> light theme, dark theme: Okabe and Ito's hues, safe for the colour-blind, at a contrast of 3 : 1 to the background
 BLUE, GREEN, ORANGE, PURPLE, AMBER, BROWN, GREY = (
     ("#0072B2", "#5CB3F0"), ("#00875F", "#2CC295"), ("#D55E00", "#FF9359"), ("#A9518A", "#E39AC7"),
     ("#A87000", "#EDB43C"), ("#7A5240", "#C79F8C"), ("#6B7280", "#9AA4B2"),
@@ -34,14 +34,14 @@ LONGEST = 60  # characters of a name in a figure
 
 class Figure(NamedTuple):
     title: str
-    note: str  # how to read it, or what would be bad
-    alt: str  # what is to be seen
+    note: str  # how to read it, or which values would be bad
+    alt: str  # alternative text: what the figure shows
     plot: dict[str, Any]
     height: int = 300
 
 
 class Series(NamedTuple):
-    """One line: of a name that has a colour, or of any other."""
+    """One line of a figure."""
 
     name: str
     x: Sequence[Any]
@@ -67,7 +67,7 @@ def label(name: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A user's text as plotly shows it: its tags are letters."""
+    """A user's text escaped for plotly, which would interpret its tags."""
     return escape(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…", quote=False)
 
 
@@ -108,7 +108,7 @@ def lines(series: list[Series], x_title: str, y_title: str, markers: bool = Fals
 
 
 def by_epoch(title: str, note: str, y_title: str, series: list[Series], **layout: Any) -> Figure:
-    """How values change while a model is trained; the words of it are made from its ends."""
+    """Values by training epoch; the alternative text gives the first and last ones."""
     alt = "; ".join(f"{one.name} from {one.y[0]:.4g} to {one.y[-1]:.4g} in epoch {one.x[-1]}" for one in series)
     return Figure(title, note, f"{alt}.", lines(series, "epoch", y_title, **layout), 260)
 

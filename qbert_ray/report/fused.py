@@ -1,6 +1,6 @@
-"""Stage 1: how deep items were fused, whether their views agree, and who the neighbours of an item are.
+"""The report's section on stage 1: fusion depths, agreement of an item's views, and nearest neighbours.
 
-The views of a few items are computed again from the saved model, on the CPU, as pipelines/tokenization.py computes them for all.
+The views of a sample of items are recomputed from the saved model on the CPU, as `fusion.stage` computes them for all.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from qbert_ray.storage import columns
 from qbert_ray.storage.columns import COLD, ITEM_INDEX, to_numpy
 from qbert_ray.storage.directory import RunDir
 
-MAPPED, MAPPED_PARTS = 120, 4  # items of the map, and parts they are read from
-ASKED, KNOWN, SHOWN = 6, 300, 6  # items whose neighbours are shown, the best known ones they are among, neighbours of each
+MAPPED, MAPPED_PARTS = 120, 4  # items on the map, and number of parts they are read from
+ASKED, KNOWN, SHOWN = 6, 300, 6  # items whose neighbours are shown, number of most popular items they are chosen from, neighbours of each
 SEARCHED = 200_000  # items that can be neighbours
 
 
 def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], album: Album) -> dict[str, Any]:
-    """The section, or {"missing": why}."""
+    """Content of the section, or {"missing": why}."""
     why = facts.missing("fusion")
     if why:
         return {"missing": why}
@@ -68,7 +68,7 @@ def training(epochs: list[dict[str, Any]]) -> list[Figure]:
 
 
 def views(run: RunDir, facts: Facts, catalog: Catalog) -> tuple[list[dict[str, Any]], list[Figure]]:
-    """How alike the views of an item are, and their map (Fig. 6 of the paper)."""
+    """Similarity of the views of an item, and a 2-D map of them (Fig. 6 of the paper)."""
     found = _fuse(run, facts, catalog)
     if found is None:
         return [], []
@@ -168,7 +168,7 @@ def _map(catalog: Catalog, rows: np.ndarray, arrays: dict[str, np.ndarray], ther
 
 
 def neighbours(catalog: Catalog, album: Album) -> list[dict[str, Any]]:
-    """A few well known items that differ from each other, and the nearest of each by the cosine of fused vectors."""
+    """A few popular and mutually distant items, with the nearest items of each by the cosine of fused vectors."""
     parts, count = [], 0
     for part in catalog.run.parts("fusion/embeddings", catalog.domain):
         table = catalog.run.read_part("fusion/embeddings", part, [ITEM_INDEX, "embedding"])
@@ -182,7 +182,7 @@ def neighbours(catalog: Catalog, album: Album) -> list[dict[str, Any]]:
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
     known = np.argsort(-catalog.popularity[rows], kind="stable")[:KNOWN]
     asked = [int(known[0])]
-    while len(asked) < min(ASKED, len(known)):  # the farthest from those before
+    while len(asked) < min(ASKED, len(known)):  # the one farthest from those chosen before
         asked.append(int(known[(unit[known] @ unit[asked].T).max(1).argmin()]))
     result = []
     for place in asked:

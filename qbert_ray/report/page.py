@@ -1,4 +1,4 @@
-"""`report/index.html`: one file that needs no network, of a run, finished or not, or of a sweep."""
+"""Writes `report/index.html`, a self-contained page on a run, finished or not, or on a sweep."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from qbert_ray.report.figures import dark_shades, label
 from qbert_ray.storage.directory import RunDir
 
 PAGE = "report/index.html"
-UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&'\u2028\u2029"}  # within <script> these could end or start something
+UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&'\u2028\u2029"}  # within <script> these could end it or open a tag
 
 
 def write(uri: str) -> tuple[str, list[str]]:
-    """Write the report of a run directory or of a sweep; its full path, and what could not be shown.
+    """Write the report of a run directory or of a sweep; returns its full path, and what could not be shown.
 
     Raises:
         ArtifactError: there is neither a run nor a sweep.
@@ -41,14 +41,14 @@ def write(uri: str) -> tuple[str, list[str]]:
 
 
 def gather(run: RunDir) -> dict[str, Any]:
-    """All that the page of a run shows. A section that fails says so in its place, and the rest is there."""
+    """Content of a run's page; a section that fails is replaced by its error, and the others are shown."""
     facts = Facts(run)
     problems: list[str] = []
 
     def attempt(name: str, make: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return make(*arguments)
-        except Exception as error:  # noqa: BLE001 - of a damaged run the rest is still worth seeing
+        except Exception as error:  # noqa: BLE001 - the rest of a damaged run is still worth showing
             problems.append(f"{name} could not be shown: {type(error).__name__}: {error}")
             return {"missing": f"Could not be shown: {error}"}
 
@@ -82,7 +82,7 @@ def gather(run: RunDir) -> dict[str, Any]:
 
 
 def render(template: str, content: dict[str, Any]) -> str:
-    """The page as text. Everything is escaped: by jinja in the markup, by `embed` in scripts."""
+    """The page as HTML. All content is escaped: by jinja in the markup, by `embed` in scripts."""
     environment = Environment(
         loader=PackageLoader("qbert_ray.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -100,12 +100,12 @@ def render(template: str, content: dict[str, Any]) -> str:
 
 
 def embed(value: Any) -> Markup:
-    """JSON that may stand within <script>, whatever texts it holds."""
+    """JSON that is safe within <script>, whatever texts it holds."""
     return Markup(json.dumps(value, cls=PlotlyJSONEncoder, ensure_ascii=False, separators=(",", ":")).translate(UNSAFE))  # noqa: S704
 
 
 def seconds(value: float | None) -> str:
-    """A duration for people."""
+    """A duration in readable units."""
     if value is None:
         return ""
     if value < 100:

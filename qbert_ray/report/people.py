@@ -1,4 +1,4 @@
-"""A few users: what they had, what is recommended to them, and what speaks for it."""
+"""The report's section on example users: history, recommendations, and reasons for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ USERS, LATEST, TOP = 6, 10, 10
 
 
 def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], ranks: dict[str, pl.DataFrame], album: Album) -> dict[str, Any]:
-    """The section, or {"missing": why}."""
+    """Content of the section, or {"missing": why}."""
     why = facts.missing("score")
     if why:
         return {"missing": why}
@@ -60,7 +60,7 @@ def users(run: RunDir, catalog: Catalog, ranks: pl.DataFrame | None, album: Albu
 
 
 def _test(catalog: Catalog, sequences: Sequences, user: int, name: str, ranks: pl.DataFrame | None) -> dict[str, Any] | None:
-    """Where the model ranked the user's held-out last item."""
+    """The user's held-out last item and the rank that the model gave it."""
     if ranks is None or ranks.is_empty() or sequences.test[user] < 0:
         return None
     found = ranks.filter((pl.col(USER_ID) == name) & (pl.col("model") == "model"))["rank_all"].to_list()
@@ -84,9 +84,9 @@ def co_occurrence(run: RunDir, catalog: Catalog, rows: np.ndarray) -> np.ndarray
 
 
 def reasons(catalog: Catalog, row: int, history: np.ndarray, together: np.ndarray) -> list[str]:
-    """What of the history speaks for an item: the longest shared prefix of codes, and who else had both."""
+    """Reasons to recommend an item: history items with the longest shared prefix of codes, and with the most common users."""
     found = []
-    latest = np.arange(len(history))  # of equally good reasons the latest
+    latest = np.arange(len(history))  # among equally good reasons, the latest item
     if catalog.ids is not None and len(history):
         codes = catalog.ids.codes
         shared = np.cumprod(codes[history] == codes[row], axis=1).sum(1)

@@ -1,4 +1,4 @@
-"""The first screen: is the run good, what went in, what was thrown away, what took the time, what was configured."""
+"""The report's first section: verdict, warnings, rejected rows, time per stage, and data sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXAMPLE = 160  # characters of a rejected row
 
 
 def verdicts(facts: Facts, ranks: dict[str, pl.DataFrame]) -> list[dict[str, Any]]:
-    """Per target domain, whether the model beats the best baseline: ndcg@10, all items ranked and unseen ones alone."""
+    """For each target domain, whether the model beats the best baseline in ndcg@10, under both protocols."""
     result = []
     for domain in facts.targets:
         users = ranks.get(domain, pl.DataFrame())
@@ -40,7 +40,7 @@ def verdicts(facts: Facts, ranks: dict[str, pl.DataFrame]) -> list[dict[str, Any
 
 
 def _compare(users: pl.DataFrame, protocol: str) -> dict[str, Any] | None:
-    """The model and the best baseline under one protocol, and their difference paired over users; None where one is missing."""
+    """ndcg@10 of the model and the best baseline under one protocol, and their paired difference over users; None if one is missing."""
     gains = users.with_columns(gain=ndcg(users[f"rank_{protocol}"].to_numpy(), 10)).pivot("model", index="user_id", values="gain")
     means = {name: float(np.mean(gains[name].to_numpy())) for name in gains.columns if name != "user_id"}
     best = max((name for name in means if name not in OWN), key=lambda name: means[name], default=None)
@@ -57,7 +57,7 @@ def _compare(users: pl.DataFrame, protocol: str) -> dict[str, Any] | None:
 
 
 def warnings(run: RunDir, facts: Facts, judged: list[dict[str, Any]]) -> list[str]:
-    """What a person should know before anything else."""
+    """Warnings that the page shows first."""
     found = [f"{one['domain']}: {one['says']}" for one in judged if one["level"] != "good"]
     for stage in BY_NAME:
         found += [f"{stage}: {warning}" for warning in facts.counts(stage).get("warnings", [])]
@@ -77,7 +77,7 @@ def warnings(run: RunDir, facts: Facts, judged: list[dict[str, Any]]) -> list[st
 
 
 def rejected(facts: Facts) -> list[dict[str, Any]]:
-    """Rows per domain, table and reason, as the manifests count them."""
+    """Number of rejected rows per domain, table and reason, from the manifests."""
     rows = []
     for domain, counts in facts.counts("ingest").items():
         for table in ("items", "interactions", "images") if isinstance(counts, dict) else ():
@@ -99,7 +99,7 @@ def _rejected(domain: str, table: str, reason: str, number: int, read: int | Non
 
 
 def examples(run: RunDir) -> list[dict[str, str]]:
-    """One rejected row for each reason, so that a person sees what was thrown away."""
+    """One rejected row for each reason, as an example."""
     found: dict[tuple[str, str, str], str] = {}
     for table in ("ingest/rejected", "features/rejected"):
         for part in run.parts(table)[:50]:
@@ -139,7 +139,7 @@ def stages(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _work(facts: Facts, stage: str) -> tuple[int, str]:
-    """What a stage went through, in the unit that its time depends on."""
+    """Amount and unit of what a stage processed, from which its throughput follows."""
     counts = facts.counts(stage)
     per_domain = [figures for figures in counts.values() if isinstance(figures, dict)]
     users = {row["domain"]: row["users"] for row in datasets(facts)}
@@ -165,7 +165,7 @@ def _work(facts: Facts, stage: str) -> tuple[int, str]:
 
 
 def curve(run: RunDir, name: str) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, the last of each epoch; none where there is no such file."""
+    """The lines of a metrics.jsonl, the last one of each epoch; none if there is no such file."""
     if not run.exists(name):
         return []
     lines = [json.loads(line) for line in run.read_bytes(name).decode().splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""A sweep: which settings were better, over which seeds, at what price, and which trials failed."""
+"""The page of a sweep: settings ranked over seeds, effects of single values, costs, and failed trials."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_CURVES, MOST_ROWS = 60, 500
 
 
 def gather(run: RunDir) -> dict[str, Any]:
-    """All that the page of a sweep shows.
+    """Content of a sweep's page.
 
     Raises:
         ArtifactError: there are no trials yet.
@@ -56,7 +56,7 @@ def gather(run: RunDir) -> dict[str, Any]:
 
 
 def numbers(trials: pl.DataFrame, parameters: list[str]) -> pl.DataFrame:
-    """Words that are numbers become numbers: YAML takes 1e-3 for a word."""
+    """The trials with texts that are numbers converted: YAML reads 1e-3 as text."""
     texts = [name for name in parameters if trials[name].dtype == pl.String]
     parsed = {name: trials[name].str.strip_chars('"').cast(pl.Float64, strict=False) for name in texts}
     return trials.with_columns(
@@ -132,7 +132,7 @@ def _like(trials: pl.DataFrame, names: list[str], setting: dict[str, Any]) -> pl
 
 
 def wide_range(values: list[float]) -> bool:
-    """Whether positive values are better told apart by their logarithm."""
+    """Whether positive values span so wide a range that a logarithmic axis shows them better."""
     return len(values) > 2 and min(values) > 0 and max(values) / min(values) >= 20
 
 
@@ -158,7 +158,7 @@ def learning(curves: pl.DataFrame, trials: pl.DataFrame, metric: str, up: bool) 
 
 
 def changes(steps: pl.DataFrame, trials: pl.DataFrame, swept: list[str], metric: str, up: bool) -> list[Figure]:
-    """The values that each model of a population had, epoch by epoch."""
+    """Figures of the values that each model of a population had, by epoch."""
     best = finished_first(trials, metric, up)["trial_id"].head(MOST_CURVES).to_list()
     result = []
     for name in [name for name in swept if steps[name].dtype.is_numeric()]:
@@ -180,7 +180,7 @@ def changes(steps: pl.DataFrame, trials: pl.DataFrame, swept: list[str], metric:
 
 
 def parallel(trials: pl.DataFrame, swept: list[str], metric: str, up: bool) -> Figure:
-    """One line a trial, through its values and its metric; drawn as lines, so that it needs no WebGL."""
+    """Parallel coordinates: a line per trial through its values and its metric; drawn as lines, so that it needs no WebGL."""
     columns, heights, ticks = [*swept, metric], {}, []
     for name in columns:
         values = trials[name]
@@ -213,7 +213,7 @@ def parallel(trials: pl.DataFrame, swept: list[str], metric: str, up: bool) -> F
 
 
 def pareto(trials: pl.DataFrame, pair: tuple[str, str], sweep: dict[str, Any]) -> Figure:
-    """Two objectives; the front are the trials that no other beats in both."""
+    """Scatter plot of two objectives with the Pareto front: the trials that no other beats in both."""
     x, y = pair
     rows = trials.drop_nulls([x, y])
     points = rows.select(x, y).to_numpy()
@@ -240,7 +240,7 @@ def pareto(trials: pl.DataFrame, pair: tuple[str, str], sweep: dict[str, Any]) -
 
 
 def on_front(points: np.ndarray) -> np.ndarray:
-    """[N] whether no other point is at least as large everywhere and larger somewhere; of points [N, 2]."""
+    """[N] whether each of points [N, 2] is on the Pareto front: no other is at least as large everywhere and larger somewhere."""
     at_least = np.all(points[None] >= points[:, None], axis=2)
     larger = np.any(points[None] > points[:, None], axis=2)
     return ~np.any(at_least & larger, axis=1)

@@ -1,4 +1,4 @@
-"""Stage 2, §3.4: codes made unique, and written as tokens.
+"""Stage 2, §3.4: resolves collisions, so that every item has codes of its own, and writes them as tokens.
 
 The rule. Every item comes with its nearest codes and its distance from what they decode to; order below is always
 (distance, item_index).
@@ -8,14 +8,14 @@ The rule. Every item comes with its nearest codes and its distance from what the
 * Level above: movers whose prefix was full, in order, take under their K - 2 codes the nearest code that has room below
   it, and below that the nearest free last code, with the residuals recomputed. And so on up to the first level.
 
-So codes change as low as possible, prefixes are independent of each other at every step, and rows, blocks and actors do not
-matter. Published IDs (`taken`) are never moved and never given again.
+So codes change at the lowest possible level, prefixes are independent of each other at every step, and the result does not
+depend on the order of rows, on blocks or on actors. Published IDs (`taken`) are never changed or reused.
 
 How it is fast. On the last level thousands of prefixes take turns at once: the first mover of each, then the second, at most
 M turns. On the levels above a prefix may have any number of movers. There, turns are a stable matching in which all codes
-prefer items in the same order. It is unique, and deferred acceptance finds it: everybody asks for the nearest code, a code
-keeps the first in order that it has room for, and only who is refused asks for the next one. Distances are a matrix product;
-where its rounding could decide, they are computed again.
+prefer items in the same order. It is unique, and deferred acceptance finds it: every mover proposes to its nearest code, a code
+keeps the first in order that it has room for, and only rejected movers propose to their next one. Distances are a matrix
+product; where its rounding could decide, they are recomputed exactly.
 
 Shapes: N items, K levels, M codewords per level, E codebook width, n movers looked at together, in g groups of one prefix.
 """
@@ -28,17 +28,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-CELLS = 2**19  # movers x codewords that are looked at together; bounds the memory
+CELLS = 2**19  # movers x codewords processed at a time; bounds the memory
 ROWS = 2**13
 EPSILON = float(np.finfo(np.float64).eps)
 
 
 class Preference:
-    """Which codeword of a level each of n movers would rather have.
+    """Distances of n movers from the codewords of a level, from which each mover's nearest available codeword follows.
 
     Args:
-        distance: [n, M] from each codeword, up to a constant of the row; inf: not to be had.
-        slack: [n] by how much a difference of two may be wrong; below 0: they are exact.
+        distance: [n, M] from each codeword, up to a constant of the row; inf: not available.
+        slack: [n] largest error of a difference of two distances; below 0: they are exact.
         exact: rows of distance [m] -> [m, M] without rounding that depends on m.
     """
 
@@ -46,7 +46,7 @@ class Preference:
         self.distance, self.slack, self._exact = distance, slack, exact
 
     def first(self, rows: np.ndarray, closed: np.ndarray | None = None) -> np.ndarray:
-        """[m] the nearest codeword to each of rows [m] that is to be had and not closed [m, M]; the first of equally near ones."""
+        """[m] nearest available codeword of each of rows [m] that is not closed [m, M]; the first of equally near ones."""
         distance = self._open(rows, closed)
         choice = distance.argmin(1)
         nearest = distance[np.arange(len(rows)), choice]
@@ -65,7 +65,7 @@ class Preference:
         return distance
 
 
-# Rows of items [n] and the codes chosen so far [n, level] -> what they would rather have at that level.
+# Rows of items [n] and the codes chosen so far [n, level] -> their preference at that level.
 Distances = Callable[[np.ndarray, np.ndarray], Preference]
 
 
@@ -79,10 +79,10 @@ class Resolved(NamedTuple):
 
 
 def resolve_collisions(codes: np.ndarray, latents: np.ndarray, codebooks: np.ndarray, taken: np.ndarray | None = None) -> Resolved:
-    """Distinct codes for every item; rows are in the order of item_index, which breaks ties.
+    """Unique codes for every item; rows are in the order of item_index, which breaks ties.
 
-    Quantizers whose codes are independent fit too: their codebooks are zero outside their own dimensions of the latent, so
-    that what other levels chose does not change the order of the codewords.
+    Product quantizers work too: their codebooks are zero outside their own dimensions of the latent, so that the codes of
+    other levels do not change the order of the codewords.
 
     Args:
         codes: [N, K] nearest codes.
@@ -110,11 +110,11 @@ def resolve_collisions(codes: np.ndarray, latents: np.ndarray, codebooks: np.nda
         slack = 8 * (len(own) + 8) * EPSILON * np.square(reach)  # sums of E products, in any order
 
         def exact(asked: np.ndarray) -> np.ndarray:
-            from scipy.spatial.distance import cdist  # rarely asked for, and every actor would import it
+            from scipy.spatial.distance import cdist  # rarely needed, and every actor would import it
 
             return cdist(left[asked], book, "sqeuclidean")
 
-        # A matrix product is ten times as fast, but its rounding depends on how many rows there are, and ties would with it.
+        # A matrix product is ten times as fast, but its rounding depends on the number of rows, and so would ties.
         distance = left @ (-2 * book.T)
         distance += norms
         return Preference(distance, slack, exact)
@@ -126,7 +126,7 @@ def resolve_collisions(codes: np.ndarray, latents: np.ndarray, codebooks: np.nda
 
 
 def resolve_given(codes: np.ndarray, codebook_size: int, taken: np.ndarray | None = None) -> Resolved:
-    """Distinct codes where only codes are known: the first item by item_index keeps them, others take the next free number."""
+    """Distinct codes where no latents are known: the first item by item_index keeps its codes, others take the next free number."""
 
     def distances(rows: np.ndarray, chosen: np.ndarray) -> Preference:
         own = codes[rows, chosen.shape[1]].astype(np.int64)
@@ -137,7 +137,7 @@ def resolve_given(codes: np.ndarray, codebook_size: int, taken: np.ndarray | Non
 
 
 def to_keys(codes: np.ndarray, size: int) -> np.ndarray:
-    """[N] the codes [N, K] of an item as one number: its digits in base M."""
+    """[N] codes [N, K] of each item as one number, of which they are the digits in base M."""
     key = np.zeros(len(codes), dtype=np.int64)
     for level in codes.T:
         key = key * size + level
@@ -209,7 +209,7 @@ def _movers(keys: np.ndarray, published: np.ndarray, distance: Callable[[np.ndar
 
 
 def _split(movers: np.ndarray, prefix: np.ndarray, used: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:
-    """Movers that find room under their prefix, and those that do not; both in order. below: IDs under a prefix."""
+    """Movers for which there is room under their prefix, and those for which there is not; both in order. below: IDs under a prefix."""
     order = np.argsort(prefix, kind="stable")
     begin, group = _groups(prefix[order])
     distinct = prefix[order][begin]
@@ -220,12 +220,12 @@ def _split(movers: np.ndarray, prefix: np.ndarray, used: np.ndarray, below: int)
 
 
 def _choose(result: np.ndarray, movers: np.ndarray, level: int, used: np.ndarray, size: int, distances: Distances) -> None:
-    """Set the codes of one level: under each prefix the movers, in order, take the nearest code with room below it."""
+    """Set the codes of one level: under each prefix the movers, in order, get the nearest code with room below it."""
     prefix = to_keys(result[movers, :level], size)
     order = np.argsort(prefix, kind="stable")
     prefix, rows = prefix[order], movers[order]
     below = size ** (result.shape[1] - level - 1)
-    last, left = -1, np.zeros(size, dtype=np.int64)  # a prefix may go on in the next piece
+    last, left = -1, np.zeros(size, dtype=np.int64)  # a prefix may continue in the next piece
     for piece in _pieces(len(rows), max(CELLS // size, 1)):
         begin, group = _groups(prefix[piece])
         distinct = prefix[piece][begin]
@@ -237,11 +237,11 @@ def _choose(result: np.ndarray, movers: np.ndarray, level: int, used: np.ndarray
 
 
 def _take_turns(preference: Preference, group: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """A code for each mover: in all groups at once, the next mover takes the nearest free code.
+    """[n] code of each mover: in all groups at once, the next mover gets the nearest free code.
 
     Args:
         group: [n] prefix of each mover, ascending; in a group the movers are in order.
-        room: [g, M] 1 where a code is free; what the movers take is taken off.
+        room: [g, M] 1 where a code is free; the codes that the movers get are subtracted.
     """
     closed = room == 0
     choice = np.empty(len(group), dtype=np.int64)
@@ -258,10 +258,10 @@ def _take_turns(preference: Preference, group: np.ndarray, room: np.ndarray) -> 
 
 
 def _defer(preference: Preference, group: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """The same by deferred acceptance, for codes with much room: as many rounds as refusals, however many the movers are."""
+    """[n] the same by deferred acceptance, for codes with much room: the number of rounds depends on rejections, not on movers."""
     preference.distance[(room == 0)[group]] = np.inf
     choice = preference.first(np.arange(len(group)))
-    live = np.arange(len(choice))  # movers under prefixes where somebody was refused
+    live = np.arange(len(choice))  # movers under prefixes where some were rejected
     while len(live):
         asked = group[live] * room.shape[1] + choice[live]
         order = np.argsort(asked, kind="stable")
@@ -287,7 +287,7 @@ def _room(prefix: np.ndarray, used: np.ndarray, below: int, size: int) -> np.nda
 
 
 def _groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each run of equal values begins, and the number of the run that each value is in."""
+    """Start of each run of equal values, and the number of the run of each value."""
     new = np.ones(len(values), dtype=bool)
     new[1:] = values[1:] != values[:-1]
     return np.flatnonzero(new), np.cumsum(new) - 1

@@ -1,4 +1,4 @@
-"""The figures of a run's semantic IDs: `semantic_ids/report.json`."""
+"""Quality figures of a run's semantic IDs: `semantic_ids/report.json`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ REPORT = f"{IDS}/report.json"
 
 
 def report(name: str) -> dict[str, Any]:
-    """{num_levels, codebook_size, domains: {domain: figures}}, also written beside the IDs.
+    """{num_levels, codebook_size, domains: {domain: figures}}, also written next to the IDs.
 
     Figures of a domain: items, items with an ID and their share; collisions before and after, moved items, at which level;
-    how the codes of each level are used; recall of neighbours; what prefixes say on attributes; examples of prefixes.
+    how the codes of each level are used; recall of neighbours; how well prefixes predict attributes; examples of prefixes.
     """
     run, parts = open_ids(name)
     manifest = Manifest.load(run, IDS)
@@ -66,7 +66,7 @@ def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> dict[str,
 
 
 def _neighbours(run: RunDir, parts: list[str], ids: Ids) -> dict[str, Any] | None:
-    """Recall of the nearest items; None where there are no embeddings to compare with, or too few items."""
+    """Recall of the nearest items; None if there are no embeddings to compare with, or too few items."""
     codebooks = read_codebooks(run)
     if codebooks is None or len(ids.codes) <= NEIGHBOURS + 1 or not run.exists(f"fusion/embeddings/{parts[0]}"):
         return None
@@ -88,14 +88,14 @@ def _neighbours(run: RunDir, parts: list[str], ids: Ids) -> dict[str, Any] | Non
 
 
 def read_attributes(run: RunDir, parts: list[str]) -> pl.DataFrame:
-    """A column for each attribute, in the order of item_index; of several values of an item, the first."""
+    """A column for each attribute, in the order of item_index; only the first of an item's values counts."""
     names = [name for name in run.column_names("ingest/items", parts[0]) if name.startswith(ATTRIBUTE_PREFIX)]
     rows = pl.concat([pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, *names])) for part in parts]).sort(ITEM_INDEX)
     return rows.select(pl.col(name).str.split(", ").list.first().alias(name.removeprefix(ATTRIBUTE_PREFIX)) for name in names)
 
 
 def _meaning(codes: np.ndarray, attributes: pl.DataFrame) -> dict[str, Any]:
-    """What prefixes say on each attribute, over items whose value another item has too."""
+    """How well prefixes predict each attribute, over items whose value another item has too."""
     sample = np.sort(np.random.default_rng(0).permutation(len(codes))[:DESCRIBED])
     result = {}
     for column in (column.gather(sample) for column in attributes):  # a domain may have none
@@ -108,7 +108,7 @@ def _meaning(codes: np.ndarray, attributes: pl.DataFrame) -> dict[str, Any]:
 
 
 def _popularity(run: RunDir, domain: str, ids: Ids) -> np.ndarray:
-    """[N] interactions of each item, so that examples are items that a person knows."""
+    """[N] interactions of each item, so that examples are well-known items."""
     counted = [
         pl.DataFrame(run.read_part("ingest/interactions", part, [ITEM_ID])).group_by(ITEM_ID).len()
         for part in run.parts("ingest/interactions", domain)
@@ -120,7 +120,7 @@ def _popularity(run: RunDir, domain: str, ids: Ids) -> np.ndarray:
 
 
 def _examples(ids: Ids, titles: pl.Series, attributes: pl.DataFrame, popularity: np.ndarray) -> list[dict[str, Any]]:
-    """The largest prefixes of one code: what is most typical of their items, and the best known of these."""
+    """The largest prefixes of length one, with the most typical attribute values and the most popular titles of their items."""
     first = next(iter(prefixes(ids.codes)))
     result = []
     for number in np.argsort(-np.bincount(first), kind="stable")[:LARGEST]:
@@ -138,7 +138,7 @@ def _examples(ids: Ids, titles: pl.Series, attributes: pl.DataFrame, popularity:
 
 
 def typical_value(column: pl.Series, rows: np.ndarray) -> dict[str, Any] | None:
-    """The value of an attribute that is most over-represented in some rows, with its share there and overall; None: none is."""
+    """The most over-represented value of an attribute in some rows, with its share there and overall; None if none is."""
     names = column.drop_nulls().unique().sort()
     values = column.replace_strict(names, np.arange(len(names)), default=None) if len(names) else column.clear()
     found = typical(values.drop_nulls().to_numpy(), values[rows].drop_nulls().to_numpy())

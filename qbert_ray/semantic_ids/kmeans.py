@@ -1,4 +1,4 @@
-"""Stage 2 without gradients: an `RQVAE` without hidden layers whose weights are set once.
+"""Stage 2 without gradients: fits the weights of an `RQVAE` without hidden layers by k-means.
 
 Residual k-means quantizes the principal components of the embeddings level by level. Optimised product quantization (Ge et
 al. 2013, "Optimized Product Quantization for Approximate Nearest Neighbor Search") rotates them so that K blocks of
@@ -29,7 +29,7 @@ def fit_residual_kmeans(
         num_levels: K, codes per item.
         codebook_size: M, codewords per level.
         codebook_dim: E, principal components that are quantized; at most D.
-        seed: of k-means++ and of the sample that it is fitted on.
+        seed: seed of k-means++ and of the sample that it is fitted on.
 
     Returns:
         A model in evaluation mode: `model.codes(embeddings)` gives [N, K] codes, `model.quantizer.codebooks` is [K, M, E].
@@ -89,7 +89,7 @@ def fit_product(model: RQVAE, embeddings: Tensor, seed: int) -> None:
 
 
 def _balanced(variance: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
-    """[E, E] permutation that deals the principal components [E] to blocks of about equal products of variances."""
+    """[E, E] permutation that assigns the principal components [E] to blocks of about equal products of variances."""
     weight = np.log(np.maximum(variance, 1e-6 * variance.max() + 1e-30) / (1e-6 * variance.max() + 1e-30))
     volume = np.zeros(len(blocks))
     dealt: list[list[int]] = [[] for _ in blocks]

@@ -1,6 +1,6 @@
-"""The semantic IDs of a finished run: one item among its siblings, or two runs side by side.
+"""Looks up the semantic IDs of a finished run: one item and its siblings, or the differences between two runs.
 
-`runs/shop` names the IDs of a run directory; `runs/shop@1` those that version 1 of them had, before later items were appended.
+`runs/shop` names the IDs of a run directory; `runs/shop@1` those of version 1, before later items were appended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 
 IDS = "semantic_ids"
 SHOWN = 8  # siblings per length of the shared prefix
-SEARCHED = 200_000  # names that are compared letter by letter with one that is not there
+SEARCHED = 200_000  # names whose spelling is compared with that of a missing item
 
 
 class Ids(NamedTuple):
@@ -59,7 +59,7 @@ def domains(parts: list[str]) -> dict[str, list[str]]:
 
 
 def read_ids(run: RunDir, parts: list[str]) -> Ids:
-    """The IDs of one domain.
+    """The semantic IDs of one domain, as arrays.
 
     Raises:
         ArtifactError: they were written before nearest_codes were.
@@ -75,7 +75,7 @@ def read_ids(run: RunDir, parts: list[str]) -> Ids:
 
 
 def read_titles(run: RunDir, parts: list[str]) -> pl.Series:
-    """What a person calls the items, in the order of item_index: their title or name, else their first text, else their ID."""
+    """Readable names of the items in the order of item_index: title or name, else the first text, else the ID."""
     texts = [name for name in run.column_names("ingest/items", parts[0]) if name.startswith(TEXT_PREFIX)]
     best = [name for name in (f"{TEXT_PREFIX}title", f"{TEXT_PREFIX}name", *texts) if name in texts][:1]
     items = pl.concat([pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, ITEM_ID, *best])) for part in parts])
@@ -83,7 +83,7 @@ def read_titles(run: RunDir, parts: list[str]) -> pl.Series:
 
 
 def read_codebooks(run: RunDir) -> np.ndarray | None:
-    """[K, M, E]; None where the IDs were made elsewhere."""
+    """[K, M, E]; None if the IDs were made elsewhere."""
     if not run.exists("quantizer/model/model.json"):
         return None
     return run.load_model("quantizer/model")[0]["quantizer.codebooks"].float().numpy()
@@ -93,7 +93,7 @@ def read_codebooks(run: RunDir) -> np.ndarray | None:
 
 
 def show(name: str, wanted: str, only: str | None = None) -> dict[str, Any]:
-    """An item, by its ID or its whole title: its semantic ID, its siblings from the longest shared prefix on, and why it moved.
+    """An item, found by its ID or full title: its semantic ID, its siblings by length of the shared prefix, and why it moved.
 
     Raises:
         ArtifactError: there is no such item, or it is in several domains.
@@ -132,7 +132,7 @@ def _find(wanted: str, catalogs: dict[str, tuple[pl.Series, pl.Series]]) -> tupl
 
 
 def _near(wanted: str, catalogs: dict[str, tuple[pl.Series, pl.Series]]) -> str:
-    """Items whose title holds the words, or whose ID or title is spelled like it."""
+    """Suggestions for an item that was not found: titles that contain the words, and IDs or titles with a similar spelling."""
     near: list[str] = []
     for item_ids, titles in catalogs.values():
         rows = titles.str.to_lowercase().str.contains(wanted.lower(), literal=True).arg_true()[:3].to_list()
@@ -145,7 +145,7 @@ def _near(wanted: str, catalogs: dict[str, tuple[pl.Series, pl.Series]]) -> str:
 
 
 def _why_moved(ids: Ids, titles: pl.Series, row: int) -> dict[str, Any]:
-    """Where the item came from, who has these codes, and the longest prefix it had to leave because it was full."""
+    """The item's nearest codes, the item that has them, and the longest prefix that was full, so that the item had to leave it."""
     codes, nearest = ids.codes[row], ids.nearest[row]
     keeper = np.flatnonzero((ids.codes == nearest).all(1))
     level = int((codes != nearest).argmax())
@@ -157,7 +157,7 @@ def _why_moved(ids: Ids, titles: pl.Series, row: int) -> dict[str, Any]:
 
 
 def _siblings(ids: Ids, titles: pl.Series, row: int, codebooks: np.ndarray | None) -> list[dict[str, Any]]:
-    """For each length of the prefix, the longest first: how many others share it, and the nearest of those not listed before."""
+    """For each prefix length, the longest first: how many other items share it, and the nearest of those not listed before."""
     codes = ids.codes[row]
     result, listed = [], np.arange(len(ids.codes)) == row
     for length in range(len(codes) - 1, 0, -1):
@@ -176,7 +176,7 @@ def _siblings(ids: Ids, titles: pl.Series, row: int, codebooks: np.ndarray | Non
 
 
 def diff(first: str, second: str) -> dict[str, Any]:
-    """For each domain: how many items only one of them has, how many have the same ID, and which level is the first to differ."""
+    """For each domain: number of items in only one run, number with equal IDs, and at which level the others first differ."""
     (run_a, parts_a), (run_b, parts_b) = open_ids(first), open_ids(second)
     sides = (run_a, domains(parts_a)), (run_b, domains(parts_b))
     result = {}
@@ -205,7 +205,7 @@ def _frame(ids: Ids | None) -> pl.DataFrame:
 
 
 def _first_difference(first: pl.Series, second: pl.Series) -> np.ndarray:
-    """[N] first level whose codes are not equal, -1 where all are."""
+    """[N] first level at which the codes differ, -1 where all are equal."""
     levels = max(int(codes.list.len().to_numpy().max(initial=0)) for codes in (first, second))
     result = np.full(len(first), -1)
     for level in range(levels - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""How good semantic IDs are, from arrays: do they keep neighbours together, and do their prefixes mean something?
+"""Quality measures of semantic IDs, on arrays: recall of neighbours, and agreement of prefixes with attributes.
 
 Shapes: N items, K levels, M codewords per level, E codebook width, D embedding width, Q sampled items.
 """
@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 NEIGHBOURS = 10
-SHUFFLES = 5  # their mean is what a prefix tells by chance
+SHUFFLES = 5  # their mean is the agreement by chance
 
 
 class NeighbourRecall:
-    """Of an item's nearest items by embedding, the share that is also among its nearest by semantic ID.
+    """Share of an item's nearest items by embedding that is also among its nearest by semantic ID.
 
-    Two distances of IDs: of the sums of their codewords ("codewords"); and "prefix", longer shared prefixes first, and among
-    equally long ones that distance again. The catalog comes piece by piece, so that its embeddings need not fit into memory.
+    Two distances of IDs: between the sums of their codewords ("codewords"); and "prefix", by the length of the shared prefix, then
+    by the first distance. The catalog is added piece by piece, so that its embeddings need not fit into memory.
     """
 
     def __init__(self, queries: np.ndarray, embedding: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> None:
-        """Take the sampled items.
+        """Set the sampled items whose neighbours are compared.
 
         Args:
             queries: [Q] row of each sampled item in the catalog.
@@ -37,7 +37,7 @@ class NeighbourRecall:
         self.seen = 0
 
     def add(self, embedding: np.ndarray, codes: np.ndarray) -> None:
-        """The next piece of the catalog: [n, D] and [n, K]."""
+        """Add the next piece of the catalog: [n, D] and [n, K]."""
         rows = self.seen + np.arange(len(codes))
         self.seen += len(codes)
         sums = _squared(self.sums, decode(codes, self.codebooks))
@@ -72,16 +72,16 @@ def decode(codes: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
 
 
 def prefix_figures(codes: np.ndarray, values: np.ndarray, seed: int = 0) -> list[dict[str, float]]:
-    """What prefixes of each length say on an attribute.
+    """How well prefixes of each length predict an attribute: purity and normalised mutual information.
 
     Args:
         codes: [N, K].
-        values: [N] whole numbers: the value of each item. Items whose value no other has should be left out: nobody can share it.
+        values: [N] whole numbers: the value of each item. Leave out items with a unique value, since no other item can share it.
 
     Returns:
         For lengths 1 to K: number of prefixes, number of items that share theirs with another; of these items "purity", the
         share that has the most common value of its prefix; "nmi", the normalised mutual information of prefix and
-        value over all items; both also for shuffled values, which is what they are by chance.
+        value over all items; both also for shuffled values, which gives their level by chance.
     """
     from sklearn.metrics import normalized_mutual_info_score  # takes a second to import
 
@@ -113,9 +113,9 @@ def prefixes(codes: np.ndarray) -> Iterable[np.ndarray]:
 
 
 def typical(values: np.ndarray, within: np.ndarray) -> dict[str, Any] | None:
-    """The value that is most over-represented `within` some of the items, with its share there and overall; None: none is.
+    """The most over-represented value `within` some of the items, with its share there and overall; None if none is.
 
-    A value that only one of them has is not typical.
+    A value that only one of them has does not count.
     """
     overall = np.bincount(values) / max(len(values), 1)
     count = np.bincount(within, minlength=len(overall))

@@ -1,4 +1,4 @@
-"""The quantizers of a run."""
+"""Loads the trained quantizers of a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ EXTRA = "quantizer/extra"  # folder of a numbered folder for each quantizer in a
 
 
 def load_quantizers(run: RunDir) -> list[RQVAE]:
-    """The quantizer of the semantic IDs, then those of the codes beside them, in the order of `catalog_codes`; ready to encode."""
+    """The quantizer of the semantic IDs, then the extra quantizers, in the order of `catalog_codes` and in evaluation mode."""
     folders = ["quantizer/model", *(f"{EXTRA}/{name}/model" for name in run.folders(EXTRA))]
     return [run.load_module(RQVAE, folder) for folder in folders]

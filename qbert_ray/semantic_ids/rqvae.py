@@ -1,9 +1,9 @@
 """Stage 2, §3.4: the residual-quantized variational autoencoder that turns fused embeddings into codes.
 
-Notable choices where the paper is silent: a linear shortcut beside the MLPs starts as the catalog's principal axes, so that
+Notable choices where the paper is silent: a linear shortcut parallel to the MLPs starts as the catalog's principal axes, so that
 training begins where residual k-means ends; the codebooks start as k-means centres, level by level on the residuals; codewords
-that no item used for an epoch are re-seeded; both loss terms are summed over dimensions and averaged over the batch, since a
-mean beside a sum is what collapses codebooks.
+that no item used for an epoch are re-seeded; both loss terms are summed over dimensions and averaged over the batch, since
+averaging one of them over dimensions and summing the other collapses codebooks.
 
 Every quantizer of the project is this model. `kmeans.py` sets the weights of one without hidden layers and never trains it.
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qbert_ray.products import Linear, product
 
 CACHED = 512  # rows whose distances from a codebook stay in a core's cache
-PIECE = 65536  # rows of the catalog that are worked on at a time, where all at once would take a multiple of their memory
+PIECE = 65536  # rows of the catalog processed at a time, since all at once would take a multiple of their memory
 
 
 class Quantized(NamedTuple):
@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
 
 
 class ResidualQuantizer(nn.Module):
-    """K codebooks, each quantizing what the ones before it left (Eq. 6)."""
+    """K codebooks, each quantizing the residual of the ones before it (Eq. 6)."""
 
     def __init__(self, num_levels: int, codebook_size: int, codebook_dim: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def codes(self, latent: Tensor) -> Tensor:
-        """[B, K] what `forward` gives as codes, without the rest."""
+        """[B, K] codes as `forward` gives them, without its other outputs."""
         found = latent.new_empty(len(latent), len(self.codebooks), dtype=torch.int64)
         for rows, codes in zip(latent.split(CACHED), found.split(CACHED), strict=True):
             residual = rows
@@ -64,7 +64,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def start(self, latent: Tensor, seed: int) -> None:
-        """k-means++ centres of the residuals, level by level; latent is [N, E]."""
+        """Initialise the codebooks as k-means centres of the residuals, level by level; latent is [N, E]."""
         residual = sample(latent.cpu().numpy(), len(self.codebooks[0]), seed)
         for level, codebook in enumerate(self.codebooks):
             centres = k_means(residual, len(codebook), seed + level)
@@ -73,7 +73,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def reseed(self, latent: Tensor, seed: int) -> int:
-        """Move codewords that no row of latent [N, E] uses onto residuals far from their codeword; how many moved."""
+        """Move codewords that no row of latent [N, E] uses onto residuals far from their codeword; returns how many moved."""
         moved = 0
         generator = torch.Generator().manual_seed(seed)
         residual = latent
@@ -94,7 +94,7 @@ class ResidualQuantizer(nn.Module):
 
 
 class Coder(nn.Module):
-    """An MLP with ReLU, a linear shortcut beside it, or both.
+    """An MLP with ReLU, a linear shortcut, or the sum of both.
 
     Args:
         widths: of the input, the hidden layers and the output; without hidden layers there is only the shortcut.
@@ -105,7 +105,7 @@ class Coder(nn.Module):
         super().__init__()
         self.linear = Linear(widths[0], widths[-1], bias=False) if shortcut or len(widths) == 2 else None
         self.mlp = _mlp(widths) if len(widths) > 2 else None
-        if self.linear and self.mlp:  # the MLP starts as nothing, so that the whole starts as the shortcut
+        if self.linear and self.mlp:  # the MLP starts at zero, so that the coder starts as the shortcut
             for parameter in self.mlp[-1].parameters():
                 nn.init.zeros_(parameter)
 
@@ -123,7 +123,7 @@ class RQVAE(nn.Module):
         codebook_size: M.
         codebook_dim: E.
         commitment_weight: beta of Eq. 8.
-        shortcut: a linear path beside the MLPs; the paper has none.
+        shortcut: a linear path parallel to the MLPs; the paper has none.
     """
 
     mean: Tensor  # [D]
@@ -170,7 +170,7 @@ class RQVAE(nn.Module):
 
     @torch.no_grad()
     def set_axes(self, axes: Tensor) -> None:
-        """Make orthonormal axes [D, at most E] the shortcut of the encoder, and their transpose that of the decoder."""
+        """Set the encoder's shortcut to orthonormal axes [D, at most E], and the decoder's to their transpose."""
         assert self.encoder.linear is not None and self.decoder.linear is not None, "the model has no shortcut"
         for weight, given in ((self.encoder.linear.weight, axes.T), (self.decoder.linear.weight, axes)):
             weight.zero_()
@@ -186,7 +186,7 @@ class RQVAE(nn.Module):
         return self.encoder((embedding - self.mean) / self.deviation)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """What a sum of codewords [B, E] stands for, as embeddings [B, D]."""
+        """Embeddings [B, D] reconstructed from sums of codewords [B, E]."""
         return self.decoder(latent) * self.deviation + self.mean
 
     def forward(self, embedding: Tensor, quantize: bool = True) -> dict[str, Tensor]:
@@ -236,7 +236,7 @@ def k_means(vectors: np.ndarray, size: int, seed: int, start: np.ndarray | None 
         vectors: [N, E].
         start: [M, E] centres to improve in a few rounds; None: k-means++.
     """
-    from sklearn.cluster import KMeans  # takes a second or two to import; who only encodes does without
+    from sklearn.cluster import KMeans  # takes a second or two to import, and encoding does not need it
 
     distinct = np.unique(vectors, axis=0)
     if len(distinct) > size:
@@ -249,7 +249,7 @@ def k_means(vectors: np.ndarray, size: int, seed: int, start: np.ndarray | None 
 
 
 def sample(vectors: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """At most 256 M of the vectors [N, E]; more rows than this do not move the centres."""
+    """A random sample of at most 256 M of the vectors [N, E]; more rows than this do not change the centres."""
     if len(vectors) <= 256 * size:
         return vectors
     return vectors[np.random.default_rng(seed).choice(len(vectors), 256 * size, replace=False)]

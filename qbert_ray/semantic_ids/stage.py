@@ -1,4 +1,4 @@
-"""The stages `quantizer` and `semantic_ids` (§3.4): codes of every item, and codes that no two items share.
+"""The stages `quantizer` and `semantic_ids` (§3.4): train the quantizer, then assign every item unique codes.
 
 Encoding the catalog is embarrassingly parallel. Collisions are then resolved by one task per domain, since uniqueness is a
 property of the whole domain.
@@ -32,11 +32,11 @@ ENCODED = "semantic_ids/.encoded"
 
 
 class GateError(ValueError):
-    """Semantic IDs fall short of the config's gates; what was made stays, so a lower gate goes on from it."""
+    """Semantic IDs fall short of the config's gates; outputs are kept, so that a run with a lower gate resumes from them."""
 
 
 def train_quantizer(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
-    """Train the quantizer, and those whose codes are kept in addition to the semantic ID."""
+    """Train the quantizer of the semantic IDs and the extra ones; returns the counts for the manifest."""
     arguments, workers = {"config": config, "run": run}, config.compute.quantizer
     if config.quantizer.kind == "rqvae":
         figures = executor.fit(QuantizerTask, arguments, workers, run, "quantizer", progress, config.compute)
@@ -53,23 +53,23 @@ def train_quantizer(config: Config, run: RunDir, executor: Executor, progress: P
 def _build(
     executor: Executor, make_task: Callable[..., Task], arguments: dict[str, Any], workers: Workers, run: RunDir, folder: str
 ) -> dict[str, Any]:
-    """What `Executor.fit` leaves, of a quantizer that is fitted without gradients: one task on CPUs."""
+    """Fit a quantizer without gradients in one CPU task; it writes the same files as `Executor.fit`."""
     if not trained(run, folder):
         executor.get(executor.submit(build, make_task, arguments, run, folder, workers=workers.alone()))
     return last_metrics(run, folder)
 
 
 def assign_ids(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
-    """Stage 2: the semantic IDs."""
+    """Write semantic_ids for the whole catalog; returns the counts for the manifest."""
     counts = _assign(config, run, executor, progress)
     check_collisions(config, counts)
     return counts
 
 
 def check_usage(config: Config, metrics: dict[str, Any]) -> None:
-    """Raise where the quantizer leaves too many codewords unused."""
+    """Raise GateError if the quantizer leaves too many codewords unused."""
     bar, usage, size = config.gates.min_usage, metrics["codebook_usage"], config.quantizer.codebook_size
-    if metrics["items"] >= 4 * size and min(usage) < bar:  # fewer leave later levels nothing to spell
+    if metrics["items"] >= 4 * size and min(usage) < bar:  # with fewer items later levels have too few residuals to use all codewords
         raise GateError(
             f"the codebooks collapsed: {' '.join(f'{share:.0%}' for share in usage)} of the {size} codewords of each level are in use, "
             f"gates.min_usage asks for {bar:.0%}. Try a smaller quantizer.codebook_size or another quantizer.kind, and look whether many "
@@ -79,7 +79,7 @@ def check_usage(config: Config, metrics: dict[str, Any]) -> None:
 
 
 def check_collisions(config: Config, counts: dict[str, Any]) -> None:
-    """Raise where too many items shared their codes before these were made unique."""
+    """Raise GateError if too many items shared their codes before collisions were resolved."""
     bar = config.gates.max_raw_collision
     short = {domain["domain"]: rate for domain in counts["domains"] if bar is not None and (rate := domain["raw_collision_rate"]) > bar}
     if short:
@@ -98,7 +98,7 @@ def _assign(config: Config, run: RunDir, executor: Executor, progress: Progress)
 
 
 def assign_parts(config: Config, run: RunDir, executor: Executor, parts: list[str], progress: Progress) -> dict[str, Any]:
-    """Write some parts of semantic_ids; IDs in the other parts stay and are not given again. The figures are those of all."""
+    """Write some parts of semantic_ids; IDs in the other parts are kept and not reused. Returns the figures of all parts."""
     executor.map_parts(run, EncodePart, {"run": run}, parts, ENCODED, config.compute.semantic_ids, progress)
     mine = {domain: [part for part in run.parts("ingest/items", domain) if part in set(parts)] for domain in config.data.domains}
     counts = [
@@ -109,7 +109,7 @@ def assign_parts(config: Config, run: RunDir, executor: Executor, parts: list[st
 
 
 class EncodePart:
-    """Nearest codes and latents of a part of the catalog; and the codes of the extra quantizers."""
+    """Nearest codes and latents of a part of the catalog, and the codes of the extra quantizers."""
 
     def __init__(self, run: RunDir) -> None:
         self.run, self.device = run, torch.device(own_device())
@@ -154,7 +154,7 @@ def _write_domain(
     """Write parts of a domain, aligned with those of the catalog; rows of nearest and resolved are in the order of item_index.
 
     Args:
-        extra: of each part the codes beside the semantic ID, in a column of that name or in none.
+        extra: for each part, a table with the codes of the extra quantizers in its one column, or without columns.
     """
     begin = 0
     for number, name in enumerate(parts):
@@ -182,7 +182,7 @@ def _write_domain(
 
 
 def _adopt_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
-    """Semantic IDs made elsewhere: checked, made unique, and written in the catalog's order."""
+    """Check semantic IDs that the user gave, make them unique, and write them in the catalog's order."""
     source = join(config.data.root, config.data.semantic_ids or "")
     domains = list(config.data.domains)
     given = _read_given(source, domains)
@@ -196,7 +196,7 @@ def _adopt_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any
 
 
 def _read_given(source: str, domains: list[str]) -> pl.DataFrame:
-    """Domain, item_id and codes of each item; of several rows on an item the last."""
+    """Domain, item_id and codes of each item; if an item has several rows, the last one counts."""
     filesystem, path = resolve(source)
     try:
         table = pq.read_table(path, filesystem=filesystem)
@@ -238,7 +238,7 @@ def _given_codes(run: RunDir, given: pl.DataFrame, domain: str, source: str) -> 
 
 
 def figures(config: Config, run: RunDir) -> dict[str, Any]:
-    """Counts and use of the codes over all IDs of a run whose quantizer was trained there."""
+    """Counts and codebook usage over all semantic IDs of a run that trained its own quantizer."""
     return _figures(config, run, config.quantizer.codebook_size)
 
 

@@ -1,4 +1,4 @@
-"""The training of stage 2: an RQ-VAE by gradients, or a quantizer that is fitted in one go."""
+"""The training task of stage 2: an RQ-VAE trained by gradients, or a quantizer fitted without them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLE = 4096  # items that are encoded at once
 
 
 class QuantizerTask:
-    """Stage 2, Eq. 6-9; what is built is done already where the quantizer needs no gradients."""
+    """Training task of the quantizer (stage 2, Eq. 6-9); a quantizer without gradients is complete once it is built."""
 
     criterion = None
 
@@ -78,20 +78,20 @@ class QuantizerTask:
 
 
 class ExtraQuantizerTask(QuantizerTask):
-    """One of `quantizer.extra_quantizers`: as many codes of the same embeddings, cut otherwise."""
+    """One of `quantizer.extra_quantizers`: further codes of the same embeddings, quantized differently."""
 
     def __init__(self, config: Config, run: RunDir, number: int) -> None:
         quantizer, settings = config.quantizer.extra_quantizers[number], config.quantizer
         levels = min(settings.num_levels, settings.codebook_dim) if quantizer == "opq" else settings.num_levels
         settings = settings.model_copy(update={"kind": quantizer, "num_levels": levels})
         super().__init__(config.model_copy(update={"quantizer": settings}), run)
-        self.seed += 1 + number  # residual k-means of the same seed would be the same codes
+        self.seed += 1 + number  # residual k-means with the same seed would give the same codes
 
 
 def sample_embeddings(run: RunDir, domains: list[str], most: int, seed: int) -> np.ndarray:
-    """[N, D] fused embeddings of all items that training may see, or of `most` of them; needs memory for twice those.
+    """[N, D] fused embeddings of all items that training may see, or of a sample of `most`; needs memory for twice as many.
 
-    Which items depends on seed, number of items and their order, not on the parts.
+    The sample depends on seed, number of items and their order, not on the parts.
     """
     names = [name for domain in domains for name in run.parts("fusion/embeddings", domain)]
     if not names:

@@ -1,4 +1,4 @@
-"""What the stages know of a domain's items, in the order of `item_index`: codes, fused embeddings, which of them training may see."""
+"""Codes, embeddings and IDs of a domain's items in the order of `item_index`, and how many of the items training may see."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_config(run: RunDir) -> Config:
 
 
 def warm_items(run: RunDir, domain: str) -> int:
-    """How many items training may see: the first of the catalog."""
+    """Number of items that training may see; they come first in the catalog."""
     return int(np.count_nonzero(~run.read("ingest/items", domain, [columns.COLD])[columns.COLD].to_numpy()))
 
 
@@ -43,8 +43,8 @@ def item_ids(run: RunDir, domain: str) -> pa.Array:
 
 
 def catalog_codes(run: RunDir, domain: str) -> np.ndarray:
-    """[N, K + X] codes of a domain's items: the semantic ID's, then those beside it, where there are any."""
-    table = run.read("semantic_ids", domain, [columns.ITEM_INDEX, "codes", columns.EXTRA_CODES])  # the last may not be there
+    """[N, K + X] codes of a domain's items: the K of the semantic ID, then the X of the extra quantizers, if any."""
+    table = run.read("semantic_ids", domain, [columns.ITEM_INDEX, "codes", columns.EXTRA_CODES])  # the last column is optional
     codes = [columns.to_numpy(table[name]) for name in table.column_names if name != columns.ITEM_INDEX]
     order = np.argsort(table[columns.ITEM_INDEX].to_numpy())
     return np.concatenate(codes, axis=1).astype(np.int64)[order]
@@ -58,7 +58,7 @@ def content_vectors(run: RunDir, domain: str) -> Tensor:
 
 
 def item_content(run: RunDir, domain: str, kind: str) -> Tensor | None:
-    """Content vectors of a domain's items as the sequence model reads them; None where the run has none.
+    """Content vectors of a domain's items as the sequence model reads them; None if the run has none.
 
     Args:
         run: a run whose fusion is done.
@@ -87,9 +87,9 @@ def _zeros_if_none(run: RunDir, domain: str, modality: str) -> Tensor:
 
 
 def modality_vectors(run: RunDir, domain: str, modality: str) -> Tensor | None:
-    """[N, D] mean vector of each item in one modality, centred on those that training may see, of length 1; None where no item has any.
+    """[N, D] mean vector of each item in one modality, centred on those that training may see, of length 1; None if no item has any.
 
-    Without centring, what is common to all texts hides what sets two apart, and the neighbours are far worse.
+    Without centring, the component common to all texts dominates the cosine, and the neighbours are far worse.
     """
     if not run.parts(f"features/{modality}", domain):
         return None

@@ -1,8 +1,8 @@
-"""What a file of a run is known by, so that one that was damaged, lost, copied or taken from another run is noticed.
+"""Checksums of a run's files, which detect files that were damaged, lost, copied or taken from another run.
 
 Parquet: every page carries a CRC, which is checked as it is read; the footer carries the name of the part and a hash of all
-pages; and the manifest of a stage keeps a hash of the footer. So the columns that are read are checked, and no others are read
-for it. Other files are hashed whole. These checks are against accidents: who writes a run directory can also write its checksums.
+pages; and the manifest of a stage keeps a hash of the footer. So the columns that are read are checked, and no others have to be
+read. Other files are hashed whole. The checks detect accidents, not attacks: who can write a run directory can write its checksums.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Record = dict[str, Any]  # rows (of a Parquet file), bytes, checksum
 PART, PAGES = b"qbert_ray.part", b"qbert_ray.pages"  # in the footer: the part's name in its run, and the hash of its pages
 MAGIC = b"PAR1"
 TAIL = 1 << 16  # bytes read at the end of a file: the footer of most parts
-SCRAPS = ("checkpoints", "tensorboard")  # folders of a stage that nothing is read from once it is done
+SCRAPS = ("checkpoints", "tensorboard")  # folders of a stage that are not read once it is done
 READERS = 16  # files read at the same time, for object stores
 
 
@@ -35,7 +35,7 @@ def checksum(content: bytes | memoryview) -> str:
 
 
 def write_parquet(name: str, rows: pa.Table) -> bytes:
-    """A Parquet file of rows whose footer says which part of a run it is.
+    """Bytes of a Parquet file whose footer names the part of the run that it is.
 
     Args:
         name: of the part, relative to its run directory.
@@ -50,12 +50,12 @@ def write_parquet(name: str, rows: pa.Table) -> bytes:
 
 
 def open_parquet(file: Any, name: str, known: Record | None) -> tuple[pq.ParquetFile, Record]:
-    """A Parquet file whose footer was checked and whose pages will be, and what it is known by.
+    """A Parquet file whose footer was checked and whose pages are checked as they are read, and its record.
 
     Args:
         file: opened for reading at any place.
         name: of the part, relative to its run directory.
-        known: what the manifest says of it; None: nothing.
+        known: the file's record in the manifest; None: it has none.
 
     Raises:
         DamagedError: it is not what was written under that name.
@@ -89,7 +89,7 @@ def _footer(file: Any, size: int) -> bytes:
 
 
 def check_bytes(name: str, content: bytes, known: Record) -> None:
-    """Raise DamagedError where the content of a whole file is not what the manifest says."""
+    """Raise DamagedError if the content of a file does not match its record in the manifest."""
     if name.endswith(".parquet"):
         open_parquet(pa.BufferReader(content), name, known)
     elif (len(content), checksum(content)) != (known["bytes"], known["checksum"]):
@@ -97,7 +97,7 @@ def check_bytes(name: str, content: bytes, known: Record) -> None:
 
 
 def record_files(filesystem: fs.FileSystem, root: str, stage: str) -> dict[str, Record]:
-    """Name, relative to the run directory, -> what it is known by, of every file that a stage has written.
+    """Name, relative to the run directory, -> record of every file that a stage has written.
 
     Args:
         filesystem: of the run directory.
@@ -105,7 +105,7 @@ def record_files(filesystem: fs.FileSystem, root: str, stage: str) -> dict[str, 
         stage: whose folder is looked through; hidden files, manifests, checkpoints and TensorBoard's files are left out.
 
     Raises:
-        DamagedError: a part is missing whose counts are there, or one is not what was written; the message names it.
+        DamagedError: a part was counted but is missing, or is not what was written; the message names it.
     """
     infos = filesystem.get_file_info(fs.FileSelector(f"{root}/{stage}", recursive=True, allow_not_found=True))
     found = [info.path[len(root) + 1 :] for info in infos if info.type == fs.FileType.File]
@@ -132,7 +132,7 @@ def _is_kept(parts: list[str]) -> bool:
 
 
 def _check_counted(found: Iterable[str]) -> None:
-    """Raise where a part was counted, so it was written, and is gone."""
+    """Raise DamagedError if a part was counted, so that it had been written, and is missing."""
     there = set(found)
     for name in sorted(there):
         folder, mark, part = name.removesuffix(".json").partition("/.counts/")

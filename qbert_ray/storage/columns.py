@@ -1,4 +1,4 @@
-"""Column names and Arrow schemas of every table that crosses a stage.
+"""Column names and Arrow schemas of every table that one stage writes and another reads.
 
 A table is a folder of Parquet parts named `<domain>-<number>.parquet`. Parts of the catalog (items, features, embeddings,
 semantic IDs) line up: part 3 of each holds the same items, in the order of `item_index`. So do parts over users.
@@ -20,9 +20,9 @@ RATING = "rating"
 COLD = "cold"
 SPLITS = ("train", "valid", "test", COLD)
 EXTRA_CODES = "extra_codes"
-KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]  # what names an item in every table over the catalog
+KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]  # columns that identify an item in every table over the catalog
 
-# ingest/items: item_index is dense within a domain and permuted by a hash, so that it tells nothing about time. Items that no
+# ingest/items: item_index is dense within a domain and permuted by a hash, so that it is independent of time. Items that no
 # training may see, because they are held out or came later, are cold; their indices are the last.
 # Text fields are strings under `text.<field>`, attributes under `attribute.<field>`.
 ITEMS = pa.schema(
@@ -61,7 +61,7 @@ SEQUENCES = pa.schema(
     ]
 )
 
-# ingest/cold: a user's last interaction with a cold item, and what the user had of the other items before it.
+# ingest/cold: a user's last interaction with a cold item, and the user's history of other items before it.
 COLD_SEQUENCES = pa.schema(
     [
         (DOMAIN, pa.string()),
@@ -88,11 +88,11 @@ SEMANTIC_IDS = pa.schema(
         ("codes", pa.list_(pa.int32())),
         ("semantic_id", pa.string()),  # "<a_2><b_3><c_1><d_6>"
         ("moved", pa.bool_()),  # not its nearest codes: reallocated because of a collision
-        ("nearest_codes", pa.list_(pa.int32())),  # before that; whose codes these are now kept them
+        ("nearest_codes", pa.list_(pa.int32())),  # before that; the item with these codes kept them
     ]
 )  # and, with extra quantizers, their codes as a list under EXTRA_CODES
 
-# ranking/weights: item-item weights, the items of a history that add to an item's score and by how much (ranking/item_item.py).
+# ranking/weights: item-item weights: for each item, the history items that add to its score, and by how much (ranking/item_item.py).
 ITEM_ITEM = pa.schema(
     [
         (DOMAIN, pa.string()),
@@ -126,8 +126,8 @@ COLD_RANKS = pa.schema(
         ("model", pa.string()),
         ("target", pa.string()),
         ("rank_unseen", pa.int32()),  # among all items but those of the history
-        ("rank_cold", pa.int32()),  # among the cold items
-        ("among_unseen", pa.int32()),  # how many that is
+        ("rank_cold", pa.int32()),  # rank among the cold items
+        ("among_unseen", pa.int32()),  # number of candidates
         ("among_cold", pa.int32()),
     ]
 )
@@ -170,7 +170,7 @@ def embeddings_schema(width: int) -> pa.Schema:
 
 
 def to_fixed_lists(array: np.ndarray) -> pa.Array:
-    """An Arrow column of fixed-size lists, without a Python loop.
+    """An Arrow column of fixed-size lists from a NumPy array.
 
     Args:
         array: [N, ...] of numbers or booleans, one to two trailing axes.
@@ -182,7 +182,7 @@ def to_fixed_lists(array: np.ndarray) -> pa.Array:
 
 
 def to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """The inverse of `to_fixed_lists`: [N, ...], shapes from the column's type; lists of other types must be of one length."""
+    """The NumPy array [N, ...] of a column of lists, the inverse of `to_fixed_lists`; other lists must all have one length."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     shape = [len(column)]
@@ -203,7 +203,7 @@ class Sequences(NamedTuple):
     test: np.ndarray  # [U], -1: none
 
     def history(self, user: int, upto: str) -> np.ndarray:
-        """What comes before the `valid` or `test` item of a user, or everything there is ("end")."""
+        """Items of a user before the `valid` or `test` item, or all of them ("end")."""
         held_out = {"valid": [], "test": [self.valid[user]], "end": [self.valid[user], self.test[user]]}[upto]
         train = self.items[self.indptr[user] : self.indptr[user + 1]]
         return np.concatenate([train, [item for item in held_out if item >= 0]]).astype(np.int64)

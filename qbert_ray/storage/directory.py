@@ -1,6 +1,6 @@
 """The run directory: tables, models and manifests on a local, s3:// or gs:// path.
 
-A file is either whole or absent: local files are written beside their name and renamed, object stores publish on close.
+A file is either whole or absent: local files are written under a temporary name and renamed, object stores publish on close.
 A stage is done when its `manifest.json` is there, and that is written last. It names every file of the stage with a checksum,
 and from then on a file that is missing, damaged or not the stage's is refused. Models are safetensors plus a JSON that alone
 rebuilds them; nothing is ever unpickled.
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     Module = TypeVar("Module", bound=nn.Module)
 
-WEIGHTS = "weights"  # in the JSON of a model: what its tensors are known by
-S3_ATTEMPTS = 8  # of one request, further and further apart: 50 seconds in all
+WEIGHTS = "weights"  # key in the JSON of a model: checksum of its tensors
+S3_ATTEMPTS = 8  # of one request, with growing pauses: 50 seconds in all
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -58,18 +58,18 @@ def join(root: str, location: str) -> str:
 
 
 def _patient(rebuild: Callable[[dict[str, Any]], fs.S3FileSystem], arguments: tuple[dict[str, Any]]) -> fs.S3FileSystem:
-    """A store from what `__reduce__` gives, asked again for longer while it answers with errors of its own: Arrow gives up after 6 seconds."""
+    """A store rebuilt from `__reduce__` that retries server errors for longer: Arrow gives up after 6 seconds."""
     (options,) = arguments
     return rebuild(options | {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)})
 
 
-# Arrow forgets that patience on the way to another process, such as those of Ray Train.
+# Arrow drops the retry setting when a store is pickled to another process, such as those of Ray Train.
 copyreg.pickle(fs.S3FileSystem, lambda store: (_patient, store.__reduce__()))
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths inside are relative: `run.read("ingest/items")`. Cheap to send to workers.
+    """Reads and writes a run directory by relative paths, as in `run.read("ingest/items")`; cheap to send to workers.
 
     Args:
         uri: a local path, s3:// or gs://.
@@ -82,7 +82,7 @@ class RunDir:
     shared: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if "://" not in self.uri:  # workers have working directories of their own
+        if "://" not in self.uri:  # workers have their own working directories
             object.__setattr__(self, "uri", str(Path(self.uri).expanduser().absolute()))
 
     @cached_property
@@ -116,7 +116,7 @@ class RunDir:
         return RunDir(f"{place.rstrip('/')}/{name}{mark}{query}")
 
     def sharing(self, base: RunDir, folders: Iterable[str]) -> RunDir:
-        """This run directory, reading some folders from another one on the same file system."""
+        """This run directory, except that some folders are read from another one on the same file system."""
         return replace(self, base=base, shared=frozenset(folders))
 
     def _is_shared(self, name: str) -> bool:
@@ -128,13 +128,13 @@ class RunDir:
         return self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
-        """Sorted names of the whole files in a folder; empty where there is no folder."""
+        """Sorted names of the whole files in a folder; empty if there is no folder."""
         selector = fs.FileSelector(self.path(folder), allow_not_found=True)
         names = (info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
         return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
 
     def folders(self, folder: str) -> list[str]:
-        """Sorted names of the folders in a folder; empty where there is none."""
+        """Sorted names of the folders in a folder; empty if there is none."""
         selector = fs.FileSelector(self.path(folder), allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.Directory)
 
@@ -167,7 +167,7 @@ class RunDir:
             raise error if isinstance(error, ArtifactError) else damaged(self, name, f"cannot be read as JSON: {error}") from None
 
     def delete(self, name: str) -> None:
-        """Remove a file or folder; nothing happens where there is none."""
+        """Remove a file or folder if it exists."""
         assert not self._is_shared(name), f"{name} belongs to {self.base}"
         kind = self.filesystem.get_file_info(self.path(name)).type
         if kind == fs.FileType.Directory:
@@ -188,7 +188,7 @@ class RunDir:
         return names
 
     def write_part(self, table: str, name: str, rows: pa.Table) -> None:
-        whole = write_parquet(f"{table}/{name}", rows)  # a writer that fails half-way publishes that half on an object store
+        whole = write_parquet(f"{table}/{name}", rows)  # a writer that fails half-way would publish a partial file on an object store
         self.write_bytes(f"{table}/{name}", whole)
 
     def read_part(self, table: str, name: str, columns: list[str] | None = None) -> pa.Table:
@@ -205,7 +205,7 @@ class RunDir:
             raise damaged(self, f"{table}/{name}", f"is damaged: {error}") from None
 
     def open_part(self, table: str, name: str) -> pq.ParquetFile:
-        """A part whose footer was checked; its pages are as they are read.
+        """A part opened as a Parquet file: its footer was checked, and its pages are checked as they are read.
 
         Raises:
             ArtifactError: it is not what was written.
@@ -234,8 +234,8 @@ class RunDir:
     # models
 
     def save_model(self, folder: str, tensors: dict[str, Any], description: dict[str, Any]) -> None:
-        """Weights and the JSON that rebuilds the model they belong to; the JSON is written last."""
-        from safetensors.torch import save  # brings torch, which reading tables does without
+        """Write the weights of a model and the JSON that rebuilds it; the JSON is written last."""
+        from safetensors.torch import save  # imports torch, which reading tables does not need
 
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         weights = save(contiguous)
@@ -302,7 +302,7 @@ class RunDir:
 
 @dataclass
 class Manifest:
-    """What a stage did: the done marker beside its outputs."""
+    """Record of a finished stage, written last into its folder: config, inputs, counts and files."""
 
     stage: str
     config: dict[str, Any]  # dotted path -> value, of all the config the outputs depend on
@@ -314,7 +314,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal outputs: hashes config and inputs, not times."""
+        """Hash of config and inputs, not of times: equal for equal outputs."""
         content = json.dumps([self.stage, self.config, self.inputs], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -324,7 +324,7 @@ class Manifest:
 
     @staticmethod
     def load(run: RunDir, folder: str) -> Manifest | None:
-        """The manifest of a finished stage; None where the stage is not done.
+        """The manifest of a finished stage; None if the stage is not done.
 
         Raises:
             ArtifactError: it is not what was written.
@@ -343,5 +343,5 @@ class Manifest:
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    as_read = json.loads(json.dumps(content, default=str))  # with the keys that JSON makes of numbers
+    as_read = json.loads(json.dumps(content, default=str))  # JSON turns numeric keys into text
     return checksum(json.dumps(as_read, sort_keys=True).encode())

@@ -1,12 +1,12 @@
-"""One run directory, one process that writes: a lease that its holder renews, on local paths and object stores alike.
+"""A lock that lets only one process write into a run directory: a renewed lease, on local paths and object stores alike.
 
-Who wants to write leaves a claim, a file of its own in `.lock`, and only then looks at the others: whoever finds a living one
-takes its own back and is refused. Of two that start at the same moment the later claim sees the earlier, so never both
-write; nothing but a listing that shows every finished write is needed, which local file systems, S3, GCS and Azure give.
+A process that wants to write first writes a claim, its own file in `.lock`, and then lists the others: if it finds a live one, it
+removes its own claim and is refused. Of two that start at the same moment, the later one sees the earlier claim, so they never both
+write. All it needs is a listing that shows every finished write, which local file systems, S3, GCS and Azure provide.
 
-A claim lives while its holder renews it. It is dead once its process is gone, where that can be seen from here, and otherwise
-LEASE_SECONDS after its last renewal by the clock of the storage. A holder that was held up for longer than that finds its own
-claim removed when it renews, and ends before it writes a manifest; parts that it wrote meanwhile may be another's.
+A claim is live while its holder renews it. It is dead once its process is gone, if that can be checked from here, and otherwise
+LEASE_SECONDS after its last renewal by the clock of the storage. A holder that was suspended for longer than that finds its claim
+removed when it renews, and stops before it writes a manifest; parts that it wrote meanwhile may have overwritten another's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qbert_ray.storage.directory import ArtifactError, RunDir
 
 FOLDER = ".lock"
 LEASE_SECONDS, RENEW_SECONDS = 60.0, 15.0
-TRIES = 4  # of claims that began at the same moment; each waits a random time after taking its own back
+TRIES = 4  # of claims that began at the same moment; each waits a random time after removing its own
 
 
 _held: dict[str, Lock] = {}  # of this process, by URI of the run directory
@@ -42,15 +42,15 @@ class LockedError(ArtifactError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who wrote a claim."""
+    """The process that wrote a claim."""
 
     host: str
     pid: int
-    place: str  # where that number means something: boot and namespace of the processes
-    started: str  # when the process began, as its system counts: a number that is used again means another process
+    place: str  # scope of the process number: boot and process namespace
+    started: str  # when the process began, by its system's clock: distinguishes a reused process number
     since: str  # when it took the lock
     command: str
-    held: bool = False  # false: not yet, it may be taken back
+    held: bool = False  # false: not yet, the claim may still be removed
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since} ({self.command})"
@@ -89,7 +89,7 @@ class Lock:
         )
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         _held.pop(self.run.uri, None)
         self.ended.set()
         if self.thread.is_alive():
@@ -97,7 +97,7 @@ class Lock:
         self._remove(self.name)
 
     def check(self) -> None:
-        """Raise LockedError where another process took the lock while this one was held up."""
+        """Raise LockedError if another process took the lock while this one was suspended."""
         if self.lost:
             raise LockedError(
                 f"{self.run.uri}: this process was held up and lost the lock to {self.lost}; start it again when that is done"
@@ -105,7 +105,7 @@ class Lock:
 
     def _renew(self) -> None:
         while not self.ended.wait(RENEW_SECONDS):
-            with suppress(OSError):  # a store that does not answer: the lease runs on, and the next renewal tries again
+            with suppress(OSError):  # the store does not answer: the lease is still running, and the next renewal tries again
                 gone = self.name not in self._claims()
                 if not gone:
                     self._write()
@@ -119,7 +119,7 @@ class Lock:
         self.run.write_json(f"{FOLDER}/{self.name}", asdict(self.holder))
 
     def _other(self) -> Holder | None:
-        """The holder of a living claim other than this one; dead ones are removed."""
+        """The holder of a live claim other than this one, or None; dead claims are removed."""
         found = self._claims()
         now = found[self.name].mtime_ns if self.name in found else time.time_ns()
         for name, info in found.items():
@@ -138,12 +138,12 @@ class Lock:
         return {info.base_name: info for info in infos if info.type == fs.FileType.File and not info.base_name.startswith(".")}
 
     def _read(self, name: str) -> Holder | None:
-        """Who wrote a claim; None where it was taken back meanwhile."""
+        """The holder that a claim names; None if the claim was removed meanwhile."""
         try:
             return Holder(**self.run.read_json(f"{FOLDER}/{name}"))
         except FileNotFoundError:
             return None
-        except (ArtifactError, TypeError):  # claims are written whole: this is none of ours
+        except (ArtifactError, TypeError):  # claims are written whole: this file is not a claim
             return Holder("an unknown host", 0, "", "", "?", f"unreadable {FOLDER}/{name}")
 
     def _is_dead(self, holder: Holder, age: float) -> bool:
@@ -158,11 +158,11 @@ class Lock:
 
 @contextmanager
 def locked(run: RunDir, command: str = "") -> Iterator[Lock]:
-    """The lock of a run directory for as long as something writes into it.
+    """Context that holds the lock of a run directory while something writes into it.
 
     Args:
         run: the run directory.
-        command: what others are told is being done; empty: the command line of this process.
+        command: shown to processes that are refused; empty: the command line of this process.
 
     Raises:
         LockedError: another process has it.
@@ -176,20 +176,20 @@ def locked(run: RunDir, command: str = "") -> Iterator[Lock]:
 
 
 def check_held(run: RunDir) -> None:
-    """Raise LockedError where this process had the lock of a run directory and lost it."""
+    """Raise LockedError if this process had the lock of a run directory and lost it."""
     if run.uri in _held:
         _held[run.uri].check()
 
 
 def _place() -> str:
-    """Boot and process namespace that process numbers of this system belong to; empty where it does not tell."""
+    """Boot and process namespace that process numbers of this system belong to; empty if unknown."""
     with suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return ""
 
 
 def _started(pid: int) -> str:
-    """When a process of this system began; empty where it is gone."""
+    """When a process of this system began; empty if it is gone."""
     with suppress(OSError, IndexError):
         state, *_, started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
         return "" if state in "ZX" else started

@@ -1,7 +1,7 @@
-"""A model from its JSON and its weights, neither of which is believed.
+"""Loads a model from its JSON and its weights, and validates both.
 
-What a description asks for is held against the weights before anything of that size is allocated: the model is built without
-memory first, and its shapes must be those of the weights.
+The description is compared with the weights before memory is allocated: the model is first built on the meta device, and its
+shapes must equal those of the weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def rebuild(model: Callable[..., M], run: RunDir, folder: str) -> M:
-    """The model that a run holds in a folder, with its weights, ready to be evaluated.
+    """The model saved in a folder of a run, with its weights, in evaluation mode.
 
     Args:
         model: class that takes the fields of the description.
@@ -46,10 +46,10 @@ def rebuild(model: Callable[..., M], run: RunDir, folder: str) -> M:
 
 
 def _check(model: Callable[..., nn.Module], tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Raise ValueError where a description asks for another model than the weights are of."""
+    """Raise ValueError if the model of a description does not fit the weights."""
     largest = max([1, *(tensor.numel() for tensor in tensors.values())])
     for name, value in _numbers(description):
-        many = name.startswith("num_") and name.endswith(("layers", "heads"))  # of modules, or of pieces of a vector
+        many = name.startswith("num_") and name.endswith(("layers", "heads"))  # number of modules, or of parts of a vector
         if many and value < 1:
             raise ValueError(f"{name} is {value}")
         if abs(value) > largest or (many and value > max(len(tensors), 1024)):
@@ -63,7 +63,7 @@ def _check(model: Callable[..., nn.Module], tensors: dict[str, Tensor], descript
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Whole numbers anywhere in a description, with the names of their fields."""
+    """Field name and value of each whole number in a description, nested ones included."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _numbers(inner, str(key))

@@ -1,7 +1,7 @@
-"""What the manifests of a run say of its files, held against the files that are there.
+"""Compares the files of a run with the records in its manifests.
 
-From the moment its manifest is written, the files of a stage are sealed: one that is missing, damaged or not the stage's is
-refused with the command that makes it again. Files of a stage that still works are read as they are.
+Once its manifest is written, the files of a stage are sealed: one that is missing, damaged or not the stage's is refused, with
+the command that makes it again. Files of a stage that is still running are read as they are.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from qbert_ray.storage.directory import RunDir
 
 MANIFEST, STARTED = "manifest.json", "started.json"  # in the folder of a stage: what it did; an unfinished try
-APPENDING = "ingest/appending.json"  # while parts are added to finished stages, which their manifests do not name yet
+APPENDING = "ingest/appending.json"  # exists while parts are added to finished stages whose manifests do not name them yet
 T = TypeVar("T")
 
-_known_files: dict[tuple[str, str], dict[str, Record]] = {}  # of this process: run and stage -> what its manifest says of its files
+_known_files: dict[tuple[str, str], dict[str, Record]] = {}  # of this process: run and stage -> records of its manifest
 
 
 class ArtifactError(ValueError):
-    """Something in a run directory is missing, damaged or was made differently; the message names the command that mends it."""
+    """Something in a run directory is missing, damaged or was made differently; the message names the command that fixes it."""
 
 
 def damaged(run: RunDir, name: str, why: str) -> ArtifactError:
-    """The error of a file that cannot be used, with the command that makes it again."""
+    """The error for a file that cannot be used, with the command that makes it again."""
     return ArtifactError(f"{run.uri}/{name} {why}; restore it, or {_mend(name.split('/')[0])}")
 
 
 def seal(run: RunDir, stage: str) -> dict[str, Record]:
-    """What each file of a stage is known by, for its manifest.
+    """Records of all files of a stage, for its manifest.
 
     Raises:
         ArtifactError: a file is missing or damaged.
@@ -43,7 +43,7 @@ def seal(run: RunDir, stage: str) -> dict[str, Record]:
 
 
 def checked(run: RunDir, name: str, check: Callable[[Record | None], T]) -> T:
-    """What `check` gives for what is known of a file of a run.
+    """The result of `check`, called with the record of a file of a run.
 
     The manifest is read once per process, and again before a file is refused: the stage may have been redone since.
     """
@@ -57,7 +57,7 @@ def checked(run: RunDir, name: str, check: Callable[[Record | None], T]) -> T:
 
 
 def check_parts(run: RunDir, table: str, domain: str | None, names: list[str]) -> None:
-    """Raise ArtifactError where the parts that are there are not those that a finished stage wrote."""
+    """Raise ArtifactError if the parts in the folder are not those that a finished stage wrote."""
     wrong = _compare(run, table, domain, names, fresh=False) and _compare(run, table, domain, names, fresh=True)
     if wrong:
         raise wrong
@@ -85,7 +85,7 @@ def _record(run: RunDir, name: str, fresh: bool) -> Record | None:
 
 
 def _files(run: RunDir, stage: str, fresh: bool) -> dict[str, Record] | None:
-    """Files of a finished stage; None where it is not done, or by a version that kept no checksums."""
+    """Records of a finished stage's files; None if it is not done, or was done by a version that kept no checksums."""
     manifest, key = f"{stage}/{MANIFEST}", (run.home(stage), stage)
     if fresh or key not in _known_files:
         _known_files.pop(key, None)

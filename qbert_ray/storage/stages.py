@@ -1,7 +1,7 @@
-"""The stages of a run as data: in which order they are done, what each reads, and what its outputs depend on.
+"""The stages of a run as data: their order, what each reads, and what its outputs depend on.
 
-A stage has one name: of its command, its folder in the run directory, its section of the config (where it has one), and its
-key in `compute`. `pipeline` runs stages; commands, reports and sweeps read them here.
+A stage's name is also that of its command, its folder in the run directory, its section of the config (if it has one), and its
+key in `compute`. `pipeline` runs stages; commands, reports and sweeps look them up here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Stage:
         inputs: stages whose outputs it reads.
         compute: keys of `compute` that name what it runs on.
         ignores: dotted paths under those of `config` that its outputs do not depend on.
-        keeps: restarts part by part or from a checkpoint, so that an unfinished try is kept; others start over.
-        skipped: why there is nothing to do under a config; None where there is.
+        keeps: whether an unfinished try is kept, because the stage resumes part by part or from a checkpoint; others start over.
+        skipped: why there is nothing to do under a config; None if there is.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Stage:
         return self.name.replace("_", "-")
 
     def depends_on(self, config: Config) -> dict[str, Any]:
-        """Dotted path -> value of the config that its outputs depend on."""
+        """Dotted path -> value of the config fields that the stage's outputs depend on."""
         leaves = flatten(config.model_dump(mode="json"))
         return {path: value for path, value in leaves.items() if _under(path, self.config) and not _under(path, self.ignores)}
 

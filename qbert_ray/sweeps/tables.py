@@ -1,6 +1,6 @@
-"""Tables of a paper anew: variants of a config over seeds, what each user's target ranked, and whether differences are more than chance.
+"""Reproduces tables of the paper: variants of a config over seeds, ranks of each user's target, and significance of the differences.
 
-One table is a YAML file that names its variants (overlays on a data set's config), its reference, and what was published.
+A table is a YAML file that names its variants (overlays on a data set's config), its reference, and the published figures.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from qbert_ray.config.search import Section
 from qbert_ray.storage.directory import RunDir
 
 RANKS, MARKDOWN = "ranks.parquet", "table.md"
-ALONE = ", sequencer"  # ends the row of a variant whose sequence model ranks by itself
+ALONE = ", sequencer"  # suffix of the row of a variant whose sequence model ranks without the blend
 PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
 RESAMPLES, BATCH = 2000, 50
 
 
 class Table(Section):
-    """What a table compares."""
+    """The definition of a table: its variants, reference, metrics and published figures."""
 
     title: str
     reference: str = Field(description="row that the others are held against")
@@ -51,7 +51,7 @@ class Table(Section):
 
 
 def load_table(file: Path) -> Table:
-    """The table of a YAML file.
+    """The table definition in a YAML file.
 
     Raises:
         ConfigError: there is no such file, or it is not a table.
@@ -68,7 +68,7 @@ def load_table(file: Path) -> Table:
 
 
 def ranks_of(evaluated: pl.DataFrame, variant: str, seed: int, table: Table) -> pl.DataFrame:
-    """Rows of a table's ranks from evaluate/ranks of one run: a row per user, of the model and of what else the table shows.
+    """Ranks of a table from evaluate/ranks of one run: one row per user for the model and for each further ranking in the table.
 
     Returns:
         domain, row, seed, user_id, rank_all, rank_unseen (1 is best).
@@ -87,12 +87,12 @@ def ranks_of(evaluated: pl.DataFrame, variant: str, seed: int, table: Table) -> 
 
 
 def summarise(ranks: pl.DataFrame, table: Table) -> list[dict[str, Any]]:
-    """A mapping for each domain, row, protocol and metric.
+    """Mean, interval and difference to the reference for each domain, row, protocol and metric.
 
     Returns:
         `mean` over seeds of the mean over users; `half`, half of its 95 % interval: over seeds (Student's t), with one seed over users;
-        `difference` to the reference with `low` and `high`, its 95 % interval by bootstrap over users (each with the mean of his
-        seeds); `paper`, None where nothing was published.
+        `difference` to the reference with `low` and `high`, its 95 % interval by bootstrap over users (each with the mean over
+        seeds); `paper`, the published figure or None.
     """
     found = []
     for (domain,), rows in ranks.group_by("domain", maintain_order=True):
@@ -113,7 +113,7 @@ def summarise(ranks: pl.DataFrame, table: Table) -> list[dict[str, Any]]:
                     line |= {"mean": float(np.mean(by_seed)), "half": _half(by_seed, users["value"].to_numpy())}
                     line["paper"] = table.paper.get(domain, {}).get(name, {}).get(metric)
                     against = table.reference + ALONE * name.endswith(ALONE)
-                    reference = None if name == against else values.get(against)  # whose trials may all have failed
+                    reference = None if name == against else values.get(against)  # all of its trials may have failed
                     found.append(line | _difference(users, reference[0] if reference else None))
     return found
 
@@ -145,7 +145,7 @@ def _difference(users: pl.DataFrame, reference: pl.DataFrame | None) -> dict[str
 
 
 def markdown(summary: list[dict[str, Any]], table: Table) -> str:
-    """The table as a page of Markdown: per domain and protocol one line for each row."""
+    """The table as Markdown: one line for each row, per domain and protocol."""
     lines = [f"# {table.title}", ""]
     for domain in dict.fromkeys(line["domain"] for line in summary):
         for protocol in PROTOCOLS:
@@ -176,7 +176,7 @@ def _cells(line: dict[str, Any], published: bool) -> list[str]:
 
 
 def collect(folder: RunDir, ranks: pl.DataFrame, table: Table) -> None:
-    """Put ranks beside those of other domains and other rows in a folder, and write the table of them all."""
+    """Add ranks to those of other domains and rows in a folder, and write the table of all of them."""
     if folder.exists(RANKS):
         before = pl.read_parquet(folder.read_bytes(RANKS))
         ranks = pl.concat([before.join(ranks.select("domain", "row").unique(), on=["domain", "row"], how="anti"), ranks])

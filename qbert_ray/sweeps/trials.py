@@ -1,8 +1,8 @@
-"""The trials of a sweep: ordinary runs that share what they do not change.
+"""The trials of a sweep: ordinary runs that share the outputs of stages that they do not change.
 
-A trial is a run directory inside that of its sweep. It reads the outputs of unchanged stages from the run that the sweep
-stands on and does the others itself, so it restarts from stages and checkpoints as any run does. Its folder is named after
-its values, so that a sweep finds again what it has.
+A trial is a run directory inside that of its sweep. It reads the outputs of unchanged stages from the base run of the sweep
+and runs the others itself, so it resumes from stages and checkpoints as any run does. Its folder is named after its values,
+so that a resumed sweep finds it again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Trial:
 
 
 class Plan:
-    """What follows from the config of a sweep: its trials, their folders, and the stages they share.
+    """The plan of a sweep: its trials, their folders, and the stages they share.
 
     Raises:
         ValueError: a swept path or value is not valid, or search, stage and scheduler do not fit together.
@@ -68,7 +68,7 @@ class Plan:
         self._check()
         self.as_is = {path: _at(config, path) for path in self.paths}
         chosen = list(self.variants.values()) or settings(config.sweep, self.as_is, config.run.seed)
-        # as the config reads them, such as 1e-3 for YAML's text; a value that is not valid fails here, before anything runs
+        # as the config parses them, since YAML reads 1e-3 as text; an invalid value fails here, before anything runs
         chosen = [{path: _at(with_values(config, values), path) for path in values} for values in chosen]
         self.trials = [Trial(values, seed) for seed in self.seeds for values in chosen]
         self.names = {Trial(values, seed).name: name for seed in self.seeds for name, values in zip(self.variants, chosen, strict=False)}
@@ -100,12 +100,12 @@ class Plan:
             )
 
     def trial_config(self, trial: Trial) -> Config:
-        """The run of a trial."""
+        """The config of a trial's run."""
         values = trial.values | {"run.seed": trial.seed, "run.dir": self._trial_folder(trial).uri}
         return with_values(self.config.model_copy(update={"compute": self.small_compute()}), values)
 
     def small_compute(self) -> Compute:
-        """Where the config leaves sizes open, the smallest: trials share the cluster."""
+        """The `compute` section with the smallest size wherever the config sets none, since trials share the cluster."""
         compute = self.config.compute
         sizes: dict[str, Any] = {}
         for name, asked in compute:
@@ -123,11 +123,11 @@ class Plan:
         return self.folder.inside(f"trials/{trial.name}")
 
     def shared(self, trial: Trial) -> list[str]:
-        """Stages that a trial does not change, and so reads from the run below it."""
+        """Stages that a trial does not change and therefore reads from the base run."""
         return self._unchanged([path for path, value in trial.values.items() if not self.trials or value != self.as_is[path]])
 
     def to_prepare(self, seed: int) -> list[str]:
-        """Stages that some trial of a seed reads from the run below it, in order; those that are left out too."""
+        """Stages that some trial of a seed reads from the base run, in order, including those that the config leaves out."""
         if not self.trials:
             return self._unchanged(self.paths)
         shared = {name for trial in self.trials if trial.seed == seed for name in self.shared(trial)}
@@ -138,7 +138,7 @@ class Plan:
         return with_values(self.config, {"run.seed": seed, "run.dir": self.seed_run(seed).uri})
 
     def seed_run(self, seed: int) -> RunDir:
-        """The run that the trials of a seed stand on: the config's own, or one beside it that shares what no seed changes."""
+        """The base run of the trials of a seed: the config's own, or a sibling that shares the stages that do not depend on the seed."""
         if seed == self.config.run.seed:
             return self.run
         folders = self._unchanged(["run.seed"])
@@ -152,24 +152,24 @@ class Plan:
         return kept
 
     def begun(self) -> list[Trial]:
-        """The trials of the plan; where the search makes them up as it goes, those that it has begun."""
+        """The trials of the plan; if the search draws them one by one, those that have begun."""
         if self.trials:
             return self.trials
         folders = [name for name in self.folder.folders("trials") if self.folder.exists(f"trials/{name}/{BEGUN}")]
         return [Trial(**self.folder.read_json(f"trials/{name}/{BEGUN}")) for name in folders]
 
     def result(self, trial: Trial) -> dict[str, Any]:
-        """What became of a trial: status, seconds, metrics, error; {} where it is still to do."""
+        """Status, seconds, metrics and error of a trial; {} if it is still to do."""
         run = self._trial_folder(trial)
         return run.read_json(RESULT) if run.exists(RESULT) else {}
 
     def conclude(self, trial: Trial, status: str, seconds: float, metrics: dict[str, float], error: str | None = None) -> None:
-        """Write down what became of a trial."""
+        """Write the result of a trial."""
         content = {"status": status, "seconds": round(seconds, 1), "metrics": metrics, "error": error}
         self._trial_folder(trial).write_json(RESULT, content)
 
     def check_objectives(self, metrics: dict[str, float]) -> None:
-        """Raise where a finished trial lacks what the sweep compares."""
+        """Raise if a finished trial lacks a metric that the sweep compares."""
         lacking = [name for name in self.objectives if name not in metrics]
         if lacking:
             raise ValueError(
@@ -177,16 +177,16 @@ class Plan:
             )
 
     def curve(self, trial: Trial) -> list[dict[str, Any]]:
-        """Metrics of each epoch of the trial's last stage that was seen."""
+        """Recorded metrics of each epoch of the trial's last stage."""
         run = self._trial_folder(trial)
         return [json.loads(line) for line in run.read_bytes(CURVE).splitlines()] if run.exists(CURVE) else []
 
     def shown(self, trial: Trial) -> dict[str, Any]:
-        """What sets a trial apart: the name of its variant, or its values."""
+        """What identifies a trial in tables: the name of its variant, or its values."""
         return {"variant": self.names[trial.name]} if self.variants else trial.values
 
     def base(self) -> dict[str, Any]:
-        """Dotted path -> value of all that the trials have in common."""
+        """Dotted path -> value of all settings that the trials have in common."""
         leaves = [stage.depends_on(self.config) for stage in self.stages]
         swept = tuple(f"{path}." for path in ("run.seed", *self.paths))
         return {path: value for common in leaves for path, value in common.items() if not f"{path}.".startswith(swept)}
@@ -204,7 +204,7 @@ def _at(config: Config, path: str) -> Any:
 
 
 class TrialProgress(Quiet):
-    """Keeps the curve of a trial's last stage, and tells each epoch to `report`."""
+    """Records the curve of a trial's last stage, and passes each epoch's metrics to `report`."""
 
     def __init__(self, run: RunDir, lines: list[dict[str, Any]], report: Callable[[dict[str, Any]], None]) -> None:
         self.run, self.lines, self.report = run, lines, report
@@ -216,7 +216,7 @@ class TrialProgress(Quiet):
 
 
 def run_trial(plan: Plan, trial: Trial, report: Callable[[dict[str, Any]], None]) -> dict[str, float]:
-    """Do the stages of a trial that it does not share; its metrics, also left in its folder.
+    """Run the stages of a trial that it does not share; returns its metrics, which are also written to its folder.
 
     Args:
         report: called with the metrics of each epoch of the last stage.
@@ -235,7 +235,7 @@ def run_trial(plan: Plan, trial: Trial, report: Callable[[dict[str, Any]], None]
 
 
 def trial_metrics(plan: Plan, config: Config, run: RunDir) -> dict[str, float]:
-    """Numbers of a finished trial: of its best epochs, the mean over target domains; those of test items begin with "test_"."""
+    """Metrics of a finished trial: of its best epochs, averaged over target domains; those on test items begin with "test_"."""
     done = [stage.name for stage in plan.stages if not stage.skipped(config)]
     found: dict[str, float] = {}
     for name, folder in (("fusion", "fusion"), ("quantizer", "rqvae"), ("pretrain", "pretrain")):
@@ -274,7 +274,7 @@ def _mean(figures: list[dict[str, float]]) -> dict[str, float]:
 
 @torch.inference_mode()
 def milliseconds_per_user(config: Config, run: RunDir, domain: str) -> float:
-    """Time to rank the catalog for a user with what the trial has, in batches on one thread; the median of five passes."""
+    """Milliseconds per user to rank the catalog with the trial's models, in batches on one thread; median of five passes."""
     enabled = config.ranking.enabled and bool(run.parts("ranking/weights", domain))
     torch.set_num_threads(1)
     ranker = load_catalog_ranker(run, domain, config.ranking.model_copy(update={"enabled": enabled}))

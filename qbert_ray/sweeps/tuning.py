@@ -1,6 +1,6 @@
-"""Sweeps on Ray Tune: which trials run when, which stop early, and the tables of what came out.
+"""Runs sweeps on Ray Tune: schedules trials, stops poor ones early, and writes the tables of results.
 
-What Tune keeps of itself is never read again (it is pickled): a sweep that was cut goes on from the folders of its trials.
+Tune's own state is pickled and never read again: an interrupted sweep resumes from the folders of its trials.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from qbert_ray.sweeps.tables import Table, ranks_of
 from qbert_ray.sweeps.trials import DONE, FAILED, STOPPED, Plan, Trial, run_trial
 
 SWEEP, TRIALS, CURVES, BEST = "sweep.json", "trials.parquet", "curves.parquet", "best.yaml"  # in the folder of a sweep
-TRIAL_MEMORY = 256 * 2**20  # what a trial asks for: its workers ask for CPUs themselves, and one that held a CPU would starve them
+TRIAL_MEMORY = 256 * 2**20  # of a trial, which holds no CPU: its workers request CPUs themselves
 
 
 def prepare(plan: Plan, seed: int, stage: str, progress: Progress) -> Manifest | None:
-    """Do a stage of the run that the trials of a seed stand on."""
+    """Run a stage of the base run of a seed's trials."""
     return run_stage(BY_NAME[stage], plan.seed_config(seed), plan.seed_run(seed), RayExecutor(), progress)
 
 
 def check_room(plan: Plan) -> None:
-    """Refuse, before anything runs, what the cluster has no room for.
+    """Raise, before anything runs, if the cluster has no room for a trial.
 
     Raises:
         CapacityError: what is asked for and what there is.
@@ -56,7 +56,7 @@ def is_prepared(plan: Plan, seed: int, stage: str) -> bool:
 
 
 def check_base(plan: Plan) -> None:
-    """Raise where the sweep's folder holds trials on top of another config."""
+    """Raise if the sweep's folder holds trials of another base config."""
     known = plan.folder.read_json(SWEEP)["base"] if plan.folder.exists(SWEEP) else plan.base()
     now = plan.base()
     changed = [path for path in sorted(set(known) | set(now)) if known.get(path) != now.get(path)]
@@ -68,13 +68,13 @@ def check_base(plan: Plan) -> None:
 
 
 def unfinished(plan: Plan) -> int:
-    """Trials to run; those that failed before are tried again."""
+    """Number of trials to run, including failed ones, which are tried again."""
     done = sum(plan.result(trial).get("status") in (DONE, STOPPED) for trial in plan.begun())
     return max(0, (len(plan.trials) or plan.sweep.num_trials) - done)
 
 
 def search(plan: Plan, progress: Progress) -> dict[str, Any] | None:
-    """Run the trials that are not finished, as many at a time as fit; what `write_tables` gives."""
+    """Run the unfinished trials, as many at a time as fit; returns the result of `write_tables`."""
     left, total = unfinished(plan), len(plan.trials) or plan.sweep.num_trials
     most = concurrent(plan)
     plan.folder.write_json(SWEEP, _description(plan))
@@ -120,7 +120,7 @@ def _space(plan: Plan, pending: list[int]) -> dict[str, Any]:
 
 
 def _domain(draw: Draw) -> Any:
-    """Where Tune draws a value from."""
+    """Tune's search space of one swept value."""
     if draw.choice is not None:
         return tune.choice(draw.choice)
     if draw.randint is not None:
@@ -132,7 +132,7 @@ def _domain(draw: Draw) -> Any:
 
 
 def concurrent(plan: Plan) -> int:
-    """Trials that the cluster carries at the same time, where `check_room` found room for one."""
+    """Number of trials that run at the same time, given that `check_room` found room for one."""
     compute = plan.small_compute()
     own = [stage for stage in plan.stages if not all(stage.name in plan.to_prepare(seed) for seed in plan.seeds)]
     there, fit = capacity.nodes(), plan.sweep.max_concurrent or capacity.MOST_NODES
@@ -144,7 +144,7 @@ def concurrent(plan: Plan) -> int:
 
 
 def estimate(plan: Plan) -> list[float | None]:
-    """Seconds that each trial will take, from the stages of the run below it; None where that run has not done them all."""
+    """Estimated seconds of each trial, from the stages of its base run; None if that run has not done them all."""
     seconds = {}
     for stage in plan.stages:
         manifest = Manifest.load(plan.run, stage.name)
@@ -157,7 +157,7 @@ def _trainable(config: dict[str, Any], plan: Plan) -> None:
     trial, started = _trial(plan, config), time.monotonic()
     known, told = len(plan.curve(trial)), 0
 
-    def tell(line: dict[str, Any]) -> None:  # an epoch that lacks an objective is nothing that Tune could judge by
+    def tell(line: dict[str, Any]) -> None:  # Tune cannot compare an epoch that lacks an objective
         nonlocal told
         if all(name in line for name in plan.objectives):
             told += 1
@@ -199,7 +199,7 @@ def _optuna(plan: Plan) -> Any:
         raise ValueError("sweep.search=optuna needs Optuna: pip install 'qbert-ray[sweep]'") from None
 
     class Search(OptunaSearch):
-        """Ray's hands several objectives of a known trial to Optuna as if they were one."""
+        """Works around Ray's OptunaSearch, which passes several objectives of a known trial to Optuna as one."""
 
         _ot_study: Any
         _space: Any
@@ -218,7 +218,7 @@ def _optuna(plan: Plan) -> Any:
         mode=plan.objectives[plan.metric] if single else list(plan.objectives.values()),
         points_to_evaluate=[trial.values for trial in known] or None,
         evaluated_rewards=[reward[0] if single else reward for reward in rewards] or None,
-        seed=plan.config.run.seed + len(known),  # going on must not draw again what was drawn
+        seed=plan.config.run.seed + len(known),  # a resumed search must not repeat earlier draws
     )
 
 
@@ -233,7 +233,7 @@ class _Budget(tune.Stopper):
         self.spent = self.epoch * sum(len(plan.curve(trial)) for trial in plan.begun())
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self.spent += self.epoch * result.get("read", 0 if "whole" in result else 1)  # epochs that no report told of before
+        self.spent += self.epoch * result.get("read", 0 if "whole" in result else 1)  # epochs since the last report
         return False
 
     def stop_all(self) -> bool:
@@ -242,7 +242,7 @@ class _Budget(tune.Stopper):
 
 
 class _Watch(tune.Callback):
-    """Tells how far the sweep is, and writes down what became of trials that did not end by themselves."""
+    """Reports the progress of the sweep, and writes the results of trials that were stopped or failed."""
 
     def __init__(self, plan: Plan, progress: Progress, budget: _Budget) -> None:
         self.plan, self.progress, self.budget = plan, progress, budget
@@ -250,7 +250,7 @@ class _Watch(tune.Callback):
         self.best: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"progress": Quiet()}  # Tune pickles its callbacks; a terminal is not for that
+        return self.__dict__ | {"progress": Quiet()}  # Tune pickles its callbacks, and a terminal cannot be pickled
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.started.setdefault(trial.trial_id, time.monotonic())
@@ -260,7 +260,7 @@ class _Watch(tune.Callback):
         result = self.plan.result(mine)
         if result.get("status") != DONE:
             if self.budget.stop_all():
-                return  # cut, not judged: the same command goes on with it
+                return  # interrupted, not stopped by the scheduler: the same command resumes it
             best = max((line for line in self.plan.curve(mine)), key=lambda line: line[self.plan.metric] * self._sign())
             metrics = {name: value for name, value in best.items() if isinstance(value, float)}
             self.plan.conclude(mine, STOPPED, self._seconds(trial), metrics)
@@ -285,7 +285,7 @@ class _Watch(tune.Callback):
 
 
 def write_tables(plan: Plan) -> dict[str, Any] | None:
-    """Leave sweep.json, trials.parquet, curves.parquet and best.yaml; the best setting, None where no trial was finished.
+    """Write sweep.json, trials.parquet, curves.parquet and best.yaml; returns the best setting, None if no trial was finished.
 
     best.yaml is an overlay: the setting with the best mean over seeds, among those that all seeds finished.
     """
@@ -310,7 +310,7 @@ def write_tables(plan: Plan) -> dict[str, Any] | None:
 
 
 def trial_rows(plan: Plan) -> list[dict[str, Any]]:
-    """A mapping for each trial that ended: what it was, what became of it, its metrics."""
+    """A mapping for each trial that ended: its settings, status and metrics."""
     trials = plan.begun()
     results = [plan.result(trial) for trial in trials]
     names = sorted({name for result in results for name in result.get("metrics", {})})
@@ -325,7 +325,7 @@ def trial_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def ranks(plan: Plan, table: Table) -> pl.DataFrame:
-    """What each user's target ranked in the trials that are done, as `Table` wants it."""
+    """Ranks of each user's target in the finished trials, in the format that `Table` needs."""
     found = [
         ranks_of(pl.DataFrame(plan.trial_run(trial).read("evaluate/ranks")), plan.names[trial.name], trial.seed, table)
         for trial in plan.trials
@@ -337,7 +337,7 @@ def ranks(plan: Plan, table: Table) -> pl.DataFrame:
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Columns of one type each; values that have none in common, such as lists beside numbers, as JSON."""
+    """The rows as an Arrow table; a column whose values have no common type, such as lists and numbers, is JSON."""
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
@@ -363,7 +363,7 @@ def _best_setting(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any] | No
 
 
 def parameters(plan: Plan) -> list[str]:
-    """Columns of the tables that set trials apart."""
+    """Columns of the tables that identify a trial."""
     return ["variant"] if plan.variants else list(plan.sweep.space)
 
 
