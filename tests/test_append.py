@@ -10,15 +10,11 @@ import pytest
 
 from qbert_ray import append as appending
 from qbert_ray.append import append_ids
+from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.features import encoding
-from qbert_ray.features import stage as features
 from qbert_ray.pipeline import redo_from, run_stage, status
-from qbert_ray.ranking import cold_items as cold
-from qbert_ray.ranking import evaluate as evaluation
-from qbert_ray.ranking import score as scoring
-from qbert_ray.semantic_ids import stage as tokenization
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.storage.stages import BY_NAME, STAGES
 from tests.shop import SOURCE, small_config
@@ -45,15 +41,7 @@ def copied(finished, tmp_path):
 def in_process(monkeypatch):
     """Parts are worked on here, since starting actors would cost most of a small append."""
 
-    def map_parts(run, worker, arguments, parts, output, actors, progress):
-        missing = [part for part in parts if f"{part}.json" not in run.names(f"{output}/.counts")]
-        work = worker(**arguments) if missing else None
-        for part in missing:
-            run.write_json(f"{output}/.counts/{part}.json", work(part))
-        return {}
-
-    for module in (features, tokenization, evaluation, cold, scoring):
-        monkeypatch.setattr(module, "map_parts", map_parts)
+    monkeypatch.setattr(RayExecutor, "map_parts", LocalExecutor.map_parts)
     monkeypatch.setattr(encoding, "load_text_encoder", lru_cache(encoding.load_text_encoder))
 
 

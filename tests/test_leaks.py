@@ -37,6 +37,7 @@ SETTINGS = [
     f"finetune.epochs={EPOCHS}",
     "finetune.patience=null",
     "data.cold_share=0",
+    "pretrain.domains=[demo]",
 ]
 BEFORE_LABELS = ["fusion/model", "quantizer/model", "pretrain/model"]
 CHOSEN_BY_VALIDATION = ["finetune/demo/model", f"{BLEND}/demo"]

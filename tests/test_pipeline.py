@@ -26,7 +26,7 @@ from tests.shop import SOURCE, small_config
 def test_every_stage_leaves_its_manifest_and_no_scraps(finished):
     config, run = finished
     for stage in STAGES:
-        assert Manifest.load(run, stage.folder) is not None
+        assert Manifest.load(run, stage.name) is not None
         assert not run.exists(f"{stage.name}/started.json")
         assert not run.exists(f"{stage.name}/checkpoints")
     assert run.exists("config.yaml")
@@ -214,7 +214,7 @@ def test_redo_forgets_a_stage_and_what_follows(finished, shop, tmp_path):
     for stage in STAGES:
         copy.write_json(f"{stage.name}/manifest.json", run.read_json(f"{stage.name}/manifest.json"))
     redo_from("finetune", copy)
-    left = [stage.name for stage in STAGES if Manifest.load(copy, stage.folder)]
+    left = [stage.name for stage in STAGES if Manifest.load(copy, stage.name)]
     assert left == ["ingest", "features", "fusion", "quantizer", "semantic_ids", "pretrain"]
 
 
@@ -241,7 +241,7 @@ def test_models_rebuild_from_their_json_alone(finished):
     from qbert_ray.sequence.model import Sequencer
 
     _, run = finished
-    for folder, model in (("fusion", DynamicFusion), ("rqvae", RQVAE), ("pretrain", Sequencer), ("finetune/demo", Sequencer)):
+    for folder, model in (("fusion", DynamicFusion), ("quantizer", RQVAE), ("pretrain", Sequencer), ("finetune/demo", Sequencer)):
         tensors, description = run.load_model(f"{folder}/model")
         model(**description).load_state_dict(tensors)
         lines = [json.loads(line) for line in run.read_bytes(f"{folder}/metrics.jsonl").splitlines()]

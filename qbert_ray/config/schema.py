@@ -299,6 +299,14 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _causal_reads_items(self) -> Config:
+        trainings = {"pretrain": self.pretrain, "finetune": self.finetune}
+        causal = [name for name, training in trainings.items() if training.objective == "causal"]
+        if causal and self.sequencer.kind == "masked" and self.sequencer.tokens == "flat":
+            raise ValueError(f"sequencer.tokens=flat needs {causal[0]}.objective=masked: a causal model has one position for each item")
+        return self
+
     @property
     def pretrained(self) -> list[str]:
         """Domains that stage 3 pre-trains on."""

@@ -19,11 +19,13 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
+from qbert_ray.inputs.limits import MOST_LINE
 from qbert_ray.inputs.text_files import Text, blocks
 
 DELIMITERS = ",;\t|"
-OPEN_QUOTE, WRONG_CELLS = "open quotation mark", "invalid CSV row"  # why a row is rejected
-MOST_QUOTED = 1 << 20  # bytes of one cell: a quotation mark that is not closed within them counts as a stray one
+OPEN_QUOTE, WRONG_CELLS, LONG_LINE = "open quotation mark", "invalid CSV row", "line too long"  # why a row is rejected
+MOST_QUOTED = 1 << 20  # bytes of one cell: a quotation mark that is not closed within them is taken for a stray one
+SHOWN_LINE = 1 << 14  # bytes of a line past the bound that are kept
 _QUOTE, _NEWLINE, _RETURN = b'"'[0], b"\n"[0], b"\r"[0]
 
 
@@ -89,11 +91,31 @@ def read(stream: BinaryIO, text: Text, dialect: Dialect, names: Sequence[str], w
     for piece, last in _one_ahead(blocks(stream, text)):
         while above and piece:
             piece, above = piece[piece.find(b"\n") + 1 :] if b"\n" in piece else b"", above - 1
-        block = _check(rest + piece, dialect, len(names), last)
+        content, long = _short_lines(rest + piece, dialect)
+        yield from long
+        block = _check(content, dialect, len(names), last)
         rest = block.rest
         yield from block.rejected
         if block.content.strip():
             yield from _parse(block, dialect, names, wanted)
+
+
+def _short_lines(content: bytes, dialect: Dialect) -> tuple[bytes, list[Rejected]]:
+    """A block without the lines that are longer than `MOST_LINE`, which `blocks` may have cut, and those lines."""
+    if len(content) <= MOST_LINE:
+        return content, []
+    data = np.frombuffer(content, np.uint8)
+    ends = np.flatnonzero(data == _NEWLINE) + 1
+    ends = ends if len(ends) and ends[-1] == len(content) else np.append(ends, len(content))
+    starts = np.concatenate([[0], ends[:-1]])
+    long = np.flatnonzero(ends - starts > MOST_LINE)
+    pieces, rejected, done = [], [], 0
+    for start, end in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
+        cells = content.count(dialect.delimiter.encode(), start, end) + 1
+        rejected.append(Rejected(LONG_LINE, content[start : start + SHOWN_LINE].decode(errors="replace"), cells))
+        pieces.append(content[done:start])
+        done = end
+    return (b"".join([*pieces, content[done:]]), rejected) if rejected else (content, [])
 
 
 def _one_ahead(pieces: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:

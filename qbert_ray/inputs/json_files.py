@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import polars as pl
 
+from qbert_ray.inputs.limits import MOST_LINE
 from qbert_ray.inputs.text_files import Text, blocks
 from qbert_ray.storage.columns import ITEM_ID, TIMESTAMP, USER_ID
 
@@ -131,7 +132,7 @@ def read(stream: BinaryIO, text: Text, layout: str, converters: Converters) -> I
         while batch := list(itertools.islice(lines, BATCH_LINES)):
             yield _frame([_parse(line) for line in batch], batch, converters)
         return
-    content = b"".join(_limited(blocks(stream, text)))
+    content = b"".join(_limited(blocks(stream, text, most_line=MOST_BYTES)))  # an array is often a single line
     records = iter(_records(json.loads(content), layout))
     while batch := list(itertools.islice(records, BATCH_LINES)):
         yield _frame(
@@ -181,7 +182,7 @@ def _is_deep(value: Any) -> bool:
 
 def _lines(stream: BinaryIO, text: Text) -> Iterator[bytes]:
     stripped = (line.strip() for block in blocks(stream, text) for line in block.split(b"\n"))
-    return (line for line in stripped if line)
+    return (line[:MOST_LINE] for line in stripped if line)  # cut, an object is no JSON: the row is rejected
 
 
 def _limited(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -6,7 +6,6 @@ A row beyond a bound is rejected with the reason, like any unusable row; a file 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,12 +14,11 @@ from pyarrow import fs
 
 from qbert_ray.inputs.addresses import is_inside
 
-MOST_LINE = 16 << 20  # bytes of a line of JSONL; parsed it takes up to 40 times as much
+MOST_LINE = 16 << 20  # bytes of a line of JSONL or CSV; parsed it takes up to 40 times as much
 MOST_COLUMNS = 10_000
 MOST_NESTED = 64  # lists and mappings inside each other
 MOST_VALUE = 64 << 20  # bytes of one text, or one image, of a Parquet file
 PIECE_BYTES = 64 << 20  # of Parquet rows that are decoded at once
-CHUNK = 1 << 20
 
 
 class LimitError(ValueError):
@@ -32,31 +30,6 @@ def leading_outside(filesystem: fs.FileSystem, paths: list[str], folders: tuple[
     if not isinstance(filesystem, fs.LocalFileSystem):
         return []
     return [path for path in paths if not is_inside(path, folders)]
-
-
-def lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Stripped lines of a stream; a line longer than `MOST_LINE` is cut there, so that it is no valid JSON."""
-    while line := stream.readline(MOST_LINE + 1):
-        rest = line
-        while len(line) > MOST_LINE and not rest.endswith(b"\n") and (rest := stream.readline(CHUNK)):
-            pass
-        line = line[:MOST_LINE].strip().removeprefix(b"\xef\xbb\xbf")
-        if line:
-            yield line
-
-
-def batches(items: Iterable[bytes], most_rows: int, most_bytes: int) -> Iterator[list[bytes]]:
-    """Lists of at most `most_rows` items that end once they hold `most_bytes`."""
-    batch: list[bytes] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += len(item)
-        if len(batch) == most_rows or size >= most_bytes:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def check_columns(names: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ HINTS = {
     "invalid JSON": "each line must be one JSON object; Python literals with single quotes are not JSON",
     "invalid CSV row": "another number of cells than the header: quote texts that hold commas",
     "open quotation mark": "a quotation mark that opens a cell is not closed; double those that belong to the text",
+    "line too long": "a line may have 16 MiB; is a line end missing, or a file of another kind pasted into a cell?",
     "file not found": "image paths start from the folder of the items file",
 }
 UNITS = {"s": (1e8, 1.0), "ms": (1e11, 1e3), "us": (1e14, 1e6), "ns": (1e17, 1e9)}  # of times: smallest plausible value, units per second

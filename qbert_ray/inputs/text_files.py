@@ -70,8 +70,12 @@ def _beginning(stream: BinaryIO) -> tuple[bytes, bool]:
     return sample, True
 
 
-def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES) -> Iterator[bytes]:
-    """Whole lines as UTF-8, without the byte order mark, about `size` bytes at a time."""
+def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES, *, most_line: int = MOST_LINE) -> Iterator[bytes]:
+    """Whole lines as UTF-8, without the byte order mark, about `size` bytes at a time.
+
+    Args:
+        most_line: bytes of a line; one that spans blocks and is longer is cut, so that memory stays bounded.
+    """
     _know_errors()
     wide = text.encoding.startswith("utf-16")
     decoder = codecs.getincrementaldecoder(text.encoding)("replace") if wide else None
@@ -97,8 +101,8 @@ def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES) -> Iterator[by
                 yield lines if wide else _valid(lines)
         else:
             rest.append(piece)
-            cut = cut or sum(map(len, rest)) > MOST_LINE
-            rest = [b"".join(rest)[:MOST_LINE]] if cut else rest
+            cut = cut or sum(map(len, rest)) > most_line
+            rest = [b"".join(rest)[: most_line + 1]] if cut else rest  # one byte too many, so that who reads it knows
         if last:
             return
 

@@ -193,6 +193,9 @@ class Plan:
 
 
 def _affects(path: str, stage: Stage) -> bool:
+    """Whether a stage's outputs depend on a path, or on something below it."""
+    if any(path == key or path.startswith(f"{key}.") for key in stage.ignores):
+        return False
     return any(path == key or path.startswith(f"{key}.") or key.startswith(f"{path}.") for key in stage.config)
 
 
@@ -238,7 +241,7 @@ def trial_metrics(plan: Plan, config: Config, run: RunDir) -> dict[str, float]:
     """Metrics of a finished trial: of its best epochs, averaged over target domains; those on test items begin with "test_"."""
     done = [stage.name for stage in plan.stages if not stage.skipped(config)]
     found: dict[str, float] = {}
-    for name, folder in (("fusion", "fusion"), ("quantizer", "rqvae"), ("pretrain", "pretrain")):
+    for name, folder in (("fusion", "fusion"), ("quantizer", "quantizer"), ("pretrain", "pretrain")):
         if name in done:
             found |= _best(run, folder)
     targets = config.data.targets

@@ -3,6 +3,7 @@ from pydantic import ValidationError
 
 from qbert_ray.config.loading import ConfigError, flatten, load_config, merge
 from qbert_ray.config.schema import Config
+from qbert_ray.sweeps.tables import load_table
 from tests import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -96,3 +97,17 @@ def test_a_number_for_a_text_in_a_file_is_told_to_be_quoted(tmp_path):
     (tmp_path / "x.yaml").write_text("run: {dir: 2024}")
     with pytest.raises(ConfigError, match="run.dir: this is a text, and YAML reads 2024 there; write it in quotes"):
         load_config([tmp_path / "x.yaml"])
+
+
+def test_flat_tokens_are_refused_for_a_causal_model():
+    with pytest.raises(ConfigError, match=r"sequencer.tokens=flat needs finetune.objective=masked"):
+        load_config([], ["sequencer.tokens=flat"])
+    assert load_config([], ["sequencer.tokens=flat", "finetune.objective=masked"]).sequencer.tokens == "flat"
+
+
+def test_variants_of_the_masks_train_on_masks():
+    sweep = load_config([ROOT / "configs/sweeps/paper.yaml"])
+    assert any(path.startswith("finetune.mask_ratio") for path in sweep.sweep.space) and sweep.finetune.objective == "masked"
+    variants = load_table(ROOT / "configs/tables/analyses.yaml").variants
+    masks = [each["finetune"] for name, each in variants.items() if name.startswith("masked")]
+    assert masks and all(each["objective"] == "masked" for each in masks)

@@ -204,7 +204,7 @@ def test_vectors_of_two_widths_are_refused(run, tmp_path):
 
 def test_own_vectors_that_are_not_there_are_one_clear_error(run, tmp_path):
     path = write_own(tmp_path / "own.parquet", item_id=["i0"], embedding=[[1.0]])
-    for location, message in ((path, "must have the columns item_id and vector"), ("none.parquet", "no Parquet file")):
+    for location, message in ((path, "must have the columns item_id and vector"), ("none.parquet", "no file or folder with vectors")):
         config = configure("features.modalities=[text]", domains=f"{{shop: {{text_features: {location}}}}}")
         with pytest.raises(ValueError, match=message):
             extract_features(config, run, RayExecutor(), Quiet())

@@ -12,7 +12,7 @@ import pytest
 
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs import limits
-from qbert_ray.inputs.readers import FileError, describe
+from qbert_ray.inputs.readers import REASON, FileError, describe
 from qbert_ray.inputs.sources import POSITION, SourceError, open_source
 from tests import ROOT
 
@@ -93,22 +93,36 @@ def test_a_value_of_gigabytes_is_refused(tmp_path, monkeypatch):
         list(source.read(*source.fragments()[0]))
 
 
-def test_lines_are_bounded_and_batches_too(monkeypatch, tmp_path):
-    monkeypatch.setattr(limits, "MOST_LINE", 100)
-    lines = [
-        b'{"item_id": "a"}',
-        b"x" * 1000,
-        b"",
-        b'{"item_id": "b"}',
-        b'{"item_id": "c", "title": "' + b"y" * 90 + b'"}',
-        b'{"item_id": "d"}',
-    ]
-    (tmp_path / "items.jsonl").write_bytes(b"\n".join(lines))
-    with open(tmp_path / "items.jsonl", "rb") as stream:
-        found = list(limits.lines(stream))
-    assert [len(line) for line in found] == [16, 100, 16, 100, 16] and found[-1] == lines[-1]
-    assert [len(batch) for batch in limits.batches([b"x" * 10] * 7, 3, 1000)] == [3, 3, 1]
-    assert [len(batch) for batch in limits.batches([b"x" * 10] * 7, 100, 25)] == [3, 3, 1]
+def written(kind: str, ids: list[str], titles: list[str]) -> str:
+    pairs = zip(ids, titles, strict=True)
+    if kind == "jsonl":
+        return "\n".join(json.dumps({"item_id": name, "title": title}) for name, title in pairs)
+    return "item_id,title\n" + "\n".join(f'"{name}","{title}"' if kind == "quoted" else f"{name},{title}" for name, title in pairs)
+
+
+@pytest.mark.parametrize("megabytes", [17, 40])  # within the blocks that are read at once, and past them
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "quoted"])
+def test_a_line_past_the_bound_is_rejected_and_no_other(tmp_path, kind, encoding, megabytes):
+    ids, end = [f"i{number}" for number in range(200)], "\n" if megabytes == 17 else ""
+    titles = ["x" * 100] * 200
+    titles[100] = "y" * (megabytes << 20)
+    name = f"items.{'jsonl' if kind == 'jsonl' else 'csv'}.gz"
+    (tmp_path / name).write_bytes(gzip.compress((written(kind, ids, titles) + end).encode(encoding), 1))
+    source = open_source(str(tmp_path), "shop", "items", Domain(items=name))
+    frames = [frame for fragment in source.fragments() for frame in source.read(*fragment)]
+    rejected = [reason for frame in frames for reason in frame[REASON].drop_nulls()]
+    found = [item for frame in frames for item in frame["item_id"].drop_nulls()]
+    assert sorted(found) == sorted(set(ids) - {"i100"})
+    assert rejected == ["invalid JSON" if kind == "jsonl" else "line too long"]
+
+
+def test_an_array_on_a_single_line_is_read_whole(tmp_path):
+    rows = [{"item_id": f"i{number}", "title": "x" * 10_000} for number in range(4000)]
+    (tmp_path / "items.json").write_text(json.dumps(rows))
+    assert (tmp_path / "items.json").stat().st_size > 2 * limits.MOST_LINE
+    source = open_source(str(tmp_path), "shop", "items", Domain(items="items.json"))
+    assert sum(len(frame) for fragment in source.fragments() for frame in source.read(*fragment)) == len(rows)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])

@@ -30,7 +30,7 @@ def copy(finished, tmp_path):
 
 @pytest.mark.parametrize("quantizer", ["kmeans", "opq"])
 def test_a_quantizer_without_gradients_leaves_what_a_training_leaves(copy, shop, quantizer):
-    settings = f"quantizer={{quantizer: {quantizer}, num_levels: 3, codebook_size: 6, codebook_dim: 8}}"  # hardly more IDs than items
+    settings = f"quantizer={{kind: {quantizer}, num_levels: 3, codebook_size: 6, codebook_dim: 8}}"  # hardly more IDs than items
     config = small_config(shop, copy.uri, SOURCE, settings)
     redo_from("quantizer", copy)
     trained = run_stage(BY_NAME["quantizer"], config, copy, RayExecutor(), Quiet())
@@ -82,13 +82,13 @@ def test_extra_codes_are_those_of_their_quantizers_and_the_semantic_ids_know_not
 
 def test_more_levels_than_dimensions_leave_the_extra_product_quantizer_fewer(finished):
     config, run = finished
-    config = config.model_copy(update={"rqvae": config.quantizer.model_copy(update={"num_levels": 5, "codebook_dim": 4})})
+    config = config.model_copy(update={"quantizer": config.quantizer.model_copy(update={"num_levels": 5, "codebook_dim": 4})})
     assert [ExtraQuantizerTask(config, run, number).settings.num_levels for number in (0, 1)] == [4, 5]
 
 
 def test_codebooks_that_collapsed_stop_the_run_and_a_lower_gate_goes_on(copy, finished, shop):
     redo_from("semantic_ids", copy)
-    done = Manifest.load(copy, "rqvae")
+    done = Manifest.load(copy, "quantizer")
     copy.delete("quantizer/manifest.json")
     copy.write_json("quantizer/started.json", {"fingerprint": done.fingerprint})
     metrics = done.counts["metrics"] | {"codebook_usage": [1.0, 0.25, 0.9]}

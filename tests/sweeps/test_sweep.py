@@ -1,5 +1,6 @@
 """Sweeps on real Ray Tune: trials are ordinary trainings, go on after a cut, and say why they failed."""
 
+import json
 import shutil
 import signal
 
@@ -13,7 +14,7 @@ from qbert_ray.execution.progress import Quiet
 from qbert_ray.storage.directory import ArtifactError, RunDir
 from qbert_ray.sweeps import tuning
 from qbert_ray.sweeps.tables import Table
-from qbert_ray.sweeps.trials import Plan
+from qbert_ray.sweeps.trials import Plan, trial_metrics
 from tests.shop import small_config
 
 RATE = "finetune.learning_rate"
@@ -115,6 +116,23 @@ def test_what_cannot_be_swept_is_refused_at_once(shop, tmp_path, sweep, said):
         Plan(with_values(small_config(shop, tmp_path), {"sweep": sweep}))
 
 
+def test_a_trial_shares_the_trainings_that_ignore_what_it_changes(shop, tmp_path):
+    plan = Plan(with_values(small_config(shop, tmp_path), {"sweep": {"space": {"sequencer.beam": [30]}, "stage": "evaluate"}}))
+    assert plan.shared(plan.trials[0])[-2:] == ["finetune", "ranking"]
+    with pytest.raises(ValueError, match="no stage up to finetune depends on sequencer.beam"):
+        Plan(with_values(small_config(shop, tmp_path), {"sweep": {"space": {"sequencer.beam": [30]}, "stage": "finetune"}}))
+
+
+def test_the_figures_of_a_trial_are_those_of_its_stages_folders(shop, tmp_path):
+    space = {"quantizer.num_levels": [2]}
+    plan = Plan(
+        with_values(small_config(shop, tmp_path), {"sweep": {"space": space, "stage": "quantizer", "objectives": {"error": "min"}}})
+    )
+    for stage, error in (("fusion", 9.0), ("quantizer", 0.5)):
+        plan.run.write_bytes(f"{stage}/metrics.jsonl", json.dumps({"epoch": 0, "error": error}).encode() + b"\n")
+    assert trial_metrics(plan, plan.config, plan.run) == {"error": 0.5}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_optuna_and_asha_on_many_trials(swept):
@@ -137,18 +155,18 @@ def test_optuna_and_asha_on_many_trials(swept):
 
 def test_a_table_ranks_every_user_by_every_variant(swept, finished):
     plan, _ = swept
-    variants = {"whole": {}, "no memory": {"memory": {"enabled": False}}}
+    variants = {"whole": {}, "no blend": {"ranking": {"enabled": False}}}
     table = Table(title="T", reference="whole", variants=variants, rankings=["ridge"], seeds=[0])
     plan = other(plan, {"name": "table", "stage": "evaluate", "search": "variants", "variants": variants, "seeds": [0]})
     assert tuning.search(plan, Quiet())["values"] in ({}, {"ranking.enabled": False})
-    assert [row["variant"] for row in tuning.trial_rows(plan)] == ["whole", "no memory"]
+    assert [row["variant"] for row in tuning.trial_rows(plan)] == ["whole", "no blend"]
     ranks = tuning.ranks(plan, table)
     expected = (
         pl.DataFrame(finished[1].read("evaluate/ranks")).filter(pl.col("model").is_in(["model", "sequencer"])).sort("model", "user_id")
     )
-    found = ranks.filter(pl.col("row") != "ridge").sort(pl.col("row") == "no memory", "user_id")
+    found = ranks.filter(pl.col("row") != "ridge").sort(pl.col("row") == "no blend", "user_id")
     assert found["rank_all"].equals(expected["rank_all"]) and found["rank_unseen"].equals(expected["rank_unseen"])
-    assert ranks["row"].unique().sort().to_list() == ["no memory", "ridge", "whole"]
+    assert ranks["row"].unique().sort().to_list() == ["no blend", "ridge", "whole"]
 
 
 @pytest.mark.slow
