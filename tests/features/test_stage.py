@@ -116,7 +116,7 @@ def test_images_are_encoded_missing_or_rejected_and_the_counts_agree(run, tmp_pa
     (tmp_path / "page.png").write_text("<html>")
     paths = [str(tmp_path / name) for name in ("red.png", "page.png", "none.png")]
     write_items(run, "shop", image_path=[*paths, None, None, None], image_bytes=[None, None, None, picture("red"), b"", None])
-    config = configure("features.modalities=[image]", domains="{shop: {image_column: image}}")
+    config = configure("features.modalities=[image]", f"data.root={tmp_path}", domains="{shop: {image_column: image}}")
     counts = extract_features(config, run, RayExecutor(), Quiet())["image"]
     vectors, present = vectors_of(run, "image")
     assert present.any(axis=1).tolist() == [True, False, False, True, False, False] and present.all(axis=1).sum() == 2
