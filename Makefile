@@ -9,7 +9,7 @@ MODULE ?=
 SAMPLE ?= 100
 FUZZ_SECONDS ?= 300
 
-.PHONY: help demo test test-slow lint types contracts docs docs-serve chaos mutants fuzz audit peers bench bench-full clean
+.PHONY: help demo test coverage test-slow lint types contracts docs docs-serve chaos mutants fuzz audit peers bench bench-full clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,10 @@ demo: .venv/.installed ## every stage on a generated shop; outputs in runs/demo
 	@echo "The command is in $(BIN): run 'source $(BIN)/activate', then qbert-ray works by name."
 
 test: .venv/.installed ## the tests; QBERT_REAL_DATA=<folder> adds those on real data
-	$(BIN)/python -m pytest --durations 15 --cov --cov-report=term
+	$(BIN)/python -m pytest --durations 15
+
+coverage: .venv/.installed ## the same tests with branch coverage and its floor; takes longer
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 test-slow: .venv/.installed ## also the tests that take minutes
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1800

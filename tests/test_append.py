@@ -87,7 +87,7 @@ def test_new_items_get_ids_and_everything_else_stays(copied, catalog, shop, fini
     manifest = Manifest.load(run, "semantic_ids")
     first, last = manifest.counts["versions"]
     assert last == version and last["parent"] == first["fingerprint"] == Manifest.load(finished[1], "semantic_ids").fingerprint
-    assert last["model"] == first["model"] == Manifest.load(run, "rqvae").fingerprint
+    assert last["model"] == first["model"] == Manifest.load(run, "quantizer").fingerprint
     assert manifest.counts["items"] == last["items"] == len(after)
     for stage in STAGES:  # the run goes on as before
         assert status(stage, config, run) is not None

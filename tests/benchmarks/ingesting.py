@@ -35,7 +35,7 @@ from tests.benchmarks.resampling import write_interactions
 from tests.benchmarks.table import Figure, main
 
 K = 5
-USER_SALT, ITEM_SALT, TIE_SALT = 1, 2, 3  # of qbert_ray/pipelines/partitions.py
+USER_SALT, ITEM_SALT, TIE_SALT = 1, 2, 3  # of qbert_ray/inputs/k_core.py
 SEQUENCES = [USER_ID, "train", "valid", "test"]
 INTERACTIONS = [USER_ID, ITEM_ID, TIMESTAMP, "rating", "split"]
 MOST_SECONDS, MOST_GIB = 300, 8

@@ -19,15 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qbert_ray.inputs.demo_shop import generate
+from qbert_ray.storage.stages import BY_NAME
 from tests import ROOT
 from tests.benchmarks.table import Figure, main
 
 MOST_SECONDS = 90
 QUICK = ["fusion.epochs=5", "pretrain.epochs=2", "finetune.epochs=3"]
-STAGES = {
-    "ingest": "ingest", "features": "features", "fusion": "fusion", "quantizer": "rqvae", "semantic_ids": "semantic_ids", "pretrain": "pretrain",
-    "finetune": "finetune", "ranking": "memory", "evaluate": "evaluation", "score": "score",
-}  # fmt: skip
+STAGES = {name: name for name in BY_NAME}
 
 
 def overrides(shop: Path, run: Path, full: bool) -> list[str]:

@@ -217,7 +217,7 @@ def assert_vectors_are_those_of_one_process(run: RunDir, shop: Path, tmp_path: P
 @pytest.mark.timeout(1800)
 def test_a_run_submitted_as_a_job_and_one_that_was_stopped_give_the_same(shop, tmp_path):
     """The default sizes, on two nodes of one CPU each."""
-    sizes = [f"compute.{key}.max_size=null" for key in ("features", "assign", "memory", "evaluate", "score")]
+    sizes = [f"compute.{key}.max_size=null" for key in ("features", "semantic_ids", "ranking", "evaluate", "score")]
     sizes += [f"compute.{key}.cpus_per_worker=null" for key in ("fusion", "rqvae", "pretrain", "finetune")]
     nodes = Nodes(1, 1, dashboard=True)
     try:
