@@ -7,6 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import ray
 
 from qbert_ray import append as appending
 from qbert_ray.append import append_ids
@@ -41,7 +42,11 @@ def copied(finished, tmp_path):
 def in_process(monkeypatch):
     """Parts are worked on here, since starting actors would cost most of a small append."""
 
-    monkeypatch.setattr(RayExecutor, "map_parts", LocalExecutor.map_parts)
+    def map_parts(self, run, worker, arguments, *rest):
+        values = {name: self.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in arguments.items()}
+        return LocalExecutor.map_parts(self, run, worker, values, *rest)
+
+    monkeypatch.setattr(RayExecutor, "map_parts", map_parts)
     monkeypatch.setattr(encoding, "load_text_encoder", lru_cache(encoding.load_text_encoder))
 
 

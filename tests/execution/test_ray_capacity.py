@@ -22,7 +22,7 @@ def bundle(there, **workers):
 def refused(monkeypatch, there, *overrides):
     monkeypatch.setattr(capacity, "nodes", lambda: there)
     with pytest.raises(capacity.CapacityError) as error:
-        capacity.check(load_config([], list(overrides)), KEYS)
+        capacity.check(load_config([], ["pretrain.microbatches=2", "finetune.microbatches=2", *overrides]), KEYS)
     return str(error.value)
 
 
@@ -67,7 +67,7 @@ def test_the_defaults_fit_everywhere(monkeypatch, there):
         (SMALL_PAIR, "compute.quantizer={cpus_per_worker: 2}", "compute.quantizer asks for 1 worker of 2 CPU and 0 GPU; the cluster has 2 nodes of 1 CPU"),
         (MIXED, "compute.finetune={num_workers: 2, use_gpu: true, placement_strategy: STRICT_PACK}", "STRICT_PACK"),
         (MIXED, "compute.fusion.accelerator_type=A100", "of accelerator type A100; the cluster has 1 node of 32 CPU and 0 GPU, 2 nodes of 8 CPU and 1 GPU, room for 0"),
-        (MIXED, "compute.pretrain.num_workers=3", "3 workers share 1 microbatches of a batch; raise pretrain.microbatches"),
+        (MIXED, "compute.pretrain.num_workers=3", "3 workers share 2 microbatches of a batch; raise pretrain.microbatches"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_with_what_there_is(monkeypatch, there, override, said):
@@ -75,7 +75,9 @@ def test_what_does_not_fit_is_said_with_what_there_is(monkeypatch, there, overri
 
 
 def test_all_that_does_not_fit_is_said_at_once(monkeypatch):
-    said = refused(monkeypatch, LAPTOP, *(f"compute.{key}.num_cpus=4" for key in ("features", "semantic_ids", "ranking", "evaluate", "score")))
+    said = refused(
+        monkeypatch, LAPTOP, *(f"compute.{key}.num_cpus=4" for key in ("features", "semantic_ids", "ranking", "evaluate", "score"))
+    )
     assert [line.split()[0] for line in said.splitlines()] == [
         f"compute.{key}" for key in ("evaluate", "features", "ranking", "score", "semantic_ids")
     ]

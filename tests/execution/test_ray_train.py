@@ -71,7 +71,7 @@ def test_fine_tuning_takes_layers_of_other_domains_and_everything_of_its_own(fin
     pretrained, _ = run.load_model("pretrain/model")
 
     def taken(domains, transfer):
-        changes = {"pretrain": {"domains": domains}, "finetune": {"transfer": transfer}}
+        changes = {"pretrain": {"domains": domains}, "finetune": {"transfer": transfer, "objective": "masked"}}
         changed = config.model_copy(update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()})
         state = SequencerTask(changed, run, ["demo"], changed.finetune, "pretrain/model").build().state_dict()
         return {name for name in pretrained if torch.equal(state[name], pretrained[name])}
@@ -85,7 +85,7 @@ def test_fine_tuning_takes_layers_of_other_domains_and_everything_of_its_own(fin
 
 def test_a_sequence_that_masks_its_last_item_reads_a_prefix_that_varies_by_epoch(finished):
     config, run = finished
-    settings = config.finetune.model_copy(update={"last_item_share": 1.0, "prefix_share": 1.0})
+    settings = config.finetune.model_copy(update={"objective": "masked", "last_item_share": 1.0, "prefix_share": 1.0})
     task, read = SequencerTask(config, run, ["demo"], settings), []
     model = task.build()
     model.forward = lambda batch, table: read.append(batch) or torch.zeros(int(batch.masked.sum()), config.sequencer.width)

@@ -9,7 +9,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from qbert_ray.config.loading import load_config
-from qbert_ray.execution import tracking
+from qbert_ray.execution import ray_metrics, tracking
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.storage.directory import RunDir
 
@@ -23,7 +23,7 @@ def shown(monkeypatch):
         def set(self, value, tags):
             values[tags["stage"], tags["name"]] = value
 
-    monkeypatch.setattr(tracking, "_gauge", Gauge)
+    monkeypatch.setattr(ray_metrics, "_gauge", Gauge)
     return values
 
 
@@ -37,8 +37,13 @@ class Told(Quiet):
         self.notes.append(text)
 
 
+def gauge(folder):
+    """As a training on Ray adds it."""
+    return {"Ray's metrics": lambda epoch, metrics: ray_metrics.measure(folder, metrics)}
+
+
 def train(config, run):
-    with tracking.trackers(config, run, "finetune/shop", Quiet()) as track:
+    with tracking.trackers(config, run, "finetune/shop", Quiet(), gauge("finetune/shop")) as track:
         for epoch in range(2):
             track(epoch, {"train_loss": 2.0 - epoch, "hr@10": 0.25})
 
@@ -71,11 +76,11 @@ def test_without_tensorboard_there_is_no_file(tmp_path, shown):
 def test_a_full_disk_ends_the_figures_and_not_the_training(tmp_path, shown, monkeypatch):
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: io.BufferedWriter(io.FileIO("/dev/full", "w")))
     told = Told()
-    with tracking.trackers(load_config(), RunDir(str(tmp_path)), "rqvae", told) as track:
+    with tracking.trackers(load_config(), RunDir(str(tmp_path)), "quantizer", told, gauge("quantizer")) as track:
         for epoch in range(3):
             track(epoch, {f"codebook_usage.{level}": 1.0 for level in range(50)})  # more than any queue of events holds
     assert len(told.notes) == 1 and "TensorBoard" in told.notes[0] and "No space left" in told.notes[0]
-    assert shown["rqvae", "codebook_usage.49"] == 1.0
+    assert shown["quantizer", "codebook_usage.49"] == 1.0
 
 
 def test_epochs_reach_mlflow(tmp_path, shown, monkeypatch):
@@ -86,7 +91,7 @@ def test_epochs_reach_mlflow(tmp_path, shown, monkeypatch):
     client = mlflow.tracking.MlflowClient(uri)
     (found,) = client.search_runs([client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])
     assert [point.value for point in client.get_metric_history(found.info.run_id, "train_loss")] == [2.0, 1.0]
-    assert found.data.params["finetune.epochs"] == "50" and found.data.metrics["hr_at_10"] == 0.25
+    assert found.data.params["finetune.epochs"] == "10" and found.data.metrics["hr_at_10"] == 0.25
 
 
 def test_mlflow_that_is_not_there_is_said(tmp_path, shown, monkeypatch):
@@ -96,7 +101,7 @@ def test_mlflow_that_is_not_there_is_said(tmp_path, shown, monkeypatch):
 
 
 def test_figures_of_a_stage_are_the_numbers_among_its_counts(shown):
-    tracking.measure("quantizer", {"metrics": {"codebook_usage": [1.0, 0.5], "items": 3}, "warnings": ["x"], "done": True, "none": None})
+    ray_metrics.measure("quantizer", {"metrics": {"codebook_usage": [1.0, 0.5], "items": 3}, "warnings": ["x"], "done": True, "none": None})
     assert shown == {
         ("quantizer", "metrics.codebook_usage.0"): 1.0,
         ("quantizer", "metrics.codebook_usage.1"): 0.5,

@@ -165,7 +165,8 @@ def test_pretraining_is_of_other_domains_and_taken_whole(tmp_path):
 def test_stages_that_do_not_apply_are_skipped(config_and_run):
     config = config_and_run[0]
     assert BY_NAME["pretrain"].skipped(config) and BY_NAME["ranking"].skipped(config)
-    masked = config.model_copy(update={"sequencer": config.sequencer.model_copy(update={"kind": "masked"})})
+    changes = {"sequencer": {"kind": "masked"}, "finetune": {"objective": "masked"}}
+    masked = config.model_copy(update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()})
     assert not BY_NAME["pretrain"].skipped(masked) and not BY_NAME["ranking"].skipped(masked)
 
 
