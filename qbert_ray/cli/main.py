@@ -94,7 +94,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where the generated shop and the run go.")] = Path("runs/demo"),
     overrides: Overrides = None,
 ) -> None:
-    """Generate a small shop and run every stage on it: two minutes, no download.
+    """Generate a small shop and run every stage on it, without a download.
 
     Example: qbert-ray demo
 
