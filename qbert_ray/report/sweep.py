@@ -13,7 +13,7 @@ from qbert_ray.metrics import half_over_seeds
 from qbert_ray.report.figures import DASHES, SYMBOLS, Figure, Series, colour, finish, lines, plain
 from qbert_ray.storage.directory import ArtifactError, RunDir
 
-SWEEP, STEPS = "sweep.json", "steps.parquet"
+SWEEP = "sweep.json"
 MOST_CURVES, MOST_ROWS = 60, 500
 
 
@@ -40,9 +40,6 @@ def gather(run: RunDir) -> dict[str, Any]:
         "seeds": len(sweep.get("seeds") or []) or 1,
         "effects": [effect(finished, name, sweep, settings.row(0, named=True)) for name in swept] if len(finished) else [],
         "curves": learning(curves, finished, metric, up) if len(curves) and len(finished) else [],
-        "steps": changes(pl.read_parquet(run.read_bytes(STEPS)), finished, swept, metric, up)
-        if run.exists(STEPS) and len(finished)
-        else [],
         "parallel": [parallel(finished, swept, metric, up)] if len(swept) > 1 and len(finished) > 1 else [],
         "pareto": [pareto(finished, pair, sweep) for pair in combinations(sweep.get("objectives") or {}, 2)] if len(finished) else [],
         "settings": settings.head(MOST_ROWS).rows(named=True),
@@ -154,28 +151,6 @@ def learning(curves: pl.DataFrame, trials: pl.DataFrame, metric: str, up: bool) 
         result.append(
             Figure(column, "The best trial in colour, the others in grey.", f"{len(best)} curves of {column} by epoch.", plot, 280)
         )
-    return result
-
-
-def changes(steps: pl.DataFrame, trials: pl.DataFrame, swept: list[str], metric: str, up: bool) -> list[Figure]:
-    """Figures of the values that each model of a population had, by epoch."""
-    best = finished_first(trials, metric, up)["trial_id"].head(MOST_CURVES).to_list()
-    result = []
-    for name in [name for name in swept if steps[name].dtype.is_numeric()]:
-        traces = []
-        for trial in best[::-1]:  # the best on top
-            rows = steps.filter(pl.col("trial_id") == trial).sort("until")
-            first = trial == best[0]
-            line = {"color": colour("model" if first else "popularity"), "width": 2.6 if first else 1, "shape": "vh"}
-            traces.append(
-                go.Scatter(x=rows["until"].to_list(), y=rows[name].to_list(), mode="lines+markers", line=line, opacity=1 if first else 0.5,
-                           name=f"best trial, {trial}" if first else "other trials", showlegend=first or trial == best[1],
-                           hovertemplate=f"trial {plain(str(trial))}<br>up to epoch %{{x}}: %{{y:.4g}}<extra></extra>")
-            )  # fmt: skip
-        axis = {"type": "log"} if wide_range(steps[name].drop_nulls().to_list()) else {}
-        note = "A line a trial: a poor one goes on from a good one's weights, with values near that one's."
-        plot = finish(traces, "epoch", name, yaxis=axis)
-        result.append(Figure(name, note, f"Values of {name} of {len(best)} trials by epoch.", plot, 300))
     return result
 
 

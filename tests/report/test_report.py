@@ -227,18 +227,6 @@ def test_an_effect_holds_the_other_values_at_the_best_where_it_can(swept):
     assert content["best"][0]["finetune.learning_rate"] == 0.001
 
 
-def test_values_that_changed_on_the_way_are_drawn_by_epoch(tmp_path):
-    run = write_sweep(tmp_path)
-    trials = pl.read_parquet(run.path("trials.parquet"))["trial_id"].to_list()
-    rows = [{"trial_id": trial, "until": until, "finetune.learning_rate": 10.0**-until} for trial in trials for until in (2, 4)]
-    pl.DataFrame(rows).with_columns(
-        **{name: pl.lit(1) for name in ("sequencer.num_layers", "sequencer.logits", "sequencer.recall")}
-    ).write_parquet(run.path("steps.parquet"))
-    rate = next(figure for figure in sweep.gather(run)["steps"] if figure.title == "finetune.learning_rate")
-    assert len(rate.plot["data"]) == len(trials) - 1 and rate.plot["layout"]["yaxis"]["type"] == "log"  # one of them failed
-    assert "How values changed" in Path(write(run.uri)[0]).read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("empty", ["all failed", "no curves", "one trial"])
 def test_a_sweep_that_has_hardly_begun(tmp_path, empty):
     run = write_sweep(tmp_path)
