@@ -8,6 +8,7 @@ SEED ?= 0
 MODULE ?=
 SAMPLE ?= 100
 FUZZ_SECONDS ?= 300
+TEST_PROCESSES ?= 2
 
 .PHONY: help demo test coverage test-slow lint types contracts docs docs-serve chaos mutants fuzz audit peers bench bench-full clean
 
@@ -19,7 +20,7 @@ demo: .venv/.installed ## every stage on a generated shop; outputs in runs/demo
 	@echo "The command is in $(BIN): run 'source $(BIN)/activate', then qbert-ray works by name."
 
 test: .venv/.installed ## the tests; QBERT_REAL_DATA=<folder> adds those on real data
-	$(BIN)/python -m pytest --durations 15
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --durations 15
 
 coverage: .venv/.installed ## the same tests with branch coverage and its floor; takes longer
 	$(BIN)/python -m pytest --cov --cov-report=term

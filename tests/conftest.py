@@ -32,7 +32,7 @@ def ray_session():
         logging.getLogger(name).setLevel(logging.ERROR)  # else every debug line is formatted for pytest's report
     for attempt in range(3):  # Ray gives a node 30 s to start, which a busy machine does not always keep
         try:
-            ray.init(num_cpus=4, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
+            ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
             break
         except Exception as error:
             ray.shutdown()

@@ -44,7 +44,11 @@ def alone() -> bool:
 
 @contextmanager
 def session(address: str | None = None) -> Iterator[None]:
-    """Context with Ray connected to a cluster or started on this machine; a Ray that was already running stays."""
+    """Context with Ray connected to a cluster, or started on this machine; a Ray that this process already uses stays.
+
+    Args:
+        address: of the cluster; None: RAY_ADDRESS, or a Ray of the run's own, whatever else runs on this machine.
+    """
     global _started_here
     owner = not ray.is_initialized()
     starts = owner and not address and not os.environ.get("RAY_ADDRESS")
@@ -56,7 +60,7 @@ def session(address: str | None = None) -> Iterator[None]:
         before = signal.getsignal(signal.SIGTERM)
         strict = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(MARK)}
         ray.init(
-            address=address,
+            address="local" if starts else address,  # without an address Ray joins whatever cluster runs on this machine
             runtime_env={"env_vars": strict} if strict and not starts else None,  # processes that are started here inherit it
             include_dashboard=False if starts else None,
             log_to_driver=False,
