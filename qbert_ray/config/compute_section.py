@@ -43,7 +43,10 @@ class Compute(Section):
         "ray", description="ray: on a Ray cluster, or one started here; local: in this process, without Ray"
     )
     threads: PositiveInt | None = Field(None, description="of torch in the local executor; None: as torch has them")
-    address: str | None = Field(None, description="Ray cluster, auto: the one that runs on this machine; None: RAY_ADDRESS, or a Ray of its own that ends with the run")
+    address: str | None = Field(
+        None,
+        description="Ray cluster, auto: the one that runs on this machine; None: RAY_ADDRESS, or a Ray of its own that ends with the run",
+    )
     autoscaling: bool = Field(False, description="the cluster adds nodes on demand without telling Ray how many: allow more than it has")
     checkpoint_seconds: NonNegativeFloat = Field(20.0, description="seconds between checkpoints of a training, at the end of an epoch")
     features: Actors = Actors()
