@@ -63,7 +63,7 @@ def _write_catalog(run: RunDir, domain: str, rng: np.random.Generator) -> np.nda
         fused = [*keys, columns.to_fixed_lists(embeddings[rows]), pa.array([1] * len(rows), pa.int32())]
         run.write_part("fusion/embeddings", part, pa.table(fused, schema=columns.embeddings_schema(WIDTH)))
         run.write_json(f"fusion/embeddings/.counts/{part}.json", {"items": len(rows)})
-    run.write_json("semantic_ids/manifest.json", {"stage": "semantic_ids", "counts": {"codebook_size": SIZE}})
+    run.write_json("semantic_ids/manifest.json", {"stage": "semantic_ids", "counts": {"codebook_size": SIZE, "num_levels": LEVELS}})
     return codes
 
 

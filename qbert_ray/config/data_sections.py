@@ -129,10 +129,10 @@ class Structure(Section):
 
 
 class Features(Section):
-    modalities: list[Modality] = Field(
-        ["text", "image", "structure"],
-        description="modalities; a domain without input for one does without it",
-        json_schema_extra=paper("§3.1"),
+    modalities: list[Modality] | None = Field(
+        None,
+        description="what stage 1 fuses; a domain without input for one does without it. None: text and image, and structure too if a domain has neither",
+        json_schema_extra=paper("text and image (§3.3)"),
     )
     text: TextEncoder = TextEncoder()
     image: ImageEncoder = ImageEncoder()
@@ -140,6 +140,6 @@ class Features(Section):
 
     @model_validator(mode="after")
     def _some_modality(self) -> Features:
-        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+        if self.modalities is not None and (not self.modalities or len(set(self.modalities)) != len(self.modalities)):
             raise ValueError(f"features.modalities is {self.modalities}: name each of text, image, structure at most once, at least one")
         return self

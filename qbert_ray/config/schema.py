@@ -140,7 +140,10 @@ class Sequencer(Section):
     max_items: Annotated[int, Field(ge=2)] = Field(
         50, description="T, most items of a sequence, the masked one included", json_schema_extra=paper("Table 6")
     )
-    tokens: Literal["item", "flat"] = Field("item", description="one position per item, or K positions per item")
+    tokens: Literal["item", "flat", "word"] = Field(
+        "item",
+        description="item: one position per item, the sum of its codes; flat: K positions per item; word: each semantic ID is one word, whose embedding starts from its codes",
+    )
     loss: Literal["catalog", "tokens"] = Field(
         "catalog", description="softmax over the domain's items, or per-level cross-entropy", json_schema_extra=paper("Eq. 11")
     )
@@ -160,15 +163,21 @@ class Sequencer(Section):
     code_dropout: Share = Field(
         0.2, description="share of items whose codes are hidden in training, as a cold item's codes are new; needs content"
     )
-    recall: bool = Field(True, description="add a recency-weighted mean of the history's item vectors to the query; needs tokens: item")
+    recall: bool = Field(True, description="add a recency-weighted mean of the history's item vectors to the query; not with tokens: flat")
     item_embedding: bool = Field(
-        True, description="add an embedding per item to its composed vector; zero for cold items; needs tokens: item and loss: catalog"
+        True, description="add an embedding per item to its composed vector; zero for cold items; needs loss: catalog, and not tokens: flat"
     )
 
     @property
     def embeds_items(self) -> bool:
         """Whether items have embeddings of their own that the head trains too; scores of codes alone do not include them."""
-        return self.item_embedding and self.tokens == "item" and self.loss == "catalog"
+        return (self.item_embedding or self.tokens == "word") and self.tokens != "flat" and self.loss == "catalog"
+
+    @model_validator(mode="after")
+    def _words_are_ranked(self) -> Sequencer:
+        if self.tokens == "word" and self.loss == "tokens":
+            raise ValueError("sequencer.tokens=word needs sequencer.loss=catalog: a word has no levels to predict one by one")
+        return self
 
 
 class SequenceTraining(Training):
@@ -178,7 +187,7 @@ class SequenceTraining(Training):
         json_schema_extra=paper("masked (§3.5)"),
     )
     sampled_items: PositiveInt | None = Field(
-        4096,
+        16384,
         description="random items of a causal objective's softmax, with those of the batch, for catalogs of more than twice as many; None: always the whole catalog",
     )
     masks: dict[MaskStrategy, PositiveFloat] = Field({"random": 1.0}, description="strategy -> weight with which a sequence draws it")

@@ -51,7 +51,8 @@ def extract_features(config: Config, run: RunDir, executor: Executor, progress: 
         ValueError: no domain has any input, vectors of one modality differ in width, or an encoder cannot be loaded.
     """
     counts: dict[str, Any] = {}
-    for modality in sorted(config.features.modalities, key=MODALITIES.index):
+    modalities = _modalities(config)
+    for modality in modalities:
         plan = _plan(config, run, modality, executor)
         if plan is not None:
             progress.note(modality)
@@ -59,7 +60,7 @@ def extract_features(config: Config, run: RunDir, executor: Executor, progress: 
     warnings = _rejected_images(counts.get("image", {}))
     if not counts:
         raise ValueError(
-            f"no domain has input for features.modalities={config.features.modalities}; "
+            f"no domain has input for features.modalities={modalities}; "
             "set data.domains.<name>.text_fields, image_column or <modality>_features"
         )
     return counts | ({"warnings": warnings} if warnings else {})
@@ -138,6 +139,21 @@ def _encode(config: Config, run: RunDir, modality: str, plan: Plan, executor: Ex
 
 
 # planning
+
+
+def _modalities(config: Config) -> list[str]:
+    """The modalities of a run; collaborative vectors join by default only where a catalog has nothing else to tell its items apart.
+
+    In training they tell which items the same users had, so the sequence model relies on them and ranks new interactions less well.
+    """
+    if config.features.modalities is not None:
+        return sorted(config.features.modalities, key=MODALITIES.index)
+    domains = config.data.domains.values()
+    described = all(
+        any(getattr(domain, f"{name}_features") or _has_input(domain, name) for name in ("text", "image")) for domain in domains
+    )
+    own = any(domain.structure_features for domain in domains)
+    return ["text", "image"] if described and not own else list(MODALITIES)
 
 
 def _plan(config: Config, run: RunDir, modality: str, executor: Executor) -> Plan | None:

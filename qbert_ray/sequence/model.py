@@ -40,7 +40,7 @@ class Sequencer(nn.Module):
     """Encoder over semantic IDs with a tied, catalog-wide head.
 
     Args:
-        num_levels: K.
+        num_levels: K; 0: an item's vector is its own embedding and its content, without codes.
         codebook_size: M.
         max_items: longest sequence that can be read.
         tokens: "item" or "flat".
@@ -92,8 +92,9 @@ class Sequencer(nn.Module):
         distances = max_items if causal else 0
         self.layers = nn.ModuleList(EncoderLayer(width, num_heads, ffn_width, dropout, distances) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        for parameter in [self.code_embedding.weight, *self.item_embedding.parameters()]:
-            nn.init.normal_(parameter, std=0.02)
+        for embedding in [self.code_embedding, *self.item_embedding.values()]:
+            if len(embedding.weight):
+                nn.init.normal_(embedding.weight, std=0.02)
         if self.content is not None:
             nn.init.normal_(self.content.weight, std=CONTENT_START / content_width**0.5)
 
@@ -136,7 +137,11 @@ class Sequencer(nn.Module):
             [B, D], or [N, D].
         """
         codes = table.codes if items is None else table.codes[items]
-        vectors = F.embedding_bag(self._slots(codes), self.code_embedding.weight, mode="sum")
+        slots = self._slots(codes)
+        if self.num_levels:
+            vectors = F.embedding_bag(slots, self.code_embedding.weight, mode="sum")
+        else:
+            vectors = self.code_bias.new_zeros(len(slots), self.code_embedding.embedding_dim)
         if self.content is not None:
             if self.training and self.code_dropout:
                 vectors = vectors * (torch.rand(len(vectors), 1, device=vectors.device) >= self.code_dropout)

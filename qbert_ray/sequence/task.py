@@ -39,14 +39,15 @@ class SequencerTask:
         self.causal = settings.objective == "causal"
         counts = run.read_json("semantic_ids/manifest.json")["counts"]
         self.codebook_size = counts["codebook_size"]
-        levels = None if config.sequencer.tokens == "item" else counts["num_levels"]  # flat: a position for each code of the ID alone
+        # codes that are read: all of an item's, the ID's alone where each has a position, none where the whole ID is a word
+        levels = {"item": None, "flat": counts["num_levels"], "word": 0}[config.sequencer.tokens]
         self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
         self.frequency: dict[str, Tensor] = {}  # [N] share of each item in a domain's training interactions
         self.tables = {name: self._table(name, levels) for name in domains}  # of the items that training may see
 
     def _table(self, name: str, levels: int | None) -> ItemTable:
         codes = torch.from_numpy(catalog_codes(self.run, name)[: warm_items(self.run, name), :levels])
-        content = item_content(self.run, name, self.config.sequencer.content) if self.config.sequencer.tokens == "item" else None
+        content = item_content(self.run, name, self.config.sequencer.content) if self.config.sequencer.tokens != "flat" else None
         content = None if content is None else content[: len(codes)]
         counts = torch.from_numpy(np.bincount(self.sequences[name].items, minlength=len(codes)))
         self.frequency[name] = counts / max(int(counts.sum()), 1)
@@ -59,7 +60,7 @@ class SequencerTask:
         codes, content = self.tables[self.domains[0]][:2]
         return {
             "causal": self.causal,
-            "recall": s.recall and s.tokens == "item",
+            "recall": s.recall and s.tokens != "flat",
             "content_width": content.shape[1] if content is not None else 0,
             "num_levels": codes.shape[1],
             "codebook_size": self.codebook_size,
@@ -68,7 +69,10 @@ class SequencerTask:
 
     def build(self) -> nn.Module:
         model = Sequencer(**self.description())
-        if self.config.sequencer.start == "codebooks" and not self.config.data.semantic_ids:
+        if self.config.sequencer.tokens == "word":
+            for name in self.domains:
+                model.start_items_from(name, self._code_sums(name))
+        elif self.config.sequencer.start == "codebooks" and not self.config.data.semantic_ids:
             books = torch.cat([each.quantizer.codebooks for each in load_quantizers(self.run)])
             model.start_from(books[: model.num_levels])
         if self.config.sequencer.item_start == "collaborative":
@@ -91,6 +95,16 @@ class SequencerTask:
         sequences = self.sequences[name]
         together = co_occurrence(sequences.indptr, sequences.items, len(self.tables[name].codes), self.config.features.structure.window)
         return torch.from_numpy(collaborative_vectors(together, self.config.features.structure.dim, self.seed))
+
+    def _code_sums(self, name: str) -> Tensor:
+        """[N, E] sum of the codewords of each semantic ID; of random ones where the IDs were given."""
+        codes = torch.from_numpy(catalog_codes(self.run, name)[: len(self.tables[name].codes)])
+        if self.config.sequencer.start == "codebooks" and not self.config.data.semantic_ids:
+            books = load_quantizers(self.run)[0].quantizer.codebooks
+        else:
+            levels = self.run.read_json("semantic_ids/manifest.json")["counts"]["num_levels"]
+            books = torch.randn(levels, self.codebook_size, self.config.sequencer.width)
+        return books[torch.arange(len(books)), codes[:, : len(books)]].sum(1)
 
     def _takes(self, name: str) -> bool:
         """Whether a pre-trained tensor is the start: how histories are read holds in other domains, what their items mean does not."""
