@@ -131,7 +131,7 @@ class Structure(Section):
 class Features(Section):
     modalities: list[Modality] | None = Field(
         None,
-        description="what stage 1 fuses; a domain without input for one does without it. None: text and image, and structure too if a domain has neither",
+        description="what stage 1 fuses, where there is input for it; None: text and image, and structure too if a domain has neither",
         json_schema_extra=paper("text and image (§3.3)"),
     )
     text: TextEncoder = TextEncoder()
