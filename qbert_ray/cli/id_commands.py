@@ -51,7 +51,7 @@ def show(
     console.print(_moved(found["moved"]), soft_wrap=True)
     alone = [level["prefix"] for level in found["siblings"] if not level["items"]]
     if alone:
-        console.print(f"\n{shown(alone[-1])}  nobody else")
+        console.print(f"\n{shown(alone[-1])}  no other item")
     for level in found["siblings"][len(alone) :]:
         console.print(f"\n{shown(level['prefix'])}  {level['items']:,} other{'s' * (level['items'] != 1)}")
         for other in level["nearest"]:

@@ -51,7 +51,7 @@ class Journal(Protocol):
 
 
 class Terminal:
-    """A journal for people: bars, lines and tables, also readable when redirected to a file."""
+    """A journal for a terminal: bars, lines and tables, also readable when redirected to a file."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

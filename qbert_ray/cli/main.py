@@ -222,7 +222,7 @@ def _search(plan: Any, journal: Journal) -> dict[str, Any] | None:
     from qbert_ray.sweeps import tuning
 
     with stoppable(errors), locked(plan.folder), session(plan.config.compute.address):
-        tuning.check_room(plan)
+        tuning.check_capacity(plan)
         with locked(plan.run):  # only while stages are written there: several sweeps may read it
             for seed in plan.seeds:
                 for name in plan.to_prepare(seed):

@@ -70,8 +70,8 @@ class Sweep(Section):
     scheduler: Literal["none", "asha"] = Field("none", description="asha stops poor trials early")
     grace_epochs: PositiveInt = Field(3, description="epochs before asha may stop a trial")
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="asha keeps one in so many")
-    max_seconds: PositiveFloat | None = Field(None, description="stop all trials after this long; the same command goes on")
-    max_tokens: PositiveInt | None = Field(None, description="the same after so many items read in training sequences, over all trials")
+    max_seconds: PositiveFloat | None = Field(None, description="stop all trials after this long; the same command resumes")
+    max_tokens: PositiveInt | None = Field(None, description="stop all trials after they read so many items of training sequences together")
     max_concurrent: PositiveInt | None = Field(None, description="trials at the same time; None: as many as fit")
     max_failures: NonNegativeInt = Field(1, description="tries of a trial that failed before it is given up")
 

@@ -75,15 +75,15 @@ def _tensorboard(run: RunDir, folder: str) -> Iterator[Tracker]:
         place.mkdir(parents=True, exist_ok=True)
         writer = EventsWriter(str(place / "events"))
 
-        def tell(epoch: int, metrics: dict[str, float]) -> None:
+        def track(epoch: int, metrics: dict[str, float]) -> None:
             for name, value in metrics.items():
                 writer.write_event(Event(wall_time=time.time(), step=epoch, summary=scalar(name, value)))
             writer.flush()
 
         try:
-            yield tell
+            yield track
         finally:
-            with suppress(OSError):  # `tell` has raised it
+            with suppress(OSError):  # `track` has raised it
                 writer.close()
             for file in [] if local else place.iterdir():
                 run.write_bytes(f"{folder}/{file.name}", file.read_bytes())
@@ -102,7 +102,7 @@ def _mlflow(config: Config, uri: str, folder: str) -> Iterator[Tracker]:
         settings = {"run.seed": config.run.seed} | flatten({section: getattr(config, section).model_dump(mode="json")})
         mlflow.log_params({name: str(value)[:250] for name, value in settings.items()})
 
-        def tell(epoch: int, metrics: dict[str, float]) -> None:
+        def track(epoch: int, metrics: dict[str, float]) -> None:
             mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in metrics.items()}, step=epoch)  # its names hold no @
 
-        yield tell
+        yield track

@@ -263,12 +263,12 @@ def write_items(run: RunDir, domain: str, number: str, first_part: int, size: in
     names = ["table", POSITION, REASON, ROW]
     counts = Counter({("items", ""): len(kept), ("cold_items", ""): int(kept[COLD].sum())})
     images = [
-        _lost_images(kept, column, reason).select(names) for column, reason in ((UNSAFE, "unsafe path"), (UNREAD, "no path in image"))
+        _unusable_images(kept, column, reason).select(names) for column, reason in ((UNSAFE, "unsafe path"), (UNREAD, "no path in image"))
     ]
     return counts + _write_rejected(run, domain, number, pl.concat([lost.select(names), *images]))
 
 
-def _lost_images(kept: pl.DataFrame, column: str, reason: str) -> pl.DataFrame:
+def _unusable_images(kept: pl.DataFrame, column: str, reason: str) -> pl.DataFrame:
     """Items whose image cannot be used, with the value that was given for it."""
     lost = kept.filter(pl.col(column).is_not_null())
     row = as_json(lost.select(ITEM_ID, pl.col(column).alias("image")))

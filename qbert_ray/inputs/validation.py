@@ -264,7 +264,7 @@ def _domain_lines(name: str, domain: dict[str, Any], files: bool) -> Iterator[st
 def _image_lines(images: dict[str, Any]) -> Iterator[str]:
     web = f"; {images['web']:,} web addresses not fetched" if images["web"] else ""
     bad = sum(images["problems"].values())
-    yield f"  pictures: looked for {images['looked_for']:,}, decoded {images['decoded']:,} of them, {bad:,} bad{web}"
+    yield f"  images: looked for {images['looked_for']:,}, decoded {images['decoded']:,} of them, {bad:,} bad{web}"
     for reason, count in images["problems"].most_common():
         yield f"    {count:,} {reason}{' -> ' if reason in HINTS else ''}{HINTS.get(reason, '')}"
     yield from (f"      {_short(example)}" for example in images["examples"])

@@ -74,7 +74,7 @@ def check_usage(config: Config, metrics: dict[str, Any]) -> None:
             f"the codebooks collapsed: {' '.join(f'{share:.0%}' for share in usage)} of the {size} codewords of each level are in use, "
             f"gates.min_usage asks for {bar:.0%}. Try a smaller quantizer.codebook_size or another quantizer.kind, and look whether many "
             f"items have the same texts; then redo with --from quantizer. "
-            f"To go on with this model: gates.min_usage={max(0.0, min(usage) - 0.005):.2f}"
+            f"To continue with this model: gates.min_usage={max(0.0, min(usage) - 0.005):.2f}"
         )
 
 
@@ -86,14 +86,14 @@ def check_collisions(config: Config, counts: dict[str, Any]) -> None:
         figures = ", ".join(f"{rate:.2%} of {domain}" for domain, rate in short.items())
         raise GateError(
             f"too many items collide: {figures} share their codes with others before reallocation, gates.max_raw_collision allows "
-            f"{bar:.2%}. Try a larger quantizer.codebook_size or quantizer.num_levels, more text_fields or modalities that tell items apart; "
-            f"then redo with --from the stage that changes. To go on with these IDs: gates.max_raw_collision={max(short.values()) + 0.00005:.4f}"
+            f"{bar:.2%}. Try a larger quantizer.codebook_size or quantizer.num_levels, more text_fields or modalities that distinguish items; "
+            f"then redo with --from the stage that changes. To continue with these IDs: gates.max_raw_collision={max(short.values()) + 0.00005:.4f}"
         )
 
 
 def _assign(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
     if config.data.semantic_ids:
-        return _adopt_ids(config, run, progress)
+        return _use_given_ids(config, run, progress)
     return assign_parts(config, run, executor, run.parts("fusion/embeddings"), progress)
 
 
@@ -126,8 +126,8 @@ class EncodePart:
             latents.append(latent.cpu().numpy())
             codes.append(self.model.quantizer.codes(latent).cpu().numpy().astype(np.int32))
             if self.others:
-                beside = [model.quantizer.codes(model.encode(batch)) for model in self.others]
-                extra.append(torch.cat(beside, dim=1).cpu().numpy().astype(np.int32))
+                others = [model.quantizer.codes(model.encode(batch)) for model in self.others]
+                extra.append(torch.cat(others, dim=1).cpu().numpy().astype(np.int32))
         table = table.select(columns.KEYS)
         table = table.append_column("latent", columns.to_fixed_lists(np.concatenate(latents)))
         table = table.append_column("codes", columns.to_fixed_lists(np.concatenate(codes)))
@@ -181,7 +181,7 @@ def _write_domain(
     }
 
 
-def _adopt_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+def _use_given_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Check semantic IDs that the user gave, make them unique, and write them in the catalog's order."""
     source = join(config.data.root, config.data.semantic_ids or "")
     domains = list(config.data.domains)

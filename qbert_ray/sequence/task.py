@@ -93,7 +93,7 @@ class SequencerTask:
         return torch.from_numpy(collaborative_vectors(together, self.config.features.structure.dim, self.seed))
 
     def _takes(self, name: str) -> bool:
-        """Whether a pre-trained tensor is the start: how histories are read holds in other domains, what their items mean does not."""
+        """Whether training starts from a pre-trained tensor: the layers transfer to other domains, embeddings of codes and items do not."""
         seen = set(self.domains) <= set(self.config.pretrained)
         return seen or self.config.finetune.transfer == "all" or name.startswith("layers.")
 

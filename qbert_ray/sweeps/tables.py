@@ -29,12 +29,12 @@ class Table(Section):
     """The definition of a table: its variants, reference, metrics and published figures."""
 
     title: str
-    reference: str = Field(description="row that the others are held against")
-    variants: dict[str, dict[str, Any]] = Field(description="row -> overlay, or the path of one beside the table's file")
+    reference: str = Field(description="row that the others are compared with")
+    variants: dict[str, dict[str, Any]] = Field(description="row -> overlay, or the path of one next to the table's file")
     rankings: list[Literal["sequencer", "ridge", "co_occurrence", "popularity"]] = Field(
-        [], description="further rows: rankings of the reference beside its model"
+        [], description="further rows: rankings of the reference in addition to its model"
     )
-    sequencers: bool = Field(False, description="rows also for the sequence model alone of every variant, held against the reference's")
+    sequencers: bool = Field(False, description="rows also for the sequence model alone of every variant, compared with the reference's")
     seeds: list[int] = [0, 1, 2, 3, 4]
     metrics: list[Annotated[str, Field(pattern=r"^(hr|ndcg)@[1-9]\d*$")]] = ["hr@10", "ndcg@10"]
     paper: dict[str, dict[str, dict[str, float]]] = Field({}, description="domain -> row -> metric -> published value")

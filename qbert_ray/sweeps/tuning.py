@@ -41,7 +41,7 @@ def prepare(plan: Plan, seed: int, stage: str, progress: Progress) -> Manifest |
     return run_stage(BY_NAME[stage], plan.seed_config(seed), plan.seed_run(seed), RayExecutor(), progress)
 
 
-def check_room(plan: Plan) -> None:
+def check_capacity(plan: Plan) -> None:
     """Raise, before anything runs, if the cluster has no room for a trial.
 
     Raises:
@@ -132,14 +132,14 @@ def _domain(draw: Draw) -> Any:
 
 
 def concurrent(plan: Plan) -> int:
-    """Number of trials that run at the same time, given that `check_room` found room for one."""
+    """Number of trials that run at the same time, given that `check_capacity` found room for one."""
     compute = plan.small_compute()
     own = [stage for stage in plan.stages if not all(stage.name in plan.to_prepare(seed) for seed in plan.seeds)]
     there, fit = capacity.nodes(), plan.sweep.max_concurrent or capacity.MOST_NODES
     for name in {name for stage in own for name in stage.compute}:
         asked = getattr(compute, name)
         if isinstance(asked, Workers):
-            fit = min(fit, capacity.room(there, capacity.worker_bundle(asked, there)) // asked.num_workers)
+            fit = min(fit, capacity.count_fitting(there, capacity.worker_bundle(asked, there)) // asked.num_workers)
     return max(1, fit)
 
 
@@ -155,22 +155,22 @@ def estimate(plan: Plan) -> list[float | None]:
 
 def _trainable(config: dict[str, Any], plan: Plan) -> None:
     trial, started = _trial(plan, config), time.monotonic()
-    known, told = len(plan.curve(trial)), 0
+    known, reported = len(plan.curve(trial)), 0
 
-    def tell(line: dict[str, Any]) -> None:  # Tune cannot compare an epoch that lacks an objective
-        nonlocal told
+    def report(line: dict[str, Any]) -> None:  # Tune cannot compare an epoch that lacks an objective
+        nonlocal reported
         if all(name in line for name in plan.objectives):
-            told += 1
+            reported += 1
             tune.report(line)
 
     try:
-        metrics = run_trial(plan, trial, tell)
+        metrics = run_trial(plan, trial, report)
     except Exception as error:
         cause = root_cause(error)
         plan.conclude(trial, FAILED, time.monotonic() - started, {}, f"{type(cause).__name__}: {cause}")
         raise
     epochs = len(plan.curve(trial))
-    tune.report(metrics | {"whole": True, "epoch": epochs, "read": max(0, epochs - known - told)})
+    tune.report(metrics | {"whole": True, "epoch": epochs, "read": max(0, epochs - known - reported)})
 
 
 def _trial(plan: Plan, config: dict[str, Any]) -> Trial:

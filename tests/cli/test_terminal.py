@@ -1,4 +1,4 @@
-"""Titles, IDs and errors of somebody else's data never reach a terminal as characters that it obeys."""
+"""Titles, IDs and errors of untrusted data never reach a terminal as characters that it obeys."""
 
 import io
 import json
