@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, Tree, Values
 
 
 def _or_list(schema: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Sweep(Section):
     space: dict[str, Draw] = Field(
         {}, description="field -> list of its values, or {uniform: [low, high]}, loguniform, randint for random and optuna"
     )
-    variants: dict[str, dict[str, Any]] = Field({}, description="name -> overlay on the config; what search: variants compares")
+    variants: dict[str, Tree] = Field({}, description="name -> overlay on the config; what search: variants compares")
     search: Literal["each", "grid", "random", "optuna", "variants"] = Field(
         "each",
         description="one field at a time with the others as they are (Figures 3-5), every combination, random draws, Optuna, or sweep.variants",
@@ -79,7 +79,7 @@ class Sweep(Section):
     @classmethod
     def _dotted(cls, value: Any) -> Any:
         """Nested mappings, as the command line gives them, become dotted paths; a list is a choice."""
-        found: dict[str, Any] = {}
+        found: Values = {}
 
         def walk(tree: Any, path: str) -> None:
             if path and not (isinstance(tree, dict) and not set(tree) & set(Draw.model_fields)):
@@ -102,7 +102,7 @@ def objectives(sweep: Sweep) -> dict[str, str]:
     return dict(sweep.objectives) or OBJECTIVES.get(sweep.stage, {"ndcg@10": "max"})
 
 
-def settings(sweep: Sweep, base: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+def settings(sweep: Sweep, base: Values, seed: int) -> list[Values]:
     """The settings (swept field -> value) in order, without repetitions; empty for optuna, whose settings are not known in advance.
 
     Args:

@@ -27,18 +27,18 @@ from qbert_ray.execution.ray_board import Watch, start_board
 from qbert_ray.execution.ray_capacity import nodes, worker_bundle
 from qbert_ray.execution.ray_trainers import SingleWorker, WorkerGroup, fit_with_retries
 from qbert_ray.storage.directory import RunDir
-from qbert_ray.training import Loop, Task, last_metrics, publish, trained
+from qbert_ray.training import Loop, M, Task, last_metrics, publish, trained
 
 
 def fit(
-    make_task: Callable[..., Task],
+    make_task: Callable[..., Task[M]],
     arguments: dict[str, Any],
     workers: Workers,
     run: RunDir,
     folder: str,
     progress: Progress,
     checkpoint_seconds: float = 20.0,
-) -> dict[str, Any]:
+) -> M:
     """See `Executor.fit`."""
     if trained(run, folder):
         return last_metrics(run, folder)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pyarrow import fs
 
@@ -52,7 +52,7 @@ def trackers(config: Config, run: RunDir, folder: str, progress: Progress, furth
         yield every
 
 
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+def numbers(metrics: Mapping[str, object]) -> dict[str, float]:
     """Nested metrics flattened to dotted name -> number; elements of a list are named by their position."""
     leaves: dict[str, float] = {}
     for name, value in flatten(metrics).items():

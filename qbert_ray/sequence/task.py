@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ from qbert_ray.top_k import ranks
 from qbert_ray.training import shuffled_batches
 
 SAMPLE = 4096  # users whose validation items are ranked, where the settings name no number
+
+
+ValidationMetrics = TypedDict(  # of validation items among unseen ones; `EpochMetrics` with names that are no identifiers
+    "ValidationMetrics", {"epoch": NotRequired[int], "train_loss": NotRequired[float], "hr@10": float, "ndcg@10": float}
+)
 
 
 class SequencerTask:
@@ -152,7 +157,7 @@ class SequencerTask:
         query = model(batch, table)
         return model.loss(query, batch.items[batch.masked], table), float(len(query))
 
-    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+    def evaluate(self, model: Any, device: torch.device) -> ValidationMetrics:
         """Ranks of the validation items among all that their users have not had, averaged over domains."""
         values = []
         for name in self.domains:
