@@ -22,7 +22,7 @@ demo: .venv/.installed ## every stage on a generated shop; outputs in runs/demo
 test: .venv/.installed ## the tests; QBERT_REAL_DATA=<folder> adds those on real data
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --durations 15
 
-coverage: .venv/.installed ## the same tests with branch coverage and its floor; takes longer
+coverage: .venv/.installed ## the same tests with branch coverage and its lower bound; takes longer
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 test-slow: .venv/.installed ## also the tests that take minutes
@@ -59,7 +59,7 @@ audit: .venv/.linters ## known vulnerabilities of the versions in constraints.tx
 
 peers: .venv-peers/.installed ## other libraries' BERT4Rec, in an environment of their own, for make bench
 
-bench: .venv/.installed ## time and memory beside other ways, one table; QBERT_REAL_DATA=<folder> for real data
+bench: .venv/.installed ## time and memory next to other libraries, one table; QBERT_REAL_DATA=<folder> for real data
 	$(BIN)/python -m tests.benchmarks
 
 bench-full: .venv/.installed ## the same with more users and rounds, and what takes long

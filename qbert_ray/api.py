@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 
@@ -19,6 +19,7 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import open_executor
 from qbert_ray.execution.progress import Progress, Quiet
 from qbert_ray.inputs.sources import check_root
+from qbert_ray.metrics import Evaluation
 from qbert_ray.pipeline import preflight, run_stage
 from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.storage.catalog import run_config
@@ -97,7 +98,7 @@ class FinishedRun:
         return run_config(self.directory)
 
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Evaluation]:
         """Target domain -> hit rate and NDCG of the model and of each baseline, under both protocols."""
         return self.directory.read_json("evaluate/metrics.json")
 

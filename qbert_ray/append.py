@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from typing import Any
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -27,7 +27,7 @@ from qbert_ray.inputs.readers import REASON
 from qbert_ray.inputs.sources import POSITION, open_source
 from qbert_ray.inputs.stage import GROUP, read_catalog, split_items, write_items
 from qbert_ray.pipeline import APPENDED, file_fingerprints, status
-from qbert_ray.semantic_ids.stage import assign_parts, figures
+from qbert_ray.semantic_ids.stage import Version, assign_parts, count_ids
 from qbert_ray.storage.checksums import Record
 from qbert_ray.storage.columns import COLD, ITEM_ID, ITEM_INDEX
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
@@ -39,12 +39,8 @@ GROWN = ("ingest", "features", "fusion", IDS)  # stages that get further parts, 
 CONTENT = "_content"
 
 
-def append_ids(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def append_ids(config: Config, run: RunDir, executor: Executor, progress: Progress) -> Version:
     """Assign IDs to the items of the input files that have none; returns the new version, or the last one if there is nothing to do.
-
-    Returns:
-        version, parent, fingerprint, model, parts, items (all that have IDs by then), and numbers of items: added, and of those
-        that had IDs before changed (in text or image; their IDs stay the same), unchanged and gone from the files.
 
     Raises:
         ArtifactError: the run's stages up to semantic-ids are not done, or were made with another config.
@@ -131,36 +127,38 @@ def _compare(block: pa.Table, known: pa.Table) -> tuple[Counter[str], pa.Table]:
 # versions
 
 
-def _versions(run: RunDir) -> list[dict[str, Any]]:
+def _versions(run: RunDir) -> list[Version]:
     """The versions so far; the first one is that of the run itself, recorded before anything is appended."""
     manifest = Manifest.load(run, IDS)
     assert manifest is not None
     if "versions" not in manifest.counts:
         items = manifest.counts["items"]
-        first = {"version": 0, "parent": None, "fingerprint": manifest.fingerprint, "model": manifest.inputs["quantizer"]}
-        manifest.counts["versions"] = [first | {"items": items, "added": items, "parts": run.parts(IDS)}]
+        origin = {"version": 0, "parent": None, "fingerprint": manifest.fingerprint, "model": manifest.inputs["quantizer"]}
+        first = cast(Version, origin | {"items": items, "added": items, "parts": run.parts(IDS)})
+        manifest.counts["versions"] = [first]
         manifest.save(run, IDS)
     return manifest.counts["versions"]
 
 
-def _publish(config: Config, run: RunDir, versions: list[dict[str, Any]], found: Counter[str]) -> dict[str, Any]:
+def _publish(config: Config, run: RunDir, versions: list[Version], found: Counter[str]) -> Version:
     """Record a new version with all parts that are in none yet; returns it."""
     listed = {part for version in versions for part in version["parts"]}
     parts = [part for part in run.parts(IDS) if part not in listed]
-    counts = {name: found[name] for name in ("changed", "unchanged", "gone")}
     last = versions[-1]
     if not parts:
-        return last | {"added": 0} | counts
+        return cast(Version, last | {"added": 0} | {name: found[name] for name in ("changed", "unchanged", "gone")})
     tables = [run.read_part(IDS, part, [ITEM_ID, "semantic_id"]) for part in parts]
     added = sum(table.num_rows for table in tables)
-    version = {
+    version: Version = {
         "version": last["version"] + 1,
         "parent": last["fingerprint"],
         "fingerprint": _fingerprint([last["fingerprint"], last["model"], *(table.to_pydict() for table in tables)]),
         "model": last["model"],
         "items": last["items"] + added,
         "added": added,
-        **counts,
+        "changed": found["changed"],
+        "unchanged": found["unchanged"],
+        "gone": found["gone"],
         "parts": parts,
     }
     for stage in GROWN:
@@ -169,7 +167,7 @@ def _publish(config: Config, run: RunDir, versions: list[dict[str, Any]], found:
         if manifest.files is not None:
             manifest.files |= _added_files(run, stage, manifest.files)
         if stage == IDS:
-            manifest.counts |= figures(config, run) | {"versions": [*versions, version]}
+            manifest.counts |= {**count_ids(config, run, config.quantizer.codebook_size), "versions": [*versions, version]}
         manifest.save(run, stage)
     return version
 
@@ -180,5 +178,5 @@ def _added_files(run: RunDir, stage: str, known: dict[str, Record]) -> dict[str,
     return {name: record for name, record in parts.items() if name not in known or "/rejected/" in name}
 
 
-def _fingerprint(content: Any) -> str:
+def _fingerprint(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

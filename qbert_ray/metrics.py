@@ -5,10 +5,31 @@ Leave-one-out has one relevant item per user, so a user's hit is 0 or 1 and the 
 
 from __future__ import annotations
 
+from typing import NotRequired, TypedDict
+
 import numpy as np
 from scipy.special import stdtrit
 
 NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+
+
+class Interval(TypedDict):
+    """A mean over users with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+Figures = dict[str, Interval]  # metric, such as hr@10 -> its mean over users
+
+
+class Evaluation(TypedDict):
+    """Metrics of one domain, as evaluate/metrics.json holds them."""
+
+    users: int
+    protocols: dict[str, dict[str, Figures]]  # all, unseen or cold -> the model, a part of it or a baseline -> metrics
+    cold: NotRequired[Evaluation]  # of users with a held-out cold item
 
 
 def hit_rate(rank: np.ndarray, k: int) -> np.ndarray:
@@ -21,7 +42,7 @@ def ndcg(rank: np.ndarray, k: int) -> np.ndarray:
     return np.where(rank <= k, 1.0 / np.log2(rank + 1.0), 0.0)
 
 
-def summarise(rank: np.ndarray, cutoffs: list[int]) -> dict[str, dict[str, float]]:
+def summarise(rank: np.ndarray, cutoffs: list[int]) -> Figures:
     """{"hr@10": {"value", "low", "high"}, ...}: means over users with their 95 % intervals (normal approximation).
 
     ndcg@1 is hr@1, so it is left out.
@@ -30,14 +51,14 @@ def summarise(rank: np.ndarray, cutoffs: list[int]) -> dict[str, dict[str, float
     return table | {f"ndcg@{k}": interval(ndcg(rank, k)) for k in cutoffs if k > 1}
 
 
-def expected_at_random(candidates: np.ndarray, cutoffs: list[int]) -> dict[str, dict[str, float]]:
+def expected_at_random(candidates: np.ndarray, cutoffs: list[int]) -> Figures:
     """Expected metrics, in the format of `summarise`, of a random order of each user's candidates."""
     gains = 1.0 / np.log2(np.arange(1, max(cutoffs) + 1) + 1.0)
     table = {f"hr@{k}": interval(np.minimum(k, candidates) / candidates) for k in cutoffs}
     return table | {f"ndcg@{k}": interval(np.cumsum(gains[:k])[np.minimum(k, candidates) - 1] / candidates) for k in cutoffs if k > 1}
 
 
-def interval(values: np.ndarray) -> dict[str, float]:
+def interval(values: np.ndarray) -> Interval:
     """Mean and 95 % interval of per-user values in [0, 1]; zeros if there are no users."""
     if not len(values):
         return {"value": 0.0, "low": 0.0, "high": 0.0}

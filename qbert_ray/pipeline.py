@@ -10,7 +10,6 @@ import importlib
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import yaml
 
@@ -18,7 +17,7 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.fingerprints import fingerprint
-from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.directory import ArtifactError, Counts, Manifest, RunDir
 from qbert_ray.storage.lock import check_held
 from qbert_ray.storage.seals import STARTED, seal
 from qbert_ray.storage.stages import BY_NAME, STAGES, Stage
@@ -101,7 +100,7 @@ def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, pro
     return manifest
 
 
-def _function(stage: Stage) -> Callable[..., dict[str, Any]]:
+def _function(stage: Stage) -> Callable[..., Counts]:
     """The function that runs a stage; importing it may import torch."""
     module, _, name = stage.work.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -85,7 +85,7 @@ class Linear(nn.Linear):
         return product(x, self.weight, self.bias)
 
 
-def adopt(model: nn.Module) -> nn.Module:
+def use_product(model: nn.Module) -> nn.Module:
     """The same model with its `torch.nn.Linear` layers turned into `Linear`; subclasses are left unchanged."""
     for module in model.modules():
         if type(module) is nn.Linear:

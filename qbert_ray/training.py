@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,7 +26,17 @@ LAST_RATE = 0.05  # of the cosine schedule, as a share of the learning rate
 STATE = ("state.safetensors", "state.json")  # files of a checkpoint of the loop, the last written last
 
 
-class Task(Protocol):
+class EpochMetrics(TypedDict):
+    """A line of metrics.jsonl; tasks add what they measure."""
+
+    epoch: NotRequired[int]  # from 0
+    train_loss: NotRequired[float]  # a model that needs no training has none
+
+
+M = TypeVar("M", bound=EpochMetrics, covariant=True)
+
+
+class Task(Protocol[M]):
     """What the loop trains: a model, its batches, its loss and its metrics."""
 
     seed: int
@@ -60,7 +71,7 @@ class Task(Protocol):
         """Change weights without gradients, on rank 0, before each epoch and after the last."""
         ...
 
-    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+    def evaluate(self, model: Any, device: torch.device) -> M:
         """Metrics after an epoch, computed on rank 0."""
         ...
 
@@ -68,7 +79,7 @@ class Task(Protocol):
 class Loop:
     """Trains one task on one worker, epoch by epoch, without Ray."""
 
-    def __init__(self, task: Task, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, task: Task[EpochMetrics], device: torch.device, rank: int = 0, world_size: int = 1) -> None:
         self.task, self.device, self.rank, self.world_size = task, device, rank, world_size
         settings = task.settings
         torch.manual_seed(task.seed)
@@ -82,7 +93,7 @@ class Loop:
         self.best: dict[str, Tensor] = {}
         self.best_value: float | None = None
         self.epoch = self.step = self.waited = 0
-        self.log: list[dict[str, Any]] = []
+        self.log: list[EpochMetrics] = []
 
     @property
     def finished(self) -> bool:
@@ -101,13 +112,13 @@ class Loop:
         for number, samples in enumerate(batches):
             loss, size = self._step(samples, self._rate((self.epoch + number / len(batches)) / self.task.settings.epochs))
             total, weight = total + loss, weight + size
-        metrics = {"epoch": self.epoch, "train_loss": total / max(weight, 1e-12)}
+        metrics: EpochMetrics = {"epoch": self.epoch, "train_loss": total / max(weight, 1e-12)}
         self.epoch += 1
         if self.epoch == self.task.settings.epochs:
             self._adjust()
         if self.rank == 0:
-            metrics |= self.evaluate()
-            self._keep_best(metrics)
+            metrics.update(self.evaluate())
+            self._keep_best(cast(dict[str, float], metrics))
         self.log.append(metrics)
         self.waited = self.agree(self.waited)  # every worker stops at the same epoch
 
@@ -179,7 +190,7 @@ class Loop:
             gradient.div_(max(weight, 1e-12))
         return loss, weight
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> EpochMetrics:
         """The task's metrics for the weights that would be saved."""
         kept = None
         if self.average is not None:
@@ -192,7 +203,7 @@ class Loop:
             self.model.load_state_dict(kept)
         return metrics
 
-    def _keep_best(self, metrics: dict[str, Any]) -> None:
+    def _keep_best(self, metrics: dict[str, float]) -> None:
         if self.task.criterion is None or self.task.criterion[0] not in metrics:
             return
         name, sign = self.task.criterion
@@ -250,7 +261,7 @@ def publish(loop: Loop, run: RunDir, folder: str) -> None:
     run.save_model(f"{folder}/model", loop.best or loop.weights(), loop.task.description())
 
 
-def last_metrics(run: RunDir, folder: str) -> dict[str, Any]:
+def last_metrics(run: RunDir, folder: str) -> Any:
     """Metrics of the last epoch of a published training."""
     return json.loads(run.read_bytes(f"{folder}/metrics.jsonl").splitlines()[-1])
 
@@ -260,10 +271,10 @@ def trained(run: RunDir, folder: str) -> bool:
     return run.exists(f"{folder}/model/model.json")
 
 
-def build(make_task: Any, arguments: dict[str, Any], run: RunDir, folder: str) -> None:
+def build(make_task: Callable[..., Task[EpochMetrics]], arguments: dict[str, Any], run: RunDir, folder: str) -> None:
     """Build a model that needs no training, and publish it like a trained one."""
     loop = Loop(make_task(**arguments), torch.device("cpu"))
-    loop.log.append({"epoch": 0} | loop.evaluate())
+    loop.log.append({"epoch": 0, **loop.evaluate()})
     publish(loop, run, folder)
 
 

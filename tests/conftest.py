@@ -7,7 +7,7 @@ from pathlib import Path
 for name, value in {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # 15 by default: beside any other work on the machine a test would wait for minutes
+    "RAY_worker_niceness": "0",  # 15 by default: next to any other work on the machine a test would wait for minutes
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # as in a session without a cluster; so is the next
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
     "HF_HUB_OFFLINE": "1",

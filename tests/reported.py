@@ -59,7 +59,7 @@ def _keys(row):
     return {"domain": "shop", "item_id": f"i{row}", "item_index": row}
 
 
-def _picture(row):
+def _image(row):
     kept = io.BytesIO()
     Image.new("RGB", (300, 200), (row * 10, 90, 120)).save(kept, "PNG")
     return kept.getvalue() if row != 5 else b"not a picture"
@@ -69,7 +69,7 @@ def _ingest(run, random):
     schema = pa.unify_schemas([columns.ITEMS, pa.schema([("text.title", pa.string()), ("attribute.genre", pa.string())])])
     extra = [
         {
-            "image_bytes": _picture(row) if row % 4 else None,
+            "image_bytes": _image(row) if row % 4 else None,
             "cold": False,
             "text.title": title,
             "attribute.genre": ("Drama", "War")[row % 2],

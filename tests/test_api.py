@@ -1,5 +1,6 @@
 """The public API: every name of `qbert_ray`, and a whole run from Python in this process."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -28,6 +29,19 @@ def test_every_public_name_is_there_and_has_a_docstring():
         assert getattr(qb, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = qb.nothing
+
+
+def members(name):
+    """Functions that a public name is or holds, as written in its own class or module."""
+    value = getattr(qb, name)
+    held = [value] if inspect.isfunction(value) else [each for key, each in vars(value).items() if not key.startswith("_")]
+    held = [each.fget if isinstance(each, property) else getattr(each, "__func__", each) for each in held]
+    return [each for each in held if inspect.isfunction(each) and each.__module__.startswith("qbert_ray")]
+
+
+def test_results_of_public_functions_have_a_known_shape():
+    found = {each.__qualname__: str(each.__annotations__["return"]) for name in qb.__all__ for each in members(name)}
+    assert len(found) > 40 and not [name for name, result in found.items() if re.search(r"\bAny\b|\bobject\b|^dict$|^tuple$", result)]
 
 
 def test_importing_the_package_loads_neither_torch_nor_ray():

@@ -94,7 +94,7 @@ def test_new_items_get_ids_and_everything_else_stays(copied, catalog, shop, fini
     assert last == version and last["parent"] == first["fingerprint"] == Manifest.load(finished[1], "semantic_ids").fingerprint
     assert last["model"] == first["model"] == Manifest.load(run, "quantizer").fingerprint
     assert manifest.counts["items"] == last["items"] == len(after)
-    for stage in STAGES:  # the run goes on as before
+    for stage in STAGES:  # the run continues as before
         assert status(stage, config, run) is not None
 
     written = files(run)

@@ -1,4 +1,4 @@
-"""README, contributing page and documentation site are held against the code: what they name exists, what they show runs."""
+"""README, contributing page and documentation site are compared with the code: what they name exists, what they show runs."""
 
 from __future__ import annotations
 

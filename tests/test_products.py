@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qbert_ray import products
-from qbert_ray.products import Linear, adopt, product
+from qbert_ray.products import Linear, product, use_product
 
 
 @pytest.fixture(autouse=True, params=[1, None], ids=["onednn", "by size"])
@@ -57,13 +57,13 @@ def test_without_onednn_it_is_pytorchs(monkeypatch):
     assert torch.equal(product(x, weight), F.linear(x, weight))
 
 
-def test_adopting_changes_linear_layers_alone():
+def test_only_linear_layers_change():
     class Own(nn.Linear):
         pass
 
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Own(4, 4), nn.Sequential(nn.Linear(4, 2)))
     x, names = torch.randn(16, 4), list(model.state_dict())
     before = model(x)
-    assert adopt(model) is model and [type(model[0]), type(model[2]), type(model[3][0])] == [Linear, Own, Linear]
+    assert use_product(model) is model and [type(model[0]), type(model[2]), type(model[3][0])] == [Linear, Own, Linear]
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)

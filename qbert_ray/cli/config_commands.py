@@ -49,7 +49,7 @@ def config(
     Example: qbert-ray config --schema > config.schema.json
     """
     if (describe or schema) and (files or (describe and schema)):
-        raise ConfigError("--describe and --schema speak of every config: give neither the other nor --config with them")
+        raise ConfigError("--describe and --schema are about every config: give one of them, and no --config")
     if schema:
         print(json.dumps(reference.json_schema(), indent=2, ensure_ascii=False))
     elif describe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,6 +12,10 @@ from rich.table import Table
 
 from qbert_ray.cli.terminal import printable, shown
 from qbert_ray.storage.directory import Manifest
+
+if TYPE_CHECKING:  # they import scipy and torch, which most commands do not need
+    from qbert_ray.metrics import Evaluation
+    from qbert_ray.training import EpochMetrics
 
 NAME_WIDTH = 14
 LOG_SECONDS = 30.0
@@ -55,7 +59,7 @@ class StageBar:
         self.bars.update(self.task, note=printable(text))
         self._log()
 
-    def epoch(self, metrics: dict[str, Any]) -> None:
+    def epoch(self, metrics: EpochMetrics) -> None:
         self.note("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
 
     def _log(self) -> None:
@@ -75,7 +79,7 @@ def stage_line(name: str, manifest: Manifest | None, seconds: float | None, why:
     return f"[green]✓[/green] {name:<{NAME_WIDTH}}{when}  {shown(_summary(manifest))}"
 
 
-def metrics_table(domain: str, content: dict[str, Any], ranked: str = "every item ranked") -> Table:
+def metrics_table(domain: str, content: Evaluation, ranked: str = "every item ranked") -> Table:
     """The table of one domain of evaluate/metrics.json, or of its cold items: rankings by metrics, for both protocols."""
     models = next(iter(content["protocols"].values()))
     names = list(next(iter(models.values())))

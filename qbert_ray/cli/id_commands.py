@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -10,6 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from qbert_ray.cli.terminal import shown
+
+if TYPE_CHECKING:  # they import polars and scipy, which other commands do not need
+    from qbert_ray.semantic_ids.id_report import Attribute, DomainReport, Example
+    from qbert_ray.semantic_ids.lookup import Move
 
 app = typer.Typer(name="ids", help="Look at the semantic IDs of a finished run.", no_args_is_help=True)
 console = Console(highlight=False)
@@ -24,7 +28,7 @@ def report(run: Run) -> None:
     Example: qbert-ray ids report runs/movielens
     """
     from qbert_ray.semantic_ids import id_report
-    from qbert_ray.semantic_ids import lookup as id_lookup  # imports polars and scipy, which the other commands do not need
+    from qbert_ray.semantic_ids import lookup as id_lookup
 
     content = id_report.report(run)
     for domain, figures in content["domains"].items():
@@ -51,7 +55,7 @@ def show(
     console.print(_moved(found["moved"]), soft_wrap=True)
     alone = [level["prefix"] for level in found["siblings"] if not level["items"]]
     if alone:
-        console.print(f"\n{shown(alone[-1])}  nobody else")
+        console.print(f"\n{shown(alone[-1])}  no other item")
     for level in found["siblings"][len(alone) :]:
         console.print(f"\n{shown(level['prefix'])}  {level['items']:,} other{'s' * (level['items'] != 1)}")
         for other in level["nearest"]:
@@ -85,16 +89,16 @@ def diff(
             console.print(f"  {shown(example['item_id'])}: {shown(example['first'])} → {shown(example['second'])}", soft_wrap=True)
 
 
-def _moved(moved: dict[str, Any] | None) -> str:
+def _moved(moved: Move | None) -> str:
     if moved is None:
         return "not moved: these are its nearest codes"
     keeper = moved["kept_by"]
     kept = f"{shown(keeper['title'])} ({shown(keeper['item_id'])}) has and keeps" if keeper else "an item that is gone kept"
     full = f"; every ID under {moved['full']} was taken" if moved["full"] else ""
-    return f"moved from {shown(moved['from'])}, which {kept}{shown(full)}"
+    return f"moved from {shown(moved['nearest'])}, which {kept}{shown(full)}"
 
 
-def _print_domain(domain: str, figures: dict[str, Any], size: int) -> None:
+def _print_domain(domain: str, figures: DomainReport, size: int) -> None:
     console.print(
         f"\n[bold]{shown(domain)}[/bold]: {figures['with_id']:,} of {figures['items']:,} items have an ID ({figures['coverage']:.1%}); "
         f"collisions {figures['raw_collision_rate']:.2%} before, {figures['collision_rate']:.2%} after; {figures['moved']:,} moved",
@@ -111,7 +115,7 @@ def _print_domain(domain: str, figures: dict[str, Any], size: int) -> None:
     console.print(_examples(figures["examples"]))
 
 
-def _levels(figures: dict[str, Any], size: int) -> Table:
+def _levels(figures: DomainReport, size: int) -> Table:
     table = _table("code", f"in use of {size}", "perplexity", "entropy, bits", "Gini", "moved here")
     for number, (level, moved) in enumerate(zip(figures["levels"], figures["moved_at"], strict=True)):
         cells = f"{level['usage']:.1%}", f"{level['perplexity']:.1f}", f"{level['entropy']:.2f}", f"{level['gini']:.2f}", f"{moved:,}"
@@ -119,7 +123,7 @@ def _levels(figures: dict[str, Any], size: int) -> Table:
     return table
 
 
-def _attributes(attributes: dict[str, Any]) -> Table:
+def _attributes(attributes: dict[str, Attribute]) -> Table:
     table = _table("attribute", "shared prefix", "items", "purity", "shuffled", "NMI", "shuffled")
     for name, content in attributes.items():
         for length, row in enumerate(content["lengths"], 1):
@@ -131,7 +135,7 @@ def _attributes(attributes: dict[str, Any]) -> Table:
     return table
 
 
-def _examples(examples: list[dict[str, Any]]) -> Table:
+def _examples(examples: list[Example]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("prefix", no_wrap=True)
     table.add_column("items", justify="right")

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 from rich.console import Console
@@ -14,6 +14,11 @@ from rich.console import Console
 from qbert_ray.cli.console import LOG_SECONDS, StageBar, metrics_table, stage_line, sweep_table
 from qbert_ray.cli.terminal import json_safe, shown
 from qbert_ray.storage.directory import Manifest
+
+if TYPE_CHECKING:  # they import scipy and torch, which most commands do not need
+    from qbert_ray.metrics import Evaluation
+    from qbert_ray.semantic_ids.stage import Version
+    from qbert_ray.training import EpochMetrics
 
 
 class Journal(Protocol):
@@ -33,11 +38,11 @@ class Journal(Protocol):
 
     def warn(self, text: str) -> None: ...
 
-    def metrics(self, domain: str, content: dict[str, Any]) -> None:
+    def metrics(self, domain: str, content: Evaluation) -> None:
         """The metrics of a domain, from evaluate/metrics.json."""
         ...
 
-    def appended(self, version: dict[str, Any]) -> None:
+    def appended(self, version: Version) -> None:
         """A new version of the semantic IDs was appended."""
         ...
 
@@ -51,7 +56,7 @@ class Journal(Protocol):
 
 
 class Terminal:
-    """A journal for people: bars, lines and tables, also readable when redirected to a file."""
+    """A journal for a terminal: bars, lines and tables, also readable when redirected to a file."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -68,13 +73,13 @@ class Terminal:
     def warn(self, text: str) -> None:
         self.console.print(f"[yellow]! {shown(text)}[/yellow]", soft_wrap=True)
 
-    def metrics(self, domain: str, content: dict[str, Any]) -> None:
+    def metrics(self, domain: str, content: Evaluation) -> None:
         self.console.print()
         self.console.print(metrics_table(domain, content))
         if "cold" in content:
             self.console.print(metrics_table(domain, content["cold"], "items that no training saw"))
 
-    def appended(self, version: dict[str, Any]) -> None:
+    def appended(self, version: Version) -> None:
         self.console.print(
             f"[green]✓[/green] version {version['version']} ({version['fingerprint']}): {version['items']:,} semantic IDs, {version['added']:,} added; "
             f"of those before {version['unchanged']:,} items unchanged, {version['changed']:,} changed, {version['gone']:,} gone from the files",
@@ -125,10 +130,10 @@ class JsonLines:
     def warn(self, text: str) -> None:
         self.log.info("warning", text=text)
 
-    def metrics(self, domain: str, content: dict[str, Any]) -> None:
+    def metrics(self, domain: str, content: Evaluation) -> None:
         self.log.info("metrics", domain=domain, **content)
 
-    def appended(self, version: dict[str, Any]) -> None:
+    def appended(self, version: Version) -> None:
         self.log.info("appended", **version)
 
     def trials(self, description: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -166,7 +171,7 @@ class _StageLog:
         else:
             self.log.info("note", text=text)
 
-    def epoch(self, metrics: dict[str, Any]) -> None:
+    def epoch(self, metrics: EpochMetrics) -> None:
         self.log.info("epoch", **metrics)
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -22,6 +22,10 @@ from qbert_ray.execution.failures import root_cause, stoppable
 from qbert_ray.storage.directory import ArtifactError, RunDir
 from qbert_ray.storage.lock import locked
 from qbert_ray.storage.stages import STAGES
+
+if TYPE_CHECKING:  # they import Ray
+    from qbert_ray.sweeps.trials import Plan
+    from qbert_ray.sweeps.tuning import Best
 
 app = typer.Typer(
     name="qbert-ray",
@@ -216,13 +220,13 @@ def reproduce(
         raise ArtifactError(f"the table lacks trials of {', '.join(sorted(set(failed)))}; the same command tries them again")
 
 
-def _search(plan: Any, journal: Journal) -> dict[str, Any] | None:
+def _search(plan: Plan, journal: Journal) -> Best | None:
     """Run the stages that the trials of a sweep share, then the trials; returns the result of `tuning.search`."""
     from qbert_ray.execution.ray_session import session
     from qbert_ray.sweeps import tuning
 
     with stoppable(errors), locked(plan.folder), session(plan.config.compute.address):
-        tuning.check_room(plan)
+        tuning.check_capacity(plan)
         with locked(plan.run):  # only while stages are written there: several sweeps may read it
             for seed in plan.seeds:
                 for name in plan.to_prepare(seed):
@@ -237,7 +241,7 @@ def _search(plan: Any, journal: Journal) -> dict[str, Any] | None:
     return best
 
 
-def _show_trials(plan: Any, seconds: list[float | None]) -> None:
+def _show_trials(plan: Plan, seconds: list[float | None]) -> None:
     if not plan.trials:
         console.print(f"{plan.sweep.num_trials} trials that {plan.sweep.search} makes up as it goes")
         return

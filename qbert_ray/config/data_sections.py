@@ -41,7 +41,7 @@ class Domain(Section):
     )
     follow_links: bool = Field(False, description="symbolic links in the folder of the data may lead outside it")
     image_template: str | None = Field(
-        None, description="path of pictures named by ID, such as covers/{item_id}.jpg or {item_id:.3}/{item_id}.jpg"
+        None, description="path of images named by ID, such as covers/{item_id}.jpg or {item_id:.3}/{item_id}.jpg"
     )
     text_features: str | None = Field(None, description="your own vectors (item_id, vector | vectors) instead of encoding text")
     image_features: str | None = Field(None, description="your own vectors instead of encoding images")

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qbert_ray.config.schema import Config, Data, Domain
+from qbert_ray.config.section import Tree, Values
 from qbert_ray.config.shipped import shipped
 from qbert_ray.config.yaml_files import YamlError, read_yaml
 
@@ -42,7 +43,7 @@ def load_config(files: list[str | Path] = [], overrides: list[str] = []) -> Conf
     Raises:
         ConfigError: a file or an override cannot be read, or a key or value is not valid.
     """
-    tree: dict[str, Any] = {}
+    tree: Tree = {}
     for file in files:
         tree = merge(tree, read_layer(Path(file)))
     for override in overrides:
@@ -72,7 +73,7 @@ def read_config(content: bytes, where: str) -> Config:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def with_values(config: Config, values: dict[str, Any]) -> Config:
+def with_values(config: Config, values: Values) -> Config:
     """A copy of the config with other values at some dotted paths.
 
     Raises:
@@ -84,7 +85,7 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
     return _validate(tree)
 
 
-def nest(path: str, value: Any) -> dict[str, Any]:
+def nest(path: str, value: Any) -> Tree:
     """A nested mapping with one leaf at a dotted path."""
     for key in reversed(path.split(".")):
         value = {key: value}
@@ -113,7 +114,7 @@ def refuse_credentials(name: str, value: str) -> None:
         )
 
 
-def read_layer(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_layer(file: Path, above: tuple[Path, ...] = ()) -> Tree:
     """The values of one YAML file, merged onto the file that its `extends` names; configs/... may come with the package.
 
     Args:
@@ -139,7 +140,7 @@ def read_layer(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(read_layer(file.parent / base, (*above, file.resolve())), layer) if base else layer
 
 
-def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+def merge(base: Tree, overlay: Tree) -> Tree:
     """`base` with `overlay` on top: mappings merge key by key, anything else is replaced.
 
     The mappings in `WHOLE` are replaced as a whole.
@@ -151,19 +152,19 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: object, prefix: str = "") -> Values:
     """Dotted path -> leaf of a nested mapping; errors and manifests use these paths."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    leaves: dict[str, Any] = {}
+    leaves: Values = {}
     for key, value in tree.items():
         leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return leaves
 
 
-def settings_of(overlay: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def settings_of(overlay: Tree, prefix: str = "") -> Values:
     """Dotted path -> value that an overlay sets; mappings that `merge` replaces as a whole stay whole."""
-    found: dict[str, Any] = {}
+    found: Values = {}
     for key, value in overlay.items():
         path = f"{prefix}{key}"
         deep = isinstance(value, dict) and value and key not in WHOLE
@@ -171,14 +172,14 @@ def settings_of(overlay: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _parse_override(text: str) -> dict[str, Any]:
+def _parse_override(text: str) -> Tree:
     path, equals, value = text.partition("=")
     if not equals or not path.strip("."):
         raise ConfigError(f"{text!r} is not an override; write section.field=value, such as finetune.epochs=5")
     return nest(path, _parse_value(value))
 
 
-def _as_typed(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def _as_typed(tree: Tree, overrides: list[str]) -> Tree:
     """The tree with text fields as they were typed: run.dir=2024 is text, not a number."""
     try:
         Config.model_validate(tree)

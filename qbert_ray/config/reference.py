@@ -15,7 +15,7 @@ from qbert_ray.config.loading import ConfigError
 from qbert_ray.config.schema import Config, Section
 
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-_EVERY = "<name>"  # stands for the keys of a mapping that the user chooses
+_EVERY = "<name>"  # placeholder for the keys of a mapping that the user chooses
 
 
 class Field(NamedTuple):
@@ -33,7 +33,7 @@ def json_schema() -> dict[str, Any]:
         for name, content in schema["$defs"].get(model.__name__, {}).get("properties", {}).items():
             if description := _inherited(model, name):
                 content["description"] = description
-    extends = {"type": "string", "description": "config file beside this one that this one is laid over"}
+    extends = {"type": "string", "description": "config file next to this one, whose values this one overrides"}
     return schema | {"title": "qbert-ray config", "properties": {"extends": extends} | schema["properties"]}
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, Tree, Values
 
 
 def _or_list(schema: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Sweep(Section):
     space: dict[str, Draw] = Field(
         {}, description="field -> list of its values, or {uniform: [low, high]}, loguniform, randint for random and optuna"
     )
-    variants: dict[str, dict[str, Any]] = Field({}, description="name -> overlay on the config; what search: variants compares")
+    variants: dict[str, Tree] = Field({}, description="name -> overlay on the config; what search: variants compares")
     search: Literal["each", "grid", "random", "optuna", "variants"] = Field(
         "each",
         description="one field at a time with the others as they are (Figures 3-5), every combination, random draws, Optuna, or sweep.variants",
@@ -70,8 +70,8 @@ class Sweep(Section):
     scheduler: Literal["none", "asha"] = Field("none", description="asha stops poor trials early")
     grace_epochs: PositiveInt = Field(3, description="epochs before asha may stop a trial")
     reduction_factor: Annotated[int, Field(ge=2)] = Field(3, description="asha keeps one in so many")
-    max_seconds: PositiveFloat | None = Field(None, description="stop all trials after this long; the same command goes on")
-    max_tokens: PositiveInt | None = Field(None, description="the same after so many items read in training sequences, over all trials")
+    max_seconds: PositiveFloat | None = Field(None, description="stop all trials after this long; the same command resumes")
+    max_tokens: PositiveInt | None = Field(None, description="stop all trials after they read so many items of training sequences together")
     max_concurrent: PositiveInt | None = Field(None, description="trials at the same time; None: as many as fit")
     max_failures: NonNegativeInt = Field(1, description="tries of a trial that failed before it is given up")
 
@@ -79,7 +79,7 @@ class Sweep(Section):
     @classmethod
     def _dotted(cls, value: Any) -> Any:
         """Nested mappings, as the command line gives them, become dotted paths; a list is a choice."""
-        found: dict[str, Any] = {}
+        found: Values = {}
 
         def walk(tree: Any, path: str) -> None:
             if path and not (isinstance(tree, dict) and not set(tree) & set(Draw.model_fields)):
@@ -102,7 +102,7 @@ def objectives(sweep: Sweep) -> dict[str, str]:
     return dict(sweep.objectives) or OBJECTIVES.get(sweep.stage, {"ndcg@10": "max"})
 
 
-def settings(sweep: Sweep, base: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+def settings(sweep: Sweep, base: Values, seed: int) -> list[Values]:
     """The settings (swept field -> value) in order, without repetitions; empty for optuna, whose settings are not known in advance.
 
     Args:

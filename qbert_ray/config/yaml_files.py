@@ -1,6 +1,6 @@
 """Reads untrusted YAML within bounds.
 
-A few lines of YAML can expand to gigabytes: an alias stands for all that it refers to, and aliases may refer to aliases. The
+A few lines of YAML can expand to gigabytes: an alias repeats all that it refers to, and aliases may refer to aliases. The
 expanded size is counted before anything is built.
 """
 

@@ -16,10 +16,10 @@ import pyarrow as pa
 from qbert_ray.config.schema import Actors, Compute, Config, Workers
 from qbert_ray.execution.determinism import environment
 from qbert_ray.execution.progress import Progress
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import Counts, RunDir
 
 if TYPE_CHECKING:  # it imports torch, which reading files does not need
-    from qbert_ray.training import Task
+    from qbert_ray.training import M, Task
 
 Handle = Any  # refers to a value that an executor holds; passed to `submit`, it is replaced by the value
 
@@ -83,14 +83,14 @@ class Executor(Protocol):
 
     def fit(
         self,
-        make_task: Callable[..., Task],
+        make_task: Callable[..., Task[M]],
         arguments: dict[str, Any],
         workers: Workers,
         run: RunDir,
         folder: str,
         progress: Progress,
         compute: Compute,
-    ) -> dict[str, Any]:
+    ) -> M:
         """Train `make_task(**arguments)`, write `<folder>/model` and `<folder>/metrics.jsonl`, and return the last epoch's metrics."""
         ...
 
@@ -106,7 +106,7 @@ class Executor(Protocol):
         """Number of machines that it runs on; with one, every process sees a local path."""
         ...
 
-    def measure(self, stage: str, counts: dict[str, Any]) -> None:
+    def measure(self, stage: str, counts: Counts) -> None:
         """Publish the figures of a finished stage to the cluster's monitoring."""
         ...
 

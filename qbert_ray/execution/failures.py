@@ -24,17 +24,17 @@ def root_cause(error: BaseException) -> BaseException:
 @contextmanager
 def stoppable(console: Console) -> Iterator[None]:
     """Context in which SIGINT and SIGTERM end the command with one line of output and the usual exit status."""
-    told: list[int] = []  # kept outside the exception: while Ray waits, it catches any KeyboardInterrupt and raises its own
+    signals: list[int] = []  # kept outside the exception: while Ray waits, it catches any KeyboardInterrupt and raises its own
 
     def terminate(number: int, _: object) -> None:
-        told.append(number)
+        signals.append(number)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        raise typer.Exit(143 if told else 130) from None
+        console.print("stopped; run the same command again to resume")
+        raise typer.Exit(143 if signals else 130) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -20,8 +20,8 @@ from qbert_ray.execution import tracking
 from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.device import own_device, use_device
 from qbert_ray.execution.progress import Progress
-from qbert_ray.storage.directory import RunDir
-from qbert_ray.training import STATE, Loop, Task, last_metrics, publish, trained
+from qbert_ray.storage.directory import Counts, RunDir
+from qbert_ray.training import STATE, Loop, M, Task, last_metrics, publish, trained
 
 
 @contextmanager
@@ -95,14 +95,14 @@ class LocalExecutor:
 
     def fit(
         self,
-        make_task: Callable[..., Task],
+        make_task: Callable[..., Task[M]],
         arguments: dict[str, Any],
         workers: Workers,
         run: RunDir,
         folder: str,
         progress: Progress,
         compute: Compute,
-    ) -> dict[str, Any]:
+    ) -> M:
         import torch
 
         if trained(run, folder):
@@ -130,7 +130,7 @@ class LocalExecutor:
     def num_machines(self) -> int:
         return 1
 
-    def measure(self, stage: str, counts: dict[str, Any]) -> None:
+    def measure(self, stage: str, counts: Counts) -> None:
         pass
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:  # it imports torch
+    from qbert_ray.training import EpochMetrics
 
 
 class Progress(Protocol):
@@ -14,7 +17,7 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None: ...
 
-    def epoch(self, metrics: dict[str, Any]) -> None:
+    def epoch(self, metrics: EpochMetrics) -> None:
         """Receives the metrics of an epoch that just ended."""
         ...
 
@@ -31,5 +34,5 @@ class Quiet:
     def note(self, text: str) -> None:
         pass
 
-    def epoch(self, metrics: dict[str, Any]) -> None:
+    def epoch(self, metrics: EpochMetrics) -> None:
         pass

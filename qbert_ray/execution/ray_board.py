@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
     from qbert_ray.execution.progress import Progress
+    from qbert_ray.training import EpochMetrics
 
 
 # With its own environment it starts a new process; otherwise it would take, and end, one that has already imported torch.
@@ -23,13 +24,13 @@ class Board:
 
     def __init__(self) -> None:
         self.total, self.done = 0, 0
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[EpochMetrics] = []
 
-    def write(self, total: int, done: int, line: dict[str, Any]) -> None:
+    def write(self, total: int, done: int, line: EpochMetrics) -> None:
         self.total, self.done = total, done
         self.lines.append(line)
 
-    def read(self, known: int) -> tuple[int, int, list[dict[str, Any]]]:
+    def read(self, known: int) -> tuple[int, int, list[EpochMetrics]]:
         """Total number of epochs, epochs done, and the metrics of each epoch after the first `known`."""
         return self.total, self.done, self.lines[known:]
 
@@ -44,9 +45,8 @@ def start_board() -> Any:
 class Watch:
     """Thread that passes the board's state to the progress, and each epoch's metrics to a tracker, while a training runs."""
 
-    def __init__(self, board: Any, progress: Progress, tracker: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, board: Any, progress: Progress, tracker: Callable[[EpochMetrics], None]) -> None:
         self.board, self.progress, self.tracker, self.stop = board, progress, tracker, threading.Event()
-        self.tracked, self.seen, self.started, self.said = 0, 0, False, ""
         self.thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> None:

@@ -38,7 +38,7 @@ def nodes() -> list[Resources]:
     return [node for node in living if "node:__internal_head__" in node] + most if most else living
 
 
-def room(there: list[Resources], bundle: Resources) -> int:
+def count_fitting(there: list[Resources], bundle: Resources) -> int:
     """Number of bundles that fit, each within one node."""
     needed = {name: amount for name, amount in bundle.items() if amount}
     return sum(int(min(node.get(name, 0.0) / amount for name, amount in needed.items()) + 1e-9) for node in there)
@@ -46,7 +46,7 @@ def room(there: list[Resources], bundle: Resources) -> int:
 
 def actor_bundle(actors: Actors, there: list[Resources]) -> Resources:
     """Resources of one actor."""
-    gpus = actors.num_gpus if actors.num_gpus is not None else float(room(there, {"GPU": 1}) > 0)
+    gpus = actors.num_gpus if actors.num_gpus is not None else float(count_fitting(there, {"GPU": 1}) > 0)
     return {"CPU": actors.num_cpus, "GPU": gpus} | _accelerator(actors.accelerator_type)
 
 
@@ -55,7 +55,7 @@ def pool(actors: Actors, tasks: int) -> dict[str, Any]:
     there = nodes()
     bundle = actor_bundle(actors, there)
     most = max(actors.min_size, min(actors.max_size or tasks, tasks))
-    size = max(actors.min_size, min(room(there, bundle), most))
+    size = max(actors.min_size, min(count_fitting(there, bundle), most))
     options = {"num_cpus": bundle["CPU"], "num_gpus": bundle["GPU"]}
     return (
         {"min_size": size, "max_size": most} | options | ({"accelerator_type": actors.accelerator_type} if actors.accelerator_type else {})
@@ -96,21 +96,21 @@ def _lacking(config: Config, name: str, there: list[Resources]) -> str:
         fits = _fit(asked, bundle, there)
     else:
         bundle, count, what = actor_bundle(asked, there), asked.min_size, "actor"
-        fits = room(there, bundle) >= count
+        fits = count_fitting(there, bundle) >= count
     if fits or config.compute.autoscaling:
         return ""
     kind = f", of accelerator type {asked.accelerator_type}" if asked.accelerator_type else ""
     strategy = f", {asked.placement_strategy}" if isinstance(asked, Workers) and asked.placement_strategy.startswith("STRICT") else ""
     return (
         f"compute.{name} asks for {count} {what}{'s' * (count > 1)} of {_amount(bundle)}{kind}{strategy}; the cluster has "
-        f"{_listed(there)}, room for {room(there, bundle)}. Ask for less, or add nodes "
+        f"{_listed(there)}, room for {count_fitting(there, bundle)}. Ask for less, or add nodes "
         f"(compute.autoscaling=true where the cluster adds them by itself and does not say how many)"
     )
 
 
 def _fit(workers: Workers, bundle: Resources, there: list[Resources]) -> bool:
     """Whether all workers fit, placed as their strategy says."""
-    each = [room([node], bundle) for node in there]
+    each = [count_fitting([node], bundle) for node in there]
     match workers.placement_strategy:
         case "STRICT_PACK":
             return max(each, default=0) >= workers.num_workers

@@ -18,8 +18,8 @@ from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.device import use_device
 from qbert_ray.execution.progress import Progress
 from qbert_ray.execution.ray_session import ANYWHERE, session
-from qbert_ray.storage.directory import RunDir
-from qbert_ray.training import Task
+from qbert_ray.storage.directory import Counts, RunDir
+from qbert_ray.training import M, Task
 
 ERROR = "<error>"  # column of a table that is returned in place of another and says why that one could not be read
 
@@ -93,14 +93,14 @@ class RayExecutor:
 
     def fit(
         self,
-        make_task: Callable[..., Task],
+        make_task: Callable[..., Task[M]],
         arguments: dict[str, Any],
         workers: Workers,
         run: RunDir,
         folder: str,
         progress: Progress,
         compute: Compute,
-    ) -> dict[str, Any]:
+    ) -> M:
         return ray_train.fit(make_task, arguments, workers, run, folder, progress, compute.checkpoint_seconds)
 
     def check(self, config: Config, run: RunDir, names: Iterable[str]) -> None:
@@ -110,7 +110,7 @@ class RayExecutor:
     def num_machines(self) -> int:
         return sum(node["Alive"] for node in ray.nodes())
 
-    def measure(self, stage: str, counts: dict[str, Any]) -> None:
+    def measure(self, stage: str, counts: Counts) -> None:
         ray_metrics.measure(stage, counts)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
 from qbert_ray.execution.tracking import numbers
 
 
-def measure(stage: str, metrics: dict[str, Any]) -> None:
+def measure(stage: str, metrics: Mapping[str, object]) -> None:
     """Show the latest figures of a stage in Ray's metrics, as `ray_qbert_value{stage, name}`."""
     for name, value in numbers(metrics).items():
         _gauge().set(value, {"stage": stage, "name": name})

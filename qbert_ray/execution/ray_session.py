@@ -37,8 +37,8 @@ _ALONE = {
 ANYWHERE = "DEFAULT"  # strategy of tasks that a sweep's trial starts: else they would wait inside the trial's own placement group, which has no CPU
 
 
-def alone() -> bool:
-    """Whether this process started Ray on this machine alone, so that Ray ends with it."""
+def started_locally() -> bool:
+    """Whether this process started Ray by itself, so that Ray ends with it."""
     return _started_here
 
 

@@ -25,20 +25,20 @@ from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.progress import Progress
 from qbert_ray.execution.ray_board import Watch, start_board
 from qbert_ray.execution.ray_capacity import nodes, worker_bundle
-from qbert_ray.execution.ray_trainers import Single, Together, survive
+from qbert_ray.execution.ray_trainers import SingleWorker, WorkerGroup, fit_with_retries
 from qbert_ray.storage.directory import RunDir
-from qbert_ray.training import Loop, Task, last_metrics, publish, trained
+from qbert_ray.training import Loop, M, Task, last_metrics, publish, trained
 
 
 def fit(
-    make_task: Callable[..., Task],
+    make_task: Callable[..., Task[M]],
     arguments: dict[str, Any],
     workers: Workers,
     run: RunDir,
     folder: str,
     progress: Progress,
     checkpoint_seconds: float = 20.0,
-) -> dict[str, Any]:
+) -> M:
     """See `Executor.fit`."""
     if trained(run, folder):
         return last_metrics(run, folder)
@@ -48,7 +48,7 @@ def fit(
     config: dict[str, Any] = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
     config |= {"threads": threads, "checkpoint_seconds": checkpoint_seconds}
     # A partial instead of train_loop_config: the controller would unpickle that, and import torch only to hand it on.
-    trainer = (Single if workers.num_workers == 1 else Together)(
+    trainer = (SingleWorker if workers.num_workers == 1 else WorkerGroup)(
         partial(_train_worker, config),
         scaling_config=scaling,
         run_config=RunConfig(
@@ -68,7 +68,7 @@ def fit(
         tracking.trackers(arguments["config"], run, folder, progress, {"Ray's metrics": further}) as track,
         Watch(board, progress, lambda metrics: track(metrics["epoch"], tracking.numbers(metrics))),
     ):
-        survive(trainer, workers.max_failures)
+        fit_with_retries(trainer, workers.max_failures)
     run.delete(f"{folder}/checkpoints")
     return last_metrics(run, folder)
 

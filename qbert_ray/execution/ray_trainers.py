@@ -9,10 +9,10 @@ from ray.train import ControllerError
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from qbert_ray.execution.ray_session import alone
+from qbert_ray.execution.ray_session import started_locally
 
 
-def survive(trainer: DataParallelTrainer, max_failures: int) -> None:
+def fit_with_retries(trainer: DataParallelTrainer, max_failures: int) -> None:
     """Run a training; resume from the last checkpoint after failures that Ray Train does not handle, such as a dead controller."""
     failures = 0
     while True:
@@ -25,11 +25,11 @@ def survive(trainer: DataParallelTrainer, max_failures: int) -> None:
                 raise
             failures += 1
             # On a Ray of our own the resources of a dead controller's workers are never freed: the next one would wait forever.
-            if (died and alone()) or failures > max_failures >= 0:
+            if (died and started_locally()) or failures > max_failures >= 0:
                 raise
 
 
-class Single(DataParallelTrainer):
+class SingleWorker(DataParallelTrainer):
     """Trainer of one worker, which needs no process group: its controller starts without torch."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -37,9 +37,9 @@ class Single(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         """Train's callbacks, less those that start a process (three seconds of CPU each) for features that are unused here."""
-        needless = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if alone() else set())
+        needless = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if started_locally() else set())
         return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in needless]
 
 
-class Together(Single, TorchTrainer):
+class WorkerGroup(SingleWorker, TorchTrainer):
     """Trainer of several workers, in torch's process group."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pyarrow import fs
 
@@ -52,7 +52,7 @@ def trackers(config: Config, run: RunDir, folder: str, progress: Progress, furth
         yield every
 
 
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+def numbers(metrics: Mapping[str, object]) -> dict[str, float]:
     """Nested metrics flattened to dotted name -> number; elements of a list are named by their position."""
     leaves: dict[str, float] = {}
     for name, value in flatten(metrics).items():
@@ -75,15 +75,15 @@ def _tensorboard(run: RunDir, folder: str) -> Iterator[Tracker]:
         place.mkdir(parents=True, exist_ok=True)
         writer = EventsWriter(str(place / "events"))
 
-        def tell(epoch: int, metrics: dict[str, float]) -> None:
+        def track(epoch: int, metrics: dict[str, float]) -> None:
             for name, value in metrics.items():
                 writer.write_event(Event(wall_time=time.time(), step=epoch, summary=scalar(name, value)))
             writer.flush()
 
         try:
-            yield tell
+            yield track
         finally:
-            with suppress(OSError):  # `tell` has raised it
+            with suppress(OSError):  # `track` has raised it
                 writer.close()
             for file in [] if local else place.iterdir():
                 run.write_bytes(f"{folder}/{file.name}", file.read_bytes())
@@ -102,7 +102,7 @@ def _mlflow(config: Config, uri: str, folder: str) -> Iterator[Tracker]:
         settings = {"run.seed": config.run.seed} | flatten({section: getattr(config, section).model_dump(mode="json")})
         mlflow.log_params({name: str(value)[:250] for name, value in settings.items()})
 
-        def tell(epoch: int, metrics: dict[str, float]) -> None:
+        def track(epoch: int, metrics: dict[str, float]) -> None:
             mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in metrics.items()}, step=epoch)  # its names hold no @
 
-        yield tell
+        yield track

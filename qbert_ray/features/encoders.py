@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qbert_ray.features.pretrained import load_image_tower, load_text_model
-from qbert_ray.products import adopt
+from qbert_ray.products import use_product
 
-PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # Pillow starts other programs for some others
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # Pillow starts other programs for some others
 PNG_BEGINS, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 LONGEST_SIDE_RATIO = 4  # a centre crop cuts off everything beyond it, and resizing a 1 x 1,000,000 strip would fill the memory
 
@@ -54,7 +54,7 @@ class TextEncoder:
             gguf_file: GGUF file inside that folder or repository.
             pooling: 'mean' over the tokens, or the 'last' token (decoder-only models).
             layer: hidden layer that is pooled, 0 the embeddings; -1 is the output of the last.
-            prompt: what is encoded; {text} stands for the text. A long text is cut, what follows it in the prompt is kept.
+            prompt: what is encoded; {text} is replaced by the text. A long text is cut, what follows it in the prompt is kept.
             max_tokens: most tokens per text, prompt included.
             batch_size: texts per forward pass.
             dtype: 'float32', 'bfloat16' or 'float16', of weights and computation.
@@ -67,7 +67,7 @@ class TextEncoder:
         self.pooling, self.layer, self.prompt, self.batch_size = pooling, layer, prompt, batch_size
         self.device, self.dtype = _device(device), getattr(torch, dtype)
         self.tokenizer, self.model = load_text_model(model, gguf_file, self.dtype)
-        self.model = adopt(self.model.eval().to(self.device))
+        self.model = use_product(self.model.eval().to(self.device))
         positions = getattr(self.model.config, "max_position_embeddings", max_tokens)
         self.max_tokens = min(max_tokens, self.tokenizer.model_max_length, positions)
         self._takes_types = hasattr(self.model.config, "type_vocab_size")
@@ -149,7 +149,7 @@ class ImageEncoder:
         self.grid, self.batch_size = grid, batch_size
         self.device, self.dtype = _device(device), getattr(torch, dtype)
         visual, self._transform = load_image_tower(model, pretrained, image_size)
-        self.visual = adopt(visual).eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
+        self.visual = use_product(visual).eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
         self.num_vectors = grid * grid
         self.width = self([Image.new("RGB", (8, 8))]).shape[2]
 
@@ -207,7 +207,7 @@ def decode_image(content: bytes, max_bytes: int, max_pixels: int) -> Image.Image
 def _decode(content: bytes, max_pixels: int) -> Image.Image:
     Image.init()
     try:
-        image = Image.open(io.BytesIO(content), formats=[name for name in PICTURE_FORMATS if name in Image.OPEN])
+        image = Image.open(io.BytesIO(content), formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError:
         raise ImageRejected("too many pixels") from None
     except Exception:  # noqa: BLE001 - a broken header can make Pillow's parsers raise anything
@@ -276,7 +276,7 @@ def _pool_grid(patches: Tensor, grid: int) -> Tensor:
     """[B, side * side, D] -> [B, grid * grid, D]."""
     side = isqrt(patches.shape[1])
     if side * side != patches.shape[1]:
-        raise ValueError(f"{patches.shape[1]} patches are no square grid; choose a model with square pictures")
+        raise ValueError(f"{patches.shape[1]} patches do not form a square grid; choose a model for square images")
     maps = patches.transpose(1, 2).reshape(len(patches), -1, side, side)
     return F.adaptive_avg_pool2d(maps.float(), grid).flatten(2).transpose(1, 2).to(patches.dtype)
 

@@ -86,8 +86,8 @@ class ImagePart:
         addresses = self.addresses[part.rsplit("-", 1)[0]]
         with ThreadPoolExecutor(READERS) as threads:
             window = max(2 * self.settings.batch_size, READERS)
-            pictures = ahead(threads, lambda row: self._picture(paths[row], contents[row], addresses), given, window)
-            for rows, batch in self._batches(zip(given, pictures, strict=True), rejected):
+            images = ahead(threads, lambda row: self._image(paths[row], contents[row], addresses), given, window)
+            for rows, batch in self._batches(zip(given, images, strict=True), rejected):
                 vectors[rows, : self.encoder.num_vectors] = self.encoder(batch)
         present = np.zeros((len(items), self.num_vectors), bool)
         present[[row for row in given if row not in rejected], : self.encoder.num_vectors] = True
@@ -101,7 +101,7 @@ class ImagePart:
             "images_rejected": len(rejected),
         } | {f"images_rejected.{reason}": count for reason, count in Counter(rejected.values()).items()}
 
-    def _picture(self, path: str | None, content: bytes | None, addresses: Addresses) -> torch.Tensor | str:
+    def _image(self, path: str | None, content: bytes | None, addresses: Addresses) -> torch.Tensor | str:
         """[3, S, S] image, or the reason why it cannot be used."""
         try:
             content = read_image(path or "", self.settings.max_bytes, addresses) if content is None else content
@@ -110,17 +110,17 @@ class ImagePart:
             return str(error)
 
     def _batches(
-        self, pictures: Iterable[tuple[int, torch.Tensor | str]], rejected: dict[int, str]
+        self, images: Iterable[tuple[int, torch.Tensor | str]], rejected: dict[int, str]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Rows and pixels [B, 3, S, S] of full batches; rows without an image go to `rejected`."""
         rows: list[int] = []
         pixels: list[torch.Tensor] = []
-        for row, picture in pictures:
-            if isinstance(picture, str):
-                rejected[row] = picture
+        for row, image in images:
+            if isinstance(image, str):
+                rejected[row] = image
                 continue
             rows.append(row)
-            pixels.append(picture)
+            pixels.append(image)
             if len(rows) == self.settings.batch_size:
                 yield rows, torch.stack(pixels)
                 rows, pixels = [], []

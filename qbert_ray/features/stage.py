@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +25,7 @@ from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.features.vectors import Placed, features_table, read_vectors, vectors_shape
 from qbert_ray.inputs.addresses import Addresses
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX
-from qbert_ray.storage.directory import RunDir, join
+from qbert_ray.storage.directory import Counts, RunDir, join
 
 SEED = 0  # of the factorisation; not a setting, since another seed only changes the last digits
 
@@ -41,7 +40,7 @@ class Plan:
     width: int | None  # D; None: as the encoder has it
 
 
-def extract_features(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def extract_features(config: Config, run: RunDir, executor: Executor, progress: Progress) -> Counts:
     """Write features/<modality> for each modality that any domain has input for, and features/rejected.
 
     Returns:
@@ -50,7 +49,7 @@ def extract_features(config: Config, run: RunDir, executor: Executor, progress: 
     Raises:
         ValueError: no domain has any input, vectors of one modality differ in width, or an encoder cannot be loaded.
     """
-    counts: dict[str, Any] = {}
+    counts: Counts = {}
     modalities = _modalities(config)
     for modality in modalities:
         plan = _plan(config, run, modality, executor)
@@ -66,7 +65,7 @@ def extract_features(config: Config, run: RunDir, executor: Executor, progress: 
     return counts | ({"warnings": warnings} if warnings else {})
 
 
-def _rejected_images(counts: dict[str, Any]) -> list[str]:
+def _rejected_images(counts: dict[str, int]) -> list[str]:
     """A warning if more than half of the images cannot be used."""
     given, lost = counts.get("images", 0) + counts.get("images_rejected", 0), counts.get("images_rejected", 0)
     if lost <= given / 2:

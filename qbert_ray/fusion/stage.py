@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import torch
@@ -14,22 +12,22 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.features.item_features import ItemFeatures
 from qbert_ray.fusion.model import DynamicFusion
-from qbert_ray.fusion.task import FusionTask
+from qbert_ray.fusion.task import FusionMetrics, FusionTask
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import warm_items
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import Counts, RunDir
 
 BATCH = 4096  # items encoded at once: large enough that the few that run through many layers still fill a batch
 
 
-def train_fusion(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def train_fusion(config: Config, run: RunDir, executor: Executor, progress: Progress) -> Counts:
     """Train stage 1 and write the fused embeddings of the catalog; returns the counts for the manifest."""
     metrics = executor.fit(FusionTask, {"config": config, "run": run}, config.compute.fusion, run, "fusion", progress, config.compute)
     counts = embed_catalog(config, run, executor, progress)
-    return counts | {"metrics": metrics, "warnings": fusion_warnings(config, counts, metrics)}
+    return {**counts, "metrics": metrics, "warnings": fusion_warnings(config, counts, metrics)}
 
 
-def fusion_warnings(config: Config, counts: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
+def fusion_warnings(config: Config, counts: dict[str, int], metrics: FusionMetrics) -> list[str]:
     """Warnings about a stage 1 that went wrong: one depth for all items, or modalities that did not align."""
     warnings = []
     depth, most = max(((name, count) for name, count in counts.items() if name.startswith("depth_")), key=lambda pair: pair[1])
@@ -44,7 +42,7 @@ def fusion_warnings(config: Config, counts: dict[str, Any], metrics: dict[str, A
     return warnings
 
 
-def embed_catalog(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def embed_catalog(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, int]:
     """Write fusion/embeddings; returns the number of items, and of items per depth."""
     known, total = {}, 0
     for domain in config.data.domains:

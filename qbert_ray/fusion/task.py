@@ -13,9 +13,16 @@ from qbert_ray.features.item_features import ItemFeatures
 from qbert_ray.fusion.model import DynamicFusion, alignment_loss, geometry_loss, view_distance
 from qbert_ray.random_streams import ID_DROPOUT_STREAM, uniform
 from qbert_ray.storage.directory import RunDir
-from qbert_ray.training import shuffled_batches
+from qbert_ray.training import EpochMetrics, shuffled_batches
 
 SAMPLE = 4096  # items over which the metrics are computed
+
+
+class FusionMetrics(EpochMetrics):
+    view_distance: float  # 0 to 4
+    mean_depth: float
+    mean_gate: float
+    depth_histogram: list[int]  # items that halt at layer 1, 2, ...
 
 
 class FusionTask:
@@ -60,7 +67,7 @@ class FusionTask:
         others = [there[samples].any(1) for name, there in self.features.present.items() if name != "structure"]
         return {"structure": torch.from_numpy(hidden & np.any(others, axis=0)).to(device)} if others else {}
 
-    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+    def evaluate(self, model: Any, device: torch.device) -> FusionMetrics:
         rows = np.arange(min(self.num_items, SAMPLE))
         fused = model(torch.from_numpy(rows).to(device), *self.features.batch(rows, device))
         histogram = torch.bincount(fused.depth, minlength=self.settings.num_layers + 1)[1:].tolist()

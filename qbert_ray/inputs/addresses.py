@@ -71,7 +71,7 @@ class Addresses:
             tuple(domain.image_schemes),
             tuple(domain.image_hosts),
             (*local[:1], *(os.path.dirname(re.split(r"[*?\[]", place)[0]) for place in local[1:])),
-            tuple(_beginning(place) for place in remote),
+            tuple(_origin(place) for place in remote),
             tuple("?" + place.partition("?")[2] for place in remote if "?" in place),
             domain.follow_links,
         )
@@ -84,7 +84,7 @@ class Addresses:
             return False
         if scheme not in WEB and ("#" in rest or ("?" in rest and "?" + rest.partition("?")[2] not in self.queries)):
             return False
-        if _beginning(uri) in self.own:
+        if _origin(uri) in self.own:
             return True
         if scheme not in self.schemes:
             return False
@@ -150,7 +150,7 @@ def _read_local(path: str, max_bytes: int, addresses: Addresses) -> bytes:
         return stream.read(max_bytes + 1)
 
 
-def _beginning(uri: str) -> str:
+def _origin(uri: str) -> str:
     """Scheme and bucket or host of an address."""
     scheme, _, rest = uri.partition("://")
     return f"{scheme.lower()}://{re.split(r'[/?#]', rest, maxsplit=1)[0]}"

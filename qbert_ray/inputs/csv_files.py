@@ -88,7 +88,7 @@ def read(stream: BinaryIO, text: Text, dialect: Dialect, names: Sequence[str], w
         wanted: some of them.
     """
     rest, above = b"", dialect.header_lines
-    for piece, last in _one_ahead(blocks(stream, text)):
+    for piece, last in _and_whether_last(blocks(stream, text)):
         while above and piece:
             piece, above = piece[piece.find(b"\n") + 1 :] if b"\n" in piece else b"", above - 1
         content, long = _short_lines(rest + piece, dialect)
@@ -118,7 +118,7 @@ def _short_lines(content: bytes, dialect: Dialect) -> tuple[bytes, list[Rejected
     return (b"".join([*pieces, content[done:]]), rejected) if rejected else (content, [])
 
 
-def _one_ahead(pieces: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
+def _and_whether_last(pieces: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
     """Each piece and whether it is the last."""
     before = next(pieces, None)
     for piece in pieces:

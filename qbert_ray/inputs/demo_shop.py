@@ -175,7 +175,7 @@ def generate(folder: str | Path, seed: int = 0, num_items: int = 1200, num_users
     catalog = build_catalog(rng, num_items)
     items = describe(catalog, rng)
     interactions = simulate_interactions(catalog, rng, num_users)
-    images, broken = _write_pictures(folder / "images", catalog, items["item_id"].to_pylist(), rng)
+    images, broken = _write_images(folder / "images", catalog, items["item_id"].to_pylist(), rng)
     pq.write_table(items.append_column("image", pa.array(images, pa.string())), folder / "items.parquet")
     pq.write_table(interactions, folder / "interactions.partial")
     (folder / "interactions.partial").replace(folder / "interactions.parquet")
@@ -314,7 +314,7 @@ def next_item_chances(catalog: Catalog, pairings: np.ndarray, taste: np.ndarray,
     return chances
 
 
-def _write_pictures(folder: Path, catalog: Catalog, item_ids: list[str], rng: np.random.Generator) -> tuple[list[str | None], int]:
+def _write_images(folder: Path, catalog: Catalog, item_ids: list[str], rng: np.random.Generator) -> tuple[list[str | None], int]:
     """The image column, and how many of its files are broken."""
     order = rng.permutation(len(item_ids))
     num_missing, num_broken = round(0.03 * len(item_ids)), max(3, len(item_ids) // 200)
@@ -323,7 +323,7 @@ def _write_pictures(folder: Path, catalog: Catalog, item_ids: list[str], rng: np
         if number in missing:
             continue
         buffer = BytesIO()
-        draw_picture(item, rng).save(buffer, "JPEG", quality=85)
+        draw_image(item, rng).save(buffer, "JPEG", quality=85)
         content = buffer.getvalue()
         if number in broken:
             content = (content[: len(content) // 3], b"", b"This is not a picture.\n")[broken.index(number) % 3]
@@ -331,7 +331,7 @@ def _write_pictures(folder: Path, catalog: Catalog, item_ids: list[str], rng: np
     return [None if number in missing else f"images/{item_id}.jpg" for number, item_id in enumerate(item_ids)], num_broken
 
 
-def draw_picture(item: np.ndarray, rng: np.random.Generator) -> Image.Image:
+def draw_image(item: np.ndarray, rng: np.random.Generator) -> Image.Image:
     """A square image of one item, given by its [4] attributes; `rng` moves and scales it a little."""
     category, brand, style, colour = item.tolist()
     side = SIZE * OVERSAMPLING

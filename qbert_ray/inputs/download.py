@@ -28,7 +28,7 @@ class DownloadError(ValueError):
 
 
 def download(url: str, path: Path, md5: str | None = None, report: Report = lambda done, total: None) -> None:
-    """Download to `path`; what an earlier try left is gone on from.
+    """Download to `path`; resumes what an earlier try left.
 
     Args:
         md5: published hash; without one, gzipped files are checked by the sums that they hold.
@@ -42,13 +42,13 @@ def download(url: str, path: Path, md5: str | None = None, report: Report = lamb
     while True:
         before = _size(partial)
         try:
-            _go_on(url, partial, tag, report)
+            _resume(url, partial, tag, report)
             break
         except TRANSIENT as error:
             failures = 1 if _size(partial) > before else failures + 1
             if failures >= TRIES:
                 raise DownloadError(
-                    f"cannot reach {url}: {_brief(error)}; {_size(partial):,} bytes are kept, the same command goes on"
+                    f"cannot reach {url}: {_brief(error)}; {_size(partial):,} bytes are kept; run the same command again to resume"
                 ) from None
             time.sleep(PAUSE * 2 ** (failures - 1))
     try:
@@ -84,7 +84,7 @@ def check(path: Path, name: str, md5: str | None, gzipped: bool) -> None:
             raise DownloadError(f"{name} is damaged: {_brief(error)}") from None
 
 
-def _go_on(url: str, partial: Path, tag: Path, report: Report) -> None:
+def _resume(url: str, partial: Path, tag: Path, report: Report) -> None:
     """Append the missing bytes of a file; start over if the server cannot resume or its file has changed."""
     have = _size(partial)
     headers = {"Accept-Encoding": "identity"}
@@ -100,9 +100,9 @@ def _go_on(url: str, partial: Path, tag: Path, report: Report) -> None:
             raise requests.ConnectionError(f"{response.status_code} {response.reason}")
         if response.status_code not in (200, 206):
             raise DownloadError(f"{url}: {response.status_code} {response.reason}")
-        goes_on = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        done = have if goes_on else 0
-        if response.status_code == 206 and not goes_on:
+        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        done = have if resumed else 0
+        if response.status_code == 206 and not resumed:
             raise DownloadError(f"{url}: asked for bytes {have} on, got {response.headers.get('Content-Range')}")
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
@@ -110,7 +110,7 @@ def _go_on(url: str, partial: Path, tag: Path, report: Report) -> None:
         tag.write_text(strong if strong and not strong.startswith("W/") else response.headers.get("Last-Modified", ""))
         if not tag.read_text():
             tag.unlink()
-        with partial.open("ab" if goes_on else "wb") as file:
+        with partial.open("ab" if resumed else "wb") as file:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 done += len(chunk)

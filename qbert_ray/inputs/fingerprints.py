@@ -51,12 +51,12 @@ def _sum(uri: str, path: str, size: int, mtime_ns: int) -> str:
     filesystem: fs.FileSystem = resolve(uri)[0]
     found = xxhash.xxh3_128()
     with filesystem.open_input_file(path) as file:
-        for place in _places(size):
+        for place in _block_offsets(size):
             found.update(file.read_at(BLOCK, place))
     return found.hexdigest()
 
 
-def _places(size: int) -> list[int]:
+def _block_offsets(size: int) -> list[int]:
     """Offsets of the blocks of a file that are hashed: all of them, or evenly spaced from the first to the last."""
     if size <= WHOLE:
         return list(range(0, size, BLOCK))

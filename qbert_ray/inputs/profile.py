@@ -18,12 +18,12 @@ from qbert_ray.inputs.layouts import MIND
 from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError
 from qbert_ray.inputs.sources import detect_format
-from qbert_ray.inputs.times import TimeStyle, as_timestamp, judge
+from qbert_ray.inputs.times import TimeStyle, as_timestamp, detect_style
 from qbert_ray.inputs.values import as_text
 from qbert_ray.storage.directory import resolve
 
 SAMPLED_ROWS = 20_000  # by which a column is profiled
-PICTURE = r"(?i)\.(jpe?g|png|webp|gif|bmp)(\?.*)?$"
+IMAGE_FILE = r"(?i)\.(jpe?g|png|webp|gif|bmp)(\?.*)?$"
 LINK = r"(?i)^[a-z][a-z0-9+.-]*://"
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")  # first bytes of encoded images
 
@@ -38,7 +38,7 @@ class Column:
     distinct: float
     values: int  # distinct ones
     words: float  # on average
-    pictures: float  # share that ends with an image file's suffix, or begins with the bytes of an image
+    images: float  # share that ends with an image file's suffix, or begins with the bytes of an image
     links: float
     example: str
 
@@ -64,7 +64,7 @@ class Files:
 
     def times(self, name: str) -> TimeStyle:
         """How the times of a column are written, judged by the sample."""
-        return judge([self.sample[name]])
+        return detect_style([self.sample[name]])
 
     def read(self, names: Sequence[str], most: int) -> pl.DataFrame:
         """The first `most` rows of some columns, as text."""
@@ -82,7 +82,7 @@ class Files:
         return named(self.file.columns, role)
 
 
-def look(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
+def find_tables(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
     """Tables among the given files and folders, and the reason why other files were left aside."""
     tables: dict[tuple[object, ...], list[tuple[Path, File]]] = {}
     aside: dict[str, str] = {}
@@ -199,15 +199,15 @@ def _column(values: pl.Series) -> Column:
     inner = kind.inner if isinstance(kind, pl.List | pl.Array) else kind
     filled = values.drop_nulls()
     if inner == pl.Binary or isinstance(kind, pl.Struct):
-        pictures = _holds_pictures(filled)
+        images = _share_of_images(filled)
         return Column(
             name,
-            "bytes" if inner == pl.Binary or pictures else "mapping",
+            "bytes" if inner == pl.Binary or images else "mapping",
             len(filled) / len(values),
             1.0,
             len(filled),
             0.0,
-            pictures,
+            images,
             0.0,
             "",
         )
@@ -224,7 +224,7 @@ def _column(values: pl.Series) -> Column:
         distinct / count,
         distinct,
         float(text.str.count_matches(r"\S+").mean() or 0),  # type: ignore[arg-type]
-        float(text.str.contains(PICTURE).mean() or 0),  # type: ignore[arg-type]
+        float(text.str.contains(IMAGE_FILE).mean() or 0),  # type: ignore[arg-type]
         float(text.str.contains(LINK).mean() or 0),  # type: ignore[arg-type]
         str(text[0])[:60] if len(text) else "",
     )
@@ -244,7 +244,7 @@ def _kind(values: pl.Series, text: pl.Series) -> str:
     return "time" if times.is_not_null().mean() > 0.95 else "text"  # type: ignore[operator]
 
 
-def _holds_pictures(values: pl.Series) -> float:
+def _share_of_images(values: pl.Series) -> float:
     if isinstance(values.dtype, pl.Struct):
         names = {field.name for field in values.dtype.fields}
         return 1.0 if names & {"bytes", "path", "large", "hi_res", "url", "src"} else 0.0

@@ -21,7 +21,7 @@ from qbert_ray.inputs import csv_files, json_files, layouts, limits
 from qbert_ray.inputs.arrow_types import plain_table
 from qbert_ray.inputs.csv_files import Dialect, Rejected
 from qbert_ray.inputs.json_files import REASON, ROW, ROW_LENGTH, Converters, JsonError, as_line
-from qbert_ray.inputs.text_files import LATIN, UTF8, Text, TextError, look_at, open_text
+from qbert_ray.inputs.text_files import LATIN, UTF8, Text, TextError, detect_encoding, open_text
 
 __all__ = ["REASON", "ROW", "ROW_LENGTH", "Converters", "File", "FileError", "Fragment", "describe", "fragments", "kind_of", "read"]
 
@@ -105,7 +105,7 @@ def describe(filesystem: fs.FileSystem, path: str) -> File:
     try:
         if kind == "parquet":
             return _describe_parquet(filesystem, path)
-        text, content, whole = look_at(filesystem, path)
+        text, content, whole = detect_encoding(filesystem, path)
         if kind == "jsonl":
             layout, names = json_files.describe(content, whole)
             limits.check_columns(names)

@@ -16,13 +16,13 @@ HINTS = {
     "bad timestamp": f"understood are {FORMATS}",
     "bad rating": "with data.min_rating, a rating must be a number; leave data.min_rating out to keep all",
     "below min_rating": "data.min_rating",
-    "item not in items table": "are the IDs of both files written alike? else add the items to the items file",
+    "item not in items table": "are the IDs written in the same way in both files? if so, add the items to the items file",
     "duplicate item_id": "the first row of an item was kept",
     "duplicate interaction": "same user, item and time: one was kept",
     "below min_item_interactions": "data.min_item_interactions; 0 keeps every item of the catalog",
     "item below min_item_interactions": "data.min_item_interactions or data.min_interactions",
     "user below min_interactions": "data.min_interactions",
-    "unsafe path": "keep pictures beside the items file or under data.root, or use https:// or s3:// addresses",
+    "unsafe path": "keep images next to the items file or under data.root, or use https:// or s3:// addresses",
     "no path in image": "an image is a path, an address, bytes, or a mapping that holds one as path, url, src or bytes",
     "invalid JSON": "each line must be one JSON object; Python literals with single quotes are not JSON",
     "invalid CSV row": "another number of cells than the header: quote texts that hold commas",
@@ -33,7 +33,7 @@ HINTS = {
 UNITS = {"s": (1e8, 1.0), "ms": (1e11, 1e3), "us": (1e14, 1e6), "ns": (1e17, 1e9)}  # of times: smallest plausible value, units per second
 MIXED, MOST = 0.01, 0.5  # shares above which a second unit of time, and histories with a single time, are reported
 SHOWN = 300  # characters of an example
-_ALIKE: dict[str, Callable[[str], str]] = {  # why IDs of two files may differ -> function that makes them equal
+_NEARLY_EQUAL: dict[str, Callable[[str], str]] = {  # why IDs of two files may differ -> function that makes them equal
     "they have leading zeros on one side only": lambda text: text.lstrip("0"),
     "one side is written in capitals": str.lower,
     "one side has spaces or signs in it": lambda text: "".join(sign for sign in text if sign.isalnum()).lower(),
@@ -84,11 +84,11 @@ def unknown_items(wanted: Iterable[str], known: Sequence[str]) -> str:
     if not ids or not known:
         return ""
     said = f"an ID of the interactions: {ids[0]!r}; one of the items: {known[0]!r}"
-    for why, alike in _ALIKE.items():
-        there = {alike(item) for item in known} - {""}
-        found = next((item for item in ids if alike(item) in there), None)
+    for why, reduced in _NEARLY_EQUAL.items():
+        there = {reduced(item) for item in known} - {""}
+        found = next((item for item in ids if reduced(item) in there), None)
         if found is not None:
-            same = next(item for item in known if alike(item) == alike(found))
+            same = next(item for item in known if reduced(item) == reduced(found))
             return f"{found!r} of the interactions seems to be {same!r} of the items: {why}"
     return said
 

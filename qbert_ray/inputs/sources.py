@@ -29,7 +29,7 @@ from qbert_ray.inputs.json_files import first_image, plain_text
 from qbert_ray.inputs.limits import leading_outside
 from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
-from qbert_ray.inputs.times import TimeStyle, judge
+from qbert_ray.inputs.times import TimeStyle, detect_style
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 from qbert_ray.storage.directory import join, resolve
 
@@ -169,8 +169,8 @@ def _check_images(source: Source, name: str) -> None:
         table = plain_table(file.schema.empty_table().select([file.schema.names.index(column)]), [column])
         if not can_hold_images(pl.DataFrame(table).schema[column]):
             raise SourceError(
-                f"{source.label}: the image column {column} of {file.path} has the type {file.schema.field(column).type}, in which neither a path "
-                f"nor a picture can be; text, bytes, lists of these and structs with path, url, src or bytes are read; change data.domains.{name}.image_column"
+                f"{source.label}: the image column {column} of {file.path} has the type {file.schema.field(column).type}, which can hold neither paths "
+                f"nor images; text, bytes, lists of these and structs with path, url, src or bytes are read; change data.domains.{name}.image_column"
             )
     if source.template:
         try:
@@ -182,7 +182,7 @@ def _check_images(source: Source, name: str) -> None:
 def _time_style(source: Source) -> TimeStyle:
     """How times are written, judged by the first values of the first file that has them, or by more if these are ambiguous."""
     try:
-        return judge(
+        return detect_style(
             frame[column]
             for file, column in itertools.product(source.files, source.columns[TIMESTAMP])
             for fragment in readers.fragments(file)
@@ -255,12 +255,12 @@ def _choose_columns(
             file = (lacking or files)[0]
             raise SourceError(
                 f"{label}: {file.path} has no column {' or '.join(candidates)}, wanted for {column}; "
-                f"columns found: {', '.join(file.columns)}; {_mend(name, table, column, file.columns)}change {key}"
+                f"columns found: {', '.join(file.columns)}; {_advice(name, table, column, file.columns)}change {key}"
             )
     return chosen
 
 
-def _mend(name: str, table: Table, column: str, found: tuple[str, ...]) -> str:
+def _advice(name: str, table: Table, column: str, found: tuple[str, ...]) -> str:
     """Advice on how to map a column of the contract that has another name in the file."""
     if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
         return "rename it there, or "

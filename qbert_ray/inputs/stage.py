@@ -41,7 +41,7 @@ from qbert_ray.storage.columns import (
     TIMESTAMP,
     USER_ID,
 )
-from qbert_ray.storage.directory import RunDir, resolve
+from qbert_ray.storage.directory import Counts, RunDir, resolve
 
 ROWS_PER_PARTITION, MAX_TASKS = 500_000, 64
 EXAMPLES, KNOWN_IDS = 100, 100_000  # read to explain why no interaction is left
@@ -49,21 +49,21 @@ BYTES_PER_TASK = 128 << 20  # of the catalog
 GROUP = "_group"
 
 
-def ingest(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def ingest(config: Config, run: RunDir, executor: Executor, progress: Progress) -> Counts:
     """Write ingest/items, sequences, interactions and rejected; returns the counts of each domain.
 
     Raises:
         SourceError: a domain's files cannot be used, or nothing is left of them.
     """
     progress.start(4 * len(config.data.domains))
-    counts: dict[str, Any] = {name: ingest_domain(config, name, run, executor, progress) for name in config.data.domains}
+    counts: Counts = {name: ingest_domain(config, name, run, executor, progress) for name in config.data.domains}
     found = [f"domain {name}: {warning}" for name, figures in counts.items() for warning in figures.pop("warnings")]
     return counts | ({"warnings": found} if found else {})
 
 
 def ingest_domain(
     config: Config, name: str, run: RunDir, executor: Executor, progress: Progress, rows_per_partition: int = ROWS_PER_PARTITION
-) -> dict[str, Any]:
+) -> Counts:
     """Ingest one domain; the number of partitions changes where parts of the users' tables end, never rows or their order."""
     data, domain = config.data, config.data.domains[name]
     items = open_source(data.root, name, "items", domain)
@@ -195,7 +195,7 @@ class Writer:
     rows_per_part: int | None
     min_user: int
 
-    def write(self, items: Rows, partitions: list[Partition]) -> dict[str, Any]:
+    def write(self, items: Rows, partitions: list[Partition]) -> Counts:
         """Write all tables; returns the counts of kept rows, and of rejected rows by reason."""
         num_items = int(self.left.items.sum() + self.left.cold.sum())
         size = self.rows_per_part or _clamp(num_items / 16, 64, 8192)
@@ -263,12 +263,12 @@ def write_items(run: RunDir, domain: str, number: str, first_part: int, size: in
     names = ["table", POSITION, REASON, ROW]
     counts = Counter({("items", ""): len(kept), ("cold_items", ""): int(kept[COLD].sum())})
     images = [
-        _lost_images(kept, column, reason).select(names) for column, reason in ((UNSAFE, "unsafe path"), (UNREAD, "no path in image"))
+        _unusable_images(kept, column, reason).select(names) for column, reason in ((UNSAFE, "unsafe path"), (UNREAD, "no path in image"))
     ]
     return counts + _write_rejected(run, domain, number, pl.concat([lost.select(names), *images]))
 
 
-def _lost_images(kept: pl.DataFrame, column: str, reason: str) -> pl.DataFrame:
+def _unusable_images(kept: pl.DataFrame, column: str, reason: str) -> pl.DataFrame:
     """Items whose image cannot be used, with the value that was given for it."""
     lost = kept.filter(pl.col(column).is_not_null())
     row = as_json(lost.select(ITEM_ID, pl.col(column).alias("image")))

@@ -43,10 +43,10 @@ def guess(tables: list[Files], aside: dict[str, str], paths: Sequence[Path]) -> 
         sales = [table for table in plain if _time(table) and _best(table, catalogs)[0].share > 0.5]
         catalogs = [table for table in catalogs if table not in sales]
     if not sales:
-        raise StarterError(_nothing(tables, aside, paths, "interactions", _without_time(plain, catalogs)))
+        raise StarterError(_none_found(tables, aside, paths, "interactions", _without_time(plain, catalogs)))
     found = [guessed for table in sales if (guessed := _pair(table, catalogs, plain))]
     if not found:
-        raise StarterError(_nothing(tables, aside, paths, "items that the interactions name" if catalogs else "items"))
+        raise StarterError(_none_found(tables, aside, paths, "items that the interactions name" if catalogs else "items"))
     chosen = _one_for_each_catalog(found, aside)
     for domain in chosen:
         read_catalog(domain, [path for path in paths if path.is_dir()])
@@ -64,12 +64,12 @@ def _pair(table: Files, catalogs: list[Files], plain: list[Files]) -> Guess | No
         return None
     candidates = _amazon(table, ITEM_ID) + table.named(ITEM_ID)
     item = next((name for name in candidates if name not in _users(table) and not _is_order(table, name)), None)
-    if item is None or (len(plain) == 1 and not _says_of_items(table, item)):
+    if item is None or (len(plain) == 1 and not _describes_items(table, item)):
         return None
     return Guess(table, table, "contract", Match(1.0, 0, item, item), _names(table, item))
 
 
-def _says_of_items(table: Files, item: str) -> bool:
+def _describes_items(table: Files, item: str) -> bool:
     """Whether a table of interactions also describes its items, judged by values or names of its columns."""
     taken = {_time(table), *_users(table)[:1]}
     return bool(item_columns(table, item, taken)) or any(re.search(PRODUCT, name) for name in table.columns if name != item)
@@ -147,8 +147,8 @@ def _best(table: Files, catalogs: list[Files]) -> tuple[Match, Files]:
     def worth(pair: tuple[Match, Files]) -> tuple[bool, bool, bool, int, Match]:
         match, catalog = pair
         texts = richness(catalog, match.key)
-        beside = catalog.folder == table.folder
-        return texts > 0, match.share > 0.99 * most, beside, texts, match
+        together = catalog.folder == table.folder
+        return texts > 0, match.share > 0.99 * most, together, texts, match
 
     return max(near, key=worth, default=(Match(0.0, 0, "", ""), table))
 
@@ -255,7 +255,7 @@ def _k_core(pairs: pl.DataFrame, user: str, item: str, k: int) -> pl.DataFrame:
         pairs = kept
 
 
-def _nothing(tables: list[Files], aside: dict[str, str], paths: Sequence[Path], what: str, hint: str = "") -> str:
+def _none_found(tables: list[Files], aside: dict[str, str], paths: Sequence[Path], what: str, hint: str = "") -> str:
     where = ", ".join(map(str, paths))
     seen = [f"  {table.location}: {', '.join(table.columns)}" for table in tables] + [f"  {why}" for why in aside.values()]
     if not seen:
@@ -263,5 +263,5 @@ def _nothing(tables: list[Files], aside: dict[str, str], paths: Sequence[Path], 
     return (
         f"no table of {what} at {where}; seen:\n" + "\n".join(seen) + f"\n{hint}"
         "expected: items, one row each with an ID, such as item_id, title, image; and interactions with the same IDs, one row each, "
-        "such as user_id, item_id, timestamp (a whole number or a date like 2026-01-31 12:00:00). Name both files if there are others beside them"
+        "such as user_id, item_id, timestamp (a whole number or a date like 2026-01-31 12:00:00). Name both files if there are others next to them"
     )

@@ -14,12 +14,12 @@ from qbert_ray.inputs.names import plain_name
 from qbert_ray.inputs.profile import Column, Files
 from qbert_ray.inputs.sources import AMAZON, detect_format
 
-CHECKED_PICTURES = 100
+CHECKED_IMAGES = 100
 MOST_FILES = 20_000  # of a folder that are searched for images
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 TITLES = ("title", "name", "product_title", "product_name", "prod_name", "item_name", "headline", "book_title", "original_title")
 CATEGORIES = r"(?i)categor|genre|brand|tag|type|colou?r|department|class|group|section|maker|vendor|publisher|author|artist"
-PICTURE_NAMES = ("image", "img", "photo", "picture", "poster", "thumb", "cover")
+IMAGE_NAMES = ("image", "img", "photo", "picture", "poster", "thumb", "cover")
 AMAZON_TEXTS, AMAZON_ATTRIBUTES = ("title", "feature", "features", "description"), ("brand", "categories", "main_cat", "main_category")
 SAME = 0.9  # share of items whose rows must agree for a column to belong to the item
 
@@ -74,7 +74,7 @@ def read_catalog(domain: Guess, folders: Sequence[Path]) -> None:
     if domain.form != "contract":
         _read_amazon(domain)
         return
-    pictures: dict[str, str] = {}
+    images: dict[str, str] = {}
     own = set(item_columns(domain.items, domain.match.key, set())) if domain.items is domain.interactions else None
     for name, column in domain.items.columns.items():
         if name == domain.match.key or (own is not None and name in domain.names.values()):
@@ -82,11 +82,11 @@ def read_catalog(domain: Guess, folders: Sequence[Path]) -> None:
         if own is not None and name not in own:
             domain.aside[name] = "rows of one item differ in it"
         else:
-            _place(domain, column, pictures)
+            _place(domain, column, images)
     domain.texts = dict(sorted(domain.texts.items(), key=lambda pair: plain_name(pair[0]) not in TITLES))
-    if pictures:
-        domain.image = next(iter(pictures.items()))
-        domain.aside |= {name: "also images; one column can be read" for name in list(pictures)[1:]}
+    if images:
+        domain.image = next(iter(images.items()))
+        domain.aside |= {name: "also images; one column can be read" for name in list(images)[1:]}
     else:
         domain.template = _template(domain, folders)
 
@@ -111,16 +111,16 @@ def _read_amazon(domain: Guess) -> None:
     domain.aside |= {name: "not usual as a text or attribute of Amazon's items" for name in domain.items.columns if name not in used}
 
 
-def _place(domain: Guess, column: Column, pictures: dict[str, str]) -> None:
+def _place(domain: Guess, column: Column, images: dict[str, str]) -> None:
     """Assign a role to one column."""
     name, called, words = column.name, plain_name(column.name), f"{column.words:.1f} words on average"
-    called_picture = any(word in called for word in PICTURE_NAMES)
+    named_image = any(word in called for word in IMAGE_NAMES)
     repeats = column.distinct <= 0.7 and column.values > 1
     if not column.filled:
         domain.aside[name] = "empty"
-    elif column.pictures > 0.5 or (called_picture and column.links > 0.5):
-        why = _pictures(domain.items, column)
-        (pictures if why else domain.aside)[name] = why or "none of its images is there; paths start at the items file's folder"
+    elif column.images > 0.5 or (named_image and column.links > 0.5):
+        why = _as_images(domain.items, column)
+        (images if why else domain.aside)[name] = why or "none of its images is there; paths start at the items file's folder"
     elif column.kind in ("bytes", "mapping", "vector", "number", "time"):
         kinds = {"bytes": "bytes", "mapping": "mappings", "vector": "lists of numbers", "number": "numbers", "time": "times"}
         domain.aside[name] = kinds[column.kind]
@@ -140,13 +140,13 @@ def _place(domain: Guess, column: Column, pictures: dict[str, str]) -> None:
         domain.aside[name] = "single words, nearly all different: a key?"
 
 
-def _pictures(table: Files, column: Column) -> str:
+def _as_images(table: Files, column: Column) -> str:
     """Why a column is read as images; empty if it holds paths of which none exists."""
     if column.kind == "bytes":
         return "images themselves"
     if column.links > 0.5:
         return f"links, {column.filled:.0%} filled"
-    first = table.read([column.name], 10 * CHECKED_PICTURES)[column.name].drop_nulls().head(CHECKED_PICTURES).to_list()
+    first = table.read([column.name], 10 * CHECKED_IMAGES)[column.name].drop_nulls().head(CHECKED_IMAGES).to_list()
     there = sum((table.paths[0].parent / path).is_file() for path in first)
     return f"{column.filled:.0%} filled; {there} of the first {len(first)} files are there" if there else ""
 

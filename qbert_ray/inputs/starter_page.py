@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from qbert_ray.config.schema import Config
-from qbert_ray.inputs.profile import Files, look
+from qbert_ray.inputs.profile import Files, find_tables
 from qbert_ray.inputs.sources import open_source
 from qbert_ray.inputs.starter import StarterError, given_features, guess
 from qbert_ray.inputs.starter_columns import Guess
@@ -28,7 +28,7 @@ def write_config(paths: Sequence[Path], output: Path, force: bool = False) -> st
     if output.exists() and not force:
         raise StarterError(f"{output} is there already; choose another name, or replace it with --force")
     paths = [path.absolute() for path in paths]
-    tables, aside = look(paths)
+    tables, aside = find_tables(paths)
     text = _page(guess(tables, aside, paths), tables, aside, output)
     config = Config.model_validate(yaml.safe_load(text))
     for name, domain in config.data.domains.items():
@@ -44,7 +44,7 @@ def _page(guesses: list[Guess], tables: list[Files], aside: dict[str, str], outp
     root = os.path.commonpath(folders)
     names = [_name(output.stem)] if len(guesses) == 1 else _distinct([_name_of(found) for found in guesses])
     lines = [
-        "# Written by qbert-ray init: guesses from names and values, so look them over. Then",
+        "# Written by qbert-ray init: guesses from names and values, so check them. Then",
         f"#   qbert-ray validate -c {output}",
         f"#   qbert-ray run -c {output}",
         "# Every field with its default: qbert-ray config --describe.",

@@ -22,7 +22,7 @@ SAMPLE_BYTES = 1 << 20  # by which encoding, columns and delimiter of a file are
 BLOCK_BYTES = 16 << 20
 UTF8, LATIN = "utf-8", "windows-1252"
 MARKS = {codecs.BOM_UTF8: UTF8, codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-_ERRORS = "qbert-ray-windows-1252"  # the name under which `_as_latin` is known to `codecs`
+_ERRORS = "qbert-ray-windows-1252"  # the name under which `_as_latin` is registered with `codecs`
 
 
 class TextError(ValueError):
@@ -44,17 +44,17 @@ def open_text(filesystem: fs.FileSystem, path: str) -> BinaryIO:
     return gzip.GzipFile(fileobj=stream) if path.lower().endswith(".gz") else io.BufferedReader(stream)  # type: ignore[return-value]
 
 
-def look_at(filesystem: fs.FileSystem, path: str) -> tuple[Text, bytes, bool]:
+def detect_encoding(filesystem: fs.FileSystem, path: str) -> tuple[Text, bytes, bool]:
     """A file's encoding, its beginning as UTF-8, and whether that is the whole file."""
     with open_text(filesystem, path) as stream:
-        sample, cut = _beginning(stream)
+        sample, cut = _sample(stream)
         whole = not stream.read(1) and not cut
-    text = _judge(sample)
+    text = _encoding_of(sample)
     content = b"".join(blocks(io.BytesIO(sample), text))
     return text, content if whole else content[: content.rfind(b"\n") + 1] or content, whole
 
 
-def _beginning(stream: BinaryIO) -> tuple[bytes, bool]:
+def _sample(stream: BinaryIO) -> tuple[bytes, bool]:
     """The first bytes of a file; if its first line is longer than that, the beginning of that line and the lines after it.
 
     Returns:
@@ -76,7 +76,7 @@ def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES, *, most_line: 
     Args:
         most_line: bytes of a line; one that spans blocks and is longer is cut, so that memory stays bounded.
     """
-    _know_errors()
+    _register_decoder()
     wide = text.encoding.startswith("utf-16")
     decoder = codecs.getincrementaldecoder(text.encoding)("replace") if wide else None
     rest: list[bytes] = []
@@ -107,7 +107,7 @@ def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES, *, most_line: 
             return
 
 
-def _judge(sample: bytes) -> Text:
+def _encoding_of(sample: bytes) -> Text:
     encoding = next((name for mark, name in MARKS.items() if sample.startswith(mark)), None) or _without_mark(sample)
     line_end = b"\n" if not encoding.startswith("utf-16") else "\n".encode(encoding)
     return Text(encoding, returns=line_end not in sample and b"\r" in sample)
@@ -150,7 +150,7 @@ def _character(byte: int) -> str:
         return chr(byte)
 
 
-def _know_errors() -> None:
+def _register_decoder() -> None:
     """Register `_as_latin` with `codecs`; not on import, which has no side effects."""
     try:
         codecs.lookup_error(_ERRORS)

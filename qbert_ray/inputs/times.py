@@ -1,6 +1,6 @@
 """Converts times to whole numbers: numbers as given, dates and times in any usual format as microseconds since 1970.
 
-Which number of 11/12/2019 is the day, and whether numbers have fractions, is the same for a whole table: `judge` finds it.
+Which number of 11/12/2019 is the day, and whether numbers have fractions, is the same for a whole table: `detect_style` finds it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class TimeStyle:
     day_first: bool | None = None  # of 11/12/2019; None: unknown, so the month comes first with slashes and the day with dashes
 
 
-def judge(batches: Iterable[pl.Series]) -> TimeStyle:
-    """The style of a column of times, judged by its first batch, or by as many as it takes to tell days from months."""
+def detect_style(batches: Iterable[pl.Series]) -> TimeStyle:
+    """The style of a column of times, judged by its first batch, or by as many as are needed to distinguish days from months."""
     style = TimeStyle()
     for number, values in enumerate(batches):
         if values.dtype.is_float() or values.dtype.is_decimal():

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import polars as pl
@@ -24,12 +24,45 @@ from qbert_ray.inputs.reasons import HINTS, UNITS
 from qbert_ray.inputs.sources import Source, Table, check_root, open_source
 from qbert_ray.inputs.stage import ingest_domain
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, TEXT_PREFIX, TIMESTAMP, USER_ID
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import Counts, RunDir
 
 EXAMPLES, EXAMPLE_LENGTH = 3, 100
 IMAGES_LOOKED_FOR, IMAGES_DECODED = 200, 100
 SMALL_BYTES = 512 << 20  # total size of local input files up to which they are checked in this process
 TABLES: tuple[Table, ...] = ("items", "interactions")
+
+
+class Problem(TypedDict):
+    """Rows that are rejected for one reason."""
+
+    count: int
+    hint: str
+    examples: list[str]
+
+
+class ImageReport(TypedDict):
+    """What the first images of a catalog are."""
+
+    looked_for: int
+    decoded: int
+    web: int  # addresses that were not fetched
+    problems: Counter[str]
+    examples: list[str]
+
+
+class DomainReport(TypedDict, total=False):
+    """What a run would make of a domain's files; of files that cannot be used only the first two."""
+
+    errors: list[str]
+    files: dict[Table, Source]
+    warnings: list[str]
+    counts: Counts  # of `ingest_domain`
+    rejected: dict[str, Problem]  # by "table: reason"
+    filled: dict[str, float]  # column -> share of the kept items
+    images: ImageReport | None
+    time: dict[str, float]  # first, last; tied: share of interactions
+    per_user: list[int]  # interactions: least, quartiles and most
+
 
 Sources = dict[str, dict[Table, Source | str]]  # domain -> table -> its files, or why they cannot be used
 
@@ -55,7 +88,7 @@ def in_this_process(config: Config, sources: Sources) -> bool:
     return sum(source.filesystem.get_file_info(file.path).size or 0 for source in given for file in source.files) <= SMALL_BYTES
 
 
-def validate(config: Config, executor: Executor, sources: Sources | None = None) -> dict[str, Any]:
+def validate(config: Config, executor: Executor, sources: Sources | None = None) -> dict[str, DomainReport]:
     """A report per domain: its files, what a run would keep and reject, and what looks wrong.
 
     Args:
@@ -78,10 +111,10 @@ def _unexpected(name: str, error: Exception) -> str:
     return f"domain {name}: reading it ended with {type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"
 
 
-def _validate_domain(config: Config, name: str, executor: Executor, tables: dict[Table, Source | str]) -> dict[str, Any]:
-    report: dict[str, Any] = {
+def _validate_domain(config: Config, name: str, executor: Executor, tables: dict[Table, Source | str]) -> DomainReport:
+    report: DomainReport = {
         "errors": [source for source in tables.values() if isinstance(source, str)],
-        "files": {table: _describe(source) for table, source in tables.items() if isinstance(source, Source)},
+        "files": {table: source for table, source in tables.items() if isinstance(source, Source)},
     }
     if report["errors"]:
         return report
@@ -89,10 +122,10 @@ def _validate_domain(config: Config, name: str, executor: Executor, tables: dict
         with _scratch(config.run.dir, executor) as run:
             counts = ingest_domain(config, name, run, executor, Quiet())
             domain = config.data.domains[name]
-            report |= {"warnings": counts.pop("warnings"), "counts": counts, "rejected": _rejected(run), "filled": _filled(run)}
+            report.update({"warnings": counts.pop("warnings"), "counts": counts, "rejected": _rejected(run), "filled": _filled(run)})
             addresses = Addresses.of(config.data.root, domain)
             report["images"] = _images(run, config.features.image, addresses) if domain.image_column or domain.image_template else None
-            report |= _histories(run)
+            report["time"], report["per_user"] = _histories(run)
     except ValueError as error:
         report["errors"].append(str(error))
     except Exception as error:  # noqa: BLE001 - as above
@@ -118,20 +151,9 @@ def _scratch(run_dir: str, executor: Executor) -> Iterator[RunDir]:
         run.delete("")
 
 
-def _describe(source: Source) -> dict[str, Any]:
-    return {
-        "uri": source.uri,
-        "files": len(source.files),
-        "kind": source.files[0].kind,
-        "format": source.format,
-        "remarks": sorted({file.remark for file in source.files} - {""}),
-        "columns": list(dict.fromkeys(column for file in source.files for column in file.columns)),
-    }
-
-
-def _rejected(run: RunDir) -> dict[str, dict[str, Any]]:
+def _rejected(run: RunDir) -> dict[str, Problem]:
     """ "table: reason" -> count, hint and examples."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Problem] = {}
     for part in run.parts("ingest/rejected"):
         rows = pl.DataFrame(run.read_part("ingest/rejected", part))
         grouped = rows.group_by("table", "reason", maintain_order=True).agg(pl.len(), pl.col("row").head(EXAMPLES).alias("rows"))
@@ -155,11 +177,11 @@ def _filled(run: RunDir) -> dict[str, float]:
     return {name: count / rows for name, count in filled.items() if name.startswith(wanted)}
 
 
-def _images(run: RunDir, settings: ImageEncoder, addresses: Addresses) -> dict[str, Any]:
+def _images(run: RunDir, settings: ImageEncoder, addresses: Addresses) -> ImageReport:
     """How many of the catalog's first images, in hash order, exist and can be decoded."""
     from qbert_ray.features.encoders import ImageRejected, decode_image  # imports torch
 
-    result: dict[str, Any] = {"looked_for": 0, "decoded": 0, "web": 0, "problems": Counter[str](), "examples": []}
+    result: ImageReport = {"looked_for": 0, "decoded": 0, "web": 0, "problems": Counter[str](), "examples": []}
     tried = 0
     for item_id, path, content in _first_images(run):
         if content is None and path.startswith(("http://", "https://")):
@@ -190,7 +212,7 @@ def _first_images(run: RunDir) -> Iterator[tuple[str, str, bytes | None]]:
             return
 
 
-def _histories(run: RunDir) -> dict[str, Any]:
+def _histories(run: RunDir) -> tuple[dict[str, float], list[int]]:
     """Range and ties of the times, and quantiles of the interactions per user."""
     lengths, ties, total = [], 0, 0
     first, last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
@@ -203,7 +225,7 @@ def _histories(run: RunDir) -> dict[str, Any]:
         first, last, ties, total = min(first, low), max(last, high), ties + tied, total + len(rows)
         lengths.append(rows.group_by(USER_ID).len()["len"].to_numpy())
     quantiles = np.quantile(np.concatenate(lengths), [0, 0.25, 0.5, 0.75, 1], method="lower").astype(int).tolist()
-    return {"time": {"first": int(first), "last": int(last), "tied": ties / total}, "per_user": quantiles}
+    return {"first": int(first), "last": int(last), "tied": ties / total}, quantiles
 
 
 # the page
@@ -215,12 +237,12 @@ def format_files(sources: Sources) -> str:
     for name, tables in sources.items():
         lines += [
             f"Domain {name}",
-            *(line for table, source in tables.items() if isinstance(source, Source) for line in _file_line(table, _describe(source))),
+            *(line for table, source in tables.items() if isinstance(source, Source) for line in _file_line(table, source)),
         ]
     return "\n".join(lines)
 
 
-def format_validation(report: dict[str, Any], files: bool = True) -> str:
+def format_validation(report: dict[str, DomainReport], files: bool = True) -> str:
     """The validation report as one page of text.
 
     Args:
@@ -229,16 +251,17 @@ def format_validation(report: dict[str, Any], files: bool = True) -> str:
     return "\n\n".join("\n".join(_domain_lines(name, domain, files)) for name, domain in report.items())
 
 
-def _file_line(table: str, file: dict[str, Any]) -> Iterator[str]:
-    many = f", {file['files']} files" if file["files"] > 1 else ""
-    remarks = "".join(f"; {remark}" for remark in file["remarks"])
-    yield f"  {table}: {file['uri']} ({file['kind']}{many}, {file['format']}{remarks}); columns: {', '.join(file['columns'])}"
+def _file_line(table: str, source: Source) -> Iterator[str]:
+    many = f", {len(source.files)} files" if len(source.files) > 1 else ""
+    remarks = "".join(f"; {remark}" for remark in sorted({file.remark for file in source.files} - {""}))
+    names = dict.fromkeys(column for file in source.files for column in file.columns)
+    yield f"  {table}: {source.uri} ({source.files[0].kind}{many}, {source.format}{remarks}); columns: {', '.join(names)}"
 
 
-def _domain_lines(name: str, domain: dict[str, Any], files: bool) -> Iterator[str]:
+def _domain_lines(name: str, domain: DomainReport, files: bool) -> Iterator[str]:
     yield f"Domain {name}: {'cannot be used' if domain['errors'] else 'can be used'}"
-    for table, file in domain["files"].items() if files else ():
-        yield from _file_line(table, file)
+    for table, source in domain["files"].items() if files else ():
+        yield from _file_line(table, source)
     yield from (f"  ERROR {error}" for error in domain["errors"])
     if domain["errors"]:
         return
@@ -261,16 +284,16 @@ def _domain_lines(name: str, domain: dict[str, Any], files: bool) -> Iterator[st
         yield from (f"      {_short(example)}" for example in entry["examples"])
 
 
-def _image_lines(images: dict[str, Any]) -> Iterator[str]:
+def _image_lines(images: ImageReport) -> Iterator[str]:
     web = f"; {images['web']:,} web addresses not fetched" if images["web"] else ""
     bad = sum(images["problems"].values())
-    yield f"  pictures: looked for {images['looked_for']:,}, decoded {images['decoded']:,} of them, {bad:,} bad{web}"
+    yield f"  images: looked for {images['looked_for']:,}, decoded {images['decoded']:,} of them, {bad:,} bad{web}"
     for reason, count in images["problems"].most_common():
         yield f"    {count:,} {reason}{' -> ' if reason in HINTS else ''}{HINTS.get(reason, '')}"
     yield from (f"      {_short(example)}" for example in images["examples"])
 
 
-def _as_date(first: int, last: int) -> str:
+def _as_date(first: float, last: float) -> str:
     """The first and last time as dates if they are plausible in some unit, else as numbers."""
     for unit, (_, scale) in UNITS.items():
         if first / scale >= 1e8 and last / scale <= 4e9:  # 1973 to 2096

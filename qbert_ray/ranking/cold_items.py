@@ -9,8 +9,6 @@ Shapes: B users, N catalog, D width of text vectors.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import torch
@@ -33,7 +31,7 @@ from qbert_ray.top_k import ranks
 PROTOCOLS = {"unseen": "rank_unseen", "cold": "rank_cold"}
 
 
-def evaluate_cold(config: Config, run: RunDir, domain: str, executor: Executor, progress: Progress) -> dict[str, Any] | None:
+def evaluate_cold(config: Config, run: RunDir, domain: str, executor: Executor, progress: Progress) -> metrics.Evaluation | None:
     """Write evaluate/cold of a domain; its figures, or None where no item is held out."""
     parts = run.parts("ingest/cold", domain)
     if not parts:
@@ -43,7 +41,7 @@ def evaluate_cold(config: Config, run: RunDir, domain: str, executor: Executor, 
     return summarise_cold(run.read("evaluate/cold", domain), list(config.evaluate.cutoffs))
 
 
-def summarise_cold(table: pa.Table, cutoffs: list[int]) -> dict[str, Any]:
+def summarise_cold(table: pa.Table, cutoffs: list[int]) -> metrics.Evaluation:
     """{users, protocols: {unseen | cold: {model | text_mean | text_nearest | random: ...}}} of an evaluate/cold table."""
     model = np.array(table["model"].to_pylist(), dtype=object)
     protocols = {}

@@ -6,11 +6,10 @@ training interactions.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import torch
+from scipy import sparse
 
 from qbert_ray import metrics
 from qbert_ray.config.schema import Config, Ranking
@@ -32,9 +31,9 @@ MODELS = 5  # whose scores of a batch are held at once
 PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
 
 
-def evaluate(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def evaluate(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, dict[str, int]]:
     """Write evaluate/ranks and evaluate/metrics.json; counts of ranked users."""
-    counts: dict[str, Any] = {}
+    counts: dict[str, dict[str, int]] = {}
     report = {}
     for domain in config.data.targets:
         progress.note(domain)
@@ -44,13 +43,13 @@ def evaluate(config: Config, run: RunDir, executor: Executor, progress: Progress
         parts = run.parts("ingest/sequences", domain)
         counts[domain] = dict(executor.map_parts(run, RankPart, arguments, parts, "evaluate/ranks", config.compute.evaluate, progress))
         report[domain] = summarise(run.read("evaluate/ranks", domain), list(config.evaluate.cutoffs))
-        cold = evaluate_cold(config, run, domain, executor, progress)
-        report[domain] |= {"cold": cold} if cold else {}
+        if cold := evaluate_cold(config, run, domain, executor, progress):
+            report[domain]["cold"] = cold
     run.write_json("evaluate/metrics.json", report)
     return counts
 
 
-def summarise(table: pa.Table, cutoffs: list[int]) -> dict[str, Any]:
+def summarise(table: pa.Table, cutoffs: list[int]) -> metrics.Evaluation:
     """Hit rates and NDCG of a ranks table.
 
     Returns:
@@ -64,7 +63,7 @@ def summarise(table: pa.Table, cutoffs: list[int]) -> dict[str, Any]:
     return {"users": int((model == MODEL).sum()), "protocols": protocols}
 
 
-def _baselines(run: RunDir, domain: str) -> tuple[Any, np.ndarray]:
+def _baselines(run: RunDir, domain: str) -> tuple[sparse.csr_matrix, np.ndarray]:
     sequences = columns.to_sequences(run.read("ingest/sequences", domain))
     size = run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows
     return co_occurrence(sequences.indptr, sequences.items, size), popularity(sequences.indptr, sequences.items, size)
@@ -73,7 +72,7 @@ def _baselines(run: RunDir, domain: str) -> tuple[Any, np.ndarray]:
 class RankPart:
     """Ranks of the test items of a part of the users."""
 
-    def __init__(self, run: RunDir, domain: str, settings: Ranking, baselines: tuple[Any, np.ndarray], latest: int) -> None:
+    def __init__(self, run: RunDir, domain: str, settings: Ranking, baselines: tuple[sparse.csr_matrix, np.ndarray], latest: int) -> None:
         self.run, self.domain, self.latest = run, domain, latest
         self.counts, self.popularity = baselines
         self.ranker = load_catalog_ranker(run, domain, settings, own_device())

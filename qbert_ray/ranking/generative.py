@@ -22,7 +22,7 @@ EXACT_AT_ONCE = 8  # histories; each is scored against all items
 
 
 class CatalogRanker(Protocol):
-    """What evaluation, scoring and the recommender ask of a model that ranks a catalog."""
+    """Protocol of a ranker of a catalog, which evaluation, scoring and the recommender use."""
 
     trained: int  # number of items with training interactions
 

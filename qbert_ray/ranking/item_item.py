@@ -1,4 +1,4 @@
-"""The item-item model: which items users had together and in which order, and which are alike by content. Beyond the paper.
+"""The item-item model: weights from co-occurrence and order, and similarity of content. Beyond the paper.
 
 Shapes: N catalog, U users, B histories, D width of content vectors.
 """

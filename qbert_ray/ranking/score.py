@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import torch
@@ -19,9 +17,9 @@ from qbert_ray.storage.catalog import item_ids
 from qbert_ray.storage.directory import RunDir
 
 
-def score(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def score(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, dict[str, int]]:
     """Write recommendations for every user of the target domains; counts of users and rows."""
-    counts: dict[str, Any] = {}
+    counts: dict[str, dict[str, int]] = {}
     for domain in config.data.targets:
         progress.note(domain)
         arguments = {"run": run, "domain": domain, "settings": config.ranking, "k": config.score.top_k}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +28,32 @@ from qbert_ray.top_k import ranks
 COLD_SHARE = 0.1  # of the trained items that are treated as cold while the blend is fitted
 
 
-def fit_ranking(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+RankingCounts = TypedDict(
+    "RankingCounts",
+    {
+        "items": int,
+        "weights": int,  # item-item weights that are not zero
+        "users": int,
+        "fitted_on": int,  # validation histories whose target is among the candidates
+        "blend_weights": dict[str, float],  # score feature -> weight, for a history of average description
+        "blend_weights_of_cold_items": dict[str, float],
+        "model_ndcg@10": float,  # of validation items among unseen ones, by the blend
+        "sequencer_ndcg@10": float,
+        "reranking": NotRequired[dict[str, float]],  # kept; blended and reranked: ndcg@10 by cross-fitting; error
+    },
+)
+
+
+def fit_ranking(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, RankingCounts]:
     """Write ranking/weights, ranking/blend/<domain> and ranking/reranker/<domain>; returns the counts of the manifest."""
-    counts: dict[str, Any] = {}
+    counts: dict[str, RankingCounts] = {}
     for domain in config.data.targets:
         progress.note(domain)
         arguments = {"run": run, "domain": domain, "settings": config.ranking}
         done = executor.map_parts(run, WeightsPart, arguments, run.parts("ingest/items", domain), WEIGHTS, config.compute.ranking, progress)
-        counts[domain] = dict(done) | executor.get(executor.submit(_fit, run, domain, config.ranking, workers=Workers()))
+        counts[domain] = cast(
+            RankingCounts, dict(done) | executor.get(executor.submit(_fit, run, domain, config.ranking, workers=Workers()))
+        )
     return counts
 
 
@@ -65,7 +83,7 @@ class WeightsPart:
         return {"items": items.num_rows, "weights": sum(matrix.nnz for matrix in rows)}
 
 
-def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, Any]:
+def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
     """Fit the blend on validation items, then the reranker, and save both; returns what they gain on validation items."""
     ranker = load_ranker(run, domain, settings, own_device(), blended=False)
     sequences = columns.to_sequences(run.read("ingest/sequences", domain))
@@ -77,7 +95,7 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, Any]:
     blend = fit_blend(found)
     run.save_model(f"{BLEND}/{domain}", blend._asdict(), {"score_features": list(SCORE_FEATURES)})
     ranker.use(blend)
-    result: dict[str, Any] = {"users": len(users), "fitted_on": len(found.target)} | _average_weights(blend)
+    result: dict[str, object] = {"users": len(users), "fitted_on": len(found.target), **_average_weights(blend)}
     result |= _validation_ndcg(ranker, histories, target)
     if settings.rerank:
         reranker, gain = _fit_reranker(ranker, sequences, everybody[: settings.rerank_users])

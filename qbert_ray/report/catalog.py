@@ -82,7 +82,7 @@ class Album:
     def want(self, catalog: Catalog, rows: Iterable[int]) -> None:
         self.wanted |= {(catalog.domain, int(row)): None for row in rows}
 
-    def pictures(self, catalogs: dict[str, Catalog]) -> dict[str, str]:
+    def images(self, catalogs: dict[str, Catalog]) -> dict[str, str]:
         """{"<domain>/<item_index>": data URI} of the requested items whose image can be read."""
         found: dict[tuple[str, int], bytes | None] = {}
         most = BUDGET // 1500  # more would never fit, so they are not read
@@ -90,13 +90,13 @@ class Album:
         for domain in dict.fromkeys(domain for domain, _ in wanted):
             rows = [row for name, row in wanted if name == domain]
             for part in catalogs[domain].parts:
-                found |= {(domain, row): picture for row, picture in _thumbnails(catalogs[domain].run, part, rows)}
+                found |= {(domain, row): content for row, content in _thumbnails(catalogs[domain].run, part, rows)}
         result: dict[str, str] = {}
         spent = 0
         for key in wanted:
-            picture = found.get(key)
-            if picture is not None:
-                uri = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+            content = found.get(key)
+            if content is not None:
+                uri = "data:image/jpeg;base64," + base64.b64encode(content).decode()
                 spent += len(uri)
                 if spent > BUDGET:
                     break
@@ -126,10 +126,10 @@ def thumbnail(path: str | None, content: bytes | None, addresses: Addresses = AN
             if path is None or path.startswith(("http://", "https://")):
                 return None
             content = read_image(path, MOST_BYTES, addresses)
-        picture = decode_image(content, MOST_BYTES, MOST_PIXELS)
+        image = decode_image(content, MOST_BYTES, MOST_PIXELS)
     except (AddressError, ImageRejected, OSError, ValueError):
         return None
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     kept = io.BytesIO()
-    picture.save(kept, "JPEG", quality=QUALITY, optimize=True)
+    image.save(kept, "JPEG", quality=QUALITY, optimize=True)
     return kept.getvalue()

@@ -92,7 +92,7 @@ def lines(series: list[Series], x_title: str, y_title: str, markers: bool = Fals
         shade = colour(one.colour or one.name, number)
         error = None
         if one.low is not None and one.high is not None:
-            above, below = _beside(one.y, one.high), _beside(one.y, one.low)
+            above, below = _distances(one.y, one.high), _distances(one.y, one.low)
             error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.4, "width": 4}
         traces.append(
             go.Scatter(
@@ -125,8 +125,8 @@ def intervals(rows: list[tuple[str, str, dict[str, float]]], x_title: str) -> di
     for number, (model, protocol, values) in enumerate(rows):
         shift = (protocols.index(protocol) - (len(protocols) - 1) / 2) * 0.34
         height = len(models) - 1 - models.index(model) - shift
-        error = {"type": "data", "symmetric": False, "array": _beside([values["value"]], [values["high"]]), "width": 6, "thickness": 2}
-        error["arrayminus"] = _beside([values["value"]], [values["low"]])
+        error = {"type": "data", "symmetric": False, "array": _distances([values["value"]], [values["high"]]), "width": 6, "thickness": 2}
+        error["arrayminus"] = _distances([values["value"]], [values["low"]])
         hover = f"{label(model)}, {protocol} items<br>{values['value']:.4f} ({values['low']:.4f} to {values['high']:.4f})<extra></extra>"
         filled = "" if protocols.index(protocol) == 0 else "-open"
         symbol = ("circle", "diamond")[min(protocols.index(protocol), 1)] + filled
@@ -142,5 +142,5 @@ def intervals(rows: list[tuple[str, str, dict[str, float]]], x_title: str) -> di
     return finish(traces, x_title, "", xaxis={"rangemode": "tozero"}, yaxis=axis, showlegend=True)
 
 
-def _beside(middle: Sequence[float | None], end: Sequence[float | None]) -> list[float]:
+def _distances(middle: Sequence[float | None], end: Sequence[float | None]) -> list[float]:
     return [0.0 if a is None or b is None else float(abs(np.float64(b) - a)) for a, b in zip(middle, end, strict=True)]

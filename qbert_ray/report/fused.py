@@ -60,7 +60,7 @@ def training(epochs: list[dict[str, Any]]) -> list[Figure]:
     unrelated = {"line": {"color": colour("shuffled"), "width": 1.5, "dash": "dot"}, "xref": "paper", "x0": 0, "x1": 1, "y0": 2, "y1": 2}
     note = "Between the unit vectors of an item's views; the dotted line, 2, is the distance of unrelated ones. It should fall well below."
     return [
-        by_epoch("Do fused vector, text and picture come together?", note, "mean squared distance",
+        by_epoch("Do the fused, text and image vectors of an item agree?", note, "mean squared distance",
                  [Series("view distance", x, distance, colour="fused")], yaxis={"range": [0, 2.2]}, shapes=[unrelated]),
         by_epoch("Is stage 1 trained to the end?", "A curve that still falls at its right end asks for more epochs.", "training loss",
                  [Series("training loss", x, loss, colour="fused")]),

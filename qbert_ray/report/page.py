@@ -15,7 +15,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
-from qbert_ray.report import codes, evaluation, fused, people, summary, sweep
+from qbert_ray.report import codes, evaluation, fused, recommendations, summary, sweep
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts, redact
 from qbert_ray.report.figures import dark_shades, label
@@ -68,14 +68,14 @@ def gather(run: RunDir) -> dict[str, Any]:
     content = {
         "summary": attempt("The summary", overview),
         "fusion": attempt("Stage 1", fused.gather, run, facts, catalogs, album),
-        "people": attempt("The recommendations", people.gather, run, facts, catalogs, ranked, album),
+        "recommendations": attempt("The recommendations", recommendations.gather, run, facts, catalogs, ranked, album),
         "ids": attempt("Stage 2", codes.gather, run, facts, catalogs, album),
         "sequences": attempt("Stage 3", evaluation.gather, run, facts, ranked),
     }
-    pictures = attempt("The pictures", album.pictures, catalogs)
+    images = attempt("The images", album.images, catalogs)
     return content | {
         "facts": facts,
-        "pictures": {} if "missing" in pictures else pictures,
+        "images": {} if "missing" in images else images,
         "left_out": album.left_out,
         "problems": problems,
     }

@@ -63,7 +63,7 @@ def warnings(run: RunDir, facts: Facts, judged: list[dict[str, Any]]) -> list[st
         found += [f"{stage}: {warning}" for warning in facts.counts(stage).get("warnings", [])]
     undone = [stage for stage in BY_NAME if stage not in facts.manifests and not facts.left_out(stage)]
     if undone:
-        found.append(f"The run is not finished; still to do: {', '.join(undone)}. The same qbert-ray run goes on.")
+        found.append(f"The run is not finished; still to do: {', '.join(undone)}. Run the same qbert-ray run to resume.")
     for row in rejected(facts):
         if row["share"] is not None and row["share"] > MANY_REJECTED:
             found.append(
@@ -148,7 +148,7 @@ def _work(facts: Facts, stage: str) -> tuple[int, str]:
             return sum(figures.get("interactions_read", 0) for figures in per_domain), "interactions"
         case "features":
             made = [figures.get(name, 0) for figures in per_domain for name in ("images", "text_vectors", "structure_vectors")]
-            return sum(made), "pictures and vectors"
+            return sum(made), "images and vectors"
         case "fusion":
             return counts["items"] * (counts["metrics"]["epoch"] + 1), "items × epochs"
         case "quantizer":

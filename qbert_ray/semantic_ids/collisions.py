@@ -176,9 +176,9 @@ def _check_capacity(num_items: int, published: int, num_levels: int, size: int) 
     if num_levels > len(ascii_lowercase) or size**num_levels >= 2**63:
         raise ValueError(f"{num_levels} levels of {size} codewords do not fit a token; use at most 26 levels and 2**63 IDs")
     if num_items + published > size**num_levels:
-        beside = f" beside {published:,} published ones" if published else ""
+        added = f" in addition to {published:,} published ones" if published else ""
         raise CapacityError(
-            f"{num_items:,} items{beside} but only {size}**{num_levels} = {size**num_levels:,} semantic IDs; raise quantizer.num_levels or quantizer.codebook_size"
+            f"{num_items:,} items{added} but only {size}**{num_levels} = {size**num_levels:,} semantic IDs; raise quantizer.num_levels or quantizer.codebook_size"
         )
 
 
@@ -230,13 +230,13 @@ def _choose(result: np.ndarray, movers: np.ndarray, level: int, used: np.ndarray
         begin, group = _groups(prefix[piece])
         distinct = prefix[piece][begin]
         goes_on = int(distinct[0] == last)
-        room = np.concatenate([left[None][:goes_on], _room(distinct[goes_on:], used, below, size)])
-        match = _take_turns if below == 1 else _defer  # on the last level a prefix has at most M movers
+        room = np.concatenate([left[None][:goes_on], _free_ids(distinct[goes_on:], used, below, size)])
+        match = _one_by_one if below == 1 else _deferred_acceptance  # on the last level a prefix has at most M movers
         result[rows[piece], level] = match(distances(rows[piece], result[rows[piece], :level]), group, room)
         last, left = distinct[-1], room[-1]
 
 
-def _take_turns(preference: Preference, group: np.ndarray, room: np.ndarray) -> np.ndarray:
+def _one_by_one(preference: Preference, group: np.ndarray, room: np.ndarray) -> np.ndarray:
     """[n] code of each mover: in all groups at once, the next mover gets the nearest free code.
 
     Args:
@@ -257,7 +257,7 @@ def _take_turns(preference: Preference, group: np.ndarray, room: np.ndarray) -> 
     return choice
 
 
-def _defer(preference: Preference, group: np.ndarray, room: np.ndarray) -> np.ndarray:
+def _deferred_acceptance(preference: Preference, group: np.ndarray, room: np.ndarray) -> np.ndarray:
     """[n] the same by deferred acceptance, for codes with much room: the number of rounds depends on rejections, not on movers."""
     preference.distance[(room == 0)[group]] = np.inf
     choice = preference.first(np.arange(len(group)))
@@ -276,7 +276,7 @@ def _defer(preference: Preference, group: np.ndarray, room: np.ndarray) -> np.nd
     return choice
 
 
-def _room(prefix: np.ndarray, used: np.ndarray, below: int, size: int) -> np.ndarray:
+def _free_ids(prefix: np.ndarray, used: np.ndarray, below: int, size: int) -> np.ndarray:
     """[g, M] free IDs below each code under prefixes [g]; below: IDs below a code."""
     begin = np.searchsorted(used, prefix * (below * size))
     count = np.searchsorted(used, (prefix + 1) * (below * size)) - begin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import polars as pl
@@ -21,23 +21,68 @@ PIECE = 4096
 REPORT = f"{IDS}/report.json"
 
 
-def report(name: str) -> dict[str, Any]:
-    """{num_levels, codebook_size, domains: {domain: figures}}, also written next to the IDs.
+class Attribute(TypedDict):
+    """How well prefixes predict an attribute."""
 
-    Figures of a domain: items, items with an ID and their share; collisions before and after, moved items, at which level;
-    how the codes of each level are used; recall of neighbours; how well prefixes predict attributes; examples of prefixes.
-    """
+    items: int
+    values: int
+    lengths: list[dict[str, float]]  # of `prefix_figures`
+
+
+class Typical(TypedDict):
+    """A value that items of a prefix have more often than all items do."""
+
+    value: str
+    share: float
+    overall: float
+
+
+class Example(TypedDict):
+    """A prefix with the typical values of its items and the titles of the most popular ones."""
+
+    prefix: str
+    items: int
+    typical: dict[str, Typical]  # by attribute
+    titles: list[str]
+
+
+class DomainReport(TypedDict):
+    """Quality of the semantic IDs of one domain."""
+
+    items: int
+    with_id: int
+    coverage: float
+    raw_collision_rate: float  # before collisions were resolved
+    collision_rate: float
+    moved: int
+    moved_at: list[int]  # by the first level that differs
+    levels: list[dict[str, float]]  # usage, perplexity, entropy and gini of the codes
+    neighbours: dict[str, float] | None  # of `NeighbourRecall`, by how many items and neighbours
+    attributes: dict[str, Attribute]
+    examples: list[Example]
+
+
+class IdReport(TypedDict):
+    """The content of semantic_ids/report.json."""
+
+    num_levels: int
+    codebook_size: int
+    domains: dict[str, DomainReport]
+
+
+def report(name: str) -> IdReport:
+    """The quality report on the semantic IDs of a run, which is also written next to the IDs."""
     run, parts = open_ids(name)
     manifest = Manifest.load(run, IDS)
     assert manifest is not None
     size = manifest.counts["codebook_size"]
     result = {domain: _figures(run, domain, its, size) for domain, its in domains(parts).items()}
-    content = {"num_levels": manifest.counts["num_levels"], "codebook_size": size, "domains": result}
+    content: IdReport = {"num_levels": manifest.counts["num_levels"], "codebook_size": size, "domains": result}
     run.write_json(REPORT, content)
     return content
 
 
-def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> dict[str, Any]:
+def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> DomainReport:
     ids = read_ids(run, parts)
     items = sum(run.read_part("ingest/items", part, [ITEM_INDEX]).num_rows for part in run.parts("ingest/items", domain))
     titles = read_titles(run, parts)
@@ -65,7 +110,7 @@ def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> dict[str,
     }
 
 
-def _neighbours(run: RunDir, parts: list[str], ids: Ids) -> dict[str, Any] | None:
+def _neighbours(run: RunDir, parts: list[str], ids: Ids) -> dict[str, float] | None:
     """Recall of the nearest items; None if there are no embeddings to compare with, or too few items."""
     codebooks = read_codebooks(run)
     if codebooks is None or len(ids.codes) <= NEIGHBOURS + 1 or not run.exists(f"fusion/embeddings/{parts[0]}"):
@@ -94,10 +139,10 @@ def read_attributes(run: RunDir, parts: list[str]) -> pl.DataFrame:
     return rows.select(pl.col(name).str.split(", ").list.first().alias(name.removeprefix(ATTRIBUTE_PREFIX)) for name in names)
 
 
-def _meaning(codes: np.ndarray, attributes: pl.DataFrame) -> dict[str, Any]:
+def _meaning(codes: np.ndarray, attributes: pl.DataFrame) -> dict[str, Attribute]:
     """How well prefixes predict each attribute, over items whose value another item has too."""
     sample = np.sort(np.random.default_rng(0).permutation(len(codes))[:DESCRIBED])
-    result = {}
+    result: dict[str, Attribute] = {}
     for column in (column.gather(sample) for column in attributes):  # a domain may have none
         rows = (column.is_not_null() & column.is_duplicated()).to_numpy()
         values = column.filter(rows).rank("dense").to_numpy().astype(np.int64) - 1
@@ -119,10 +164,10 @@ def _popularity(run: RunDir, domain: str, ids: Ids) -> np.ndarray:
     return pl.DataFrame({ITEM_ID: ids.item_ids}).join(total, on=ITEM_ID, how="left", maintain_order="left")["len"].fill_null(0).to_numpy()
 
 
-def _examples(ids: Ids, titles: pl.Series, attributes: pl.DataFrame, popularity: np.ndarray) -> list[dict[str, Any]]:
+def _examples(ids: Ids, titles: pl.Series, attributes: pl.DataFrame, popularity: np.ndarray) -> list[Example]:
     """The largest prefixes of length one, with the most typical attribute values and the most popular titles of their items."""
     first = next(iter(prefixes(ids.codes)))
-    result = []
+    result: list[Example] = []
     for number in np.argsort(-np.bincount(first), kind="stable")[:LARGEST]:
         rows = np.flatnonzero(first == number)
         known = rows[np.argsort(-popularity[rows], kind="stable")][:TITLES]
@@ -137,9 +182,9 @@ def _examples(ids: Ids, titles: pl.Series, attributes: pl.DataFrame, popularity:
     return result
 
 
-def typical_value(column: pl.Series, rows: np.ndarray) -> dict[str, Any] | None:
+def typical_value(column: pl.Series, rows: np.ndarray) -> Typical | None:
     """The most over-represented value of an attribute in some rows, with its share there and overall; None if none is."""
     names = column.drop_nulls().unique().sort()
     values = column.replace_strict(names, np.arange(len(names)), default=None) if len(names) else column.clear()
     found = typical(values.drop_nulls().to_numpy(), values[rows].drop_nulls().to_numpy())
-    return found and found | {"value": names[found["value"]]}
+    return None if found is None else {"value": names[int(found["value"])], "share": found["share"], "overall": found["overall"]}

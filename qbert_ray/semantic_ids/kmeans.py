@@ -92,10 +92,10 @@ def _balanced(variance: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
     """[E, E] permutation that assigns the principal components [E] to blocks of about equal products of variances."""
     weight = np.log(np.maximum(variance, 1e-6 * variance.max() + 1e-30) / (1e-6 * variance.max() + 1e-30))
     volume = np.zeros(len(blocks))
-    dealt: list[list[int]] = [[] for _ in blocks]
+    assigned: list[list[int]] = [[] for _ in blocks]
     for component in np.argsort(-variance, kind="stable"):
-        room = [number for number, block in enumerate(blocks) if len(dealt[number]) < len(block)]
+        room = [number for number, block in enumerate(blocks) if len(assigned[number]) < len(block)]
         number = min(room, key=lambda number: volume[number])
-        dealt[number].append(component)
+        assigned[number].append(component)
         volume[number] += weight[component]
-    return np.eye(len(variance), dtype=np.float32)[:, np.concatenate(dealt)]
+    return np.eye(len(variance), dtype=np.float32)[:, np.concatenate(assigned)]

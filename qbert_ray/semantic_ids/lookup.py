@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import polars as pl
@@ -29,6 +29,46 @@ class Ids(NamedTuple):
     codes: np.ndarray  # [N, K]
     nearest: np.ndarray  # [N, K] before collisions were resolved
     moved: np.ndarray  # [N]
+
+
+class Item(TypedDict):
+    item_id: str
+    title: str
+    semantic_id: str
+
+
+class Move(TypedDict):
+    """Why an item has other codes than its nearest ones."""
+
+    nearest: str  # the codes that it would have had
+    kept_by: Item | None  # the item that has these
+    full: str | None  # the longest prefix under which no ID was free; None: only the last code differs
+
+
+class Siblings(TypedDict):
+    """Items that share a prefix of one length with an item."""
+
+    prefix: str
+    items: int
+    further: int  # of these, not siblings by a longer prefix
+    nearest: list[Item]  # of the further ones
+
+
+class Found(Item):
+    domain: str
+    moved: Move | None
+    siblings: list[Siblings]  # by length of the prefix, the longest first
+
+
+class Difference(TypedDict):
+    """Differences between the semantic IDs of two runs in one domain."""
+
+    only_first: int
+    only_second: int
+    same: int
+    changed: int
+    changed_at: list[int]  # by the first level that differs
+    examples: list[dict[str, str]]  # item_id, first, second
 
 
 def open_ids(name: str) -> tuple[RunDir, list[str]]:
@@ -92,7 +132,7 @@ def read_codebooks(run: RunDir) -> np.ndarray | None:
 # one item
 
 
-def show(name: str, wanted: str, only: str | None = None) -> dict[str, Any]:
+def show(name: str, wanted: str, only: str | None = None) -> Found:
     """An item, found by its ID or full title: its semantic ID, its siblings by length of the shared prefix, and why it moved.
 
     Raises:
@@ -114,8 +154,8 @@ def show(name: str, wanted: str, only: str | None = None) -> dict[str, Any]:
     }
 
 
-def _item(ids: Ids, titles: pl.Series, row: int) -> dict[str, str]:
-    return {ITEM_ID: ids.item_ids[int(row)], "title": titles[int(row)], "semantic_id": to_tokens(ids.codes[[row]])[0]}
+def _item(ids: Ids, titles: pl.Series, row: int) -> Item:
+    return {"item_id": ids.item_ids[int(row)], "title": titles[int(row)], "semantic_id": to_tokens(ids.codes[[row]])[0]}
 
 
 def _find(wanted: str, catalogs: dict[str, tuple[pl.Series, pl.Series]]) -> tuple[str, int]:
@@ -144,22 +184,23 @@ def _near(wanted: str, catalogs: dict[str, tuple[pl.Series, pl.Series]]) -> str:
     return f"near it: {', '.join(near[:5])}" if near else "nothing is spelled like it; name it by its item_id or its whole title"
 
 
-def _why_moved(ids: Ids, titles: pl.Series, row: int) -> dict[str, Any]:
+def _why_moved(ids: Ids, titles: pl.Series, row: int) -> Move:
     """The item's nearest codes, the item that has them, and the longest prefix that was full, so that the item had to leave it."""
     codes, nearest = ids.codes[row], ids.nearest[row]
     keeper = np.flatnonzero((ids.codes == nearest).all(1))
     level = int((codes != nearest).argmax())
     return {
-        "from": to_tokens(nearest[None])[0],
+        "nearest": to_tokens(nearest[None])[0],
         "kept_by": _item(ids, titles, keeper[0]) if len(keeper) else None,
         "full": to_tokens(nearest[None, : level + 1])[0] if level + 1 < len(codes) else None,
     }
 
 
-def _siblings(ids: Ids, titles: pl.Series, row: int, codebooks: np.ndarray | None) -> list[dict[str, Any]]:
+def _siblings(ids: Ids, titles: pl.Series, row: int, codebooks: np.ndarray | None) -> list[Siblings]:
     """For each prefix length, the longest first: how many other items share it, and the nearest of those not listed before."""
     codes = ids.codes[row]
-    result, listed = [], np.arange(len(ids.codes)) == row
+    result: list[Siblings] = []
+    listed = np.arange(len(ids.codes)) == row
     for length in range(len(codes) - 1, 0, -1):
         same = (ids.codes[:, :length] == codes[:length]).all(1)
         rows = np.flatnonzero(same & ~listed)
@@ -175,11 +216,11 @@ def _siblings(ids: Ids, titles: pl.Series, row: int, codebooks: np.ndarray | Non
 # two runs
 
 
-def diff(first: str, second: str) -> dict[str, Any]:
+def diff(first: str, second: str) -> dict[str, Difference]:
     """For each domain: number of items in only one run, number with equal IDs, and at which level the others first differ."""
     (run_a, parts_a), (run_b, parts_b) = open_ids(first), open_ids(second)
     sides = (run_a, domains(parts_a)), (run_b, domains(parts_b))
-    result = {}
+    result: dict[str, Difference] = {}
     for domain in sorted(sides[0][1].keys() | sides[1][1].keys()):
         a, b = (_frame(read_ids(run, by_domain[domain]) if domain in by_domain else None) for run, by_domain in sides)
         both = a.join(b, on=ITEM_ID, suffix="_b", maintain_order="left")
@@ -200,8 +241,8 @@ def diff(first: str, second: str) -> dict[str, Any]:
 
 
 def _frame(ids: Ids | None) -> pl.DataFrame:
-    schema: dict[str, Any] = {ITEM_ID: pl.String, "codes": pl.List(pl.Int32)}
-    return pl.DataFrame({ITEM_ID: ids.item_ids, "codes": ids.codes.tolist()} if ids else {}, schema)
+    content = {ITEM_ID: ids.item_ids, "codes": ids.codes.tolist()} if ids else {}
+    return pl.DataFrame(content, {ITEM_ID: pl.String(), "codes": pl.List(pl.Int32())})
 
 
 def _first_difference(first: pl.Series, second: pl.Series) -> np.ndarray:

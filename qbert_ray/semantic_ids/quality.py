@@ -6,7 +6,6 @@ Shapes: N items, K levels, M codewords per level, E codebook width, D embedding 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
@@ -112,7 +111,7 @@ def prefixes(codes: np.ndarray) -> Iterable[np.ndarray]:
         yield prefix
 
 
-def typical(values: np.ndarray, within: np.ndarray) -> dict[str, Any] | None:
+def typical(values: np.ndarray, within: np.ndarray) -> dict[str, float] | None:
     """The most over-represented value `within` some of the items, with its share there and overall; None if none is.
 
     A value that only one of them has does not count.

@@ -7,7 +7,7 @@ property of the whole domain.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import polars as pl
@@ -22,7 +22,7 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.semantic_ids.collisions import Resolved, resolve_collisions, resolve_given, to_tokens
 from qbert_ray.semantic_ids.quantizers import EXTRA, load_quantizers
-from qbert_ray.semantic_ids.task import ExtraQuantizerTask, QuantizerTask
+from qbert_ray.semantic_ids.task import ExtraQuantizerTask, QuantizerMetrics, QuantizerTask
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import ArtifactError, RunDir, join, resolve
 from qbert_ray.training import Task, build, last_metrics, trained
@@ -31,11 +31,50 @@ BATCH = 4096  # items that are encoded at once
 ENCODED = "semantic_ids/.encoded"
 
 
+class QuantizerCounts(TypedDict):
+    metrics: QuantizerMetrics
+
+
+class DomainCounts(TypedDict):
+    domain: str
+    items: int
+    raw_collision_rate: float  # before collisions were resolved
+    moved: int
+
+
+class Version(TypedDict):
+    """A version of the semantic IDs: those of its parts in addition to those of its parents."""
+
+    version: int  # 0: that of the run, before anything was appended
+    parent: str | None  # fingerprint
+    fingerprint: str
+    model: str  # fingerprint of the quantizer
+    items: int  # all that have IDs
+    added: int
+    parts: list[str]
+    changed: NotRequired[int]  # items that had IDs and have another text or image; their IDs stay the same
+    unchanged: NotRequired[int]
+    gone: NotRequired[int]  # items that have IDs and are no longer in the files
+
+
+class IdCounts(TypedDict):
+    """Counts of the stage `semantic_ids` over all domains."""
+
+    items: int
+    moved: int
+    num_levels: int
+    codebook_size: int
+    codebook_usage: list[float]  # per level, as is the next
+    perplexity: list[float]
+    domains: NotRequired[list[DomainCounts]]
+    versions: NotRequired[list[Version]]
+
+
 class GateError(ValueError):
     """Semantic IDs fall short of the config's gates; outputs are kept, so that a run with a lower gate resumes from them."""
 
 
-def train_quantizer(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def train_quantizer(config: Config, run: RunDir, executor: Executor, progress: Progress) -> QuantizerCounts:
     """Train the quantizer of the semantic IDs and the extra ones; returns the counts for the manifest."""
     arguments, workers = {"config": config, "run": run}, config.compute.quantizer
     if config.quantizer.kind == "rqvae":
@@ -51,22 +90,27 @@ def train_quantizer(config: Config, run: RunDir, executor: Executor, progress: P
 
 
 def _build(
-    executor: Executor, make_task: Callable[..., Task], arguments: dict[str, Any], workers: Workers, run: RunDir, folder: str
-) -> dict[str, Any]:
+    executor: Executor,
+    make_task: Callable[..., Task[QuantizerMetrics]],
+    arguments: dict[str, object],
+    workers: Workers,
+    run: RunDir,
+    folder: str,
+) -> QuantizerMetrics:
     """Fit a quantizer without gradients in one CPU task; it writes the same files as `Executor.fit`."""
     if not trained(run, folder):
         executor.get(executor.submit(build, make_task, arguments, run, folder, workers=workers.alone()))
     return last_metrics(run, folder)
 
 
-def assign_ids(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def assign_ids(config: Config, run: RunDir, executor: Executor, progress: Progress) -> IdCounts:
     """Write semantic_ids for the whole catalog; returns the counts for the manifest."""
     counts = _assign(config, run, executor, progress)
     check_collisions(config, counts)
     return counts
 
 
-def check_usage(config: Config, metrics: dict[str, Any]) -> None:
+def check_usage(config: Config, metrics: QuantizerMetrics) -> None:
     """Raise GateError if the quantizer leaves too many codewords unused."""
     bar, usage, size = config.gates.min_usage, metrics["codebook_usage"], config.quantizer.codebook_size
     if metrics["items"] >= 4 * size and min(usage) < bar:  # with fewer items later levels have too few residuals to use all codewords
@@ -74,11 +118,11 @@ def check_usage(config: Config, metrics: dict[str, Any]) -> None:
             f"the codebooks collapsed: {' '.join(f'{share:.0%}' for share in usage)} of the {size} codewords of each level are in use, "
             f"gates.min_usage asks for {bar:.0%}. Try a smaller quantizer.codebook_size or another quantizer.kind, and look whether many "
             f"items have the same texts; then redo with --from quantizer. "
-            f"To go on with this model: gates.min_usage={max(0.0, min(usage) - 0.005):.2f}"
+            f"To continue with this model: gates.min_usage={max(0.0, min(usage) - 0.005):.2f}"
         )
 
 
-def check_collisions(config: Config, counts: dict[str, Any]) -> None:
+def check_collisions(config: Config, counts: IdCounts) -> None:
     """Raise GateError if too many items shared their codes before collisions were resolved."""
     bar = config.gates.max_raw_collision
     short = {domain["domain"]: rate for domain in counts["domains"] if bar is not None and (rate := domain["raw_collision_rate"]) > bar}
@@ -86,18 +130,18 @@ def check_collisions(config: Config, counts: dict[str, Any]) -> None:
         figures = ", ".join(f"{rate:.2%} of {domain}" for domain, rate in short.items())
         raise GateError(
             f"too many items collide: {figures} share their codes with others before reallocation, gates.max_raw_collision allows "
-            f"{bar:.2%}. Try a larger quantizer.codebook_size or quantizer.num_levels, more text_fields or modalities that tell items apart; "
-            f"then redo with --from the stage that changes. To go on with these IDs: gates.max_raw_collision={max(short.values()) + 0.00005:.4f}"
+            f"{bar:.2%}. Try a larger quantizer.codebook_size or quantizer.num_levels, more text_fields or modalities that distinguish items; "
+            f"then redo with --from the stage that changes. To continue with these IDs: gates.max_raw_collision={max(short.values()) + 0.00005:.4f}"
         )
 
 
-def _assign(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def _assign(config: Config, run: RunDir, executor: Executor, progress: Progress) -> IdCounts:
     if config.data.semantic_ids:
-        return _adopt_ids(config, run, progress)
+        return _use_given_ids(config, run, progress)
     return assign_parts(config, run, executor, run.parts("fusion/embeddings"), progress)
 
 
-def assign_parts(config: Config, run: RunDir, executor: Executor, parts: list[str], progress: Progress) -> dict[str, Any]:
+def assign_parts(config: Config, run: RunDir, executor: Executor, parts: list[str], progress: Progress) -> IdCounts:
     """Write some parts of semantic_ids; IDs in the other parts are kept and not reused. Returns the figures of all parts."""
     executor.map_parts(run, EncodePart, {"run": run}, parts, ENCODED, config.compute.semantic_ids, progress)
     mine = {domain: [part for part in run.parts("ingest/items", domain) if part in set(parts)] for domain in config.data.domains}
@@ -105,7 +149,7 @@ def assign_parts(config: Config, run: RunDir, executor: Executor, parts: list[st
         executor.get(handle) for handle in [executor.submit(_resolve_domain, run, domain, names) for domain, names in mine.items() if names]
     ]
     run.delete(ENCODED)
-    return _summary(run, config, counts, config.quantizer.codebook_size)
+    return {**count_ids(config, run, config.quantizer.codebook_size), "domains": counts}
 
 
 class EncodePart:
@@ -126,8 +170,8 @@ class EncodePart:
             latents.append(latent.cpu().numpy())
             codes.append(self.model.quantizer.codes(latent).cpu().numpy().astype(np.int32))
             if self.others:
-                beside = [model.quantizer.codes(model.encode(batch)) for model in self.others]
-                extra.append(torch.cat(beside, dim=1).cpu().numpy().astype(np.int32))
+                others = [model.quantizer.codes(model.encode(batch)) for model in self.others]
+                extra.append(torch.cat(others, dim=1).cpu().numpy().astype(np.int32))
         table = table.select(columns.KEYS)
         table = table.append_column("latent", columns.to_fixed_lists(np.concatenate(latents)))
         table = table.append_column("codes", columns.to_fixed_lists(np.concatenate(codes)))
@@ -137,7 +181,7 @@ class EncodePart:
         return {"items": table.num_rows}
 
 
-def _resolve_domain(run: RunDir, domain: str, parts: list[str]) -> dict[str, Any]:
+def _resolve_domain(run: RunDir, domain: str, parts: list[str]) -> DomainCounts:
     codes, latents = (
         np.concatenate([columns.to_numpy(run.read_part(ENCODED, part, [name])[name]) for part in parts]) for name in ("codes", "latent")
     )
@@ -150,7 +194,7 @@ def _resolve_domain(run: RunDir, domain: str, parts: list[str]) -> dict[str, Any
 
 def _write_domain(
     run: RunDir, domain: str, parts: list[str], nearest: np.ndarray, resolved: Resolved, extra: Sequence[pa.Table] = ()
-) -> dict[str, Any]:
+) -> DomainCounts:
     """Write parts of a domain, aligned with those of the catalog; rows of nearest and resolved are in the order of item_index.
 
     Args:
@@ -181,7 +225,7 @@ def _write_domain(
     }
 
 
-def _adopt_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+def _use_given_ids(config: Config, run: RunDir, progress: Progress) -> IdCounts:
     """Check semantic IDs that the user gave, make them unique, and write them in the catalog's order."""
     source = join(config.data.root, config.data.semantic_ids or "")
     domains = list(config.data.domains)
@@ -192,7 +236,7 @@ def _adopt_ids(config: Config, run: RunDir, progress: Progress) -> dict[str, Any
         progress.note(domain)
         codes = _given_codes(run, given, domain, source)
         counts.append(_write_domain(run, domain, run.parts("ingest/items", domain), codes, resolve_given(codes, size)))
-    return _summary(run, config, counts, size)
+    return {**count_ids(config, run, size), "domains": counts}
 
 
 def _read_given(source: str, domains: list[str]) -> pl.DataFrame:
@@ -237,16 +281,8 @@ def _given_codes(run: RunDir, given: pl.DataFrame, domain: str, source: str) -> 
     return flat.to_numpy().reshape(len(items), -1)
 
 
-def figures(config: Config, run: RunDir) -> dict[str, Any]:
-    """Counts and codebook usage over all semantic IDs of a run that trained its own quantizer."""
-    return _figures(config, run, config.quantizer.codebook_size)
-
-
-def _summary(run: RunDir, config: Config, counts: list[dict[str, Any]], size: int) -> dict[str, Any]:
-    return _figures(config, run, size) | {"domains": counts}
-
-
-def _figures(config: Config, run: RunDir, size: int) -> dict[str, Any]:
+def count_ids(config: Config, run: RunDir, size: int) -> IdCounts:
+    """Counts and codebook usage over all semantic IDs of a run, whose codebooks have `size` codewords."""
     tables = [run.read("semantic_ids", domain, ["codes", "moved"]) for domain in config.data.domains]
     codes = np.concatenate([columns.to_numpy(table["codes"]) for table in tables])
     return {

@@ -14,9 +14,17 @@ from qbert_ray.semantic_ids import kmeans
 from qbert_ray.semantic_ids.rqvae import RQVAE, normalised_error
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import ArtifactError, RunDir
-from qbert_ray.training import shuffled_batches
+from qbert_ray.training import EpochMetrics, shuffled_batches
 
 SAMPLE = 4096  # items that are encoded at once
+
+
+class QuantizerMetrics(EpochMetrics):
+    items: int
+    reconstruction_error: float  # share of the variance of the inputs
+    collision_rate: float
+    codebook_usage: list[float]  # per level, as is the next
+    perplexity: list[float]
 
 
 class QuantizerTask:
@@ -65,7 +73,7 @@ class QuantizerTask:
         batch = self.embeddings[torch.from_numpy(samples)].to(device)
         return model(batch, quantize=epoch >= self.settings.warmup_epochs)["loss"] * len(samples), float(len(samples))
 
-    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+    def evaluate(self, model: Any, device: torch.device) -> QuantizerMetrics:
         pieces = [piece.to(device) for piece in self.embeddings.split(SAMPLE)]
         codes = torch.cat([model.quantizer.codes(model.encode(piece)) for piece in pieces]).cpu().numpy()
         return {

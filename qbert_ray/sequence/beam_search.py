@@ -1,4 +1,4 @@
-"""Beam search over semantic IDs that only ever writes IDs of items.
+"""Beam search over semantic IDs, constrained to the IDs of items.
 
 The catalog is a trie kept as arrays: items sorted by their codes, and for every level the range of children of each node. A
 step looks at the children of all beams of all histories at once, as one ragged list, so its cost grows with the beams and

@@ -15,7 +15,7 @@ from qbert_ray.products import product
 
 
 class SampledItems(NamedTuple):
-    """Items that stand for a catalog in one batch, and how likely each was to be among them."""
+    """A sample of a catalog for the softmax of one batch, with the inclusion probability of each item."""
 
     rows: Tensor  # [R] item_index, ascending, without repetitions
     log_probability: Tensor  # [R]

@@ -1,4 +1,4 @@
-"""How large the sequencer is and what a prediction costs, module by module."""
+"""Parameters and multiply-adds of the sequencer, module by module."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from qbert_ray.config.schema import Config, SequenceTraining
 from qbert_ray.random_streams import VALIDATION_STREAM, uniform
 from qbert_ray.sequence.beam_search import Trie, search
 from qbert_ray.sequence.decoder import Generator
+from qbert_ray.sequence.task import ValidationMetrics
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import catalog_codes, warm_items
 from qbert_ray.storage.directory import RunDir
@@ -79,7 +80,7 @@ class GenerativeTask:
         codes = torch.from_numpy(catalog[items[samples[reading.order, 2]]]).to(device)
         return model.loss(reading, codes), float(codes.numel())
 
-    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+    def evaluate(self, model: Any, device: torch.device) -> ValidationMetrics:
         """Hit rate and NDCG of the validation items among the beams, without what their users have had; averaged over domains."""
         values = []
         for name in self.domains:

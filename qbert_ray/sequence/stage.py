@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.sequence.decoder_task import GenerativeTask
-from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.sequence.task import SequencerTask, ValidationMetrics
 from qbert_ray.storage.directory import RunDir
+
+
+class PretrainCounts(TypedDict):
+    domains: list[str]
+    metrics: ValidationMetrics  # of the last epoch
+
+
+class FinetuneCounts(TypedDict):
+    metrics: dict[str, ValidationMetrics]  # target domain -> of the last epoch
 
 
 def sequence_trainings(stage: str, config: Config) -> dict[str, dict[str, Any]]:
@@ -32,17 +41,17 @@ def sequence_task(config: Config) -> type[SequencerTask] | type[GenerativeTask]:
     return GenerativeTask if config.sequencer.kind == "generative" else SequencerTask
 
 
-def pretrain(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def pretrain(config: Config, run: RunDir, executor: Executor, progress: Progress) -> PretrainCounts:
     """Pre-train on the source domains: with several masks, or the generative model on every prefix."""
     ((folder, arguments),) = sequence_trainings("pretrain", config).items()
     arguments = {"config": config, "run": run} | arguments
     figures = executor.fit(sequence_task(config), arguments, config.compute.pretrain, run, folder, progress, config.compute)
-    return {"domains": arguments["domains"], "metrics": figures}
+    return {"domains": config.pretrained, "metrics": figures}
 
 
-def finetune(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def finetune(config: Config, run: RunDir, executor: Executor, progress: Progress) -> FinetuneCounts:
     """Fine-tuning on each target domain, from the pre-trained weights where there are any."""
-    figures = {}
+    figures: dict[str, ValidationMetrics] = {}
     for folder, arguments in sequence_trainings("finetune", config).items():
         (domain,) = arguments["domains"]
         progress.note(domain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ from qbert_ray.top_k import ranks
 from qbert_ray.training import shuffled_batches
 
 SAMPLE = 4096  # users whose validation items are ranked, where the settings name no number
+
+
+ValidationMetrics = TypedDict(  # of validation items among unseen ones; `EpochMetrics` with names that are no identifiers
+    "ValidationMetrics", {"epoch": NotRequired[int], "train_loss": NotRequired[float], "hr@10": float, "ndcg@10": float}
+)
 
 
 class SequencerTask:
@@ -107,7 +112,7 @@ class SequencerTask:
         return books[torch.arange(len(books)), codes[:, : len(books)]].sum(1)
 
     def _takes(self, name: str) -> bool:
-        """Whether a pre-trained tensor is the start: how histories are read holds in other domains, what their items mean does not."""
+        """Whether training starts from a pre-trained tensor: the layers transfer to other domains, embeddings of codes and items do not."""
         seen = set(self.domains) <= set(self.config.pretrained)
         return seen or self.config.finetune.transfer == "all" or name.startswith("layers.")
 
@@ -166,7 +171,7 @@ class SequencerTask:
         query = model(batch, table)
         return model.loss(query, batch.items[batch.masked], table), float(len(query))
 
-    def evaluate(self, model: Any, device: torch.device) -> dict[str, Any]:
+    def evaluate(self, model: Any, device: torch.device) -> ValidationMetrics:
         """Ranks of the validation items among all that their users have not had, averaged over domains."""
         values = []
         for name in self.domains:

@@ -10,19 +10,26 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from pyarrow import fs
 
-Record = dict[str, Any]  # rows (of a Parquet file), bytes, checksum
 PART, PAGES = b"qbert_ray.part", b"qbert_ray.pages"  # in the footer: the part's name in its run, and the hash of its pages
 MAGIC = b"PAR1"
 TAIL = 1 << 16  # bytes read at the end of a file: the footer of most parts
 SCRAPS = ("checkpoints", "tensorboard")  # folders of a stage that are not read once it is done
 READERS = 16  # files read at the same time, for object stores
+
+
+class Record(TypedDict):
+    """What a manifest records of a file."""
+
+    rows: NotRequired[int]  # of a Parquet file
+    bytes: int
+    checksum: str  # of the footer of a Parquet file, else of the whole file
 
 
 class DamagedError(ValueError):
@@ -62,7 +69,7 @@ def open_parquet(file: Any, name: str, known: Record | None) -> tuple[pq.Parquet
     """
     size = file.size()
     footer = _footer(file, size)
-    record = {"rows": 0, "bytes": size, "checksum": checksum(footer)}
+    record: Record = {"rows": 0, "bytes": size, "checksum": checksum(footer)}
     if known is not None and (known["bytes"], known["checksum"]) != (record["bytes"], record["checksum"]):
         raise DamagedError("is not the file that the stage wrote")
     try:

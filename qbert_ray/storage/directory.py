@@ -28,6 +28,8 @@ from qbert_ray.storage.seals import MANIFEST, ArtifactError, check_parts, checke
 if TYPE_CHECKING:
     from torch import nn
 
+    from qbert_ray.config.section import Values
+
     Module = TypeVar("Module", bound=nn.Module)
 
 WEIGHTS = "weights"  # key in the JSON of a model: checksum of its tensors
@@ -300,16 +302,21 @@ class RunDir:
         self.filesystem.move(partial, final)
 
 
+# What a stage counted, by domain or over all of them: rows in and out, rejected by reason, last metrics, "warnings".
+# The module of a stage declares its own, in so far as their names are known; a manifest may be of another version.
+Counts = dict[str, Any]
+
+
 @dataclass
 class Manifest:
     """Record of a finished stage, written last into its folder: config, inputs, counts and files."""
 
     stage: str
-    config: dict[str, Any]  # dotted path -> value, of all the config the outputs depend on
+    config: Values  # of all the config the outputs depend on
     inputs: dict[str, str]  # upstream stage -> its fingerprint
     version: str  # of the code
     seconds: float = 0.0
-    counts: dict[str, Any] = field(default_factory=dict)  # rows in, rows out, rejected by reason, ...
+    counts: Counts = field(default_factory=dict)
     files: dict[str, Record] | None = None  # every file of the stage -> rows, bytes, checksum
 
     @property

@@ -1,4 +1,4 @@
-"""A lock that lets only one process write into a run directory: a renewed lease, on local paths and object stores alike.
+"""A lock that lets only one process write into a run directory: a renewed lease, on local paths and on object stores.
 
 A process that wants to write first writes a claim, its own file in `.lock`, and then lists the others: if it finds a live one, it
 removes its own claim and is refused. Of two that start at the same moment, the later one sees the earlier claim, so they never both

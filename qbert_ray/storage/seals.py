@@ -27,7 +27,7 @@ class ArtifactError(ValueError):
 
 def damaged(run: RunDir, name: str, why: str) -> ArtifactError:
     """The error for a file that cannot be used, with the command that makes it again."""
-    return ArtifactError(f"{run.uri}/{name} {why}; restore it, or {_mend(name.split('/')[0])}")
+    return ArtifactError(f"{run.uri}/{name} {why}; restore it, or {_advice(name.split('/')[0])}")
 
 
 def seal(run: RunDir, stage: str) -> dict[str, Record]:
@@ -39,7 +39,7 @@ def seal(run: RunDir, stage: str) -> dict[str, Record]:
     try:
         return record_files(run.filesystem, run.path(), stage)
     except DamagedError as error:
-        raise ArtifactError(f"{run.uri}: {error}; {_mend(stage)}") from None
+        raise ArtifactError(f"{run.uri}: {error}; {_advice(stage)}") from None
 
 
 def checked(run: RunDir, name: str, check: Callable[[Record | None], T]) -> T:
@@ -104,5 +104,5 @@ def _is_record_of_files(files: object) -> bool:
     return all(isinstance(record, dict) and {"bytes", "checksum"} <= set(record) for record in records)
 
 
-def _mend(stage: str) -> str:
+def _advice(stage: str) -> str:
     return f"redo the stage that writes it: qbert-ray {stage.replace('_', '-')} --redo -c <config>"

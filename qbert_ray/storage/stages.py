@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from qbert_ray.config.loading import flatten
 from qbert_ray.config.schema import Config
+from qbert_ray.config.section import Values
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Stage:
         """The command that runs it: `qbert-ray <command>`."""
         return self.name.replace("_", "-")
 
-    def depends_on(self, config: Config) -> dict[str, Any]:
+    def depends_on(self, config: Config) -> Values:
         """Dotted path -> value of the config fields that the stage's outputs depend on."""
         leaves = flatten(config.model_dump(mode="json"))
         return {path: value for path, value in leaves.items() if _under(path, self.config) and not _under(path, self.ignores)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 import polars as pl
@@ -16,7 +16,7 @@ from scipy import stats
 
 from qbert_ray import metrics
 from qbert_ray.config.loading import ConfigError, read_layer
-from qbert_ray.config.search import Section
+from qbert_ray.config.section import Section, Tree
 from qbert_ray.storage.directory import RunDir
 
 RANKS, MARKDOWN = "ranks.parquet", "table.md"
@@ -29,12 +29,12 @@ class Table(Section):
     """The definition of a table: its variants, reference, metrics and published figures."""
 
     title: str
-    reference: str = Field(description="row that the others are held against")
-    variants: dict[str, dict[str, Any]] = Field(description="row -> overlay, or the path of one beside the table's file")
+    reference: str = Field(description="row that the others are compared with")
+    variants: dict[str, Tree] = Field(description="row -> overlay, or the path of one next to the table's file")
     rankings: list[Literal["sequencer", "ridge", "co_occurrence", "popularity"]] = Field(
-        [], description="further rows: rankings of the reference beside its model"
+        [], description="further rows: rankings of the reference in addition to its model"
     )
-    sequencers: bool = Field(False, description="rows also for the sequence model alone of every variant, held against the reference's")
+    sequencers: bool = Field(False, description="rows also for the sequence model alone of every variant, compared with the reference's")
     seeds: list[int] = [0, 1, 2, 3, 4]
     metrics: list[Annotated[str, Field(pattern=r"^(hr|ndcg)@[1-9]\d*$")]] = ["hr@10", "ndcg@10"]
     paper: dict[str, dict[str, dict[str, float]]] = Field({}, description="domain -> row -> metric -> published value")
@@ -86,15 +86,26 @@ def ranks_of(evaluated: pl.DataFrame, variant: str, seed: int, table: Table) -> 
     )
 
 
-def summarise(ranks: pl.DataFrame, table: Table) -> list[dict[str, Any]]:
-    """Mean, interval and difference to the reference for each domain, row, protocol and metric.
+class Line(TypedDict):
+    """One metric of one row, compared with the reference."""
 
-    Returns:
-        `mean` over seeds of the mean over users; `half`, half of its 95 % interval: over seeds (Student's t), with one seed over users;
-        `difference` to the reference with `low` and `high`, its 95 % interval by bootstrap over users (each with the mean over
-        seeds); `paper`, the published figure or None.
-    """
-    found = []
+    domain: str
+    row: str
+    protocol: str
+    metric: str
+    seeds: int
+    users: int
+    mean: float  # over seeds, of the mean over users
+    half: float  # of its 95 % interval: over seeds (Student's t), with one seed over users
+    paper: float | None  # the published figure
+    difference: float | None  # to the reference, with its 95 % interval by bootstrap over users, each with the mean over seeds
+    low: float | None
+    high: float | None
+
+
+def summarise(ranks: pl.DataFrame, table: Table) -> list[Line]:
+    """Mean, interval and difference to the reference for each domain, row, protocol and metric."""
+    found: list[Line] = []
     for (domain,), rows in ranks.group_by("domain", maintain_order=True):
         for protocol, column in PROTOCOLS.items():
             for metric in table.metrics:
@@ -102,19 +113,25 @@ def summarise(ranks: pl.DataFrame, table: Table) -> list[dict[str, Any]]:
                     name: _per_user(rows.filter(pl.col("row") == name), column, metric) for name in rows["row"].unique(maintain_order=True)
                 }
                 for name, (users, by_seed) in values.items():
-                    line = {
-                        "domain": domain,
-                        "row": name,
-                        "protocol": protocol,
-                        "metric": metric,
-                        "seeds": len(by_seed),
-                        "users": len(users),
-                    }
-                    line |= {"mean": float(np.mean(by_seed)), "half": _half(by_seed, users["value"].to_numpy())}
-                    line["paper"] = table.paper.get(domain, {}).get(name, {}).get(metric)
                     against = table.reference + ALONE * name.endswith(ALONE)
                     reference = None if name == against else values.get(against)  # all of its trials may have failed
-                    found.append(line | _difference(users, reference[0] if reference else None))
+                    difference, low, high = _difference(users, reference[0] if reference else None)
+                    found.append(
+                        {
+                            "domain": domain,
+                            "row": name,
+                            "protocol": protocol,
+                            "metric": metric,
+                            "seeds": len(by_seed),
+                            "users": len(users),
+                            "mean": float(np.mean(by_seed)),
+                            "half": _half(by_seed, users["value"].to_numpy()),
+                            "paper": table.paper.get(domain, {}).get(name, {}).get(metric),
+                            "difference": difference,
+                            "low": low,
+                            "high": high,
+                        }
+                    )
     return found
 
 
@@ -133,18 +150,19 @@ def _half(by_seed: np.ndarray, by_user: np.ndarray) -> float:
     return float(metrics.NORMAL_95 * by_user.std(ddof=1) / len(by_user) ** 0.5) if len(by_user) > 1 else 0.0
 
 
-def _difference(users: pl.DataFrame, reference: pl.DataFrame | None) -> dict[str, float | None]:
+def _difference(users: pl.DataFrame, reference: pl.DataFrame | None) -> tuple[float | None, float | None, float | None]:
+    """Mean difference of the users' values and the ends of its 95 % interval; None without a reference."""
     if reference is None:
-        return {"difference": None, "low": None, "high": None}
+        return None, None, None
     paired = users.join(reference, on="user_id", suffix="_reference", maintain_order="left")
     apart = (paired["value"] - paired["value_reference"]).to_numpy()
     if len(apart) < 2 or not apart.any():
-        return dict.fromkeys(("difference", "low", "high"), float(apart.mean()) if len(apart) else None)
+        return (float(apart.mean()) if len(apart) else None,) * 3
     drawn = stats.bootstrap((apart,), np.mean, n_resamples=RESAMPLES, batch=BATCH, method="percentile", rng=0).confidence_interval
-    return {"difference": float(apart.mean()), "low": float(drawn.low), "high": float(drawn.high)}
+    return float(apart.mean()), float(drawn.low), float(drawn.high)
 
 
-def markdown(summary: list[dict[str, Any]], table: Table) -> str:
+def markdown(summary: list[Line], table: Table) -> str:
     """The table as Markdown: one line for each row, per domain and protocol."""
     lines = [f"# {table.title}", ""]
     for domain in dict.fromkeys(line["domain"] for line in summary):
@@ -166,11 +184,12 @@ def markdown(summary: list[dict[str, Any]], table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(line: dict[str, Any], published: bool) -> list[str]:
+def _cells(line: Line, published: bool) -> list[str]:
+    difference, low, high = line["difference"], line["low"], line["high"]
     apart = ""
-    if line["difference"] is not None:
-        apart = f"{line['difference']:+.4f} ({line['low']:+.4f} to {line['high']:+.4f})"
-        apart = f"**{apart}**" if line["low"] > 0 or line["high"] < 0 else apart
+    if difference is not None and low is not None and high is not None:
+        apart = f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"
+        apart = f"**{apart}**" if low > 0 or high < 0 else apart
     paper = ["" if line["paper"] is None else f"{line['paper']:.4f}"] if published else []
     return [f"{line['mean']:.4f} ± {line['half']:.4f}", apart, *paper]
 

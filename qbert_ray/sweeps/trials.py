@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch
 from qbert_ray.config.loading import settings_of, with_values
 from qbert_ray.config.schema import Actors, Compute, Config, Workers
 from qbert_ray.config.search import objectives, settings
+from qbert_ray.config.section import Values
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import run_stage
@@ -28,6 +29,7 @@ from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.storage.stages import BY_NAME, STAGES, Stage
+from qbert_ray.training import EpochMetrics
 
 BEGUN, RESULT, CURVE = "trial.json", "result.json", "curve.jsonl"  # in the folder of a trial
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
@@ -40,12 +42,21 @@ FIXED = ("run", "data", "compute", "gates", "sweep")
 class Trial:
     """One setting of the swept fields (dotted path -> value) under one seed."""
 
-    values: dict[str, Any]
+    values: Values
     seed: int
 
     @property
     def name(self) -> str:
         return hashlib.sha256(json.dumps([self.values, self.seed], sort_keys=True).encode()).hexdigest()[:8]
+
+
+class Result(TypedDict, total=False):
+    """How a trial ended; empty if it is still to do."""
+
+    status: str  # DONE, STOPPED or FAILED
+    seconds: float
+    metrics: dict[str, float]
+    error: str | None
 
 
 class Plan:
@@ -107,7 +118,7 @@ class Plan:
     def small_compute(self) -> Compute:
         """The `compute` section with the smallest size wherever the config sets none, since trials share the cluster."""
         compute = self.config.compute
-        sizes: dict[str, Any] = {}
+        sizes: dict[str, Workers | Actors] = {}
         for name, asked in compute:
             if isinstance(asked, Workers) and asked.cpus_per_worker is None:
                 sizes[name] = asked.model_copy(update={"cpus_per_worker": 1.0})
@@ -158,14 +169,14 @@ class Plan:
         folders = [name for name in self.folder.folders("trials") if self.folder.exists(f"trials/{name}/{BEGUN}")]
         return [Trial(**self.folder.read_json(f"trials/{name}/{BEGUN}")) for name in folders]
 
-    def result(self, trial: Trial) -> dict[str, Any]:
-        """Status, seconds, metrics and error of a trial; {} if it is still to do."""
+    def result(self, trial: Trial) -> Result:
+        """How a trial ended."""
         run = self._trial_folder(trial)
         return run.read_json(RESULT) if run.exists(RESULT) else {}
 
     def conclude(self, trial: Trial, status: str, seconds: float, metrics: dict[str, float], error: str | None = None) -> None:
         """Write the result of a trial."""
-        content = {"status": status, "seconds": round(seconds, 1), "metrics": metrics, "error": error}
+        content: Result = {"status": status, "seconds": round(seconds, 1), "metrics": metrics, "error": error}
         self._trial_folder(trial).write_json(RESULT, content)
 
     def check_objectives(self, metrics: dict[str, float]) -> None:
@@ -181,11 +192,11 @@ class Plan:
         run = self._trial_folder(trial)
         return [json.loads(line) for line in run.read_bytes(CURVE).splitlines()] if run.exists(CURVE) else []
 
-    def shown(self, trial: Trial) -> dict[str, Any]:
+    def shown(self, trial: Trial) -> Values:
         """What identifies a trial in tables: the name of its variant, or its values."""
         return {"variant": self.names[trial.name]} if self.variants else trial.values
 
-    def base(self) -> dict[str, Any]:
+    def base(self) -> Values:
         """Dotted path -> value of all settings that the trials have in common."""
         leaves = [stage.depends_on(self.config) for stage in self.stages]
         swept = tuple(f"{path}." for path in ("run.seed", *self.paths))
@@ -209,16 +220,16 @@ def _at(config: Config, path: str) -> Any:
 class TrialProgress(Quiet):
     """Records the curve of a trial's last stage, and passes each epoch's metrics to `report`."""
 
-    def __init__(self, run: RunDir, lines: list[dict[str, Any]], report: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, run: RunDir, lines: list[dict[str, Any]], report: Callable[[dict[str, float]], None]) -> None:
         self.run, self.lines, self.report = run, lines, report
 
-    def epoch(self, metrics: dict[str, Any]) -> None:
-        self.lines = [line for line in self.lines if line["epoch"] < metrics["epoch"]] + [metrics]
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self.lines = [line for line in self.lines if line["epoch"] < metrics["epoch"]] + [dict(metrics)]
         self.run.write_bytes(CURVE, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self.report({name: value for name, value in metrics.items() if isinstance(value, float)} | {"epoch": metrics["epoch"] + 1})
 
 
-def run_trial(plan: Plan, trial: Trial, report: Callable[[dict[str, Any]], None]) -> dict[str, float]:
+def run_trial(plan: Plan, trial: Trial, report: Callable[[dict[str, float]], None]) -> dict[str, float]:
     """Run the stages of a trial that it does not share; returns its metrics, which are also written to its folder.
 
     Args:

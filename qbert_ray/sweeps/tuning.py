@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import polars as pl
@@ -22,6 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from qbert_ray.config.loading import merge, nest
 from qbert_ray.config.schema import Workers
 from qbert_ray.config.search import Draw
+from qbert_ray.config.section import Tree, Values
 from qbert_ray.execution import ray_capacity as capacity
 from qbert_ray.execution.failures import root_cause
 from qbert_ray.execution.progress import Progress, Quiet
@@ -33,7 +34,16 @@ from qbert_ray.sweeps.tables import Table, ranks_of
 from qbert_ray.sweeps.trials import DONE, FAILED, STOPPED, Plan, Trial, run_trial
 
 SWEEP, TRIALS, CURVES, BEST = "sweep.json", "trials.parquet", "curves.parquet", "best.yaml"  # in the folder of a sweep
+Row = dict[str, Any]  # of the table of trials: trial_id, status, seed, ..., the swept fields and the metrics
 TRIAL_MEMORY = 256 * 2**20  # of a trial, which holds no CPU: its workers request CPUs themselves
+
+
+class Best(TypedDict):
+    """The best setting of a sweep."""
+
+    values: Values
+    mean: float  # of the metric, over seeds
+    seeds: int
 
 
 def prepare(plan: Plan, seed: int, stage: str, progress: Progress) -> Manifest | None:
@@ -41,7 +51,7 @@ def prepare(plan: Plan, seed: int, stage: str, progress: Progress) -> Manifest |
     return run_stage(BY_NAME[stage], plan.seed_config(seed), plan.seed_run(seed), RayExecutor(), progress)
 
 
-def check_room(plan: Plan) -> None:
+def check_capacity(plan: Plan) -> None:
     """Raise, before anything runs, if the cluster has no room for a trial.
 
     Raises:
@@ -73,7 +83,7 @@ def unfinished(plan: Plan) -> int:
     return max(0, (len(plan.trials) or plan.sweep.num_trials) - done)
 
 
-def search(plan: Plan, progress: Progress) -> dict[str, Any] | None:
+def search(plan: Plan, progress: Progress) -> Best | None:
     """Run the unfinished trials, as many at a time as fit; returns the result of `write_tables`."""
     left, total = unfinished(plan), len(plan.trials) or plan.sweep.num_trials
     most = concurrent(plan)
@@ -132,14 +142,14 @@ def _domain(draw: Draw) -> Any:
 
 
 def concurrent(plan: Plan) -> int:
-    """Number of trials that run at the same time, given that `check_room` found room for one."""
+    """Number of trials that run at the same time, given that `check_capacity` found room for one."""
     compute = plan.small_compute()
     own = [stage for stage in plan.stages if not all(stage.name in plan.to_prepare(seed) for seed in plan.seeds)]
     there, fit = capacity.nodes(), plan.sweep.max_concurrent or capacity.MOST_NODES
     for name in {name for stage in own for name in stage.compute}:
         asked = getattr(compute, name)
         if isinstance(asked, Workers):
-            fit = min(fit, capacity.room(there, capacity.worker_bundle(asked, there)) // asked.num_workers)
+            fit = min(fit, capacity.count_fitting(there, capacity.worker_bundle(asked, there)) // asked.num_workers)
     return max(1, fit)
 
 
@@ -155,22 +165,22 @@ def estimate(plan: Plan) -> list[float | None]:
 
 def _trainable(config: dict[str, Any], plan: Plan) -> None:
     trial, started = _trial(plan, config), time.monotonic()
-    known, told = len(plan.curve(trial)), 0
+    known, reported = len(plan.curve(trial)), 0
 
-    def tell(line: dict[str, Any]) -> None:  # Tune cannot compare an epoch that lacks an objective
-        nonlocal told
+    def report(line: dict[str, float]) -> None:  # Tune cannot compare an epoch that lacks an objective
+        nonlocal reported
         if all(name in line for name in plan.objectives):
-            told += 1
+            reported += 1
             tune.report(line)
 
     try:
-        metrics = run_trial(plan, trial, tell)
+        metrics = run_trial(plan, trial, report)
     except Exception as error:
         cause = root_cause(error)
         plan.conclude(trial, FAILED, time.monotonic() - started, {}, f"{type(cause).__name__}: {cause}")
         raise
     epochs = len(plan.curve(trial))
-    tune.report(metrics | {"whole": True, "epoch": epochs, "read": max(0, epochs - known - told)})
+    tune.report(metrics | {"whole": True, "epoch": epochs, "read": max(0, epochs - known - reported)})
 
 
 def _trial(plan: Plan, config: dict[str, Any]) -> Trial:
@@ -284,7 +294,7 @@ class _Watch(tune.Callback):
         return 1 if self.plan.objectives[self.plan.metric] == "max" else -1
 
 
-def write_tables(plan: Plan) -> dict[str, Any] | None:
+def write_tables(plan: Plan) -> Best | None:
     """Write sweep.json, trials.parquet, curves.parquet and best.yaml; returns the best setting, None if no trial was finished.
 
     best.yaml is an overlay: the setting with the best mean over seeds, among those that all seeds finished.
@@ -301,7 +311,7 @@ def write_tables(plan: Plan) -> dict[str, Any] | None:
         plan.folder.write_bytes(name, sink.getvalue().to_pybytes())
     best = _best_setting(plan, [row for row in rows if row["status"] == DONE])
     if best:
-        overlay: dict[str, Any] = {}
+        overlay: Tree = {}
         for path, value in best["values"].items():
             overlay = merge(overlay, nest(path, value))
         head = f"# {plan.metric} {best['mean']:.4f} over {best['seeds']} seed(s), the best of {len(rows)} trials\n"
@@ -309,7 +319,7 @@ def write_tables(plan: Plan) -> dict[str, Any] | None:
     return best
 
 
-def trial_rows(plan: Plan) -> list[dict[str, Any]]:
+def trial_rows(plan: Plan) -> list[Row]:
     """A mapping for each trial that ended: its settings, status and metrics."""
     trials = plan.begun()
     results = [plan.result(trial) for trial in trials]
@@ -336,7 +346,7 @@ def ranks(plan: Plan, table: Table) -> pl.DataFrame:
     return pl.concat(found)
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def _table(rows: list[Row]) -> pa.Table:
     """The rows as an Arrow table; a column whose values have no common type, such as lists and numbers, is JSON."""
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
@@ -348,8 +358,8 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table(columns)
 
 
-def _best_setting(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    by_setting: dict[str, list[dict[str, Any]]] = {}
+def _best_setting(plan: Plan, rows: list[Row]) -> Best | None:
+    by_setting: dict[str, list[Row]] = {}
     for row in rows:
         by_setting.setdefault(json.dumps([row[name] for name in parameters(plan)]), []).append(row)
     complete = [each for each in by_setting.values() if len(each) == len(plan.seeds)]
@@ -367,7 +377,7 @@ def parameters(plan: Plan) -> list[str]:
     return ["variant"] if plan.variants else list(plan.sweep.space)
 
 
-def _description(plan: Plan) -> dict[str, Any]:
+def _description(plan: Plan) -> dict[str, object]:
     return {
         "name": plan.sweep.name,
         "stage": plan.sweep.stage,

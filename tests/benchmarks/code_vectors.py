@@ -1,4 +1,4 @@
-"""Vectors of items of which only somebody's published semantic IDs are known: each code a dimension, later levels smaller.
+"""Vectors of items of which only published semantic IDs are known: each code a dimension, later levels smaller.
 
     python -m tests.benchmarks.code_vectors published_text_semantic_ids.parquet text.parquet
 

@@ -1,9 +1,9 @@
-"""Feature extraction on Ray against the bare encoder loop, texts and pictures, on one core and on two.
+"""Feature extraction on Ray against the bare encoder loop, texts and images, on one core and on two.
 
-    python -m tests.benchmarks.encoding            # 320 pictures, 640 items with two texts
+    python -m tests.benchmarks.encoding            # 320 images, 640 items with two texts
     python -m tests.benchmarks.encoding --full     # four times as many
 
-Pictures are the posters of `movielens` under QBERT_REAL_DATA, else made-up JPEGs of their size. The bare loop reads a part,
+Images are the posters of `movielens` under QBERT_REAL_DATA, else made-up JPEGs of their size. The bare loop reads a part,
 decodes, encodes batch by batch and writes nothing; it runs in one process pinned to one core. One actor of Ray is pinned to
 that core too, reading threads included; two actors have both cores. Ray is timed from the moment each actor has done a part, so
 without its start and the loading of encoders. Two bare loops at once say what a second core is worth on the machine; with --full
@@ -56,7 +56,7 @@ class Pinned:
         return counts
 
 
-def pictures(count: int) -> tuple[str, list[bytes]]:
+def images(count: int) -> tuple[str, list[bytes]]:
     folder = Path(os.environ.get("QBERT_REAL_DATA") or "") / "movielens" / "images"
     posters = sorted(folder.glob("*.jpg"))[:count] if os.environ.get("QBERT_REAL_DATA") else []
     if posters:
@@ -69,7 +69,7 @@ def pictures(count: int) -> tuple[str, list[bytes]]:
         file = io.BytesIO()
         coarse.resize((224, 330), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         contents.append(file.getvalue())
-    return "made-up pictures", contents
+    return "made-up images", contents
 
 
 def texts(count: int) -> list[list[str]]:
@@ -81,9 +81,9 @@ def texts(count: int) -> list[list[str]]:
 
 
 def write_items(run: RunDir, scale: int) -> tuple[str, dict[str, list[str]]]:
-    """Parts of ingest/items, some with pictures and some with texts."""
+    """Parts of ingest/items, some with images and some with texts."""
     names: dict[str, list[str]] = {}
-    what, contents = pictures(scale * SIZES["image"][0] * SIZES["image"][1])
+    what, contents = images(scale * SIZES["image"][0] * SIZES["image"][1])
     schema = pa.schema([*ITEMS, *((name, pa.string()) for name in FIELDS)])
     for kind, (size, count) in SIZES.items():
         rows = scale * size * count

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.growth            # 500 items, 1,000 users and twice as many of each
     python -m tests.benchmarks.growth --full     # 4,000 items, 8,000 users
 
-Generated shops, the demo's config without pictures. The stages run in one process without Ray (`without_ray`), each shop in a
+Generated shops, the demo's config without images. The stages run in one process without Ray (`without_ray`), each shop in a
 process of its own with one thread, so there is next to nothing in a time that does not grow: what is told is seconds of CPU. And whether memory stays
 where the catalog streams through: peak of the process that assigns codes after some parts and after all.
 """

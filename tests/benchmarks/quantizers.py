@@ -3,7 +3,7 @@
     python -m tests.benchmarks.quantizers runs/movielens runs/scientific runs/games
 
 Each row is trained in this process by `training.Loop`, means over seeds are printed. usage: share of codewords in use at the
-worst level. collide: 1 - distinct IDs / items before reallocation, beside what identical inputs force. recall@10: share of
+worst level. collide: 1 - distinct IDs / items before reallocation, compared with what identical inputs force. recall@10: share of
 the 10 nearest items by fused embedding that are among the 10 nearest by semantic ID, of up to 2,000 items; the distance of two
 IDs is that of the sums of their codewords (latent), or of what the decoder makes of these sums (decoded). error: of the
 decoded embeddings, as a share of their variance. seconds: of one core.
@@ -74,7 +74,7 @@ class Options(RQVAE):
             self.sums = [book.clone() * share for book in books]
             self.last = books.clone()
         for level, book in enumerate(books):
-            moved = (book != self.last[level]).any(1)  # re-seeded between epochs: their means start anew
+            moved = (book != self.last[level]).any(1)  # re-seeded between epochs: their means start over
             self.sums[level][moved], self.counts[level][moved] = book[moved], 1.0
             chosen = F.one_hot(quantized.codes[:, level], size).to(book)
             self.counts[level].mul_(decay).add_(chosen.sum(0), alpha=1 - decay)

@@ -42,7 +42,7 @@ PAPER = {"width": 256, "num_layers": 4, "num_heads": 4, "ffn_width": 512}
 RECIPE = {"width": 128, "num_layers": 2, "num_heads": 4, "ffn_width": 256, "logits": "cosine", "recall": True, "content_width": 128}
 BLEND_WEIGHTS = (0.37, 1.31, 0.45, -0.33, 0.0, 0.0, -6.8)  # of SCORE_FEATURES, as a finished run on instruments had it
 LEVELS, CODES = 4, 256
-TOLD = "the paper, on an RTX 4090 (told, not measured): 2.66 ms"
+TOLD = "the paper, on an RTX 4090 (published, not measured): 2.66 ms"
 
 
 def histories_of_instruments(rng: np.random.Generator) -> tuple[list[np.ndarray], str]:

@@ -1,4 +1,4 @@
-"""The one table of `make bench`: what a benchmark measured, beside what, and whether that is what it should be."""
+"""The one table of `make bench`: what a benchmark measured, compared with what, and whether that is what it should be."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_a_signal_ends_a_run_with_a_word_and_its_status(capsys, tmp_path, monkey
     monkeypatch.setattr("qbert_ray.pipeline.preflight", wait)
     status, text = call(capsys, "run", "-c", "configs/demo.yaml", f"run.dir={tmp_path / 'run'}", f"data.root={tmp_path}")
     signal.signal(signal.SIGINT, interrupt)
-    assert status == expected and text.endswith("stopped; the same command goes on from here\n")
+    assert status == expected and text.endswith("stopped; run the same command again to resume\n")
     assert signal.getsignal(signal.SIGTERM) is before
 
 

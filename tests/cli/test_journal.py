@@ -1,4 +1,4 @@
-"""What a run prints: a JSON object per line where nobody reads along, bars and tables where somebody does."""
+"""What a run prints: a JSON object per line in a log, bars and tables on a terminal."""
 
 import io
 import json
@@ -12,8 +12,8 @@ from qbert_ray.storage.directory import Manifest
 METRICS = {"users": 3, "protocols": {"all": {"model": {"hr@10": {"value": 0.5, "low": 0.25, "high": 0.75}}}}}
 
 
-def tell(journal):
-    """A run as the command line tells of it."""
+def report(journal):
+    """A run, as the command line reports it."""
     manifest = Manifest("finetune", {}, {}, "1", counts={"metrics": {"büro": {"epoch": 1, "hr@10": 0.5}}})
     journal.begin("run directory runs/shop")
     journal.done("ingest", manifest, None)
@@ -32,7 +32,7 @@ def tell(journal):
 
 
 def test_each_event_is_a_line_of_json_that_says_where_it_belongs(capsys):
-    tell(JsonLines("runs/shop", ["büro"]))
+    report(JsonLines("runs/shop", ["büro"]))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert all(line["run"] == "runs/shop" and line["timestamp"].endswith("Z") for line in lines)
     by_event = {line["event"]: line for line in lines}
@@ -66,7 +66,7 @@ def test_a_stage_that_fails_says_so_in_the_log(capsys):
 
 def test_a_person_reads_lines_and_tables():
     console = Console(file=io.StringIO(), width=100)
-    tell(Terminal(console))
+    report(Terminal(console))
     said = console.file.getvalue()
     assert (
         "✓ finetune" in said

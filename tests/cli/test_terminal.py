@@ -1,4 +1,4 @@
-"""Titles, IDs and errors of somebody else's data never reach a terminal as characters that it obeys."""
+"""Titles, IDs and errors of untrusted data never reach a terminal as characters that it obeys."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def console(monkeypatch):
 
 def test_ids_show_prints_titles_as_text(console, monkeypatch):
     other = {"semantic_id": EVIL, "title": EVIL, "item_id": EVIL}
-    moved = {"from": EVIL, "kept_by": {"title": EVIL, "item_id": EVIL}, "full": EVIL}
+    moved = {"nearest": EVIL, "kept_by": {"title": EVIL, "item_id": EVIL}, "full": EVIL}
     level = {"prefix": EVIL, "items": 3, "nearest": [other], "further": 3}
     found = {"title": EVIL, "item_id": EVIL, "domain": EVIL, "semantic_id": EVIL, "moved": moved, "siblings": [level]}
     monkeypatch.setattr(lookup, "show", lambda *_: found)

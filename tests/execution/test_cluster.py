@@ -89,7 +89,7 @@ def test_a_job_that_cannot_succeed_ends_with_the_reason(nodes, tmp_path, given, 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_training_survives_the_process_that_leads_it(nodes, shop, tmp_path):
-    """Ray Train restarts workers by itself, but nobody restarts its controller."""
+    """Ray Train restarts workers by itself, but nothing restarts its controller."""
     environment, run, epochs = nodes.environment | {"RAY_ADDRESS": nodes.address}, RunDir(str(tmp_path / "run")), 60
     more = ("features.modalities=[structure]", "compute.checkpoint_seconds=0", f"fusion.epochs={epochs}")
     arguments = overrides(shop, run.uri, *more)
@@ -173,7 +173,7 @@ def test_stopped_and_killed_in_every_way_the_vectors_are_those_of_one_process(no
     process = start("features", arguments, environment)
     wait_for(process, lambda: parts() > 0)
     process.send_signal(signal.SIGTERM)
-    assert finish(process, 143).endswith("stopped; the same command goes on from here\n")
+    assert finish(process, 143).endswith("stopped; run the same command again to resume\n")
 
     done = parts()
     process = start("features", arguments, environment)
@@ -230,7 +230,7 @@ def test_a_run_submitted_as_a_job_and_one_that_was_stopped_give_the_same(shop, t
             process = start("run", arguments, environment)
             wait_for(process, lambda folder=folder: any((tmp_path / "stopped" / folder / "checkpoints").glob("*/*.json")))
             process.send_signal(signal.SIGTERM)
-            assert "stopped; the same command goes on from here" in finish(process, 143)
+            assert "stopped; run the same command again to resume" in finish(process, 143)
         finish(start("run", arguments, environment))
     finally:
         nodes.stop()

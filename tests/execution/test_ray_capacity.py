@@ -1,4 +1,4 @@
-"""What a cluster has room for, from the resources of its nodes alone."""
+"""What fits on a cluster, from the resources of its nodes alone."""
 
 import pytest
 
@@ -27,10 +27,10 @@ def refused(monkeypatch, there, *overrides):
 
 
 def test_bundles_are_not_torn_between_nodes():
-    assert capacity.room(SMALL_PAIR, {"CPU": 1}) == 2
-    assert capacity.room(SMALL_PAIR, {"CPU": 2}) == 0
-    assert capacity.room(MIXED, {"CPU": 4, "GPU": 0.5}) == 4
-    assert capacity.room([{"CPU": 1.0}], {"CPU": 0.1, "GPU": 0}) == 10
+    assert capacity.count_fitting(SMALL_PAIR, {"CPU": 1}) == 2
+    assert capacity.count_fitting(SMALL_PAIR, {"CPU": 2}) == 0
+    assert capacity.count_fitting(MIXED, {"CPU": 4, "GPU": 0.5}) == 4
+    assert capacity.count_fitting([{"CPU": 1.0}], {"CPU": 0.1, "GPU": 0}) == 10
 
 
 def test_workers_share_what_there_is():
@@ -41,7 +41,7 @@ def test_workers_share_what_there_is():
     assert bundle([{"CPU": 64.0}]) == (16, 0)
 
 
-def test_workers_with_gpus_take_the_cpus_beside_them():
+def test_workers_with_gpus_take_the_cpus_of_their_node():
     assert bundle(MIXED, num_workers=2) == (8, 1)
     assert bundle(MIXED, num_workers=3) == (10, 0)  # no GPU for the third, so none for any; all on the largest node
     assert bundle(MIXED, num_workers=1, use_gpu=False) == (16, 0)
@@ -52,7 +52,7 @@ def test_workers_with_gpus_take_the_cpus_beside_them():
 def test_the_defaults_fit_everywhere(monkeypatch, there):
     monkeypatch.setattr(capacity, "nodes", lambda: there)
     capacity.check(load_config(), KEYS)
-    fits = capacity.room(there, capacity.actor_bundle(Actors(), there))
+    fits = capacity.count_fitting(there, capacity.actor_bundle(Actors(), there))
     assert 1 <= fits < 100
     everything, one, few = (capacity.pool(Actors(max_size=size), tasks) for size, tasks in ((None, 100), (1, 100), (50, 1)))
     assert (everything["min_size"], everything["max_size"]) == (fits, 100)  # the rest when nodes are added
@@ -95,7 +95,7 @@ def test_a_cluster_that_grows_is_not_refused(monkeypatch, ray_session):
     ]
     monkeypatch.setattr(capacity.state, "get_cluster_config", lambda: ClusterConfig(node_group_configs=groups))
     there = capacity.nodes()
-    assert capacity.room(there, {"GPU": 1}) == 3 and capacity.room(there, {"CPU": 16}) == 2
+    assert capacity.count_fitting(there, {"GPU": 1}) == 3 and capacity.count_fitting(there, {"CPU": 16}) == 2
     capacity.check(load_config([], ["compute.features={min_size: 3, num_gpus: 1, num_cpus: 8}"]), KEYS)
     with pytest.raises(capacity.CapacityError, match="room for 3"):
         capacity.check(load_config([], ["compute.features={min_size: 4, num_gpus: 1, num_cpus: 8}"]), KEYS)

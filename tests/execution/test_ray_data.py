@@ -25,7 +25,7 @@ class Loaded:
 
 
 @pytest.mark.parametrize("few", [0, 16], ids=["actors", "tasks"])
-def test_each_pass_loads_anew_and_every_part_is_done_once(few, tmp_path, monkeypatch, ray_session):
+def test_each_pass_loads_its_worker_and_every_part_is_done_once(few, tmp_path, monkeypatch, ray_session):
     monkeypatch.setattr(sharding, "FEW", few)
     run = RunDir(str(tmp_path))
     for table, model in (("made/a", "old"), ("made/b", "new")):

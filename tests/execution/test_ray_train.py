@@ -142,16 +142,16 @@ class Failing:
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_what_a_training_survives(alone, monkeypatch):
-    monkeypatch.setattr(trainers, "alone", lambda: alone)
+    monkeypatch.setattr(trainers, "started_locally", lambda: alone)
     lost = ControllerError(ActorUnavailableError("link cut", None))
-    trainers.survive(Failing(lost, lost), 2)
+    trainers.fit_with_retries(Failing(lost, lost), 2)
     with pytest.raises(ControllerError):
-        trainers.survive(Failing(lost, lost), 1)
+        trainers.fit_with_retries(Failing(lost, lost), 1)
     with pytest.raises(ControllerError):
-        trainers.survive(Failing(ControllerError(OSError("disk full"))), 3)
+        trainers.fit_with_retries(Failing(ControllerError(OSError("disk full"))), 3)
     died = Failing(ActorDiedError())
     if alone:
         with pytest.raises(ActorDiedError):
-            trainers.survive(died, 3)
+            trainers.fit_with_retries(died, 3)
     else:
-        trainers.survive(died, 3)
+        trainers.fit_with_retries(died, 3)

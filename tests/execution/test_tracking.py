@@ -28,7 +28,7 @@ def shown(monkeypatch):
 
 
 class Told(Quiet):
-    """What a training says beside its figures."""
+    """Notes of a training."""
 
     def __init__(self):
         self.notes = []

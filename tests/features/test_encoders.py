@@ -63,7 +63,7 @@ def _save_clip(folder, config):
     return f"local-dir:{folder}"
 
 
-def pictures(count, size=(40, 32), seed=0):
+def photos(count, size=(40, 32), seed=0):
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for _ in range(count)]
 
@@ -141,7 +141,7 @@ def test_patch_grid_sees_where_things_are(efficientnet):
 
 
 def test_cells_of_one_are_the_pooled_output(efficientnet):
-    pixels = torch.stack([efficientnet.preprocess(image) for image in pictures(2)])
+    pixels = torch.stack([efficientnet.preprocess(image) for image in photos(2)])
     with torch.inference_mode():
         pooled = efficientnet.visual(pixels.to(memory_format=torch.channels_last)).numpy()
     whole = ImageEncoder(image_size=96, grid=1)
@@ -149,7 +149,7 @@ def test_cells_of_one_are_the_pooled_output(efficientnet):
 
 
 def test_image_batch_mates_never_matter(efficientnet):
-    images = pictures(3)
+    images = photos(3)
     together = efficientnet(images)
     assert efficientnet(images[2:])[0] == pytest.approx(together[2], abs=1e-5)
     assert efficientnet([]).shape == (0, 4, 1280)
@@ -157,7 +157,7 @@ def test_image_batch_mates_never_matter(efficientnet):
 
 def test_clip_patches_are_projected_like_the_pooled_output(vit):
     encoder = ImageEncoder(vit, grid=4)
-    pixels = torch.stack([encoder.preprocess(image) for image in pictures(2)])
+    pixels = torch.stack([encoder.preprocess(image) for image in photos(2)])
     visual = encoder.visual
     with torch.inference_mode():
         tokens = visual.ln_post(visual.transformer(visual._embeds(pixels)))[:, 1:] @ visual.proj
@@ -167,14 +167,14 @@ def test_clip_patches_are_projected_like_the_pooled_output(vit):
 
 
 def test_clip_takes_another_image_size(vit):
-    assert ImageEncoder(vit, image_size=48, grid=3)(pictures(1)).shape == (1, 9, 24)
+    assert ImageEncoder(vit, image_size=48, grid=3)(photos(1)).shape == (1, 9, 24)
 
 
 def test_timm_vit_is_headed_like_its_pooled_output(tmp_path):
     vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "timm_proj": "linear", "image_size": 224}
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
     encoder = ImageEncoder(_save_clip(tmp_path, {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}), grid=1)
-    pixels = torch.stack([encoder.preprocess(image) for image in pictures(2)])
+    pixels = torch.stack([encoder.preprocess(image) for image in photos(2)])
     with torch.inference_mode():
         assert encoder(pixels)[:, 0] == pytest.approx(encoder.visual(pixels).numpy(), abs=1e-4)
 
@@ -190,12 +190,12 @@ def test_strips_are_cropped_before_they_are_resized(efficientnet):
     assert efficientnet.preprocess(Image.new("RGB", (1, 2_000_000), "red")).shape == (3, 96, 96)
 
 
-# pictures
+# images
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 def test_modes_become_rgb(mode):
-    image = decode_image(encoded(pictures(1)[0].convert("L").convert(mode)), 10**6, 10**6)
+    image = decode_image(encoded(photos(1)[0].convert("L").convert(mode)), 10**6, 10**6)
     assert image.mode == "RGB" and image.size == (32, 40)
 
 
@@ -219,8 +219,8 @@ def test_first_frame_of_an_animation():
     assert image.getpixel((0, 0)) == (255, 0, 0)
 
 
-JPEG = encoded(pictures(1, (64, 64))[0], "JPEG")
-PNG = encoded(pictures(1)[0])
+JPEG = encoded(photos(1, (64, 64))[0], "JPEG")
+PNG = encoded(photos(1)[0])
 PIXELS = PNG.index(b"IDAT") + 4
 REJECTED = {
     "empty file": b"",
@@ -233,7 +233,7 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("reason", REJECTED)
-def test_bad_pictures_are_rejected_with_a_reason(reason):
+def test_bad_images_are_rejected_with_a_reason(reason):
     with pytest.raises(ImageRejected) as error:
         decode_image(REJECTED[reason], max_bytes=100_000, max_pixels=1_000_000)
     assert str(error.value) == reason
@@ -241,7 +241,7 @@ def test_bad_pictures_are_rejected_with_a_reason(reason):
 
 def test_postscript_is_never_opened():
     with pytest.raises(ImageRejected, match="not an image"):
-        decode_image(encoded(pictures(1)[0], "EPS"), 10**6, 10**6)
+        decode_image(encoded(photos(1)[0], "EPS"), 10**6, 10**6)
 
 
 # without a hub
@@ -286,14 +286,14 @@ def test_random_weights_are_never_taken_for_an_encoder():
 
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
-def test_a_picture_with_long_notes_is_decoded(kind, place):
+def test_an_image_with_long_notes_is_decoded(kind, place):
     """Three megabytes of text or colour profile, compressed, which Pillow refuses: Photoshop and image generators write them."""
     stream = io.BytesIO()
     Image.new("RGB", (9, 5), "red").save(stream, "PNG")
     long = zlib.compress(b"x" * 3_000_000)
     content = {b"zTXt": b"note\0\0", b"iTXt": b"note\0\1\0\0\0", b"iCCP": b"profile\0\0"}[kind] + long
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    picture = stream.getvalue()
-    cut = 33 if place == "before" else len(picture) - 12  # after the header, or before the end
-    image = decode_image(picture[:cut] + chunk + picture[cut:], 20_000_000, 50_000_000)
+    content = stream.getvalue()
+    cut = 33 if place == "before" else len(content) - 12  # after the header, or before the end
+    image = decode_image(content[:cut] + chunk + content[cut:], 20_000_000, 50_000_000)
     assert image.size == (9, 5) and image.getpixel((0, 0)) == (255, 0, 0)

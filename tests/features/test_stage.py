@@ -56,7 +56,7 @@ def vectors_of(run, modality, domain=None):
     return to_numpy(table["vectors"]), to_numpy(table["present"])
 
 
-def picture(colour):
+def image(colour):
     file = io.BytesIO()
     Image.new("RGB", (20, 30), colour).save(file, "PNG")
     return file.getvalue()
@@ -112,10 +112,10 @@ def test_an_encoder_that_is_not_there_is_one_clear_error(run):
 
 
 def test_images_are_encoded_missing_or_rejected_and_the_counts_agree(run, tmp_path):
-    (tmp_path / "red.png").write_bytes(picture("red"))
+    (tmp_path / "red.png").write_bytes(image("red"))
     (tmp_path / "page.png").write_text("<html>")
     paths = [str(tmp_path / name) for name in ("red.png", "page.png", "none.png")]
-    write_items(run, "shop", image_path=[*paths, None, None, None], image_bytes=[None, None, None, picture("red"), b"", None])
+    write_items(run, "shop", image_path=[*paths, None, None, None], image_bytes=[None, None, None, image("red"), b"", None])
     config = configure("features.modalities=[image]", f"data.root={tmp_path}", domains="{shop: {image_column: image}}")
     counts = extract_features(config, run, RayExecutor(), Quiet())["image"]
     vectors, present = vectors_of(run, "image")
@@ -128,10 +128,8 @@ def test_images_are_encoded_missing_or_rejected_and_the_counts_agree(run, tmp_pa
     assert {row["table"] for row in rejected} == {"images"}
 
 
-def test_pictures_come_back_in_order_whatever_the_batch(run):
-    write_items(
-        run, "shop", rows_per_part=6, image_bytes=[picture(colour) for colour in ("red", "green", "blue", "white", "black", "gray")]
-    )
+def test_images_come_back_in_order_whatever_the_batch(run):
+    write_items(run, "shop", rows_per_part=6, image_bytes=[image(colour) for colour in ("red", "green", "blue", "white", "black", "gray")])
     results = []
     for batch_size in (2, 4):
         settings = configure(f"features.image.batch_size={batch_size}").features.image

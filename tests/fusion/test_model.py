@@ -147,7 +147,7 @@ def test_geometry_averages_over_the_modalities_that_both_items_have():
     text = features["text"].mean(1)
     alone = geometry_loss(fused._replace(embedding=text), {"text": features["text"]}, {"text": present["text"]})
     both = geometry_loss(fused._replace(embedding=text), features, present)
-    # Two items have pictures, which centred are opposite: their one pair should have the mean of the text cosine and -1.
+    # Two items have images, which centred are opposite: their one pair should have the mean of the text cosine and -1.
     cosine = torch.nn.functional.normalize(text - text.mean(0), dim=-1)
     change = ((cosine[0] @ cosine[1] + 1) / 2) ** 2 * 2 / (24 * 23)
     assert both == pytest.approx(float(alone + change), rel=1e-3)

@@ -38,7 +38,7 @@ from qbert_ray.inputs.rows import normalise_interactions, normalise_items
 from qbert_ray.inputs.sources import SourceError, open_source
 from qbert_ray.ranking.reranker import Reranker
 from qbert_ray.semantic_ids.collisions import CapacityError
-from qbert_ray.semantic_ids.stage import _adopt_ids
+from qbert_ray.semantic_ids.stage import _use_given_ids
 from qbert_ray.storage.columns import ITEMS
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.storage.models import rebuild
@@ -322,7 +322,7 @@ def config_file(content: bytes) -> bool:
 yaml_bytes = st.binary(max_size=80) | st.text("&*a0:[]{}-,<>|'\"#!%\n \t?", max_size=80).map(str.encode)
 
 
-# a run directory of somebody else
+# a run directory from another user
 
 
 @cache
@@ -385,7 +385,7 @@ def small_sequencer() -> Any:
 
 
 def description(fields: dict[str, Any]) -> bool:
-    """A description that somebody else wrote builds the model of its weights, or none, and allocates nothing else."""
+    """A description from another user builds the model of its weights, or none, and allocates nothing else."""
     from qbert_ray.sequence.model import Sequencer
 
     run = RunDir(str(SCRATCH / "described"))
@@ -439,7 +439,7 @@ def given_ids(drawn: list[list[int]]) -> bool:
     pq.write_table(pa.table({"item_id": ids, "codes": pa.array(drawn, pa.list_(pa.int64()))}), SCRATCH / "ids.parquet")
     config = load_config([], [f"data.semantic_ids={SCRATCH / 'ids.parquet'}", "data.domains={shop: {}}"])
     try:
-        _adopt_ids(config, run, Quiet())
+        _use_given_ids(config, run, Quiet())
     except (ArtifactError, CapacityError):
         return False
     found = run.read("semantic_ids", "shop")["semantic_id"].to_pylist()

@@ -1,4 +1,4 @@
-"""The generated shop: the same files from the same seed, and what it promises about texts, pictures and purchases."""
+"""The generated shop: the same files from the same seed, and what it promises about texts, images and purchases."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_items_have_texts_that_fit_their_attributes(catalog):
         text = f"{item['title']}. {item['description'] or ''}"
         assert not re.search(r"[{}|]|  |\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", text), text
     assert 0.02 < sum(item["description"] is None for item in items) / len(items) < 0.06
-    assert 0.4 < sum(item["colour"] in item["title"] for item in items) / len(items) < 0.6  # the others show it in the picture only
+    assert 0.4 < sum(item["colour"] in item["title"] for item in items) / len(items) < 0.6  # the others show it in the image only
     assert len({item["description"] for item in items}) > 0.7 * len(items)
 
 
@@ -111,24 +111,24 @@ def test_timestamps_are_sorted_integers_with_some_ties(shop):
     assert 0 < interactions.duplicated(["user_id", "timestamp"]).sum() < 0.1 * len(interactions)
 
 
-def test_broken_pictures_do_not_decode_and_missing_ones_are_null(shop):
+def test_broken_images_do_not_decode_and_missing_ones_are_null(shop):
     folder, counts = shop
     broken = 0
     for path in filter(None, pq.read_table(folder / "items.parquet")["image"].to_pylist()):
         try:
-            with Image.open(folder / path) as picture:
-                picture.load()
-                assert picture.size == (demo.SIZE, demo.SIZE)
+            with Image.open(folder / path) as image:
+                image.load()
+                assert image.size == (demo.SIZE, demo.SIZE)
         except (UnidentifiedImageError, OSError):
             broken += 1
     assert broken == counts["broken_images"] >= 3
 
 
-def test_pictures_look_alike_where_items_are_alike():
+def test_images_look_alike_where_items_are_alike():
     rng = np.random.default_rng(0)
 
     def distance(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-        pixels = [[np.asarray(demo.draw_picture(np.array(item), rng).reduce(8), float) for _ in range(4)] for item in (one, other)]
+        pixels = [[np.asarray(demo.draw_image(np.array(item), rng).reduce(8), float) for _ in range(4)] for item in (one, other)]
         return float(np.mean([np.abs(a - b).mean() for a, b in zip(*pixels, strict=True)]))
 
     for category in range(len(demo.CATEGORIES)):
@@ -141,7 +141,7 @@ def test_pictures_look_alike_where_items_are_alike():
 
 def test_an_unfinished_folder_has_no_interactions(tmp_path, monkeypatch):
     demo.generate(tmp_path, num_items=24, num_users=3)
-    monkeypatch.setattr(demo, "draw_picture", lambda *_: 1 / 0)
+    monkeypatch.setattr(demo, "draw_image", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         demo.generate(tmp_path, num_items=24, num_users=3)
     assert not (tmp_path / "interactions.parquet").exists()

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from qbert_ray.inputs import fingerprints
-from qbert_ray.inputs.fingerprints import _places, fingerprint
+from qbert_ray.inputs.fingerprints import _block_offsets, fingerprint
 
 GLOBS = ["shop", "shop/*.csv", "shop/part-?.csv", "shop/part-[0-9].csv", "sh*/part-0.csv", "s[h]op"]
 
@@ -55,11 +55,15 @@ def test_of_large_files_blocks_are_read_from_the_first_byte_to_the_last(data, mo
         os.utime(file, ns=(number, number))
         seen += fingerprint(str(data), "large.csv") != before
         content[place] ^= 1
-    assert seen >= 4 and len(_places(100_000)) == 64, "the first and last blocks, whatever is between"
+    assert seen >= 4 and len(_block_offsets(100_000)) == 64, "the first and last blocks, whatever is between"
 
 
 def test_places_cover_small_files_and_end_at_the_end_of_large_ones():
-    assert _places(0) == [] and _places(1) == [0] and len(_places(fingerprints.WHOLE)) * fingerprints.BLOCK == fingerprints.WHOLE
+    assert (
+        _block_offsets(0) == []
+        and _block_offsets(1) == [0]
+        and len(_block_offsets(fingerprints.WHOLE)) * fingerprints.BLOCK == fingerprints.WHOLE
+    )
     size = 10 * fingerprints.WHOLE + 3
-    places = _places(size)
+    places = _block_offsets(size)
     assert places[0] == 0 and places[-1] + fingerprints.BLOCK == size and len(places) * fingerprints.BLOCK == fingerprints.WHOLE

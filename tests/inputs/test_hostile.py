@@ -1,4 +1,4 @@
-"""A catalog is somebody else's: what it holds is refused or kept as plain text, never followed, opened or run."""
+"""A catalog is untrusted: what it holds is refused or kept as plain text, never followed, opened or run."""
 
 import json
 import struct
@@ -29,13 +29,13 @@ def items(folder: Path, name: str) -> pl.DataFrame:
         *("http://169.254.169.254/latest/meta-data/iam", "http://127.0.0.1:8265/api/jobs", "http://[::1]/", "http://localhost:8265"),
     ],
 )
-def test_pictures_outside_the_catalog_are_refused_and_reported(tmp_path, image):
+def test_images_outside_the_catalog_are_refused_and_reported(tmp_path, image):
     (tmp_path / "items.jsonl").write_text(json.dumps({"item_id": "a", "title": "x", "image": image}))
     row = items(tmp_path, "items.jsonl").row(0, named=True)
     assert row["image_path"] is None and row[UNSAFE] == image and row[REASON] is None
 
 
-def test_a_small_file_of_a_huge_picture_is_not_decoded():
+def test_a_small_file_of_a_huge_image_is_not_decoded():
     """30,000 x 30,000 pixels, 900 MB, in a PNG of a few kilobytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:

@@ -51,7 +51,7 @@ def test_everything_else_is_refused(path):
     assert safe(path) is None
 
 
-def test_paths_beside_a_remote_catalog_keep_its_query_and_never_become_local():
+def test_paths_next_to_a_remote_catalog_keep_its_query_and_never_become_local():
     assert safe("a.jpg", "s3://bucket/shop", "?region=x") == "s3://bucket/shop/a.jpg?region=x"
     assert safe("x/../a.jpg", "s3://bucket/shop", "?region=x") == "s3://bucket/shop/a.jpg?region=x"
     assert safe("../a.jpg", "s3://bucket/shop") is safe("/data/a.jpg", "s3://bucket/shop") is safe(None) is None
@@ -72,7 +72,7 @@ def test_paths_beside_a_remote_catalog_keep_its_query_and_never_become_local():
         ([" "], None, None),
     ],
 )
-def test_pictures_come_from_any_column_type(values, path, content):
+def test_images_come_from_any_column_type(values, path, content):
     schema = {"x": pl.Struct({"bytes": pl.Binary, "path": pl.String})} if isinstance(values[0], dict) and "bytes" in values[0] else None
     frame = pl.DataFrame({"x": values}, schema=schema)
     kind = frame.schema["x"]

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine: what breaks off goes on, what is wrong is refused, what is there is left alone."""
+"""Downloads from a server on this machine: an interrupted one resumes, a wrong one is refused, a finished one stays."""
 
 import gzip
 import hashlib
@@ -111,7 +111,7 @@ def test_a_later_call_goes_on_from_what_an_earlier_one_left(server, tmp_path, mo
 
 
 @pytest.mark.parametrize("changed", ["replaced", "no ranges"])
-def test_it_starts_over_where_it_cannot_go_on(server, tmp_path, changed):
+def test_it_starts_over_where_it_cannot_resume(server, tmp_path, changed):
     (tmp_path / ".file.part").write_bytes(CONTENT[:5000])
     (tmp_path / ".file.tag").write_text('"0"' if changed == "replaced" else '"1"')
     server.ranges = changed == "replaced"

@@ -152,10 +152,10 @@ def test_whole_numbers_are_the_same_id_in_any_type(tmp_path):
     assert (rows["user_id"].to_list(), rows["item_id"].to_list(), rows["timestamp"].to_list()) == (["1", None], ["007", "1.50"], [1, 2])
 
 
-def test_an_item_stays_without_its_unsafe_picture(tmp_path):
+def test_an_item_stays_without_its_unsafe_image(tmp_path):
     struct = pl.Struct({"bytes": pl.Binary, "path": pl.String})
-    pictures = [{"bytes": b"JPEG", "path": "../x.jpg"}, {"bytes": None, "path": "../x.jpg"}, {"bytes": None, "path": "x.jpg"}, None]
-    frame = pl.DataFrame({"item_id": ["a", "b", "c", None], "image": pl.Series(pictures, dtype=struct)})
+    images = [{"bytes": b"JPEG", "path": "../x.jpg"}, {"bytes": None, "path": "../x.jpg"}, {"bytes": None, "path": "x.jpg"}, None]
+    frame = pl.DataFrame({"item_id": ["a", "b", "c", None], "image": pl.Series(images, dtype=struct)})
     frame.write_parquet(tmp_path / "items.parquet")
     domain = Domain(text_fields=[], image_column="image")
     source = open_source(str(tmp_path), "shop", "items", domain)

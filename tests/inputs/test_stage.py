@@ -229,7 +229,7 @@ def test_raw_amazon_files_are_read_as_published(tmp_path):
     assert (row["text.title"], row["attribute.categories"], row["image_path"]) == ("Rock & Roll", "A, B", "https://x.com/1.jpg")
 
 
-def test_an_unsafe_picture_is_reported_and_its_item_kept(tmp_path):
+def test_an_unsafe_image_is_reported_and_its_item_kept(tmp_path):
     catalog, log = shop(items=3, rows=60)
     write(tmp_path, catalog.with_columns(image=pl.Series(["a.jpg", "../../etc/passwd", None])), log)
     counts, run = ingested(tmp_path, {"image_column": "image"}, min_interactions=0)

@@ -143,7 +143,7 @@ def test_folders_of_pairs_are_domains(tmp_path):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_pictures_are_named_only_where_they_are(tmp_path, there):
+def test_images_are_named_only_where_they_are(tmp_path, there):
     paths = [f"pictures/{number}.JPG" for number in range(ITEMS)]
     catalog().with_columns(photo=pl.Series(paths), cover=pl.lit("https://shop.example/a")).write_parquet(tmp_path / "items.parquet")
     sales().write_parquet(tmp_path / "interactions.parquet")
@@ -155,7 +155,7 @@ def test_pictures_are_named_only_where_they_are(tmp_path, there):
     assert ("1 of the first 40 files" if there else "none of its images is there") in text
 
 
-def test_pictures_as_bytes_and_as_structs_are_recognised(tmp_path):
+def test_images_as_bytes_and_as_structs_are_recognised(tmp_path):
     plain = catalog().with_columns(photo=pl.Series([b"\xff\xd8\xff..."] * ITEMS))
     plain.write_parquet(tmp_path / "items.parquet")
     sales().write_parquet(tmp_path / "interactions.parquet")

@@ -1,11 +1,11 @@
-"""Times in the spellings of other people's files."""
+"""Times in the formats of many kinds of files."""
 
 from datetime import UTC, datetime
 
 import polars as pl
 import pytest
 
-from qbert_ray.inputs.times import TimeStyle, as_timestamp, judge
+from qbert_ray.inputs.times import TimeStyle, as_timestamp, detect_style
 
 
 def read(values: list, style: TimeStyle | None = None) -> list:
@@ -61,21 +61,21 @@ def test_what_is_no_time_is_none(text):
 
 
 def test_which_number_is_the_day_is_said_by_the_column():
-    assert judge([pl.Series(["1/2/2020", "13/2/2020"])]).day_first is True
-    assert judge([pl.Series(["1/2/2020"]), pl.Series(["1/13/2020"])]).day_first is False
-    assert judge([pl.Series(["2020-01-13"])]).day_first is None
+    assert detect_style([pl.Series(["1/2/2020", "13/2/2020"])]).day_first is True
+    assert detect_style([pl.Series(["1/2/2020"]), pl.Series(["1/13/2020"])]).day_first is False
+    assert detect_style([pl.Series(["2020-01-13"])]).day_first is None
     assert read(["01/02/2020", "13/02/2020 12:00"], TimeStyle(day_first=True)) == [at(2020, 2, 1), at(2020, 2, 13, 12)]
     assert read(["01/02/2020"]) == [at(2020, 1, 2)] and read(["01-02-2020"]) == [at(2020, 2, 1)]
 
 
 @pytest.mark.parametrize("values", [[1_600_000_789.5, 1_600_000_790.0], ["1600000789.5", "1600000790"]])
 def test_fractions_of_seconds_keep_the_order(values):
-    style = judge([pl.Series(values)])
+    style = detect_style([pl.Series(values)])
     assert style.fractional and read(values, style) == [1_600_000_789_500_000, 1_600_000_790_000_000]
 
 
 def test_numbers_without_fractions_stay_as_given():
-    assert judge([pl.Series([1.0, 2.0])]) == TimeStyle() and read([1.0, 2.0]) == [1, 2]
+    assert detect_style([pl.Series([1.0, 2.0])]) == TimeStyle() and read([1.0, 2.0]) == [1, 2]
     assert read(["1", "1.5", "-7"]) == [1, 1, -7]  # a fraction that comes late is dropped: the unit stays
 
 

@@ -217,7 +217,7 @@ def test_a_path_is_found_in_any_type_of_column(tmp_path, values):
         pa.array([base64.b64encode(PIXEL * 5).decode()]),
     ],
 )
-def test_pictures_are_found_in_any_type_of_column(tmp_path, values):
+def test_images_are_found_in_any_type_of_column(tmp_path, values):
     found = items(tmp_path, pa.table({"item_id": ["a"], "image": values}), image_column="image")
     assert found["image_bytes"][0].startswith(PIXEL) and found["image_path"].to_list() == [None]
 

@@ -11,7 +11,7 @@ import pytest
 
 from qbert_ray.cli import main as cli
 from qbert_ray.config.schema import Config
-from qbert_ray.report import evaluation, figures, fused, people, summary, sweep
+from qbert_ray.report import evaluation, figures, fused, recommendations, summary, sweep
 from qbert_ray.report.catalog import SIDE, Album, Catalog, thumbnail
 from qbert_ray.report.facts import Facts, redact
 from qbert_ray.report.page import PAGE, embed, gather, seconds, write
@@ -98,7 +98,7 @@ def test_a_damaged_table_costs_its_section_alone(tmp_path):
     run.write_bytes(f"score/{NAME}", b"torn")
     content = gather(run)
     (problem,) = content["problems"]
-    assert "recommendations" in problem and "missing" in content["people"] and "domains" in content["ids"]
+    assert "recommendations" in problem and "missing" in content["recommendations"] and "domains" in content["ids"]
     assert "could not be shown" in Path(write(run.uri)[0]).read_text()
 
 
@@ -134,27 +134,27 @@ def test_views_are_those_that_the_catalog_was_embedded_with(run):
 
 def test_reasons_name_the_longest_prefix_and_the_most_common_company(run):
     catalog = Catalog(run, "shop")  # codes of item n: n % 6, n // 6
-    assert people.reasons(catalog, 0, np.array([6, 12, 1]), np.array([0, 3, 1])) == [
+    assert recommendations.reasons(catalog, 0, np.array([6, 12, 1]), np.array([0, 3, 1])) == [
         "shares <a_0> with Film 12",
         "3 users had it and Film 12",
     ]
-    assert "order" in people.reasons(catalog, 0, np.array([1, 2]), np.array([0, 0]))[0]
+    assert "order" in recommendations.reasons(catalog, 0, np.array([1, 2]), np.array([0, 0]))[0]
 
 
 def test_company_counts_users_who_had_both(run):
-    counts = people.co_occurrence(run, Catalog(run, "shop"), np.arange(ITEMS))
+    counts = recommendations.co_occurrence(run, Catalog(run, "shop"), np.arange(ITEMS))
     train = [set(items) for items in run.read("ingest/sequences")["train"].to_pylist()]
     expected = [[sum({a, b} <= items for items in train) for b in range(ITEMS)] for a in range(ITEMS)]
     assert counts.tolist() == expected
 
 
-def test_pictures_keep_to_the_budget_and_broken_ones_are_left_out(run, monkeypatch):
+def test_images_keep_to_the_budget_and_broken_ones_are_left_out(run, monkeypatch):
     catalog, album = Catalog(run, "shop"), Album()
     album.want(catalog, [5, 4, 7, 6])  # broken, none, two that are there
-    assert list(album.pictures({"shop": catalog})) == ["shop/7", "shop/6"] and album.left_out == 0
+    assert list(album.images({"shop": catalog})) == ["shop/7", "shop/6"] and album.left_out == 0
     monkeypatch.setattr("qbert_ray.report.catalog.BUDGET", 8_000 // 5)
     album.wanted = {("shop", row): None for row in (7, 6)}
-    assert len(album.pictures({"shop": catalog})) < 2 and album.left_out >= 1
+    assert len(album.images({"shop": catalog})) < 2 and album.left_out >= 1
 
 
 def test_a_thumbnail_is_small_and_the_web_is_not_asked(run):
@@ -163,8 +163,8 @@ def test_a_thumbnail_is_small_and_the_web_is_not_asked(run):
     from PIL import Image
 
     assert thumbnail("https://example.com/a.jpg", None) is None and thumbnail("/no/such.jpg", None) is None
-    picture = Image.open(io.BytesIO(thumbnail(None, run.read("ingest/items")["image_bytes"][1].as_py())))
-    assert picture.size == (SIDE, round(SIDE * 2 / 3))
+    image = Image.open(io.BytesIO(thumbnail(None, run.read("ingest/items")["image_bytes"][1].as_py())))
+    assert image.size == (SIDE, round(SIDE * 2 / 3))
 
 
 def test_keys_of_a_store_are_not_shown(tmp_path):
@@ -173,7 +173,7 @@ def test_keys_of_a_store_are_not_shown(tmp_path):
     assert "secret" not in page and "…@bucket" in page
 
 
-def test_durations_are_for_people():
+def test_durations_are_readable():
     assert [seconds(value) for value in (None, 9.94, 143, 7300)] == ["", "9.9 s", "2 min 23 s", "2 h 1 min"]
 
 
@@ -239,7 +239,7 @@ def test_a_sweep_that_has_hardly_begun(tmp_path, empty):
     write(run.uri)
 
 
-def test_the_front_is_what_nobody_beats():
+def test_the_front_is_what_no_other_point_beats():
     points = np.array([[1.0, 1.0], [2.0, 0.0], [0.5, 0.5], [1.0, 1.0], [2.0, -1.0]])
     assert sweep.on_front(points).tolist() == [True, True, False, True, False]
 

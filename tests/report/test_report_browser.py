@@ -123,7 +123,7 @@ def test_prefixes_are_browsed_by_mouse_and_found_by_word(visit, run_page):
     assert page.inner_text(".gallery .title") == "Film 13"
 
 
-def test_the_theme_follows_the_system_until_somebody_chooses(visit, run_page):
+def test_the_theme_follows_the_system_until_the_reader_chooses(visit, run_page):
     page = visit(run_page, scheme="dark")
     ink = "getComputedStyle(document.querySelector('.plot .xtitle')).fill"
     bar = "getComputedStyle(document.querySelector('.plot .bars path')).fill"

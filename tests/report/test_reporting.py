@@ -17,7 +17,7 @@ def test_all_of_a_finished_run_can_be_shown(finished):
     assert {domain["name"] for domain in content["ids"]["domains"]} == {"demo", "other"}
     (target,) = content["sequences"]["domains"]
     assert target["cold"] and target["blend"]["figure"] and len(target["groups"]) == 2 and len(target["curves"]) == 2
-    assert len(content["people"]["domains"][0]["users"][0]["best"]) == 10 and content["pictures"]
+    assert len(content["recommendations"]["domains"][0]["users"][0]["best"]) == 10 and content["images"]
 
 
 @pytest.mark.parametrize("domain", ["demo", "other"])

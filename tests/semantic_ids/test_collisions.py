@@ -126,7 +126,7 @@ def test_more_items_than_ids_is_refused_with_what_to_raise():
     codes, latents, codebooks = catalog(4**3 + 1)
     with pytest.raises(CapacityError, match="65 items but only 4\\*\\*3 = 64 semantic IDs; raise quantizer.num_levels"):
         resolve_collisions(codes, latents, codebooks)
-    with pytest.raises(CapacityError, match="60 items beside 5 published ones but only 4\\*\\*3 = 64"):
+    with pytest.raises(CapacityError, match="60 items in addition to 5 published ones but only 4\\*\\*3 = 64"):
         resolve_collisions(codes[:60], latents[:60], codebooks, split(codes, 5, 0))
 
 
@@ -134,7 +134,7 @@ def test_the_nearest_keeps_its_codes_and_the_next_takes_the_nearest_free_ones():
     codebooks = np.array([[[0.0], [10]], [[0], [1]]])
     latents = np.array([[0.2], [0.1], [0.3], [0.1]])
     resolved = resolve_collisions(np.zeros((4, 2), int), latents, codebooks)
-    assert resolved.codes.tolist() == [[1, 0], [0, 0], [1, 1], [0, 1]]  # both distances beside 10 are near to 0, not to 1
+    assert resolved.codes.tolist() == [[1, 0], [0, 0], [1, 1], [0, 1]]  # compared with 10 both distances are near to 0, not to 1
     assert resolved.moved.tolist() == [True, False, True, True]
 
 

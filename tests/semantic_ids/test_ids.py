@@ -75,7 +75,7 @@ def test_a_moved_item_names_who_kept_its_codes_and_what_was_full(crowd):
     run, resolved = crowd
     assert resolved.codes.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 2], [1, 1], [2, 0]]
     inside, outside = (show(run.uri, item)["moved"] for item in ("i1", "film 3"))
-    assert inside["from"] == outside["from"] == "<a_0><b_0>"
+    assert inside["nearest"] == outside["nearest"] == "<a_0><b_0>"
     assert inside["kept_by"]["item_id"] == outside["kept_by"]["item_id"] == "i0"
     assert inside["full"] is None and outside["full"] == "<a_0>"
 

@@ -49,7 +49,7 @@ def test_a_quantizer_without_gradients_leaves_what_a_training_leaves(copy, shop,
     assert copy.filesystem.get_file_info(copy.path("quantizer/model/model.safetensors")).mtime_ns == before
 
     strict = small_config(shop, copy.uri, SOURCE, settings, "gates.max_raw_collision=0.01")
-    with pytest.raises(GateError, match=r"of demo.*gates.max_raw_collision allows 1.00%.*To go on with these IDs"):
+    with pytest.raises(GateError, match=r"of demo.*gates.max_raw_collision allows 1.00%.*To continue with these IDs"):
         run_stage(BY_NAME["semantic_ids"], strict, copy, RayExecutor(), Quiet())
     counts = run_stage(BY_NAME["semantic_ids"], config, copy, RayExecutor(), Quiet()).counts
     assert len(set(copy.read("semantic_ids", "demo")["semantic_id"].to_pylist())) == counts["domains"][0]["items"]
@@ -93,7 +93,7 @@ def test_codebooks_that_collapsed_stop_the_run_and_a_lower_gate_goes_on(copy, fi
     copy.write_json("quantizer/started.json", {"fingerprint": done.fingerprint})
     metrics = done.counts["metrics"] | {"codebook_usage": [1.0, 0.25, 0.9]}
     copy.write_bytes("quantizer/metrics.jsonl", json.dumps(metrics).encode())
-    with pytest.raises(GateError, match=r"100% 25% 90% of the 16 codewords.*To go on with this model: gates.min_usage=0.24"):
+    with pytest.raises(GateError, match=r"100% 25% 90% of the 16 codewords.*To continue with this model: gates.min_usage=0.24"):
         run_stage(BY_NAME["quantizer"], finished[0], copy, RayExecutor(), Quiet())
     lower = small_config(shop, copy.uri, SOURCE, "gates.min_usage=0.24")
     assert run_stage(BY_NAME["quantizer"], lower, copy, RayExecutor(), Quiet()).fingerprint == done.fingerprint

@@ -42,7 +42,7 @@ def test_a_start_from_fewer_distinct_items_than_codewords_is_finite():
     assert len(quantizer(latent).codes.unique(dim=0)) == 1
 
 
-def test_dead_codewords_are_seeded_anew():
+def test_dead_codewords_are_reseeded():
     quantizer = ResidualQuantizer(2, 16, 16)
     latent = embeddings()
     quantizer.start(latent, seed=0)

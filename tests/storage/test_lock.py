@@ -1,4 +1,4 @@
-"""One process writes into a run directory; a second is told who does, and the lock of a dead one ends."""
+"""One process writes into a run directory; a second is refused with its name, and the lock of a dead one ends."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A model's JSON does not decide how much memory is taken: it is held against the weights first."""
+"""A model's JSON does not decide how much memory is taken: it is compared with the weights first."""
 
 import resource
 

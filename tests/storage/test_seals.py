@@ -91,7 +91,7 @@ def test_readers_refuse_what_the_stage_did_not_write(copied, opener, name, comma
         whole = write_parquet(name, run.read_part(*name.rsplit("/", 1)).slice(1)) if name.endswith("parquet") else bytes(content[::-1])
         path.write_bytes(whole)
     elif damage == "garbage":
-        content[4 : len(content) // 2] = b"\xa5" * (len(content) // 2 - 4)  # columns that nobody reads may be damaged
+        content[4 : len(content) // 2] = b"\xa5" * (len(content) // 2 - 4)  # columns that nothing reads may be damaged
         path.write_bytes(content)
     else:
         path.write_bytes(content[: len(content) // 2])

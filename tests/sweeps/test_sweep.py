@@ -1,4 +1,4 @@
-"""Sweeps on real Ray Tune: trials are ordinary trainings, go on after a cut, and say why they failed."""
+"""Sweeps on real Ray Tune: trials are ordinary trainings, resume after an interruption, and say why they failed."""
 
 import json
 import shutil
@@ -144,7 +144,7 @@ def test_optuna_and_asha_on_many_trials(swept):
     assert tuning.unfinished(optuna) == 0
     assert all(row["ms_per_user"] > 0 and row["status"] == "done" for row in tuning.trial_rows(optuna))
     more = other(plan, drawn | {"num_trials": 4})
-    tuning.search(more, Quiet())  # goes on with what it knows
+    tuning.search(more, Quiet())  # resumes
     assert len({row[RATE] for row in tuning.trial_rows(more)}) == 4
     halving = {"name": "halving", "space": {RATE: [3e-3, 1e-3, 1e-7, 1e-8]}, "scheduler": "asha", "grace_epochs": 1, "max_concurrent": 1}
     asha = other(plan, halving, {"finetune.epochs": 4})
@@ -178,8 +178,8 @@ def test_a_table_ranks_every_user_by_every_variant(swept, finished):
         ("ranking", {"ranking.decay": [0.5]}, {}),
     ],
 )
-def test_trials_of_every_kind_of_stage_find_room(swept, stage, space, values):
-    """Their tasks run beside the trial, whose own placement group holds no CPU."""
+def test_trials_of_every_kind_of_stage_find_resources(swept, stage, space, values):
+    """Their tasks run in addition to the trial, whose own placement group holds no CPU."""
     plan = other(swept[0], {"name": stage, "stage": stage, "space": space}, values)
     tuning.search(plan, Quiet())
     assert [(row["status"], row["error"]) for row in tuning.trial_rows(plan)] == [("done", None)]

@@ -108,7 +108,7 @@ def test_data_sets_add_up_in_one_folder_and_a_repeated_one_is_replaced(ranks, tm
     assert "| another system |" in (tmp_path / MARKDOWN).read_text()
 
 
-def test_published_figures_stand_beside_ours_for_the_protocol_they_follow():
+def test_published_figures_are_next_to_ours_for_the_protocol_they_follow():
     published = TABLE.model_copy(update={"paper": {"shop": {"base": {"hr@10": 0.1418}}}})
     text = markdown(summarise(ranks_of(evaluated(np.arange(1, 31)), "base", 0, TABLE), published), published)
     first, second = text.split("## shop, unseen")

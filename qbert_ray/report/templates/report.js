@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const json = (element) => (element ? JSON.parse(element.textContent) : {});
-  const pictures = json(document.getElementById("pictures"));
+  const images = json(document.getElementById("images"));
   const dark = json(document.getElementById("shades"));
   const make = (tag, name, text) => {
     const element = document.createElement(tag);
@@ -10,14 +10,14 @@
     return element;
   };
 
-  // Pictures and, where there is none, a letter in their place
+  // Images and, where there is none, a letter in their place
 
   const fill = (place) => {
-    const source = pictures[place.dataset.picture];
+    const source = images[place.dataset.image];
     if (source) {
       const image = make("img");
       image.src = source;
-      image.alt = "Picture of " + place.dataset.title;
+      image.alt = "Image of " + place.dataset.title;
       place.append(image);
     } else {
       place.textContent = (place.dataset.title.match(/[\p{L}\p{N}]/u) || ["·"])[0].toUpperCase();
@@ -25,9 +25,9 @@
     }
     return place;
   };
-  document.querySelectorAll(".picture").forEach(fill);
+  document.querySelectorAll(".thumb").forEach(fill);
 
-  // Theme: the system's until a person chooses; figures change with it
+  // Theme: the system's until the reader chooses; figures change with it
 
   const system = window.matchMedia("(prefers-color-scheme: dark)");
   const button = document.getElementById("theme");
@@ -78,11 +78,11 @@
       const some = items.slice(0, SHOWN);
       shown.textContent = `${title}: ${items.length.toLocaleString("en")} item${items.length === 1 ? "" : "s"}` + (items.length > some.length ? `, the first ${SHOWN}` : "");
       gallery.replaceChildren(...some.map((item) => {
-        const card = make("div", "item"), words = make("span", "words"), picture = make("span", "picture");
-        picture.dataset.picture = `${data.domain}/${data.rows[item]}`;
-        picture.dataset.title = data.titles[item];
+        const card = make("div", "item"), words = make("span", "words"), thumb = make("span", "thumb");
+        thumb.dataset.image = `${data.domain}/${data.rows[item]}`;
+        thumb.dataset.title = data.titles[item];
         words.append(make("span", "title", data.titles[item]), make("code", "sid", token(data.codes[item])), make("span", "why", data.ids[item]));
-        card.append(fill(picture), words);
+        card.append(fill(thumb), words);
         return card;
       }));
     };

@@ -97,4 +97,4 @@ def reasons(catalog: Catalog, row: int, history: np.ndarray, together: np.ndarra
     if len(history) and together.max(initial=0):
         best = int(np.lexsort((latest, together))[-1])
         found.append(f"{together[best]:,} user{'s' * int(together[best] != 1)} had it and {catalog.title(history[best])}")
-    return found or ["no shared code or common user: the order of the history speaks for it"]
+    return found or ["no shared code or common user; only the order of the history explains it"]
