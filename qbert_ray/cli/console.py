@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from qbert_ray.cli.terminal import printable, shown
+from qbert_ray.storage.columns import label
 from qbert_ray.storage.directory import Manifest
 
 NAME_WIDTH = 14
@@ -88,7 +89,7 @@ def metrics_table(domain: str, content: dict[str, Any], ranked: str = "every ite
         for model, values in models.items():
             half = (values[names[-1]]["high"] - values[names[-1]]["low"]) / 2
             cells = [f"{values[name]['value']:.4f}" for name in names]
-            table.add_row(protocol, model.replace("_", "-"), *cells, f"{half:.3f}", style="bold" if model == "model" else None)
+            table.add_row(protocol, label(model), *cells, f"{half:.3f}", style="bold" if model == "model" else None)
         table.add_section()
     table.caption = f"±: half of the 95 % interval of {names[-1]} over users"
     return table
