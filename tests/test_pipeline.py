@@ -12,7 +12,7 @@ import torch
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import redo_from, run_stage, status
-from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.ranking.loader import ITEM_ITEM_TEXT, load_ranker
 from qbert_ray.ranking.stage import WeightsPart
 from qbert_ray.semantic_ids.task import QuantizerTask
 from qbert_ray.sequence.item_table import ColdItems
@@ -65,12 +65,22 @@ def test_metrics_are_those_of_the_ranks(finished):
     report = run.read_json("evaluate/metrics.json")["demo"]
     ranks = run.read("evaluate/ranks")
     model = np.array(ranks["model"].to_pylist())
-    assert set(model) == {"model", "sequencer", "ridge", "popularity", "co_occurrence"}
+    assert set(model) == {"model", "sequencer", "ridge", "transitions", "item_item_text", "popularity", "co_occurrence"}
     assert report["users"] == int((model == "model").sum()) == run.read("ingest/sequences", "demo").num_rows
     for name in set(model):
         rank = ranks["rank_unseen"].to_numpy()[model == name]
         assert report["protocols"]["unseen"][name]["hr@5"]["value"] == pytest.approx((rank <= 5).mean())
         assert (rank <= ranks["rank_all"].to_numpy()[model == name]).all()
+
+
+def test_the_baseline_of_item_item_weights_and_texts_is_fitted_without_a_network(finished):
+    config, run = finished
+    weights, described = run.load_model(f"{ITEM_ITEM_TEXT}/demo")
+    places = [number for number, name in enumerate(described["score_features"]) if name in ("content", "image")]
+    count = len(described["score_features"])
+    assert not weights["weights"][:, places].any() and not weights["weights"][:, [place + count for place in places]].any()
+    found = run.read_json("ranking/manifest.json")["counts"]["demo"]
+    assert {"model", "sequencer", "ridge", "transitions", "item_item_text"} == {name[: -len("_ndcg@10")] for name in found if "@" in name}
 
 
 def test_without_a_blend_the_model_is_the_sequencer(finished, shop, tmp_path):

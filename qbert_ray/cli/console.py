@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from qbert_ray.cli.terminal import printable, shown
+from qbert_ray.storage.columns import label
 from qbert_ray.storage.directory import Manifest
 
 if TYPE_CHECKING:  # they import scipy and torch, which most commands do not need
@@ -92,7 +93,7 @@ def metrics_table(domain: str, content: Evaluation, ranked: str = "every item ra
         for model, values in models.items():
             half = (values[names[-1]]["high"] - values[names[-1]]["low"]) / 2
             cells = [f"{values[name]['value']:.4f}" for name in names]
-            table.add_row(protocol, model.replace("_", "-"), *cells, f"{half:.3f}", style="bold" if model == "model" else None)
+            table.add_row(protocol, label(model), *cells, f"{half:.3f}", style="bold" if model == "model" else None)
         table.add_section()
     table.caption = f"±: half of the 95 % interval of {names[-1]} over users"
     return table

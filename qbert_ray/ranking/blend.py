@@ -23,6 +23,7 @@ from qbert_ray.ranking.score_features import SCORE_FEATURES, ScoreFeatures
 
 # blend weights where there is nothing to fit them on: what the real data sets gave, rounded
 START = (0.35, 1.0, 0.6, 0.0, 0.0, 0.0, 0.0)
+WITHOUT_NETWORK = ("ridge", "following", "text", "seen")  # score features for which no network is trained on the data
 
 
 class Blend(NamedTuple):
@@ -148,6 +149,12 @@ def candidates(
     is_target = (chosen == target[:, None]) & ~repeated
     has_target = is_target.any(1)
     return Candidates(*(each[has_target] for each in (found, cold[chosen], repeated, is_target.int().argmax(1), description)))
+
+
+def without_network(candidates: Candidates) -> Candidates:
+    """The candidates with zeros for the score features of trained networks, so that a blend fitted on them does not read those."""
+    kept = torch.tensor([name in WITHOUT_NETWORK for name in SCORE_FEATURES])
+    return candidates._replace(features=candidates.features * kept)
 
 
 def fit_blend(found: Candidates) -> Blend:

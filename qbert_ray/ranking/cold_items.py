@@ -29,6 +29,7 @@ from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import ranks
 
 PROTOCOLS = {"unseen": "rank_unseen", "cold": "rank_cold"}
+WITHOUT_COLD = ("ridge", "transitions", "item_item_text")  # item-item weights of their own; cold items have none
 
 
 def evaluate_cold(config: Config, run: RunDir, domain: str, executor: Executor, progress: Progress) -> metrics.Evaluation | None:
@@ -78,7 +79,7 @@ class ColdPart:
 
     def _scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
         scores = self.ranker.scores(histories)
-        scores.pop("ridge", None)  # it has no weights for cold items
+        scores = {name: each for name, each in scores.items() if name not in WITHOUT_COLD}
         if self.text is not None:
             latest = [self.text[history[-self.latest :]] for history in histories]
             scores["text_mean"] = F.normalize(torch.stack([vectors.mean(0) for vectors in latest]), dim=-1) @ self.text.T

@@ -1,7 +1,8 @@
 """The stage `evaluate`: leave-one-out over every user, with the whole catalog of the domain ranked for each.
 
-Two protocols: all items (the paper's), and unseen items only. The baselines are popularity and item co-occurrence, from the same
-training interactions.
+Two protocols: all items (the paper's), and unseen items only. The baselines read the same training interactions: popularity and item
+co-occurrence as counts, ridge regression and transitions as item-item weights, and the blend of these weights with cosines of texts,
+which is fitted on validation items as the model's own blend is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import rank_pairs
 
 MODEL = "model"
-MODELS = 5  # whose scores of a batch are held at once
+MODELS = 7  # whose scores of a batch are held at once
 PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
 
 
@@ -53,7 +54,8 @@ def summarise(table: pa.Table, cutoffs: list[int]) -> metrics.Evaluation:
     """Hit rates and NDCG of a ranks table.
 
     Returns:
-        {users, protocols: {all | unseen: {model | sequencer | ridge | popularity | co_occurrence: {"hr@10": {value, low, high}, ...}}}}.
+        {users, protocols: {all | unseen: {model | sequencer | ridge | transitions | item_item_text | popularity | co_occurrence:
+        {"hr@10": {value, low, high}, ...}}}}.
     """
     model = np.array(table["model"].to_pylist())
     protocols = {}

@@ -165,21 +165,21 @@ class ItemItem:
     def features_and_last(self, histories: list[np.ndarray], used: Collection[str] = SCORE_FEATURES) -> tuple[ScoreFeatures, ScoreFeatures]:
         """`features` of the whole histories and of their last items alone, by one product with the item-item weights."""
         both, size = [*histories, *(history[-1:] for history in histories)], len(histories)
-        regression, weights = self._summed(both)
+        sums, weights = self._summed(both)
         contents = self._contents(used)
         whole, last = (
-            ScoreFeatures(_rows(regression, *rows), [_rows(matrix, *rows) for matrix in weights], contents, both[slice(*rows)])
+            ScoreFeatures([_rows(each, *rows) for each in sums], [_rows(each, *rows) for each in weights], contents, both[slice(*rows)])
             for rows in ((0, size), (size, 2 * size))
         )
         return whole, last
 
-    def _summed(self, histories: list[np.ndarray]) -> tuple[sparse.csr_matrix, list[sparse.csr_matrix]]:
-        """[B, N] scores of the ridge regression, and the features of both kinds of weights."""
+    def _summed(self, histories: list[np.ndarray]) -> tuple[list[sparse.csr_matrix], list[sparse.csr_matrix]]:
+        """[B, N] scores of both kinds of weights, and their features."""
         sums = [
             recency(histories, decay, self.latest, self.num_items) @ matrix for matrix, decay in zip(self.weights, self.decays, strict=True)
         ]
         weights = [self._logarithm(matrix) for matrix in sums]
-        return sums[0], weights if self._averaging is None else [matrix @ self._averaging for matrix in weights]
+        return sums, weights if self._averaging is None else [matrix @ self._averaging for matrix in weights]
 
     def _logarithm(self, sums: sparse.csr_matrix) -> sparse.csr_matrix:
         result = sums.copy()

@@ -21,6 +21,7 @@ from qbert_ray.storage.catalog import catalog_codes, content_vectors, item_conte
 from qbert_ray.storage.directory import ArtifactError, RunDir
 
 WEIGHTS, BLEND, RERANKER = "ranking/weights", "ranking/blend", "ranking/reranker"
+ITEM_ITEM_TEXT = "ranking/item_item_text"  # blend of a baseline
 
 
 def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu", blended: bool = True) -> Ranker:
@@ -54,7 +55,8 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
     if not settings.sequence_scores:
         ranker.vectors, ranker.bias = torch.zeros_like(ranker.vectors), torch.zeros_like(ranker.bias)
     if blend is not None:
-        ranker.use(blend, _load_reranker(run, domain) if settings.rerank else None)
+        baseline = _load_blend(run, domain, ITEM_ITEM_TEXT) if run.exists(f"{ITEM_ITEM_TEXT}/{domain}/model.json") else None
+        ranker.use(blend, _load_reranker(run, domain) if settings.rerank else None, baseline)
     return ranker
 
 
@@ -93,10 +95,10 @@ def _load_item_item(
     return ItemItem(ridge, transitions, decays, settings.scale, latest, contents, popularity, cold)
 
 
-def _load_blend(run: RunDir, domain: str) -> Blend:
-    blend = Blend(**run.load_model(f"{BLEND}/{domain}")[0])
+def _load_blend(run: RunDir, domain: str, folder: str = BLEND) -> Blend:
+    blend = Blend(**run.load_model(f"{folder}/{domain}")[0])
     if blend.weights.shape[1] != 2 * len(SCORE_FEATURES) + 1:
-        raise ArtifactError(f"the blend in {run.uri}/{BLEND}/{domain} has other score features; fit it again: qbert-ray ranking --redo")
+        raise ArtifactError(f"the blend in {run.uri}/{folder}/{domain} has other score features; fit it again: qbert-ray ranking --redo")
     return blend
 
 

@@ -67,11 +67,19 @@ class Ranker:
             self.vectors, self.bias = model.catalog_vectors(items)
         self.blend: Blend | None = None
         self.reranker: Reranker | None = None
+        self.item_item_text: Blend | None = None
 
-    def use(self, blend: Blend, reranker: Reranker | None = None) -> None:
-        """Rank by a blend from now on, and by a reranker where there is one."""
+    def use(self, blend: Blend, reranker: Reranker | None = None, item_item_text: Blend | None = None) -> None:
+        """Rank by a blend from now on, and by a reranker where there is one.
+
+        Args:
+            blend: of all score features.
+            reranker: of the best items by the blend.
+            item_item_text: the blend of a baseline, which reads no network's scores; its features are among those of `blend`.
+        """
         self.blend = Blend(*(tensor.to(self.device) for tensor in blend))
         self.reranker = reranker.to(self.device) if reranker is not None else None
+        self.item_item_text = Blend(*(tensor.to(self.device) for tensor in item_item_text)) if item_item_text is not None else None
 
     def best(self, histories: list[np.ndarray], k: int, remove_seen: bool = True) -> tuple[Tensor, Tensor]:
         """The k best items of each history, best first.
@@ -100,7 +108,8 @@ class Ranker:
         """[B, N] scores of the whole catalog, on the CPU.
 
         Returns:
-            "model"; with a blend also the "sequencer" and the "ridge" regression by themselves.
+            "model"; with a blend also the "sequencer", the "ridge" regression and the "transitions" by themselves, and
+            "item_item_text", their blend with cosines of texts without the sequence model, where there are texts.
         """
         batch = self._read(histories, last_item=self.reranker is not None)
         sequence = self._sequence(batch.queries)
@@ -110,7 +119,12 @@ class Ranker:
         if self.reranker is not None:
             values, items = top_k(model, self.candidates)
             model.scatter_(1, items, self._reordered(batch, values, items))
-        return {"model": model.cpu(), "sequencer": sequence.cpu(), "ridge": torch.from_numpy(batch.features.regression.toarray())}
+        ridge, transitions = (torch.from_numpy(each.toarray()) for each in batch.features.sums)
+        found = {"model": model.cpu(), "sequencer": sequence.cpu(), "ridge": ridge, "transitions": transitions}
+        if self.item_item_text is not None:
+            pieces = self._blocks(batch, sequence=torch.zeros_like(sequence), blend=self.item_item_text)
+            found["item_item_text"] = torch.cat([scores for _, scores in pieces], dim=1).cpu()
+        return found
 
     def model_scores(self, histories: list[np.ndarray]) -> Tensor:
         """[B, N] of the "model" of `scores`."""
@@ -170,17 +184,21 @@ class Ranker:
     def _sequence_block(self, queries: Tensor, block: slice) -> Tensor:
         return self.model.scores(queries, self.vectors[block], self.bias[block]).float()
 
-    def _blocks(self, batch: HistoryBatch, hide_seen: bool = False, sequence: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def _blocks(
+        self, batch: HistoryBatch, hide_seen: bool = False, sequence: Tensor | None = None, blend: Blend | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Scores [B, n] of each block of the catalog, blended where there is a blend.
 
         Args:
             batch: of `_read`.
             hide_seen: seen items get minus infinity.
             sequence: [B, N] scores of the sequence model, where they are there already.
+            blend: another than the ranker's own.
         """
+        blend = self.blend if blend is None else blend
         blocks = catalog_blocks(self.num_items, self.trained)
-        if self.blend is not None and batch.features is not None and batch.description is not None:
-            weights = self.blend.weights_for(batch.description)
+        if blend is not None and batch.features is not None and batch.description is not None:
+            weights = blend.weights_for(batch.description)
             weights[:, -1] += self.cold_item_bonus
             blended = BlendedScores(batch.features, weights, blocks, self.trained, hide_seen)
             for block in blocks:

@@ -34,16 +34,16 @@ class ScoreFeatures:
     Item-item weights and seen items are sparse matrices; the dense cosines are computed block by block or for some items.
 
     Args:
-        regression: [B, N] scores of the ridge regression by itself.
+        sums: [B, N] scores of the ridge regression and of the transitions, each by itself.
         weights: [B, N] features of the ridge regression and of the transitions.
         contents: index in `SCORE_FEATURES` -> content whose cosines are features.
         histories: item_index in time order, the latest last.
     """
 
     def __init__(
-        self, regression: sparse.csr_matrix, weights: list[sparse.csr_matrix], contents: dict[int, Content], histories: list[np.ndarray]
+        self, sums: list[sparse.csr_matrix], weights: list[sparse.csr_matrix], contents: dict[int, Content], histories: list[np.ndarray]
     ) -> None:
-        self.regression, self.weights, self.contents = regression, weights, contents
+        self.sums, self.weights, self.contents = sums, weights, contents
         self.size, self.num_items = weights[0].shape
         self.lengths = torch.tensor([len(history) for history in histories], dtype=torch.int64)
         seen = sparse.csr_matrix(

@@ -15,9 +15,9 @@ from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.random_streams import COLD_STREAM, SAMPLE_STREAM, uniform
-from qbert_ray.ranking.blend import Blend, Candidates, candidates, fit_blend, no_candidates
+from qbert_ray.ranking.blend import WITHOUT_NETWORK, Blend, Candidates, candidates, fit_blend, no_candidates, without_network
 from qbert_ray.ranking.item_item import RidgeRegression, Transitions, popularity
-from qbert_ray.ranking.loader import BLEND, RERANKER, WEIGHTS, load_ranker
+from qbert_ray.ranking.loader import BLEND, ITEM_ITEM_TEXT, RERANKER, WEIGHTS, load_ranker
 from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.ranking.reranker import CandidateLists, Reranker, fit_reranker
 from qbert_ray.ranking.score_features import SCORE_FEATURES
@@ -91,10 +91,13 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
     everybody = everybody[np.argsort(uniform(SAMPLE_STREAM, 0, everybody, 1)[:, 0])]
     users = everybody[: settings.validation_users]
     histories, target = [sequences.history(user, "valid") for user in users], torch.from_numpy(sequences.valid[users])
-    found = _candidates(ranker, histories, target, settings.candidates)
+    found, without = _candidates(ranker, histories, target, settings.candidates)
     blend = fit_blend(found)
-    run.save_model(f"{BLEND}/{domain}", blend._asdict(), {"score_features": list(SCORE_FEATURES)})
-    ranker.use(blend)
+    baseline = fit_blend(without) if without is not None else None
+    for folder, each in ((BLEND, blend), (ITEM_ITEM_TEXT, baseline)):
+        if each is not None:
+            run.save_model(f"{folder}/{domain}", each._asdict(), {"score_features": list(SCORE_FEATURES)})
+    ranker.use(blend, item_item_text=baseline)
     result: dict[str, object] = {"users": len(users), "fitted_on": len(found.target), **_average_weights(blend)}
     result |= _validation_ndcg(ranker, histories, target)
     if settings.rerank:
@@ -105,8 +108,12 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
     return result
 
 
-def _candidates(ranker: Ranker, histories: list[np.ndarray], target: Tensor, count: int) -> Candidates:
-    """What the blend is fitted on: a share of the trained items is scored as cold items are, and real cold items are left out."""
+def _candidates(ranker: Ranker, histories: list[np.ndarray], target: Tensor, count: int) -> tuple[Candidates, Candidates | None]:
+    """What the blend is fitted on: a share of the trained items is scored as cold items are, and real cold items are left out.
+
+    Returns:
+        The candidates by all score features; and those of the baseline, by features without a network; None where there are no texts.
+    """
     assert ranker.item_item is not None
     trained, available = ranker.trained, ranker.item_item.available
     cold = torch.zeros(trained, dtype=torch.bool)
@@ -114,12 +121,20 @@ def _candidates(ranker: Ranker, histories: list[np.ndarray], target: Tensor, cou
         drawn = torch.from_numpy(uniform(COLD_STREAM, 0, np.arange(trained), 1)[:, 0] < COLD_SHARE)
         cold = drawn & ~drawn.all()  # a catalog of a few items: some must stay trained to be neighbours
     simulating = ranker.with_simulated_cold_items(cold.nonzero()[:, 0]) if cold.any() else ranker
-    samples = []
+    kinds = [available]
+    if "text" in ranker.item_item.contents:
+        kinds.append([number for number in available if SCORE_FEATURES[number] in WITHOUT_NETWORK])
+    samples: list[list[Candidates]] = [[] for _ in kinds]
     with torch.inference_mode():
         for rows in batches(len(histories), len(SCORE_FEATURES) * ranker.num_items):
             sequence, features, lengths = simulating.score_features(histories[rows])
-            samples.append(candidates(sequence[:, :trained], features[:, :, :trained], lengths, target[rows], cold, available, count))
-    return Candidates(*(torch.cat(pieces).clone() for pieces in zip(*samples, strict=True))) if samples else no_candidates()
+            warm = sequence[:, :trained], features[:, :, :trained]
+            for found, scores in zip(samples, kinds, strict=True):
+                found.append(candidates(*warm, lengths, target[rows], cold, scores, count))
+    everything, *others = (
+        Candidates(*(torch.cat(pieces).clone() for pieces in zip(*found, strict=True))) if found else no_candidates() for found in samples
+    )
+    return everything, without_network(others[0]) if others else None
 
 
 def _average_weights(blend: Blend) -> dict[str, dict[str, float]]:
@@ -132,13 +147,12 @@ def _average_weights(blend: Blend) -> dict[str, dict[str, float]]:
 
 
 def _validation_ndcg(ranker: Ranker, histories: list[np.ndarray], target: Tensor) -> dict[str, float]:
-    """ndcg@10 of validation items among unseen ones, as fine-tuning is judged: of the blend, and of the sequence model alone."""
+    """ndcg@10 of validation items among unseen ones, as fine-tuning is judged: of the blend, and of each ranking by itself."""
     found: dict[str, list[np.ndarray]] = {"model": [np.zeros(0, int)], "sequencer": [np.zeros(0, int)]}
     with torch.inference_mode():
         for rows in batches(len(histories), len(SCORE_FEATURES) * ranker.num_items):
-            scores = ranker.scores(histories[rows])
-            for name, pieces in found.items():
-                pieces.append(ranks(scores[name], target[rows], histories[rows]).numpy())
+            for name, scores in ranker.scores(histories[rows]).items():
+                found.setdefault(name, []).append(ranks(scores, target[rows], histories[rows]).numpy())
     return {f"{name}_ndcg@10": metrics.interval(metrics.ndcg(np.concatenate(pieces), 10))["value"] for name, pieces in found.items()}
 
 

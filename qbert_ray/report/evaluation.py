@@ -10,10 +10,10 @@ import polars as pl
 from qbert_ray import metrics
 from qbert_ray.report.catalog import Catalog
 from qbert_ray.report.facts import Facts
-from qbert_ray.report.figures import Figure, Series, bars, by_epoch, intervals, label, lines
+from qbert_ray.report.figures import Figure, Series, bars, by_epoch, intervals, lines
 from qbert_ray.report.summary import curve
 from qbert_ray.sequence.masking import draw_lengths, draw_masks
-from qbert_ray.storage.columns import USER_ID, to_sequences
+from qbert_ray.storage.columns import USER_ID, label, to_sequences
 from qbert_ray.storage.directory import RunDir
 
 RANKED = 200_000  # users that are divided into groups

@@ -14,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from qbert_ray.config.loading import merge
+from qbert_ray.storage.columns import label
 
 # name -> light theme, dark theme: Okabe and Ito's hues, safe for the colour-blind, at a contrast of 3 : 1 to the background
 BLUE, GREEN, ORANGE, PURPLE, AMBER, BROWN, GREY = (
@@ -22,6 +23,7 @@ BLUE, GREEN, ORANGE, PURPLE, AMBER, BROWN, GREY = (
 )  # fmt: skip
 SHADES = {
     "model": BLUE, "sequencer": GREEN, "ridge": ORANGE, "co_occurrence": PURPLE, "popularity": GREY,
+    "transitions": AMBER, "item_item_text": BROWN,
     "text_nearest": AMBER, "text_mean": BROWN, "random": GREY,
     "fused": BLUE, "text": ORANGE, "image": GREEN, "structure": PURPLE,
     "pretrain": AMBER, "finetune": BLUE, "items": BLUE, "shuffled": GREY,
@@ -60,10 +62,6 @@ def dark_shades() -> dict[str, str]:
 
 def colour(name: str, number: int = 0) -> str:
     return (SHADES.get(name) or OTHERS[number % len(OTHERS)])[0]
-
-
-def label(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def plain(text: str) -> str:

@@ -18,7 +18,8 @@ from plotly.utils import PlotlyJSONEncoder
 from qbert_ray.report import codes, evaluation, fused, recommendations, summary, sweep
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts, redact
-from qbert_ray.report.figures import dark_shades, label
+from qbert_ray.report.figures import dark_shades
+from qbert_ray.storage.columns import label
 from qbert_ray.storage.directory import RunDir
 
 PAGE = "report/index.html"

@@ -10,7 +10,7 @@ import polars as pl
 
 from qbert_ray.metrics import NORMAL_95, ndcg
 from qbert_ray.report.facts import Facts
-from qbert_ray.report.figures import label
+from qbert_ray.storage.columns import label
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.storage.stages import BY_NAME
 

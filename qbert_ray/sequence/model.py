@@ -92,9 +92,9 @@ class Sequencer(nn.Module):
         distances = max_items if causal else 0
         self.layers = nn.ModuleList(EncoderLayer(width, num_heads, ffn_width, dropout, distances) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        for embedding in [self.code_embedding, *self.item_embedding.values()]:
-            if len(embedding.weight):
-                nn.init.normal_(embedding.weight, std=0.02)
+        for parameter in [self.code_embedding.weight, *self.item_embedding.parameters()]:
+            if parameter.numel():
+                nn.init.normal_(parameter, std=0.02)
         if self.content is not None:
             nn.init.normal_(self.content.weight, std=CONTENT_START / content_width**0.5)
 

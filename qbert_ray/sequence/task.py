@@ -105,7 +105,7 @@ class SequencerTask:
         """[N, E] sum of the codewords of each semantic ID; of random ones where the IDs were given."""
         codes = torch.from_numpy(catalog_codes(self.run, name)[: len(self.tables[name].codes)])
         if self.config.sequencer.start == "codebooks" and not self.config.data.semantic_ids:
-            books = load_quantizers(self.run)[0].quantizer.codebooks
+            books: Tensor = load_quantizers(self.run)[0].quantizer.codebooks
         else:
             levels = self.run.read_json("semantic_ids/manifest.json")["counts"]["num_levels"]
             books = torch.randn(levels, self.codebook_size, self.config.sequencer.width)

@@ -118,6 +118,8 @@ RANKS = pa.schema(
     ]
 )
 
+LABELS = {"item_item_text": "item-item + text"}  # model of evaluate/ranks -> its name in tables and figures
+
 # evaluate/cold: one row per user of ingest/cold and ranking.
 COLD_RANKS = pa.schema(
     [
@@ -141,6 +143,11 @@ RECOMMENDATIONS = pa.schema(
         ("score", pa.float32()),
     ]
 )
+
+
+def label(name: str) -> str:
+    """The name of a ranking, or of any other row, in tables and figures."""
+    return LABELS.get(name, name.replace("_", "-"))
 
 
 def features_schema(num_vectors: int, width: int) -> pa.Schema:

@@ -17,6 +17,7 @@ from scipy import stats
 from qbert_ray import metrics
 from qbert_ray.config.loading import ConfigError, read_layer
 from qbert_ray.config.section import Section, Tree
+from qbert_ray.storage.columns import label
 from qbert_ray.storage.directory import RunDir
 
 RANKS, MARKDOWN = "ranks.parquet", "table.md"
@@ -31,8 +32,8 @@ class Table(Section):
     title: str
     reference: str = Field(description="row that the others are compared with")
     variants: dict[str, Tree] = Field(description="row -> overlay, or the path of one next to the table's file")
-    rankings: list[Literal["sequencer", "ridge", "co_occurrence", "popularity"]] = Field(
-        [], description="further rows: rankings of the reference in addition to its model"
+    rankings: list[Literal["sequencer", "ridge", "transitions", "item_item_text", "co_occurrence", "popularity"]] = Field(
+        [], description="further rows: rankings of the reference in addition to its model; item_item_text only where there are texts"
     )
     sequencers: bool = Field(False, description="rows also for the sequence model alone of every variant, compared with the reference's")
     seeds: list[int] = [0, 1, 2, 3, 4]
@@ -175,7 +176,7 @@ def markdown(summary: list[Line], table: Table) -> str:
             lines += ["| " + " | ".join(["", *heads]) + " |", "|" + "---|" * (len(heads) + 1)]
             for name in dict.fromkeys(line["row"] for line in chosen):
                 cells = [cell for line in chosen if line["row"] == name for cell in _cells(line, published)]
-                lines.append("| " + " | ".join([f"**{name}**" if name == table.reference else name.replace("_", "-"), *cells]) + " |")
+                lines.append("| " + " | ".join([f"**{name}**" if name == table.reference else label(name), *cells]) + " |")
             lines.append("")
     lines += [
         "±: half of the 95 % interval of the mean, over seeds (Student's t) or, with one seed, over users. Against the reference: the difference of",

@@ -28,7 +28,7 @@ def test_every_field_is_there_with_its_default_and_a_description():
     [
         ("quantizer.num_levels", ("integer ≥ 1", "4", "K, codes of an ID", "§4.1: 4")),
         ("quantizer.batch_size", ("integer ≥ 1", "1024", "global: over all workers", "§4.1: 1024")),  # half of it said by Training
-        ("features.modalities", ("list of text, image or structure or null", "null", "what stage 1 fuses, where there is input for it; null: text and image, and structure too if a domain has neither", "text and image (§3.3)")),
+        ("features.modalities", ("list of text, image or structure or null", "null", "what stage 1 fuses, where there is input for it; null: text and image, and structure too if a domain has neither", "text and image (§3.3)")),  # noqa: E501
         ("finetune.patience", ("integer ≥ 1 or null", "5", "epochs without a better validation metric before stopping; null: run all epochs", "")),
         ("fusion.consistency_weight", ("number ≥ 0", "0.01", "lambda of Eq. 5", "Eq. 5")),
         ("features.text.model", ("string", "minilm", "'minilm' or 'smollm2' (offline packages), or anything AutoModel.from_pretrained takes", "LLaMA")),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qbert_ray.ranking import item_item
-from qbert_ray.ranking.blend import START, BlendedScores, Candidates, candidates, describe, fit_blend, no_candidates
+from qbert_ray.ranking.blend import START, BlendedScores, Candidates, candidates, describe, fit_blend, no_candidates, without_network
 from qbert_ray.ranking.score_features import SCORE_FEATURES
 from qbert_ray.top_k import hide
 from tests.ranking.test_item_item import make_item_item, means_of_two
@@ -56,6 +56,20 @@ def test_cold_items_have_weights_of_their_own():
 def test_features_that_are_not_there_are_not_used():
     blend = fit_blend(sample(np.random.default_rng(3), by("text")))
     assert blend.used() == ["sequencer", "ridge", "following", "text", "seen"]
+
+
+def test_a_blend_without_network_reads_item_item_weights_text_and_seen_items_alone():
+    """Whatever the sequence model and the fused embeddings say, the fit and its scores are the same."""
+    found = sample(np.random.default_rng(3), by("text"))
+    networks = [SCORE_FEATURES.index(name) for name in ("sequencer", "content", "image")]
+    other = found._replace(features=found.features.clone())
+    other.features[..., networks] = torch.randn(*found.repeated.shape, 3)
+    one, two = (fit_blend(without_network(each)) for each in (found, other))
+    assert torch.equal(one.weights, two.weights)
+    assert one.weights[0, SCORE_FEATURES.index("text")] > 3
+    unread = [place + shift for place in networks[1:] for shift in (0, len(SCORE_FEATURES))]
+    assert not one.weights[:, unread].any()
+    assert found.features[..., networks[0]].any()  # the candidates of the model's own blend are not changed
 
 
 def plainly_blended(blend, sequence, features, lengths, trained):

@@ -7,7 +7,8 @@ import torch
 from qbert_ray.config.schema import Ranking
 from qbert_ray.ranking import blocks
 from qbert_ray.ranking import score as scoring
-from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.ranking.blend import START, fit_blend, no_candidates
+from qbert_ray.ranking.loader import WEIGHTS, load_ranker
 from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import ArtifactError
@@ -187,6 +188,28 @@ def test_histories_may_be_iterators_and_the_run_a_path(run, recommender):
 def test_arguments_of_another_kind_are_refused_by_name(recommender, arguments, said):
     with pytest.raises(ValueError, match=said):
         recommender.recommend(**arguments)
+
+
+def test_the_baselines_are_plain_sums_and_read_no_sequence_model(run):
+    ranker, histories = load_ranker(run, "shop", Ranking()), [np.array([3, 1, 4]), np.array([2, 7])]
+    table = run.read(WEIGHTS, "shop")
+    follows = np.zeros((ITEMS, ITEMS))
+    for item, (others, weights) in enumerate(
+        zip(table["following_items"].to_pylist(), table["following_weights"].to_pylist(), strict=True)
+    ):
+        follows[others, item] = weights
+    start = fit_blend(no_candidates())
+    ranker.use(ranker.blend, item_item_text=start)
+    scores = ranker.scores(histories)
+    expected = np.stack([sum(0.5**age * follows[item] for age, item in enumerate(history[::-1])) for history in histories])
+    assert scores["transitions"].numpy() == pytest.approx(expected, abs=1e-6)
+    _, features, _ = ranker.score_features(histories)
+    by_hand = (features * torch.tensor(START[1:])[:, None, None]).sum(0)
+    by_hand[:, ITEMS - COLD :] += Ranking().new_item_bonus
+    torch.testing.assert_close(scores["item_item_text"], by_hand, atol=1e-5, rtol=1e-5)
+    ranker.vectors = torch.randn_like(ranker.vectors)
+    other = ranker.scores(histories)
+    assert torch.equal(other["item_item_text"], scores["item_item_text"]) and not torch.equal(other["model"], scores["model"])
 
 
 def test_without_the_sequence_models_scores_the_rest_ranks_alone(run, recommender):
