@@ -61,7 +61,7 @@ WITHOUT_GRADIENTS = {"torch.no_grad()", "torch.inference_mode()"}
 # Text of an error or of a warning is checked by eye.
 MESSAGES = [r"^\s*raise ", r"\bf?\"[^\"]*\{.*\}[^\"]*\"\s*$"]
 # A device other than the default one is taken on GPUs only, and sequences given to a strict `zip` are equally long.
-SET_ASIDE = re.compile(r"\b(device|non_blocking|strict)=[\w.]+|[\s,]")
+SET_ASIDE = re.compile(r"\b(device|non_blocking|strict)=[\w.]+|\.to\([\w.]*(device|None)\)|[\s,]")
 LASTS = 3600  # seconds for one module
 
 
@@ -70,6 +70,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", default=list(TESTS), help="paths as in TESTS; all of them by default")
     parser.add_argument("--sample", type=int, default=100, help="mutants tried of each module; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--only", nargs="*", metavar="MUTANT", help="these mutants of one module, by name, in place of a sample")
     parser.add_argument("--jobs", type=int, default=1, help="mutants tried at a time")
     parser.add_argument("--out", type=Path, help="file to which the table and the survivors are appended")
     arguments = parser.parse_args()
@@ -80,7 +81,8 @@ def main() -> int:
     for module in arguments.modules:
         folder = prepare(module)
         names = mutate(folder, module)
-        chosen = sorted(random.Random(arguments.seed).sample(names, min(arguments.sample or len(names), len(names))))
+        drawn = random.Random(arguments.seed).sample(names, min(arguments.sample or len(names), len(names)))
+        chosen = sorted(drawn) if arguments.only is None else [name for name in names if name.rpartition(".")[2] in arguments.only]
         text = report(module, run(folder, module, chosen, arguments.jobs), len(names), (folder / module).read_text())
         print(text, flush=True)
         if arguments.out:

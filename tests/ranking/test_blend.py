@@ -58,6 +58,29 @@ def test_features_that_are_not_there_are_not_used():
     assert blend.used() == ["sequencer", "ridge", "following", "text", "seen"]
 
 
+def test_a_fit_is_where_the_gradient_of_its_objective_is_zero():
+    """The objective again: mean cross-entropy of targets among candidates that come once, and the squared distance from the start."""
+    found, count = sample(np.random.default_rng(6), by("text"), users=80, cold=10), len(SCORE_FEATURES)
+    blend, users = fit_blend(found), len(found.target)
+    weights = blend.weights.double().requires_grad_()
+    unit = found.features[~found.repeated].double().std(0, unbiased=False)
+    unit = torch.where(unit > 1e-6, unit, 1.0)
+    unit = torch.cat([unit, unit, torch.ones(1)])
+    start = torch.zeros(3, 2 * count + 1, dtype=torch.float64)
+    start[0, :-1] = torch.tensor([*START, *START])
+    objective = (1e-3 + 1 / users) * ((weights - start) * unit).square().sum()
+    described = ((found.description - blend.centre) / blend.spread).double()
+    for row in range(users):
+        once = ~found.repeated[row]
+        features, cold, own = found.features[row, once].double(), found.cold[row, once], described[row] @ weights
+        scores = torch.where(cold, features @ own[count:-1] + own[-1], features @ own[:count])
+        place = int(once[: found.target[row]].sum())
+        objective = objective - scores.log_softmax(0)[place] / users
+    (gradient,) = torch.autograd.grad(objective, weights)
+    assert (gradient / unit).abs().max() < 0.01
+    assert (blend.weights - start).abs().max() > 0.1 and found.cold[torch.arange(users), found.target].any()
+
+
 def plainly_blended(blend, sequence, features, lengths, trained):
     """[B, N] scores by the definition: every feature as a dense array, its weights for each item and history."""
     all_weights = blend.weights_for(describe(features[0].amax(1), lengths))
