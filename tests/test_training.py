@@ -1,5 +1,7 @@
 """The training loop on a task whose updates can be worked out by hand."""
 
+import json
+from threading import Barrier, Thread, local
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from qbert_ray import training
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Loop, shuffled_batches
+
+ADAMW = torch.optim.AdamW
 
 DEFAULTS = {
     "epochs": 3,
@@ -187,6 +193,141 @@ def test_a_restored_training_ends_where_an_uninterrupted_one_does(tmp_path):
     assert loop.log == whole.log and loop.step == whole.step and loop.waited == whole.waited
     assert torch.equal(loop.best["weight"], whole.best["weight"]) and loop.best_value == 6
     assert torch.equal(loop.weights()["weight"], whole.weights()["weight"])
+
+
+def test_a_restored_training_continues_the_moments_of_its_optimizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", ADAMW)
+
+    def task():
+        return Line(weight_decay=0.1, warmup_steps=2)
+
+    whole, cut = run(task()), run(task(), epochs=2)
+    cut.save(tmp_path)
+    loop = Loop(task(), torch.device("cpu"))
+    loop.restore(tmp_path)
+    assert loop.average is None and not loop.best and loop.epoch == 2
+    loop.run_epoch()
+    assert loop.log == whole.log
+    state, expected = (each.optimizer.state_dict()["state"][0] for each in (loop, whole))
+    assert state.keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+
+
+def test_weights_decay_as_the_settings_say():
+    loop = run(Line(weight_decay=0.5), epochs=1)
+    assert loop.log[0]["weight"] == pytest.approx(2 - 0.1 * (gradient(2.0, 0) + 0.5 * 2.0), rel=1e-5)
+
+
+class Together:
+    """Takes the place of torch.distributed for loops in threads of one process."""
+
+    def __init__(self, size):
+        self.barrier, self.slots, self.own = Barrier(size, timeout=30), [None] * size, local()
+
+    def _exchange(self, tensor):
+        self.slots[self.own.rank] = tensor.clone()
+        self.barrier.wait()
+        found = list(self.slots)
+        self.barrier.wait()
+        return found
+
+    def all_reduce(self, tensor):
+        tensor.copy_(sum(self._exchange(tensor)))
+
+    def broadcast(self, tensor, source):
+        tensor.copy_(self._exchange(tensor)[source])
+
+    def get_backend(self):
+        return "gloo"
+
+
+def run_together(make_task, size, monkeypatch):
+    together, loops = Together(size), [None] * size
+    monkeypatch.setattr(training, "dist", together)
+
+    def work(rank):
+        together.own.rank = rank
+        loop = loops[rank] = Loop(make_task(), torch.device("cpu"), rank, size)
+        with torch.no_grad():
+            loop.model.weight.add_(rank)  # the first worker's weights count
+        while not loop.finished:
+            loop.run_epoch()
+
+    threads = [Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return loops
+
+
+@pytest.mark.parametrize(("size", "microbatches"), [(2, 4), (3, 3), (2, 1)])
+def test_any_number_of_workers_gives_the_model_of_one(size, microbatches, monkeypatch):
+    """A worker without a microbatch counts too. Only the first measures, and all stop when it has waited long enough."""
+
+    def task():
+        made = Line([5, 6, 1, 2, 9, 9], epochs=6, patience=2, microbatches=microbatches)
+        made.criterion = ("score", 1.0)
+        return made
+
+    alone, loops = run(task()), run_together(task, size, monkeypatch)
+    for rank, loop in enumerate(loops):
+        assert loop.epoch == alone.epoch == 4 and loop.step == alone.step
+        assert loop.model.weight.item() == pytest.approx(alone.model.weight.item(), rel=1e-6)
+        for line, expected in zip(loop.log, alone.log, strict=True):
+            assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
+            assert line.keys() == (expected.keys() if rank == 0 else {"epoch", "train_loss"})
+        assert loop.task.adjusted == ([0, 1, 2, 3] if rank == 0 else [])
+    assert loops[0].best_value == 6 and not loops[1].best
+
+
+class Unused(Line):
+    """A second parameter that no loss reads."""
+
+    def build(self):
+        model = super().build()
+        model.other = nn.Parameter(torch.ones(3))
+        return model
+
+
+def test_a_parameter_that_is_not_used_has_a_gradient_of_zeros():
+    loop = run(Unused(), epochs=1)
+    assert loop.model.other.grad.tolist() == [0, 0, 0] and loop.model.other.tolist() == [1, 1, 1]
+
+
+def test_a_batch_in_which_nothing_counts_changes_nothing():
+    task = Line()
+    task.batches = lambda epoch: [np.array([0, 3, 6])]
+    loop = run(task, epochs=1)
+    assert loop.log[0] == {"epoch": 0, "train_loss": 0.0, "weight": 2.0} and loop.step == 1
+
+
+def published(run_dir, folder):
+    lines = run_dir.read_bytes(f"{folder}/metrics.jsonl").decode().splitlines()
+    return [json.loads(line) for line in lines], *run_dir.load_model(f"{folder}/model")
+
+
+def test_a_published_training_has_its_best_weights_its_description_and_a_line_for_each_epoch(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    task = Line([5, 6, 1])
+    task.criterion, task.description = ("score", 1.0), lambda: {"width": 1}
+    loop = run(task)
+    assert not training.trained(run_dir, "some/folder")
+    training.publish(loop, run_dir, "some/folder")
+    log, weights, description = published(run_dir, "some/folder")
+    assert log == loop.log and len(log) == 3 and training.last_metrics(run_dir, "some/folder") == loop.log[-1]
+    assert weights["weight"].item() == pytest.approx(loop.log[1]["weight"]) and description["width"] == 1
+    assert training.trained(run_dir, "some/folder") and not training.trained(run_dir, "some")
+    last = run(Line([9, 1, 1], averaging=0.5))
+    training.publish(last, run_dir, "other")
+    assert published(run_dir, "other")[1]["weight"].item() == pytest.approx(last.log[-1]["weight"])  # the averaged ones
+
+
+def test_a_model_that_needs_no_training_is_measured_and_published(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    training.build(lambda **arguments: Line(**arguments), {"epochs": 7}, run_dir, "folder")
+    log, weights, _ = published(run_dir, "folder")
+    assert log == [{"epoch": 0, "weight": 2.0}] and weights["weight"].item() == 2
 
 
 @pytest.mark.parametrize(("size", "batch_size", "sizes"), [(10, 4, [4, 3, 3]), (8, 4, [4, 4]), (3, 4, [3]), (0, 4, [0])])

@@ -59,7 +59,7 @@ class ScoreFeatures:
         self.sparse = {1: weights[0], 2: weights[1], len(SCORE_FEATURES) - 1: seen}
         self._latest = latest = [history[-CONTENT_HISTORY:] for history in histories]
         lengths = np.array([len(items) for items in latest], dtype=np.int64)
-        self._order = np.argsort(-lengths, kind="stable")
+        self._order = np.argsort(-lengths)
         joined, first = np.concatenate([*latest, np.zeros(0, np.int64)]), np.cumsum(lengths) - lengths
         self._items, place = np.unique(joined, return_inverse=True)
         longer = [self._order[: int((lengths > step).sum())] for step in range(int(lengths.max(initial=0)))]

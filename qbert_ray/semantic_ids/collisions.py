@@ -247,7 +247,7 @@ def _one_by_one(preference: Preference, group: np.ndarray, room: np.ndarray) -> 
     choice = np.empty(len(group), dtype=np.int64)
     begin, _ = _groups(group)
     size = np.diff(begin, append=len(group))
-    largest = np.argsort(-size, kind="stable")
+    largest = np.argsort(-size)
     begin, waiting = begin[largest], np.searchsorted(-size[largest], -np.arange(size.max()))  # groups with more movers than turns so far
     for turn, count in enumerate(waiting):
         mine, movers = largest[:count], begin[:count] + turn

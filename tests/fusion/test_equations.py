@@ -288,6 +288,7 @@ def test_geometry_is_that_of_plain_loops_and_its_gradient_that_of_finite_differe
     features["image"] = torch.randn(B, 2, 4, generator=generator, dtype=torch.float64)
     present = {"text": torch.ones(B, 3, dtype=torch.bool), "image": torch.ones(B, 2, dtype=torch.bool)}
     present["text"][0] = torch.tensor([True, False, True])
+    present["text"][1] = torch.tensor([False, True, False])
     present["text"][3] = False
     present["image"][1:3] = False  # 3 has nothing in common with 1 and 2
     found = fused()
@@ -307,3 +308,11 @@ def test_view_distance_is_the_mean_over_the_pairs_an_item_has():
     assert float(view_distance(found)) == pytest.approx(sum(expected) / len(expected))
     nothing = fused(present=torch.zeros(B, V, dtype=torch.bool))
     assert float(view_distance(nothing)) == 0
+
+
+def test_a_model_of_which_nothing_is_said_is_that_of_the_paper():
+    model = DynamicFusion(2, {"text": 3})
+    assert len(model.layers) == 5 and model.dynamic and (model.halt_threshold, model.temperature) == (0.75, 0.1)
+    assert {(layer.num_heads, layer.ffn[0].out_features, layer.query.in_features, layer.dropout) for layer in model.layers} == {
+        (4, 512, 256, 0.1)
+    }

@@ -166,9 +166,10 @@ def test_a_batch_in_which_nearly_no_item_has_a_modality_trains(lacking, having):
     assert torch.isfinite(view_distance(fused))
 
 
-def test_geometry_without_a_modality_is_that_of_the_others():
+@pytest.mark.parametrize(("lacking", "other"), [("image", "text"), ("text", "image")])
+def test_geometry_without_a_modality_is_that_of_the_others(lacking, other):
     _, features, present = inputs()
     fused = build()(*inputs())
-    gone = present | {"image": torch.zeros_like(present["image"])}
-    alone = geometry_loss(fused, {"text": features["text"]}, {"text": present["text"]})
+    gone = present | {lacking: torch.zeros_like(present[lacking])}
+    alone = geometry_loss(fused, {other: features[other]}, {other: present[other]})
     assert geometry_loss(fused, features, gone) == alone > 0

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qbert_ray.ranking import item_item
-from qbert_ray.ranking.blend import START, BlendedScores, Candidates, candidates, describe, fit_blend, no_candidates, without_network
+from qbert_ray.ranking.blend import START, Blend, BlendedScores, Candidates, candidates, describe, fit_blend, no_candidates, without_network
 from qbert_ray.ranking.score_features import SCORE_FEATURES
 from qbert_ray.top_k import hide
 from tests.ranking.test_item_item import make_item_item, means_of_two
@@ -72,6 +72,29 @@ def test_a_blend_without_network_reads_item_item_weights_text_and_seen_items_alo
     assert found.features[..., networks[0]].any()  # the candidates of the model's own blend are not changed
 
 
+def test_a_fit_is_where_the_gradient_of_its_objective_is_zero():
+    """The objective again: mean cross-entropy of targets among candidates that come once, and the squared distance from the start."""
+    found, count = sample(np.random.default_rng(6), by("text"), users=80, cold=10), len(SCORE_FEATURES)
+    blend, users = fit_blend(found), len(found.target)
+    weights = blend.weights.double().requires_grad_()
+    unit = found.features[~found.repeated].double().std(0, unbiased=False)
+    unit = torch.where(unit > 1e-6, unit, 1.0)
+    unit = torch.cat([unit, unit, torch.ones(1)])
+    start = torch.zeros(3, 2 * count + 1, dtype=torch.float64)
+    start[0, :-1] = torch.tensor([*START, *START])
+    objective = (1e-3 + 1 / users) * ((weights - start) * unit).square().sum()
+    described = ((found.description - blend.centre) / blend.spread).double()
+    for row in range(users):
+        once = ~found.repeated[row]
+        features, cold, own = found.features[row, once].double(), found.cold[row, once], described[row] @ weights
+        scores = torch.where(cold, features @ own[count:-1] + own[-1], features @ own[:count])
+        place = int(once[: found.target[row]].sum())
+        objective = objective - scores.log_softmax(0)[place] / users
+    (gradient,) = torch.autograd.grad(objective, weights)
+    assert (gradient / unit).abs().max() < 0.01
+    assert (blend.weights - start).abs().max() > 0.1 and found.cold[torch.arange(users), found.target].any()
+
+
 def plainly_blended(blend, sequence, features, lengths, trained):
     """[B, N] scores by the definition: every feature as a dense array, its weights for each item and history."""
     all_weights = blend.weights_for(describe(features[0].amax(1), lengths))
@@ -82,7 +105,7 @@ def plainly_blended(blend, sequence, features, lengths, trained):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept products", "products"])
-@pytest.mark.parametrize("blocks", [[40], [7, 30, 40], [30, 33, 40]], ids=str)
+@pytest.mark.parametrize("blocks", [[40], [30, 40], [7, 30, 40], [30, 33, 40]], ids=str)
 def test_the_blend_block_by_block_is_the_plain_one(blocks, kept, monkeypatch):
     """Sparse and blocked against dense and whole: within 1e-5 of scores of size 10."""
     monkeypatch.setattr(item_item, "MOST_PAIRS", 40**2 if kept else 0)
@@ -117,3 +140,26 @@ def test_an_item_that_is_a_candidate_twice_counts_once():
     assert not found.repeated[0, found.target[0]]
     nowhere = candidates(scores, features, torch.tensor([1]), torch.tensor([2]), torch.zeros(3, dtype=torch.bool), [0], 2)
     assert len(nowhere.target) == 0  # its target is not among the two best
+
+
+def test_weights_are_linear_in_the_description_up_to_three_deviations():
+    weights = torch.zeros(3, 2 * len(SCORE_FEATURES) + 1)
+    weights[:, 0] = torch.tensor([1.0, 10.0, 100.0])
+    blend = Blend(weights, torch.tensor([0.0, 2.0, 5.0]), torch.tensor([1.0, 0.5, 2.0]))
+    found = blend.weights_for(torch.tensor([[1.0, 2.5, 4.0], [1.0, 9.0, 50.0], [1.0, -9.0, -50.0]]))
+    assert found[:, 0].tolist() == [1 + 10 - 50, 1 + 30 + 300, 1 - 30 - 300]
+    assert not found[:, 1:].any()
+
+
+def test_a_history_is_described_by_one_its_length_and_its_largest_ridge_feature():
+    found = describe(torch.tensor([0.5, 0.0]), torch.tensor([8, 0]))
+    assert found.tolist() == [pytest.approx([1, np.log(8), 0.5]), [1, 0, 0]]  # an empty history is as one of a single item
+
+
+def test_descriptions_are_standardised_by_what_the_blend_was_fitted_on():
+    found = sample(np.random.default_rng(3), by("text"))
+    users = len(found.target)
+    described = np.stack([np.ones(users), np.arange(users), np.linspace(0, 1e-3, users)], axis=1)
+    blend = fit_blend(found._replace(description=torch.from_numpy(described).float()))
+    assert blend.centre.tolist() == pytest.approx([0, *described.mean(0)[1:]], rel=1e-4)
+    assert blend.spread.tolist() == pytest.approx([1, *described.std(0)[1:]], rel=1e-4)

@@ -4,7 +4,15 @@ import torch
 
 from qbert_ray.features.structure import co_occurrence
 from qbert_ray.ranking import item_item, score_features
-from qbert_ray.ranking.item_item import ItemItem, RidgeRegression, Transitions, co_occurrence_scores, popularity
+from qbert_ray.ranking.item_item import (
+    ItemItem,
+    RidgeRegression,
+    Transitions,
+    averaging_matrix,
+    co_occurrence_scores,
+    popularity,
+    recency,
+)
 from qbert_ray.ranking.score_features import SCORE_FEATURES
 from qbert_ray.sequence.item_table import ColdItems
 
@@ -23,6 +31,7 @@ def test_counts_are_of_users():
     assert popularity(INDPTR, ITEMS, 4).tolist() == [1, 3, 2, 0]
     counts = co_occurrence(INDPTR, ITEMS, 4).toarray()
     assert counts.tolist() == [[0, 1, 1, 0], [1, 0, 2, 0], [1, 2, 0, 0], [0, 0, 0, 0]]
+    assert popularity(INDPTR, ITEMS, 4).dtype == np.float32
 
 
 def test_scores_sum_over_the_latest_items():
@@ -61,6 +70,23 @@ def test_an_item_without_interactions_has_no_weights():
     assert ridge.rows(np.array([], dtype=int)).shape == (0, 3)
 
 
+def test_neighbours_are_those_of_the_largest_cosine():
+    """Item 0 occurs twice with 1, twice with 2 and once with 3, of which there are 2, 8 and 1: 2 / sqrt(2), 2 / sqrt(8), 1."""
+    indptr, items = ragged([0, 1], [0, 1], [0, 2], [0, 2], [0, 3], *[[2]] * 6)
+    for neighbours, expected in ((1, [0, 2 / 2.5, 0, 0]), (2, [0, 2 / 2.5, 0, 1 / 1.5]), (3, [0, 2 / 2.5, 2 / 8.5, 1 / 1.5])):
+        weights = RidgeRegression(indptr, items, 4, 0.5, neighbours).rows(np.array([0]))
+        assert weights.toarray()[0] == pytest.approx(np.array(expected)), neighbours
+    assert weights.dtype == np.float32 and weights.indices.dtype == np.int32  # as they are stored
+
+
+def test_of_equally_strong_neighbours_the_first_stay():
+    indptr, items = ragged([0, 2], [0, 1], [0, 3])
+    weights = RidgeRegression(indptr, items, 4, 1.0, 2).rows(np.array([0]))
+    assert weights.indices.tolist() == [1, 2]
+    backwards = RidgeRegression(*ragged([3, 0], [1, 0], [2, 0]), 4, 1.0, 2).rows(np.array([0]))
+    assert (weights != backwards).nnz == 0
+
+
 def following(indptr, items, num_items, **settings):
     return Transitions(indptr, items, num_items, **settings).rows(np.arange(num_items))
 
@@ -72,6 +98,45 @@ def test_transitions_count_what_comes_after_within_a_user():
     assert shares == pytest.approx(np.array([[0, 0.5, 0], [2 / 3, 0, 0], [1 / 3, 0.5, 0]]))
     assert following(*ragged([0], [1]), num_items=2, **settings).nnz == 0  # never from one user into the next
     assert following(*ragged([0, 1, 2], [1, 0]), num_items=3, **settings | {"neighbours": 1}).getnnz(1).tolist() == [1, 1, 1]
+
+
+def test_transitions_are_shares_of_what_follows_shrunk_for_rare_items():
+    """After 0 come 1 twice and 2 once, and 3 at three steps; a shrinkage of 2 is as two more that come after it."""
+    histories = ragged([0, 1], [0, 2, 1, 3])
+    shares = following(*histories, num_items=4, window=3, decay=0.5, shrinkage=2.0, neighbours=9).toarray()
+    after_0 = [0, 1 + 0.5, 1, 0.25]
+    assert shares[:, 0] == pytest.approx(np.array(after_0) / (sum(after_0) + 2))
+    assert shares[:, 2] == pytest.approx(np.array([0, 1, 0, 0.5]) / (1.5 + 2))
+    assert not shares[:, 3].any()
+    shorter = following(*histories, num_items=4, window=1, decay=0.5, shrinkage=2.0, neighbours=9)
+    assert shorter.toarray()[:, 0] == pytest.approx(np.array([0, 1, 1, 0]) / 4) and shorter.dtype == np.float32
+
+
+def test_the_strongest_transitions_of_an_item_are_kept_and_the_first_of_equal_ones():
+    """3 comes after 0 alone and after 1 and 2 among others; 4 after 1 and 2 as often."""
+    histories = ragged([0, 3], [1, 3], [1, 4], [2, 3], [2, 4])
+    settings = {"num_items": 5, "window": 1, "decay": 1.0, "shrinkage": 0.0}
+    assert following(*histories, **settings, neighbours=2)[[3]].toarray()[0].tolist() == [1, 0.5, 0, 0, 0]
+    assert following(*histories, **settings, neighbours=1)[[3, 4]].toarray().tolist() == [[1, 0, 0, 0, 0], [0, 0.5, 0, 0, 0]]
+
+
+def test_an_item_never_follows_itself():
+    shares = following(*ragged([0, 0, 1]), num_items=2, window=2, decay=1.0, shrinkage=0.0, neighbours=9)
+    assert shares.toarray().tolist() == [[0, 0], [1, 0]] and shares.nnz == 1
+
+
+def test_the_weight_of_an_item_decays_with_the_steps_after_it():
+    weights = recency([np.array([3, 1, 0]), np.array([], int), np.array([2])], 0.5, 2, 4)
+    assert weights.toarray().tolist() == [[1, 0.5, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]] and weights.dtype == np.float32
+    assert recency([np.array([3, 1, 3])], 0.5, 9, 4).toarray().tolist() == [[0, 0.5, 0, 1.25]]
+    assert recency([], 0.5, 9, 4).shape == (0, 4)
+
+
+def test_a_cold_items_column_averages_those_of_its_neighbours():
+    cold = ColdItems(torch.tensor([1, 3]), torch.tensor([[0, 2], [2, 4]]), torch.tensor([[0.25, 0.75], [1.0, 0.0]]))
+    expected = [[1, 0.25, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0.75, 1, 1, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
+    matrix = averaging_matrix(cold, 5)
+    assert matrix.toarray().tolist() == expected and matrix.dtype == np.float32
 
 
 def make_item_item(rng, num_items=40, cold=None):
@@ -120,6 +185,7 @@ def test_features_of_the_last_items_come_with_those_of_the_whole_histories(cold)
     rng = np.random.default_rng(9)
     model = make_item_item(rng, cold=means_of_two(30) if cold else None)
     histories = [rng.choice(40, size) for size in (3, 0, 1, 12)]
+    assert [each.dense().shape[1:] for each in model.features_and_last([np.array([], int)])] == [(1, 40)] * 2
     whole, last = model.features_and_last(histories)
     alone = model.features([history[-1:] for history in histories])
     for found, expected in ((whole, model.features(histories)), (last, alone)):
@@ -140,3 +206,46 @@ def test_cold_items_have_the_mean_features_of_their_nearest_trained_items():
     plain, averaged = (each.features(histories).dense() for each in (model, model.with_cold_items(means_of_two(30))))
     assert torch.equal(plain[:2, :, :30], averaged[:2, :, :30]) and torch.equal(plain[2:], averaged[2:])
     assert torch.allclose(averaged[:2, :, 30:], (plain[:2, :, :10] + plain[:2, :, 1:11]) / 2)
+
+
+def test_content_is_compared_with_the_latest_twenty_items():
+    """Item 1 is like item 0, which counts as long as at most 19 others come after it."""
+    content = torch.eye(40)
+    content[1] = content[0]
+    model = make_item_item(np.random.default_rng(1))
+    model.contents = {"image": content}
+    place = SCORE_FEATURES.index("image") - 1
+    for others, nearest in ((19, 1), (20, 0)):
+        features = model.features([np.array([0, *range(2, 2 + others)])])
+        assert features.dense()[place, 0, 1] == features.at(torch.tensor([[1]]))[0, 0, place] == nearest
+
+
+def test_no_histories_have_no_features():
+    features = make_item_item(np.random.default_rng(1)).features([])
+    assert features.dense().shape == (len(SCORE_FEATURES) - 1, 0, 40) and features.strongest.shape == (0,)
+    assert features.lengths.dtype == torch.int64 and features.at(torch.zeros(0, 3, dtype=torch.int64)).shape == (
+        0,
+        3,
+        len(SCORE_FEATURES) - 1,
+    )
+
+
+def test_features_are_in_the_order_in_which_models_on_disk_have_them():
+    assert SCORE_FEATURES == ("sequencer", "ridge", "following", "content", "text", "image", "seen")
+    model = make_item_item(np.random.default_rng(2))
+    kinds = {
+        name: torch.nn.functional.normalize(torch.randn(40, 3, generator=torch.Generator().manual_seed(n)), dim=1)
+        for n, name in enumerate(("content", "text", "image"))
+    }
+    model.contents = kinds
+    dense = model.features([np.array([7, 7])]).dense()
+    for name, vectors in kinds.items():
+        torch.testing.assert_close(dense[SCORE_FEATURES.index(name) - 1, 0], vectors @ vectors[7])
+    assert dense[-1, 0].tolist() == [float(item == 7) for item in range(40)]  # once, though it is there twice
+    assert model.available == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_largest_ridge_feature_is_that_of_any_item():
+    rng = np.random.default_rng(5)
+    features = make_item_item(rng).features([rng.choice(40, 4), np.array([], int), rng.choice(40, 9)])
+    assert features.strongest.tolist() == pytest.approx(features.dense()[0].amax(1).tolist()) and features.strongest[1] == 0

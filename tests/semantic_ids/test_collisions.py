@@ -130,6 +130,14 @@ def test_more_items_than_ids_is_refused_with_what_to_raise():
         resolve_collisions(codes[:60], latents[:60], codebooks, split(codes, 5, 0))
 
 
+@pytest.mark.parametrize(("levels", "size"), [(21, 8), (27, 2), (32, 4)])
+def test_ids_that_do_not_fit_a_number_or_the_alphabet_are_refused(levels, size):
+    """8 ** 21 is 2 ** 63: the number after the last ID would not fit."""
+    with pytest.raises(ValueError, match=f"{levels} levels of {size} codewords do not fit a token"):
+        resolve_given(np.zeros((1, levels), int), size)
+    assert resolve_given(np.zeros((2, 20), int), 8).codes[:, -1].tolist() == [0, 1]
+
+
 def test_the_nearest_keeps_its_codes_and_the_next_takes_the_nearest_free_ones():
     codebooks = np.array([[[0.0], [10]], [[0], [1]]])
     latents = np.array([[0.2], [0.1], [0.3], [0.1]])
@@ -158,3 +166,13 @@ def test_rounding_of_the_matrix_product_decides_nothing():
     codes = np.zeros((60, 2), dtype=np.int64)
     expected = plain_rule(codes, latents, books, codes[:0])
     assert resolve_collisions(codes, latents, books).codes.tolist() == expected
+
+
+def test_equally_near_codewords_are_taken_in_their_order_under_every_prefix():
+    """Differences are exact here, but squares of the numbers need more digits than there are: products alone would choose by chance."""
+    near = 2.0**27 + 0.375
+    words = near + np.array([[64.0], [0.5], [-0.25], [0.25], [-0.5], [1.0], [-2.0], [-1.0]])
+    prefixes = 2.0**30 * np.arange(8)[:, None]
+    codes = np.repeat(np.stack([np.arange(8), np.zeros(8, int)], axis=1), 5, axis=0)
+    found = resolve_collisions(codes, prefixes[codes[:, 0]] + near, np.stack([prefixes, words])).codes
+    assert found[:, 1].reshape(8, 5).tolist() == [[0, 2, 3, 1, 4]] * 8

@@ -134,4 +134,4 @@ def test_codes_alone_are_those_of_the_whole_pass_and_the_first_of_equally_near_o
     latent = torch.randn(1500, 8)
     codes = quantizer.codes(latent)
     assert torch.equal(codes, quantizer(latent).codes)
-    assert int(codes.max()) < 8
+    assert int(codes.max()) < 8 and codes.dtype == torch.int64

@@ -132,6 +132,24 @@ def test_inputs_are_centred_and_scaled_by_one_number():
         assert torch.allclose(model.decode(latent), data, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_small_inputs_are_scaled_up_and_large_ones_down(size):
+    data = size * torch.tensor([[1.0, 10.0], [3.0, 10.0], [5.0, 16.0], [7.0, 16.0]])
+    model = RQVAE(2, [], num_levels=1, codebook_size=2, codebook_dim=2)
+    model.start(data)
+    assert float(model.deviation) == pytest.approx(size * 7**0.5)
+    model.start(torch.full((3, 2), 5.0))
+    assert 0 < float(model.deviation) < 1e-3  # constant inputs are divided by something
+
+
+def test_a_quantizer_of_which_nothing_is_said_is_that_of_the_paper():
+    model = RQVAE(64, [48])
+    assert model.quantizer.codebooks.shape == (4, 256, 32) and model.commitment_weight == 0.25
+    assert model.encoder.linear is not None and model.decoder.linear.weight.shape == (64, 32)
+    assert [layer.out_features for layer in (model.encoder.mlp[0], model.decoder.mlp[0])] == [48, 48]
+    assert float(model.quantizer.codebooks.detach().std()) == pytest.approx(0.1, rel=0.05)
+
+
 def test_the_loss_is_taken_of_scaled_inputs():
     data = torch.tensor([[1.0, 10.0], [3.0, 10.0], [5.0, 16.0], [7.0, 16.0]])
     model = RQVAE(2, [], num_levels=1, codebook_size=2, codebook_dim=2)
@@ -208,6 +226,8 @@ def test_fewer_distinct_vectors_than_centres_are_centres_themselves_and_the_rest
     assert centres[:2].tolist() == [[1, 2], [5, 6]]
     assert 0 < np.abs(centres[2:] - [[1, 2], [5, 6]]).max() < 0.02
     assert k_means(vectors, 2, seed=0).tolist() == [[1, 2], [5, 6]]
+    several = np.random.default_rng(0).permutation(9)[:, None].astype(np.float32)
+    assert k_means(several, 9, seed=0)[:, 0].tolist() == list(range(9))  # in order, as they would not come from rounds of k-means
     alone = k_means(vectors[:1], 3, seed=0)
     assert 0 < np.abs(alone[1:] - [1, 2]).max() < 5e-3
 
@@ -219,6 +239,7 @@ def test_a_sample_is_256_vectors_for_each_codeword_without_repetition():
     assert len(drawn) == 512 == len(np.unique(drawn)) and drawn.max() > 2500
     assert (sample(vectors, 2, 0)[:, 0] == drawn).all() and not (sample(vectors, 2, 1)[:, 0] == drawn).all()
     assert (sample(vectors[:512], 2, 0) == vectors[:512]).all()
+    assert len(sample(vectors[:513], 2, 0)) == 512
 
 
 def test_codewords_start_as_centres_of_the_residuals_of_the_level_before():

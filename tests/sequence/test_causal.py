@@ -147,12 +147,19 @@ def test_sampled_and_whole_softmax_have_about_equal_gradients_on_average():
     assert F.cosine_similarity(whole.flatten(), mean.flatten(), dim=0) > 0.98
 
 
-def test_item_embeddings_start_as_a_rotation_of_the_vectors():
+@pytest.mark.parametrize("width", [6, 24])
+def test_item_embeddings_start_as_a_rotation_of_the_vectors(width):
+    """Vectors that are wider than the model are projected on orthogonal axes of one length."""
     torch.manual_seed(0)
-    model = Sequencer(**(SIZES | {"causal": True, "item_embeddings": {"shop": 20}}))
+    model = Sequencer(**(SIZES | {"causal": True, "item_embeddings": {"shop": 40}}))
     torch.nn.init.zeros_(model.item_embedding["in_shop"].weight)
-    vectors = F.normalize(torch.randn(20, 6), dim=-1)
+    vectors = F.normalize(torch.randn(40, width), dim=-1)
     model.start_items_from("shop", vectors)
     started = model.item_embedding["in_shop"].weight
     assert started.std().item() == pytest.approx(0.05, rel=1e-3)
-    assert torch.allclose(F.normalize(started, dim=-1) @ F.normalize(started, dim=-1).T, vectors @ vectors.T, atol=1e-4)
+    if width < 16:
+        assert torch.allclose(F.normalize(started, dim=-1) @ F.normalize(started, dim=-1).T, vectors @ vectors.T, atol=1e-4)
+    else:
+        back = torch.linalg.lstsq(vectors, started).solution  # [E, D]
+        gram = back.T @ back
+        assert torch.allclose(gram / gram[0, 0], torch.eye(16), atol=1e-3)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qbert_ray.sequence.catalog_softmax import SampledItems
 from qbert_ray.sequence.item_table import ColdItems, ItemTable
 from qbert_ray.sequence.model import Dropout, Sequencer, next_item_queries
 from qbert_ray.sequence.packing import pack
@@ -77,6 +78,21 @@ def test_eq_11_over_tokens_is_the_mean_log_probability_of_the_codes(tokens, logi
             products = [x + b for x, b in zip(products, model.code_bias[level * M : (level + 1) * M].tolist(), strict=True)]
             expected -= log_softmax(products, int(CODES[item, level])) / K
     assert model.loss(query, torch.tensor(target), ItemTable(CODES)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("logits", ["dot", "cosine"])
+def test_a_sampled_softmax_takes_the_log_probability_of_being_sampled_off_every_item_but_the_target(logits):
+    model, query, target = build(logits=logits, temperature=0.3), queries(), [7, 2]
+    rows, logp = [1, 2, 5, 7], [-0.5, -1.0, -0.25, -2.0]
+    expected = 0.0
+    for row, item in zip(query.tolist(), target, strict=True):
+        scores = []
+        for other, probability in zip(rows, logp, strict=True):
+            product = dot(unit(row), unit(vector_of(model, other))) / 0.3 if logits == "cosine" else dot(row, vector_of(model, other))
+            scores.append(product + bias_of(model, other) - (0 if other == item else probability))
+        expected -= log_softmax(scores, rows.index(item))
+    sampled = SampledItems(torch.tensor(rows), torch.tensor(logp, dtype=torch.float64))
+    assert model.loss(query, torch.tensor(target), ItemTable(CODES), sampled).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("loss", ["catalog", "tokens"])
@@ -228,3 +244,13 @@ def test_an_embedding_starts_small_and_content_at_about_the_size_of_codes():
     content = torch.nn.functional.normalize(torch.randn(50, 100), dim=-1) * 10  # length sqrt(F)
     assert model.content(content).detach().std().item() == pytest.approx(0.1, rel=0.1)
     assert model.code_bias.tolist() == [0] * 256
+
+
+def test_a_model_of_which_nothing_is_said_is_that_of_the_paper():
+    model = Sequencer(4, 256)
+    assert len(model.layers) == 4 and model.max_items == 50 and len(model.position_embedding.weight) == 50
+    assert {(layer.num_heads, layer.ffn[0].out_features, layer.out.in_features) for layer in model.layers} == {(4, 512, 256)}
+    assert (model.tokens, model.loss_kind, model.logits_kind) == ("item", "catalog", "dot")
+    assert model.recall is None and not model.causal and model.content is None and not model.item_embedding
+    assert {each.threshold for each in model.modules() if isinstance(each, Dropout)} == {round(0.2 * 256)}
+    assert all(layer.distance_bias is None for layer in model.layers)

@@ -1,0 +1,96 @@
+"""The evaluate stage on a small run: every rank again in plain loops over the scores, and what is written of them."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from qbert_ray import metrics
+from qbert_ray.config.schema import Config
+from qbert_ray.execution.local import LocalExecutor
+from qbert_ray.execution.progress import Quiet
+from qbert_ray.features.structure import co_occurrence
+from qbert_ray.ranking.evaluate import evaluate, summarise
+from qbert_ray.ranking.item_item import popularity
+from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.storage import columns
+from tests.small_run import ITEMS, USERS, make_run
+
+MODELS = ["model", "sequencer", "ridge", "popularity", "co_occurrence"]
+SHORT = 3  # users without a test item
+LATEST = 2
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("run"))
+    table = run.read("ingest/sequences", "shop")
+    tests = pa.array([None if user < SHORT else item for user, item in enumerate(table["test"].to_pylist())], pa.int32())
+    table = table.set_column(table.column_names.index("test"), table.schema.field("test"), tests)
+    for number, begin in enumerate(range(0, USERS, 5)):  # three parts
+        run.write_part("ingest/sequences", f"shop-{number:05d}.parquet", table.slice(begin, 5))
+    settings = {"run": {"dir": run.uri}, "data": {"domains": {"shop": {}}}}
+    config = Config.model_validate(settings | {"evaluate": {"cutoffs": [2, 10], "co_occurrence_history": LATEST}})
+    return evaluate(config, run, LocalExecutor(), Quiet()), config, run
+
+
+def plain_rank(scores, target, left_out=()):
+    """1-based, equal scores by item_index; the target itself is never left out."""
+    others = [item for item in range(len(scores)) if item != target and item not in left_out]
+    return 1 + sum((-scores[item], item) < (-scores[target], target) for item in others)
+
+
+def test_ranks_are_those_of_plain_loops_over_each_models_scores(evaluated):
+    _, config, run = evaluated
+    sequences = columns.to_sequences(run.read("ingest/sequences", "shop"))
+    histories = [sequences.history(user, "test") for user in range(USERS)]
+    scores = {name: each.tolist() for name, each in load_ranker(run, "shop", config.ranking).scores(histories).items()}
+    popular = popularity(sequences.indptr, sequences.items, ITEMS).tolist()
+    together = co_occurrence(sequences.indptr, sequences.items, ITEMS).toarray()
+    scores["popularity"] = [popular] * USERS
+    scores["co_occurrence"] = [sum(together[item] for item in history[-LATEST:]).tolist() for history in histories]
+    expected = {}
+    for user in range(SHORT, USERS):
+        target = int(sequences.test[user])
+        for name in MODELS:
+            pair = plain_rank(scores[name][user], target), plain_rank(scores[name][user], target, set(histories[user].tolist()))
+            expected[f"user-{user}", name] = ("shop", f"shop-item-{target}", *pair)
+    table = run.read("evaluate/ranks", "shop")
+    assert table.schema.equals(columns.RANKS)
+    found = {
+        (row["user_id"], row["model"]): (row["domain"], row["target"], row["rank_all"], row["rank_unseen"]) for row in table.to_pylist()
+    }
+    assert found == expected and len(table) == len(expected)
+    assert any(all_items != unseen for _, _, all_items, unseen in expected.values())
+
+
+def test_users_without_a_test_item_are_counted_and_not_ranked(evaluated):
+    counts, _, run = evaluated
+    assert counts == {"shop": {"users": USERS, "ranked": USERS - SHORT, "too_short": SHORT}}
+    assert run.read_json("evaluate/metrics.json")["shop"]["users"] == USERS - SHORT
+
+
+def test_the_report_holds_every_model_under_both_protocols(evaluated):
+    _, config, run = evaluated
+    report = run.read_json("evaluate/metrics.json")["shop"]
+    assert report.keys() == {"users", "protocols"} and list(report["protocols"]) == ["all", "unseen"]
+    table = run.read("evaluate/ranks", "shop").to_pylist()
+    for protocol, column in (("all", "rank_all"), ("unseen", "rank_unseen")):
+        assert list(report["protocols"][protocol]) == MODELS
+        for name in MODELS:
+            ranks = np.array([row[column] for row in table if row["model"] == name])
+            assert report["protocols"][protocol][name] == metrics.summarise(ranks, [2, 10])
+
+
+def test_a_part_of_users_without_a_test_item_has_no_ranks(evaluated):
+    _, _, run = evaluated
+    sizes = [run.read_part("evaluate/ranks", name).num_rows for name in run.parts("evaluate/ranks")]
+    assert sizes == [(5 - SHORT) * len(MODELS), 5 * len(MODELS), 2 * len(MODELS)]
+
+
+def test_metrics_are_those_of_a_table_of_ranks():
+    rows = [("a", "model", 1, 1), ("a", "popularity", 4, 2), ("b", "model", 3, 2), ("b", "popularity", 1, 1)]
+    table = pa.table({"model": [row[1] for row in rows], "rank_all": [row[2] for row in rows], "rank_unseen": [row[3] for row in rows]})
+    found = summarise(table, [2])
+    assert found["users"] == 2
+    value = {(protocol, name): each["hr@2"]["value"] for protocol, models in found["protocols"].items() for name, each in models.items()}
+    assert value == {("all", "model"): 0.5, ("all", "popularity"): 0.5, ("unseen", "model"): 1.0, ("unseen", "popularity"): 1.0}
