@@ -168,4 +168,7 @@ def test_the_dashboard_asks_for_metrics_that_are_written():
     source = (ROOT / "qbert_ray" / "execution" / "ray_metrics.py").read_text()
     written = dict(re.findall(r'return (Gauge|Counter)\(\s*"(\w+)"', source))
     assert asked == {f"ray_{written['Gauge']}", f"ray_{written['Counter']}_total"}
+    for panel in board["panels"]:
+        for target in panel["targets"]:  # else two jobs of a run, or two runs, draw one line
+            assert "ray_qbert" not in target["expr"] or re.search(r'by \(run, job_id, .*run=~"\$run"', target["expr"]), panel["title"]
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

@@ -45,7 +45,7 @@ def fit(
     if workers.num_workers == "auto":
         workers = sized(workers, nodes(), getattr(arguments["config"], folder.partition("/")[0]).microbatches)
     scaling = scaling_config(workers)
-    board = start_board()
+    board = start_board(folder)
     threads = worker_bundle(workers, nodes())["CPU"]
     config: dict[str, Any] = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
     config |= {"threads": threads, "checkpoint_seconds": checkpoint_seconds}
@@ -64,7 +64,8 @@ def fit(
     run.filesystem.create_dir(run.path(folder), recursive=True)
 
     def further(epoch: int, metrics: dict[str, float]) -> None:
-        ray_metrics.measure(folder, metrics)
+        stage, _, domain = folder.partition("/")
+        ray_metrics.measure(run, stage, metrics, domain=domain)
 
     with (
         tracking.trackers(arguments["config"], run, folder, progress, {"Ray's metrics": further}) as track,
@@ -96,6 +97,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         with checkpoint.as_directory() as directory:
             loop.restore(Path(directory))
     board, epochs, saved = config["board"], loop.task.settings.epochs, time.monotonic()
+    if loop.rank == 0:
+        board.begin.remote(loop.epoch, loop.world_size)
     ended = loop.finished
     while not ended:
         loop.run_epoch()
