@@ -1,5 +1,7 @@
 # Each target sets up .venv by itself. PYTHON chooses the interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
+# Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves 4.9 GB: PyPI's torch for Linux always brings CUDA.
+TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 KILLS ?= 20
@@ -73,6 +75,7 @@ clean: ## forget the environments; runs stay
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "qbert-ray needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(PIP) install --index-url $(TORCH_INDEX) -c constraints.txt torch torchvision)
 	$(PIP) install -c constraints.txt -e '.[test,jobs]'
 	@touch $@
 

@@ -91,7 +91,7 @@ def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, pro
     check_held(run)
     started = time.monotonic()
     manifest.counts = _function(stage)(config, run, executor, progress)
-    executor.measure(stage.name, manifest.counts)
+    executor.measure(run, stage.name, manifest.counts, list(config.data.domains))
     manifest.files = seal(run, stage.name)
     manifest.seconds = round(time.monotonic() - started, 2)
     check_held(run)

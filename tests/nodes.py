@@ -36,6 +36,7 @@ def clean_environment(**more: str) -> dict[str, str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "240",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "240",
     }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # a job's `python` is the first there
     return kept | ours | {"HF_HUB_OFFLINE": "1", "PATH": path} | more

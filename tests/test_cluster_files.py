@@ -16,8 +16,13 @@ KUBERAY, LAUNCHER = ["rayjob", "raycluster"], ["aws", "hosts"]
 FILES = sorted((ROOT / "cluster").glob("*.yaml"))
 
 
+def documents(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((ROOT / "cluster" / f"{name}.yaml").read_text()))
+
+
 def read(name: str) -> dict:
-    return yaml.safe_load((ROOT / "cluster" / f"{name}.yaml").read_text())
+    """What the file is for; a service account may stand before it."""
+    return documents(name)[-1]
 
 
 def problems(document: dict) -> list[str]:
@@ -65,6 +70,26 @@ def test_nodes_of_kuberay_are_guarded_and_grow(name):
     assert groups["gpu"]["minReplicas"] == 0 < groups["gpu"]["maxReplicas"]
     limits = {key: group["template"]["spec"]["containers"][0]["resources"]["limits"] for key, group in groups.items()}
     assert limits["gpu"]["nvidia.com/gpu"] == "1" and "nvidia.com/gpu" not in limits["data"]
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_pods_run_as_an_account_that_the_file_makes(name):
+    """KubeRay makes an account for its autoscaler only where the head's pods name none."""
+    account, found = documents(name)
+    assert (account["apiVersion"], account["kind"]) == ("v1", "ServiceAccount")
+    spec = cluster_spec(found)
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    assert {group["template"]["spec"].get("serviceAccountName") for group in groups} == {account["metadata"]["name"]}
+
+
+def test_the_head_on_aws_may_start_workers_and_the_workers_may_not():
+    """Ray gives the head a profile of its own only where the file names none."""
+    types = read("aws")["available_node_types"]
+    profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in types.items()}
+    assert profiles == {"head": "HEAD_PROFILE", "data": "WORKER_PROFILE", "gpu": "WORKER_PROFILE"}
+    comment = (ROOT / "cluster" / "aws.yaml").read_text().split("cluster_name:")[0]
+    rights = {"ec2:RunInstances", "ec2:TerminateInstances", "ec2:CreateTags", "ec2:Describe", "iam:PassRole"}
+    assert rights <= set(re.findall(r"\b(?:ec2|iam):\w+", comment))
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
@@ -125,6 +150,17 @@ def test_the_image_holds_what_the_package_needs():
     assert [name for name in copied if not (ROOT / name).exists()] == []
 
 
+def test_the_image_without_cuda_takes_torch_from_an_index_without_cuda():
+    text = (ROOT / "cluster" / "Dockerfile").read_text()
+    header, steps = text.split("\nFROM ")
+    assert re.search(r"--build-arg BASE=\S+-py311 --build-arg TORCH_INDEX=https://download\.pytorch\.org/whl/cpu ", header)
+    installs = re.findall(r"pip install --no-cache-dir ([^\n]*?)(?: \\)?\n", steps)
+    assert installs[0] == "${TORCH_INDEX:+--index-url ${TORCH_INDEX}} -c constraints.txt torch torchvision"
+    assert re.search(r"^ARG TORCH_INDEX=$", steps, re.MULTILINE)  # an ARG from before FROM is empty in the steps
+    pinned = dict(re.findall(r"^(torch|torchvision)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert len(pinned) == 2 and not any("+" in version for version in pinned.values())  # 2.14.1 is met by 2.14.1+cpu; not the reverse
+
+
 def test_the_dashboard_asks_for_metrics_that_are_written():
     """Ray puts ray_ before a metric's name, and _total after a counter's."""
     board = json.loads((ROOT / "cluster" / "grafana.json").read_text())
@@ -132,4 +168,7 @@ def test_the_dashboard_asks_for_metrics_that_are_written():
     source = (ROOT / "qbert_ray" / "execution" / "ray_metrics.py").read_text()
     written = dict(re.findall(r'return (Gauge|Counter)\(\s*"(\w+)"', source))
     assert asked == {f"ray_{written['Gauge']}", f"ray_{written['Counter']}_total"}
+    for panel in board["panels"]:
+        for target in panel["targets"]:  # else two jobs of a run, or two runs, draw one line
+            assert "ray_qbert" not in target["expr"] or re.search(r'by \(run, job_id, .*run=~"\$run"', target["expr"]), panel["title"]
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

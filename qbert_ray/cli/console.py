@@ -63,6 +63,9 @@ class StageBar:
     def epoch(self, metrics: EpochMetrics) -> None:
         self.note("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
 
+    def restarted(self, epoch: int, workers: int) -> None:
+        self.note(f"restarted after epoch {epoch} with {workers} worker{'s' * (workers > 1)}")
+
     def _log(self) -> None:
         if not self.console.is_terminal and time.monotonic() - self.said > LOG_SECONDS:
             task = self.bars.tasks[self.task]

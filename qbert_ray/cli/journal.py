@@ -174,6 +174,9 @@ class _StageLog:
     def epoch(self, metrics: EpochMetrics) -> None:
         self.log.info("epoch", **metrics)
 
+    def restarted(self, epoch: int, workers: int) -> None:
+        self.log.info("restarted", epoch=epoch, workers=workers)
+
 
 def open_journal(kind: str, console: Console, run: str, domains: list[str]) -> Journal:
     """The journal of a run; "auto" is "text" at a terminal and "json" elsewhere."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from qbert_ray.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
@@ -22,7 +22,11 @@ class Actors(Section):
 class Workers(Section):
     """Names as in Ray: ScalingConfig."""
 
-    num_workers: PositiveInt = Field(1, description="training processes; must divide microbatches")
+    num_workers: PositiveInt | Literal["auto"] | tuple[PositiveInt, PositiveInt] = Field(
+        1,
+        description="training processes, at most as many as microbatches; auto: one per GPU, or per node where there is none; "
+        "[fewest, most]: as many as fit, and the group is resized when nodes join or leave",
+    )
     cpus_per_worker: PositiveFloat | None = Field(
         None, description="None: an equal share of the cluster's, at most 16; also the number of threads"
     )
@@ -32,6 +36,18 @@ class Workers(Section):
         "PACK", description="workers on few nodes or on many"
     )
     accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
+
+    @field_validator("num_workers")
+    @classmethod
+    def _ordered(cls, number: int | str | tuple[int, int]) -> int | str | tuple[int, int]:
+        if isinstance(number, tuple) and number[0] > number[1]:
+            raise ValueError(f"[{number[0]}, {number[1]}] must be [fewest, most]")
+        return number
+
+    @property
+    def fewest(self) -> int:
+        """The smallest number of workers that trains."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else 1 if self.num_workers == "auto" else self.num_workers
 
     def alone(self) -> Workers:
         """Resources for a model that is not trained by gradients: one task without a GPU."""

@@ -52,7 +52,7 @@ class Training(Section):
     batch_size: PositiveInt = Field(512, description="global: over all workers")
     microbatches: PositiveInt = Field(
         2,
-        description="pieces of a batch, each with its own random state; any number of workers that divides it gives the same model",
+        description="pieces of a batch, each with its own random state; any number of workers up to it gives the same model",
     )
     learning_rate: PositiveFloat = Field(1e-3, description="learning rate of AdamW after the warm-up")
     weight_decay: NonNegativeFloat = Field(0.01, description="of AdamW")

@@ -7,7 +7,7 @@ after another; `ray` sends them to a cluster. Both write equal tables.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -106,8 +106,8 @@ class Executor(Protocol):
         """Number of machines that it runs on; with one, every process sees a local path."""
         ...
 
-    def measure(self, stage: str, counts: Counts) -> None:
-        """Publish the figures of a finished stage to the cluster's monitoring."""
+    def measure(self, run: RunDir, stage: str, counts: Counts, domains: Collection[str]) -> None:
+        """Publish the figures of a finished stage to the cluster's monitoring; those below the name of a domain are labelled with it."""
         ...
 
 

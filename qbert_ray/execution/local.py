@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class LocalExecutor:
     def num_machines(self) -> int:
         return 1
 
-    def measure(self, stage: str, counts: Counts) -> None:
+    def measure(self, run: RunDir, stage: str, counts: Counts, domains: Collection[str]) -> None:
         pass
 
 

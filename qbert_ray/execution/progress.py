@@ -21,6 +21,10 @@ class Progress(Protocol):
         """Receives the metrics of an epoch that just ended."""
         ...
 
+    def restarted(self, epoch: int, workers: int) -> None:
+        """A training resumes after `epoch` epochs with so many workers, since one was lost or their number changed."""
+        ...
+
 
 class Quiet:
     """A `Progress` that shows nothing."""
@@ -35,4 +39,7 @@ class Quiet:
         pass
 
     def epoch(self, metrics: EpochMetrics) -> None:
+        pass
+
+    def restarted(self, epoch: int, workers: int) -> None:
         pass

@@ -22,24 +22,33 @@ if TYPE_CHECKING:
 class Board:
     """Actor to which rank 0 writes its progress and from which the driver reads it."""
 
-    def __init__(self) -> None:
-        self.total, self.done = 0, 0
+    def __init__(self, folder: str) -> None:
+        self.folder, self.total, self.done = folder, 0, 0
         self.lines: list[EpochMetrics] = []
+        self.starts: list[tuple[int, int]] = []
+
+    def __repr__(self) -> str:
+        """What the dashboard calls this actor."""
+        return f"Board({self.folder})"
+
+    def begin(self, epoch: int, workers: int) -> None:
+        """Rank 0 starts to train: epochs that a checkpoint holds, and number of workers."""
+        self.starts.append((epoch, workers))
 
     def write(self, total: int, done: int, line: EpochMetrics) -> None:
         self.total, self.done = total, done
         self.lines.append(line)
 
-    def read(self, known: int) -> tuple[int, int, list[EpochMetrics]]:
-        """Total number of epochs, epochs done, and the metrics of each epoch after the first `known`."""
-        return self.total, self.done, self.lines[known:]
+    def read(self, known: int, begun: int) -> tuple[int, int, list[EpochMetrics], list[tuple[int, int]]]:
+        """Total number of epochs, epochs done, the metrics of each epoch after the first `known`, and the starts after the first `begun`."""
+        return self.total, self.done, self.lines[known:], self.starts[begun:]
 
 
-def start_board() -> Any:
-    """A board on the caller's node, so that it survives the loss of any other node."""
+def start_board(folder: str) -> Any:
+    """A board of the training of a folder on the caller's node, so that it survives the loss of any other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     board: Any = Board  # the decorator gives it options
-    return board.options(scheduling_strategy=here).remote()
+    return board.options(scheduling_strategy=here).remote(folder)
 
 
 class Watch:
@@ -58,14 +67,16 @@ class Watch:
         ray.kill(self.board)
 
     def _poll(self) -> None:
-        known, seen, last = 0, None, False
+        known, begun, seen, last = 0, 0, None, False
         while not last:
             last = self.stop.wait(0.5)  # once more after the end: the last epochs may not have been read
             try:
-                total, done, lines = ray.get(self.board.read.remote(known))
+                total, done, lines, starts = ray.get(self.board.read.remote(known, begun))
             except ray.exceptions.RayError:
                 continue
-            known += len(lines)
+            for epoch, workers in starts if begun else starts[1:]:
+                self.progress.restarted(epoch, workers)
+            known, begun = known + len(lines), begun + len(starts)
             if lines and seen is None:
                 self.progress.start(total, done)
                 seen = done

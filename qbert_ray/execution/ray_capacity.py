@@ -62,8 +62,25 @@ def pool(actors: Actors, tasks: int) -> dict[str, Any]:
     )
 
 
+def sized(workers: Workers, there: list[Resources], microbatches: int = MOST_NODES) -> Workers:
+    """The same workers with a plain number of them: for "auto" and [fewest, most] one per GPU, or one per node where there is none.
+
+    Args:
+        microbatches: of a batch; more workers would have nothing to do.
+    """
+    if isinstance(workers.num_workers, int):
+        return workers
+    fewest, most = workers.num_workers if isinstance(workers.num_workers, tuple) else (1, microbatches)
+    bundle = {"CPU": workers.cpus_per_worker or 1.0} | _accelerator(workers.accelerator_type)
+    gpus = 0 if workers.use_gpu is False else _room(workers, bundle | {"GPU": 1.0}, there)
+    on_cpus = [node for node in there if count_fitting([node], bundle)]
+    number = gpus or (1 if workers.placement_strategy == "STRICT_PACK" else len(on_cpus))
+    return workers.model_copy(update={"num_workers": max(fewest, min(number, most))})
+
+
 def worker_bundle(workers: Workers, there: list[Resources]) -> Resources:
     """Resources of one training worker."""
+    workers = sized(workers, there)
     accelerator = _accelerator(workers.accelerator_type)
     gpu = {"GPU": 1.0} | accelerator
     with_gpu = workers.use_gpu if workers.use_gpu is not None else _fit(workers, gpu, there)
@@ -90,9 +107,13 @@ def _lacking(config: Config, name: str, there: list[Resources]) -> str:
         if name == "quantizer" and config.quantizer.kind != "rqvae":
             asked = asked.alone()
         microbatches = getattr(config, name).microbatches
-        if asked.num_workers > microbatches:
-            return f"compute.{name}: {asked.num_workers} workers share {microbatches} microbatches of a batch; raise {name}.microbatches to at least that"
-        bundle, count, what = worker_bundle(asked, there), asked.num_workers, "worker"
+        most = asked.num_workers[1] if isinstance(asked.num_workers, tuple) else asked.fewest
+        if most > microbatches:
+            return (
+                f"compute.{name}: {most} workers share {microbatches} microbatches of a batch; raise {name}.microbatches to at least that"
+            )
+        asked = sized(asked, there, microbatches)
+        bundle, count, what = worker_bundle(asked, there), asked.fewest, "worker"
         fits = _fit(asked, bundle, there)
     else:
         bundle, count, what = actor_bundle(asked, there), asked.min_size, "actor"
@@ -110,13 +131,18 @@ def _lacking(config: Config, name: str, there: list[Resources]) -> str:
 
 def _fit(workers: Workers, bundle: Resources, there: list[Resources]) -> bool:
     """Whether all workers fit, placed as their strategy says."""
+    return _room(workers, bundle, there) >= sized(workers, there).fewest
+
+
+def _room(workers: Workers, bundle: Resources, there: list[Resources]) -> int:
+    """Number of bundles that fit, placed as the workers' strategy says."""
     each = [count_fitting([node], bundle) for node in there]
     match workers.placement_strategy:
         case "STRICT_PACK":
-            return max(each, default=0) >= workers.num_workers
+            return max(each, default=0)
         case "STRICT_SPREAD":
-            return sum(number > 0 for number in each) >= workers.num_workers
-    return sum(each) >= workers.num_workers
+            return sum(number > 0 for number in each)
+    return sum(each)
 
 
 def _accelerator(kind: str | None) -> Resources:

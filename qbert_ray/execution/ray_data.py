@@ -101,5 +101,5 @@ class _Publisher:
         for name in [] if self.error else batch[PART]:
             counts = self.worker(str(name))
             self.run.write_json(f"{self.output}/.counts/{name}.json", counts)
-            count_items(self.output, int(counts.get("items", counts.get("users", 0))))
+            count_items(self.run, self.output, str(name), int(counts.get("items", counts.get("users", 0))))
         return {PART: batch[PART], ERROR: np.full(len(batch[PART]), self.error, dtype=object)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -110,8 +110,8 @@ class RayExecutor:
     def num_machines(self) -> int:
         return sum(node["Alive"] for node in ray.nodes())
 
-    def measure(self, stage: str, counts: Counts) -> None:
-        ray_metrics.measure(stage, counts)
+    def measure(self, run: RunDir, stage: str, counts: Counts, domains: Collection[str]) -> None:
+        ray_metrics.measure(run, stage, counts, domains)
 
 
 @ray.remote(scheduling_strategy=cast(Any, ANYWHERE))

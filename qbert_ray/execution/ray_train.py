@@ -24,7 +24,7 @@ from qbert_ray.execution import ray_metrics, tracking
 from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.progress import Progress
 from qbert_ray.execution.ray_board import Watch, start_board
-from qbert_ray.execution.ray_capacity import nodes, worker_bundle
+from qbert_ray.execution.ray_capacity import nodes, sized, worker_bundle
 from qbert_ray.execution.ray_trainers import SingleWorker, WorkerGroup, fit_with_retries
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import Loop, M, Task, last_metrics, publish, trained
@@ -42,8 +42,10 @@ def fit(
     """See `Executor.fit`."""
     if trained(run, folder):
         return last_metrics(run, folder)
+    if workers.num_workers == "auto":
+        workers = sized(workers, nodes(), getattr(arguments["config"], folder.partition("/")[0]).microbatches)
     scaling = scaling_config(workers)
-    board = start_board()
+    board = start_board(folder)
     threads = worker_bundle(workers, nodes())["CPU"]
     config: dict[str, Any] = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
     config |= {"threads": threads, "checkpoint_seconds": checkpoint_seconds}
@@ -62,7 +64,8 @@ def fit(
     run.filesystem.create_dir(run.path(folder), recursive=True)
 
     def further(epoch: int, metrics: dict[str, float]) -> None:
-        ray_metrics.measure(folder, metrics)
+        stage, _, domain = folder.partition("/")
+        ray_metrics.measure(run, stage, metrics, domain=domain)
 
     with (
         tracking.trackers(arguments["config"], run, folder, progress, {"Ray's metrics": further}) as track,
@@ -74,10 +77,10 @@ def fit(
 
 
 def scaling_config(workers: Workers) -> ScalingConfig:
-    """Ray's ScalingConfig of workers that `capacity.check` found room for."""
-    bundle = worker_bundle(workers, nodes())
+    """Ray's ScalingConfig of workers that `capacity.check` found room for; of [fewest, most], an elastic one."""
+    bundle, number = worker_bundle(workers, nodes()), workers.num_workers
     return ScalingConfig(
-        num_workers=workers.num_workers,
+        num_workers=number if isinstance(number, tuple) else workers.fewest,
         use_gpu=bool(bundle["GPU"]),
         resources_per_worker={name: amount for name, amount in bundle.items() if amount and not name.startswith("accelerator_type")},
         placement_strategy=workers.placement_strategy,
@@ -94,6 +97,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         with checkpoint.as_directory() as directory:
             loop.restore(Path(directory))
     board, epochs, saved = config["board"], loop.task.settings.epochs, time.monotonic()
+    if loop.rank == 0:
+        board.begin.remote(loop.epoch, loop.world_size)
     ended = loop.finished
     while not ended:
         loop.run_epoch()

@@ -149,7 +149,8 @@ def concurrent(plan: Plan) -> int:
     for name in {name for stage in own for name in stage.compute}:
         asked = getattr(compute, name)
         if isinstance(asked, Workers):
-            fit = min(fit, capacity.count_fitting(there, capacity.worker_bundle(asked, there)) // asked.num_workers)
+            asked = capacity.sized(asked, there, getattr(plan.config, name).microbatches)
+            fit = min(fit, capacity.count_fitting(there, capacity.worker_bundle(asked, there)) // asked.fewest)
     return max(1, fit)
 
 

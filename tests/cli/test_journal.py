@@ -23,6 +23,7 @@ def report(journal):
         progress.start(2)
         progress.epoch({"epoch": 0, "train_loss": 2.5, "codebook_usage": [1.0, 0.5]})
         progress.advance()
+        progress.restarted(1, 2)
         progress.note("ndcg@10 .1")
     journal.done("finetune", manifest, 1.234)
     journal.warn("a [bold] warning")
@@ -43,6 +44,7 @@ def test_each_event_is_a_line_of_json_that_says_where_it_belongs(capsys):
             "stage left out",
             "stage started",
             "epoch",
+            "restarted",
             "note",
             "stage done",
             "warning",
@@ -52,6 +54,7 @@ def test_each_event_is_a_line_of_json_that_says_where_it_belongs(capsys):
         )
     ]
     assert by_event["epoch"]["stage"] == "finetune" and by_event["epoch"]["domain"] == "büro" and by_event["epoch"]["train_loss"] == 2.5
+    assert by_event["restarted"]["epoch"] == 1 and by_event["restarted"]["workers"] == 2 and by_event["restarted"]["stage"] == "finetune"
     assert by_event["stage done"]["seconds"] == 1.2 and by_event["metrics"]["protocols"] == METRICS["protocols"]
     assert by_event["appended"]["added"] == 2
     assert by_event["files"]["semantic_IDs"] == "runs/shop/semantic_ids"

@@ -5,6 +5,7 @@ import pytest
 from qbert_ray.config.loading import load_config
 from qbert_ray.config.schema import Actors, Workers
 from qbert_ray.execution import ray_capacity as capacity
+from qbert_ray.execution import ray_train
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.storage.stages import STAGES
 
@@ -46,6 +47,52 @@ def test_workers_with_gpus_take_the_cpus_of_their_node():
     assert bundle(MIXED, num_workers=3) == (10, 0)  # no GPU for the third, so none for any; all on the largest node
     assert bundle(MIXED, num_workers=1, use_gpu=False) == (16, 0)
     assert bundle(MIXED, num_workers=2, accelerator_type="L4", use_gpu=False) == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("there", "workers", "number"),
+    [
+        (LAPTOP, {"num_workers": "auto"}, 1),
+        (SMALL_PAIR, {"num_workers": "auto"}, 2),
+        (MIXED, {"num_workers": "auto"}, 2),  # one per GPU
+        (MIXED, {"num_workers": "auto", "use_gpu": False}, 3),  # one per node
+        (MIXED, {"num_workers": "auto", "placement_strategy": "STRICT_PACK"}, 1),
+        (SMALL_PAIR, {"num_workers": "auto", "placement_strategy": "STRICT_PACK"}, 1),
+        (SMALL_PAIR, {"num_workers": "auto", "cpus_per_worker": 2}, 1),  # none fits: refused by `check`
+        ([{"CPU": 0.0}, *SMALL_PAIR], {"num_workers": "auto"}, 2),  # a head that runs no work
+        ([{"CPU": 4.0}] * 9, {"num_workers": "auto"}, 8),  # as many as microbatches
+        (LAPTOP, {"num_workers": [1, 4]}, 1),
+        (LAPTOP, {"num_workers": [2, 4]}, 2),
+        ([{"CPU": 4.0}] * 9, {"num_workers": [1, 4]}, 4),
+        (LAPTOP, {"num_workers": 3}, 3),
+    ],
+)
+def test_the_number_of_workers_follows_the_cluster(there, workers, number):
+    assert capacity.sized(Workers(**workers), there, 8).num_workers == number
+
+
+def test_workers_whose_number_follows_the_cluster_take_whole_nodes(monkeypatch):
+    assert bundle([{"CPU": 8.0}] * 2, num_workers="auto") == bundle([{"CPU": 8.0}] * 2, num_workers=[1, 4]) == (8, 0)
+    assert bundle(MIXED, num_workers="auto") == (8, 1)
+    monkeypatch.setattr(capacity, "nodes", lambda: SMALL_PAIR)
+    for number in ("auto", "[1, 8]", "[2, 8]"):
+        capacity.check(load_config([], [f"compute.finetune.num_workers={number}", "finetune.microbatches=8"]), KEYS)
+    assert "asks for 3 workers of" in refused(monkeypatch, SMALL_PAIR, "compute.finetune.num_workers=[3, 8]", "finetune.microbatches=8")
+    assert "8 workers share 2 microbatches" in refused(monkeypatch, SMALL_PAIR, "compute.finetune.num_workers=[1, 8]")
+
+
+def test_rays_scaling_config_is_elastic_for_a_pair(monkeypatch):
+    monkeypatch.setattr(ray_train, "nodes", lambda: SMALL_PAIR)
+    elastic, fixed = (ray_train.scaling_config(Workers(num_workers=number)) for number in ((1, 4), 2))
+    assert elastic.elasticity_enabled and (elastic.min_workers, elastic.max_workers) == (1, 4)
+    assert not fixed.elasticity_enabled and fixed.num_workers == 2
+    assert elastic.resources_per_worker == fixed.resources_per_worker == {"CPU": 1}
+
+
+@pytest.mark.parametrize("number", ["[4, 2]", "0", "[0, 2]", "many", "[1, 2, 3]"])
+def test_a_number_of_workers_that_is_none_is_refused(number):
+    with pytest.raises(ValueError, match="compute.finetune.num_workers"):
+        load_config([], [f"compute.finetune.num_workers={number}"])
 
 
 @pytest.mark.parametrize("there", [LAPTOP, SMALL_PAIR, MIXED, [{"CPU": 1.0}]])
