@@ -15,7 +15,7 @@ from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.storage import columns
 from tests.small_run import ITEMS, USERS, make_run
 
-MODELS = ["model", "sequencer", "ridge", "popularity", "co_occurrence"]
+MODELS = ["model", "sequencer", "ridge", "transitions", "popularity", "co_occurrence"]
 SHORT = 3  # users without a test item
 LATEST = 2
 
