@@ -80,7 +80,7 @@ def scaling_config(workers: Workers) -> ScalingConfig:
     """Ray's ScalingConfig of workers that `capacity.check` found room for; of [fewest, most], an elastic one."""
     bundle, number = worker_bundle(workers, nodes()), workers.num_workers
     return ScalingConfig(
-        num_workers=number if isinstance(number, tuple) else workers.fewest,
+        num_workers=number if isinstance(number, tuple) else workers.fewest,  # type: ignore[arg-type]  # its annotation is of an earlier class without pairs
         use_gpu=bool(bundle["GPU"]),
         resources_per_worker={name: amount for name, amount in bundle.items() if amount and not name.startswith("accelerator_type")},
         placement_strategy=workers.placement_strategy,
