@@ -37,7 +37,7 @@ class Line:
 
     def __init__(self, metrics=(), **changes):
         self.settings = SimpleNamespace(**DEFAULTS | changes)
-        self.metrics, self.adjusted, self.seen = list(metrics), [], []
+        self.metrics, self.adjusted, self.seen, self.given = list(metrics), [], [], []
 
     def build(self):
         model = nn.Linear(1, 1, bias=False)
@@ -56,6 +56,7 @@ class Line:
     def loss(self, model, samples, epoch, device):
         counted = [sample for sample in samples.tolist() if sample % 3]
         self.seen.append(torch.rand(()).item())
+        self.given.append((epoch, device.type))
         return sum(((model.weight[0, 0] - sample) ** 2 for sample in counted), torch.zeros(())), float(len(counted))
 
     def evaluate(self, model, device):
@@ -156,9 +157,10 @@ def test_patience_ends_a_training_after_so_many_epochs_without_a_better_one():
 
 
 def test_weights_are_adjusted_before_each_epoch_and_after_the_last():
-    task = Line()
+    task = Line(microbatches=2)
     run(task)
     assert task.adjusted == [0, 1, 2, 3]
+    assert task.given == [(epoch, "cpu") for epoch in (0, 0, 1, 1, 2, 2)]
 
 
 def test_every_microbatch_has_a_random_state_of_its_own():

@@ -11,7 +11,7 @@ import pytest
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
-from qbert_ray.inputs.k_core import CODE, HASH, ITEM_SALT, TIE_SALT, USER, USER_SALT, core, partition, survivors
+from qbert_ray.inputs.k_core import CODE, HASH, ITEM_SALT, TIE_SALT, USER, USER_SALT, _in_order, core, partition, survivors
 from qbert_ray.inputs.readers import REASON, ROW
 from qbert_ray.inputs.rows import mix, stable_hash
 from qbert_ray.inputs.sources import POSITION
@@ -80,12 +80,24 @@ def plain_core(rows, cold, min_user, min_item):
         items = fewer
 
 
+class Told(LocalExecutor):
+    """Keeps how many values each function is said to return, as Ray has to know it."""
+
+    def __init__(self):
+        self.returns = {}
+
+    def submit(self, function, *arguments, num_returns=1, workers=None):
+        self.returns[function.__name__] = num_returns
+        return function(*arguments)
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("cuts", [[], [1, 100, 101]], ids=["one block", "four blocks"])
 def test_partitions_together_are_the_rows_in_order(count, cuts):
     log, catalog = make_log(), make_catalog()
-    parts = partition(LocalExecutor(), as_blocks(log, cuts), catalog.to_arrow(), count)
-    assert len(parts) == count
+    executor = Told()
+    parts = partition(executor, as_blocks(log, cuts), catalog.to_arrow(), count)
+    assert len(parts) == count and executor.returns == {"_split": count, "_merge": 2}
     found = pl.concat([pl.DataFrame(part.kept) for part in parts])
     assert found.columns == ["user_id", "timestamp", "rating", POSITION, CODE, USER] or set(found.columns) == {
         *("user_id", "timestamp", "rating", POSITION, CODE, USER)
@@ -101,6 +113,14 @@ def test_partitions_together_are_the_rows_in_order(count, cuts):
         bounds = [[number(user, USER_SALT) for user in set(part.kept["user_id"].to_pylist())] for part in parts]
         for place, hashes in enumerate(bounds):
             assert all(place * 2**64 // 7 <= each < (place + 1) * 2**64 // 7 + 2**34 for each in hashes)
+
+
+def test_users_of_one_hash_are_kept_apart():
+    rows = pl.DataFrame({HASH: np.full(4, 7, np.uint64), "user_id": list("bab") + ["a"], "timestamp": [1, 2, 3, 4], CODE: [0, 0, 1, 1]})
+    rows = rows.with_columns(pl.Series(POSITION, [0, 1, 2, 3]))
+    found = _in_order(rows, np.arange(2, dtype=np.uint64))
+    assert found["user_id"].to_list() == list("aabb") and found["timestamp"].to_list() == [2, 4, 1, 3]
+    assert found[USER].to_list() == [0, 0, 1, 1]
 
 
 def test_what_is_not_kept_has_its_reason_and_its_row():

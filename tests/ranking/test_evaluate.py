@@ -20,17 +20,33 @@ SHORT = 3  # users without a test item
 LATEST = 2
 
 
+class Notes(Quiet):
+    """The progress of a stage, of which the notes are kept."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("run"))
+    """The shop is the second of two domains; one of its test items is the first of the catalog, and one cold item was bought."""
+    run = make_run(tmp_path_factory.mktemp("run"), domains=("other", "shop"))
     table = run.read("ingest/sequences", "shop")
-    tests = pa.array([None if user < SHORT else item for user, item in enumerate(table["test"].to_pylist())], pa.int32())
-    table = table.set_column(table.column_names.index("test"), table.schema.field("test"), tests)
+    items = [None, None, None, 0, *table["test"].to_pylist()[SHORT + 1 :]]
+    table = table.set_column(table.column_names.index("test"), table.schema.field("test"), pa.array(items, pa.int32()))
     for number, begin in enumerate(range(0, USERS, 5)):  # three parts
         run.write_part("ingest/sequences", f"shop-{number:05d}.parquet", table.slice(begin, 5))
-    settings = {"run": {"dir": run.uri}, "data": {"domains": {"shop": {}}}}
+    cold = [pa.array(["shop"]), pa.array(["user-1"]), pa.array([[3, 4]], pa.list_(pa.int32())), pa.array([ITEMS - 1], pa.int32())]
+    run.write_part("ingest/cold", "shop-00000.parquet", pa.table(cold, schema=columns.COLD_SEQUENCES))
+    settings = {"run": {"dir": run.uri}, "data": {"domains": {"other": {}, "shop": {}}}}
     config = Config.model_validate(settings | {"evaluate": {"cutoffs": [2, 10], "co_occurrence_history": LATEST}})
-    return evaluate(config, run, LocalExecutor(), Quiet()), config, run
+    progress = Notes()
+    counts = evaluate(config, run, LocalExecutor(), progress)
+    assert progress.notes == ["other", "shop"]
+    return counts, config, run
 
 
 def plain_rank(scores, target, left_out=()):
@@ -65,14 +81,24 @@ def test_ranks_are_those_of_plain_loops_over_each_models_scores(evaluated):
 
 def test_users_without_a_test_item_are_counted_and_not_ranked(evaluated):
     counts, _, run = evaluated
-    assert counts == {"shop": {"users": USERS, "ranked": USERS - SHORT, "too_short": SHORT}}
-    assert run.read_json("evaluate/metrics.json")["shop"]["users"] == USERS - SHORT
+    assert counts["shop"] == {"users": USERS, "ranked": USERS - SHORT, "too_short": SHORT}
+    assert counts["other"] == {"users": USERS, "ranked": USERS, "too_short": 0} and counts.keys() == {"other", "shop"}
+    report = run.read_json("evaluate/metrics.json")
+    assert report["shop"]["users"] == USERS - SHORT and report["other"]["users"] == USERS
+    assert run.parts("evaluate/ranks") == run.parts("ingest/sequences")
+    assert len(run.names("evaluate/ranks/.counts")) == 4
+
+
+def test_a_domain_that_holds_items_out_has_their_figures_too(evaluated):
+    report = evaluated[2].read_json("evaluate/metrics.json")
+    assert report["shop"]["cold"]["users"] == 1 and report["shop"]["cold"]["protocols"].keys() == {"unseen", "cold"}
+    assert "cold" not in report["other"]
 
 
 def test_the_report_holds_every_model_under_both_protocols(evaluated):
     _, config, run = evaluated
     report = run.read_json("evaluate/metrics.json")["shop"]
-    assert report.keys() == {"users", "protocols"} and list(report["protocols"]) == ["all", "unseen"]
+    assert report.keys() == {"users", "protocols", "cold"} and list(report["protocols"]) == ["all", "unseen"]
     table = run.read("evaluate/ranks", "shop").to_pylist()
     for protocol, column in (("all", "rank_all"), ("unseen", "rank_unseen")):
         assert list(report["protocols"][protocol]) == MODELS
@@ -83,7 +109,7 @@ def test_the_report_holds_every_model_under_both_protocols(evaluated):
 
 def test_a_part_of_users_without_a_test_item_has_no_ranks(evaluated):
     _, _, run = evaluated
-    sizes = [run.read_part("evaluate/ranks", name).num_rows for name in run.parts("evaluate/ranks")]
+    sizes = [run.read_part("evaluate/ranks", name).num_rows for name in run.parts("evaluate/ranks", "shop")]
     assert sizes == [(5 - SHORT) * len(MODELS), 5 * len(MODELS), 2 * len(MODELS)]
 
 
