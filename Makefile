@@ -12,7 +12,7 @@ SAMPLE ?= 100
 FUZZ_SECONDS ?= 300
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test coverage test-slow lint types contracts docs docs-serve chaos mutants fuzz audit peers bench bench-full clean
+.PHONY: help demo test coverage test-slow lint types contracts docs docs-serve chaos mutants fuzz audit sbom peers bench bench-full clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ fuzz: .venv/.installed ## hostile inputs for every reader, in bounded memory; FU
 
 audit: .venv/.linters ## known vulnerabilities of the versions in constraints.txt
 	$(BIN)/python -m tests.audit
+
+sbom: .venv/.linters ## what this environment holds and who brings it along, as CycloneDX JSON, in build/sbom.json
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible -o build/sbom.json $(BIN)/python
 
 peers: .venv-peers/.installed ## other libraries' BERT4Rec, in an environment of their own, for make bench
 
