@@ -13,7 +13,7 @@ from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import redo_from, run_stage, status
 from qbert_ray.ranking.loader import ITEM_ITEM_TEXT, load_ranker
-from qbert_ray.ranking.stage import WeightsPart
+from qbert_ray.ranking.weights import WeightsPart
 from qbert_ray.semantic_ids.task import QuantizerTask
 from qbert_ray.sequence.item_table import ColdItems
 from qbert_ray.sequence.task import SequencerTask

@@ -163,7 +163,15 @@ def _summary(manifest: Manifest) -> str:
 def _ingested(domain: str, figures: dict[str, Any]) -> str:
     rejected = sum(figures["items_rejected"].values()) + sum(figures["interactions_rejected"].values())
     cold = f" ({figures['cold_items']:,} cold)" if figures.get("cold_items") else ""
-    return f"{domain}: {figures['items']:,} items{cold}, {figures['users']:,} users, {figures['interactions']:,} interactions, {rejected:,} rows rejected"
+    said = f"{domain}: {figures['items']:,} items{cold}, {figures['users']:,} users, {figures['interactions']:,} interactions, {rejected:,} rows rejected"
+    split = figures.get("split")
+    if split is None:
+        return said
+    return (
+        f"{said}; validation from {split['validation_from']} ({split['users_validated']:,} users), test from {split['test_from']} "
+        f"({figures['users_evaluated']:,}); only later: {split['users_only_later']:,} users, {split['items_only_later']:,} items; "
+        f"{split['further_interactions']:,} further interactions"
+    )
 
 
 def _reranking(gain: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -63,6 +64,19 @@ class Data(Section):
         0.0,
         description="share of the target domains' items, chosen by a hash, that is held out of all training to measure cold-start ranking",
     )
+    split: Literal["leave_one_out", "temporal"] = Field(
+        "leave_one_out",
+        description="leave_one_out: the last item of each user is the test target, the one before it the validation target; temporal: all users are "
+        "cut at the same two times, and the first item of each period is a target; needs real timestamps",
+        json_schema_extra=paper("§4.1: leave-one-out"),
+    )
+    split_cuts: list[float | str] = Field(
+        [0.8, 0.9],
+        min_length=2,
+        max_length=2,
+        description="of a temporal split, where the validation and the test period begin: two dates such as '1998-03-01' (UTC), or shares of a "
+        "domain's interactions that come before",
+    )
     rows_per_part: PositiveInt | None = Field(None, description="rows per Parquet part, the unit of work; None: follows from the row count")
 
     @model_validator(mode="after")
@@ -74,6 +88,25 @@ class Data(Section):
         wrong = [name for name in self.domains if not re.fullmatch(r"\w[\w-]*", name)]
         if wrong:
             raise ValueError(f"{wrong[0]!r} cannot name a domain: letters, digits, '_' and '-' can, since files are named after it")
+        return self
+
+    @model_validator(mode="after")
+    def _cuts_in_order(self) -> Data:
+        valid, test = cuts = self.split_cuts
+        if isinstance(valid, str) and isinstance(test, str):
+            try:
+                first, second = (datetime.fromisoformat(cut) for cut in (valid, test))
+                in_order = first.replace(tzinfo=first.tzinfo or UTC) < second.replace(tzinfo=second.tzinfo or UTC)
+            except ValueError:
+                raise ValueError(f"split_cuts is {cuts}: write dates as 1998-03-01 or 1998-03-01T12:00, or two shares") from None
+        elif isinstance(valid, float) and isinstance(test, float):
+            if not (0 < valid < 1 and 0 < test < 1):
+                raise ValueError(f"split_cuts is {cuts}: shares of the interactions lie between 0 and 1; times are written as dates")
+            in_order = valid < test
+        else:
+            raise ValueError(f"split_cuts is {cuts}: give two dates or two shares")
+        if not in_order:
+            raise ValueError(f"split_cuts is {cuts}: validation must begin before the test period")
         return self
 
     @property

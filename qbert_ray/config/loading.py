@@ -18,6 +18,7 @@ from qbert_ray.config.shipped import shipped
 from qbert_ray.config.yaml_files import YamlError, read_yaml
 
 MOST_SHOWN = 300  # characters of a value in an error
+OF_UNION = r"\[key\]|constrained-\w+|literal\[.*\]"  # what pydantic appends to the path of a field with several types
 WHOLE = {"masks", "variants"}  # mappings in which the set of keys is the setting, so merging could only add keys
 
 
@@ -201,7 +202,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _explain(problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    path = ".".join(str(part) for part in problem["loc"] if not re.fullmatch(OF_UNION, str(part)))
     if problem["type"] == "string_type" and not isinstance(problem["input"], dict | list):
         return f"{path}: this is a text, and YAML reads {problem['input']!r} there; write it in quotes"
     if problem["type"] != "extra_forbidden":

@@ -138,6 +138,8 @@ def _resolve(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
 def _type(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(map(_type, schema["anyOf"]))
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return " or ".join(filter(None, [", ".join(schema["enum"][:-1]), schema["enum"][-1]]))
     kind = schema.get("type", "any")

@@ -246,9 +246,15 @@ class Ranking(Section):
 
     enabled: bool = Field(True, description="blend item-item scores into the ranking")
     sequence_scores: bool = Field(True, description="false: rank without the sequence model's scores, to measure what they add")
-    regularisation: PositiveFloat = Field(100.0, description="ridge penalty of the item-item regression, in users")
+    regularisation: PositiveFloat | Literal["auto"] = Field(
+        100.0,
+        description="ridge penalty of the item-item regression, in users; auto: of 10, 30, 100, 300 and 1000 the best on validation items, at six "
+        "times the cost of the weights",
+    )
     neighbours: PositiveInt = Field(200, description="most neighbours of an item in the regression; time and table grow with it")
-    decay: Share = Field(0.85, description="decay of the history's items per step back, for the regression")
+    decay: Share | Literal["auto"] = Field(
+        0.85, description="decay of the history's items per step back, for the regression; auto: of .3 to 1 the best on validation items"
+    )
     following_window: PositiveInt = Field(5, description="largest number of steps of a transition")
     following_decay: Share = Field(0.5, description="decay of a transition's weight per step, and of the history's items per step back")
     following_shrinkage: NonNegativeFloat = Field(5.0, description="added to an item's transition count, so that rare items weigh little")

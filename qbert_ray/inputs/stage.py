@@ -22,11 +22,13 @@ from pyarrow import fs
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor, Handle, Rows
 from qbert_ray.execution.progress import Progress
-from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, USER, Core, Partition, core, partition, survivors
+from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, Core, Partition, core, partition, survivors
 from qbert_ray.inputs.readers import REASON, ROW, Fragment
 from qbert_ray.inputs.reasons import UNITS, nothing_left, rejected, suspicions
 from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
+from qbert_ray.inputs.sequences import sequences_of, times_seen
 from qbert_ray.inputs.sources import POSITION, Source, SourceError, open_source
+from qbert_ray.inputs.splits import TemporalSplit, find_split
 from qbert_ray.storage.columns import (
     COLD,
     COLD_SEQUENCES,
@@ -38,6 +40,7 @@ from qbert_ray.storage.columns import (
     RATING,
     REJECTED,
     SEQUENCES,
+    TEMPORAL_SEQUENCES,
     TIMESTAMP,
     USER_ID,
 )
@@ -85,10 +88,13 @@ def ingest_domain(
         raise SourceError(f"domain {name}: {_nothing_left(executor, partitions, item_rows, catalog, num_rows)}")
     progress.advance()
 
-    counts = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions).write(item_rows, partitions)
+    split = find_split(executor, partitions, left, data, name)
+    counts = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions, split).write(item_rows, partitions)
     progress.advance()
     counts = {"items_read": item_rows.count(), "interactions_read": num_rows, **counts, "core_rounds": left.rounds}
     counts["users_evaluated"] = counts.get("users_evaluated", 0)
+    if split is not None:
+        counts["split"] = split.summary(counts, name)
     seen = {unit: counts.pop(f"time_{unit}", 0) for unit in UNITS}
     counts["warnings"] = suspicions(counts["users"], counts["users_evaluated"], counts.pop("users_at_one_time", 0), seen)
     for table in ("items", "interactions"):
@@ -194,6 +200,7 @@ class Writer:
     left: Core
     rows_per_part: int | None
     min_user: int
+    split: TemporalSplit | None = None  # None: leave-one-out
 
     def write(self, items: Rows, partitions: list[Partition]) -> Counts:
         """Write all tables; returns the counts of kept rows, and of rejected rows by reason."""
@@ -222,7 +229,7 @@ class Writer:
         first_parts = np.cumsum([0, *(math.ceil(users / size) for users in self.left.users)]).tolist()
         return [
             self.executor.submit(
-                _write_users, self.run, self.domain, f"{first_rejected + n:05d}", first_parts[n], size, self.min_user, catalog, part.kept, part.rejected
+                _write_users, self.run, self.domain, f"{first_rejected + n:05d}", first_parts[n], size, self.min_user, self.split, catalog, part.kept, part.rejected
             )
             for n, part in enumerate(partitions)
         ]  # fmt: skip
@@ -276,7 +283,16 @@ def _unusable_images(kept: pl.DataFrame, column: str, reason: str) -> pl.DataFra
 
 
 def _write_users(
-    run: RunDir, domain: str, number: str, first_part: int, size: int, min_user: int, catalog: pa.Table, kept: pa.Table, rejected: pa.Table
+    run: RunDir,
+    domain: str,
+    number: str,
+    first_part: int,
+    size: int,
+    min_user: int,
+    split: TemporalSplit | None,
+    catalog: pa.Table,
+    kept: pa.Table,
+    rejected: pa.Table,
 ) -> Counter[tuple[str, str]]:
     items, rows = pl.DataFrame(catalog), pl.DataFrame(kept)
     rows = rows.with_columns(
@@ -284,12 +300,12 @@ def _write_users(
     )
     cold = items[COLD].to_numpy()
     survives = survivors(kept, items[ITEM_INDEX].is_not_null().to_numpy() & ~cold, cold, min_user)
-    sequences, left = _sequences(rows.filter(survives))
+    sequences, left = sequences_of(rows.filter(survives), split)
     ends = [0, *sequences["rows"].cum_sum().to_list()]
     for offset in range(0, len(sequences), size):
         name, end = f"{domain}-{first_part + offset // size:05d}.parquet", min(offset + size, len(sequences))
         run.write_part("ingest/interactions", name, _to_arrow(left[ends[offset] : ends[end]], INTERACTIONS))
-        run.write_part("ingest/sequences", name, _to_arrow(sequences[offset:end], SEQUENCES))
+        run.write_part("ingest/sequences", name, _to_arrow(sequences[offset:end], SEQUENCES if split is None else TEMPORAL_SEQUENCES))
         if cold.any():
             run.write_part("ingest/cold", name, _to_arrow(sequences[offset:end].filter(pl.col("target").is_not_null()), COLD_SEQUENCES))
     lost = rows.filter(~survives)
@@ -302,66 +318,10 @@ def _write_users(
     everything = pl.concat([pl.DataFrame(rejected), lost]).with_columns(pl.lit("interactions").alias("table"))
     counts = Counter({("interactions", ""): len(left), ("users", ""): len(sequences), ("cold_interactions", ""): int(left[COLD].sum())})
     counts["users_evaluated", ""] = int(sequences["test"].is_not_null().sum())
-    counts.update({(name, ""): count for name, count in _times(left[TIMESTAMP].to_numpy(), np.array(ends)).items()})
+    if split is not None:
+        counts.update({(name, ""): count for name, count in split.counts(sequences, left).items()})
+    counts.update({(name, ""): count for name, count in times_seen(left[TIMESTAMP].to_numpy(), np.array(ends)).items()})
     return counts + _write_rejected(run, domain, number, everything)
-
-
-def _times(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
-    """Number of users whose interactions all have one time, and how many times look like seconds, milliseconds, ...
-
-    Args:
-        times: in order of user and time.
-        ends: [U + 1] where each user's begin, and the end of all.
-    """
-    first, last = ends[:-1], ends[1:]
-    same = (last - first > 1) & (times[first] == times[last - 1]) if len(times) else np.zeros(0, bool)
-    edges = [low for low, _ in UNITS.values()]
-    of_unit = np.bincount(np.searchsorted(edges, times, side="right"), minlength=len(edges) + 1)[1:]
-    return {"users_at_one_time": int(same.sum())} | {f"time_{unit}": int(count) for unit, count in zip(UNITS, of_unit, strict=True)}
-
-
-def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """One row per user with train, valid, test and the last cold target with its history; and the rows with their split.
-
-    Args:
-        rows: in order of user and time.
-    """
-    users, cold, items = rows[USER].to_numpy(), rows[COLD].to_numpy(), rows[ITEM_INDEX].to_numpy()
-    starts = np.flatnonzero(np.diff(users.astype(np.int64), prepend=-1))  # [U] first row of each user
-    sizes = np.diff(starts, append=len(rows))
-    above = np.cumsum(~cold) - ~cold  # [rows] warm rows above
-    first = above[starts]
-    length = np.diff(first, append=np.count_nonzero(~cold))  # [U] warm rows
-    warm, enough = items[~cold], length >= 3
-    train = np.where(enough, length - 2, length)
-    held = [np.where(enough, warm[np.maximum(first + length - back, 0)], -1) for back in (2, 1)] if len(warm) else [length - 1] * 2
-    place = above - np.repeat(first, sizes)  # [rows] warm ones above of the same user
-    later = cold & (place > 0)
-    target = np.full(len(starts), -1)
-    target[np.repeat(np.arange(len(starts)), sizes)[later]] = np.flatnonzero(later)  # if there are several, the last
-    history = np.where(target >= 0, place[target], 0) if len(rows) else target
-    sequences = (
-        rows[starts]
-        .select(DOMAIN, USER_ID)
-        .with_columns(
-            pl.Series("rows", sizes),
-            _lists(warm, first, train).alias("train"),
-            *(pl.Series(name, values).replace(-1, None) for name, values in zip(("valid", "test"), held, strict=True)),
-            pl.Series("target", np.where(target >= 0, items[target], -1) if len(rows) else target).replace(-1, None),
-            _lists(warm, first, history).alias("history"),
-        )
-    )
-    rank = place - np.repeat(train, sizes)  # 0: valid, 1: test
-    split = pl.when(COLD).then(pl.lit(COLD)).when(pl.Series(rank < 0) | ~pl.Series(np.repeat(enough, sizes))).then(pl.lit("train"))
-    return sequences, rows.with_columns(split.when(pl.Series(rank == 0)).then(pl.lit("valid")).otherwise(pl.lit("test")).alias("split"))
-
-
-def _lists(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> pl.Series:
-    """[U] lists of `lengths` values, beginning at `starts`."""
-    ends = np.cumsum(lengths)
-    flat = values[np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)]
-    offsets = np.concatenate([[0], ends]).astype(np.int64)
-    return pl.Series(pa.LargeListArray.from_arrays(offsets, pa.array(flat)))
 
 
 def _write_rejected(run: RunDir, domain: str, number: str, rows: pl.DataFrame) -> Counter[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The stage `evaluate`: leave-one-out over every user, with the whole catalog of the domain ranked for each.
+"""The stage `evaluate`: the test item of every user that has one, with the whole catalog of the domain ranked for each.
 
 Two protocols: all items (the paper's), and unseen items only. The baselines read the same training interactions: popularity and item
 co-occurrence as counts, ridge regression and transitions as item-item weights, and the blend of these weights with cosines of texts,
@@ -97,7 +97,7 @@ class RankPart:
             sequences.test[users],
             {model: np.concatenate(pieces) for model, pieces in found.items()},
         )
-        return {"users": len(sequences.user_ids), "ranked": len(users), "too_short": len(sequences.user_ids) - len(users)}
+        return {"users": len(sequences.user_ids), "ranked": len(users), "without_target": len(sequences.user_ids) - len(users)}
 
     def _scores(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:
         together = co_occurrence_scores(self.counts, histories, self.latest)

@@ -22,6 +22,7 @@ from qbert_ray.storage.directory import ArtifactError, RunDir
 
 WEIGHTS, BLEND, RERANKER = "ranking/weights", "ranking/blend", "ranking/reranker"
 ITEM_ITEM_TEXT = "ranking/item_item_text"  # blend of a baseline
+RIDGE = "ranking/ridge"  # settings that were chosen
 
 
 def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu", blended: bool = True) -> Ranker:
@@ -88,10 +89,11 @@ def _load_item_item(
 ) -> ItemItem:
     """The item-item model of a domain; items that came after the stage have no weights in its table."""
     table = run.read(WEIGHTS, domain)
-    ridge, transitions = (_matrix(table[f"{name}_items"], table[f"{name}_weights"], num_items) for name in ("ridge", "following"))
+    ridge, transitions = (read_matrix(table, name, num_items) for name in ("ridge", "following"))
     popularity = torch.zeros(num_items)
     popularity[: table.num_rows] = torch.from_numpy(table["popularity"].to_numpy().copy())
-    decays = (settings.decay, settings.following_decay)
+    decay = run.read_json(f"{RIDGE}/{domain}.json")["decay"] if settings.decay == "auto" else settings.decay
+    decays = (float(decay), settings.following_decay)
     return ItemItem(ridge, transitions, decays, settings.scale, latest, contents, popularity, cold)
 
 
@@ -108,9 +110,9 @@ def _load_reranker(run: RunDir, domain: str) -> Reranker | None:
     return run.load_module(Reranker, folder) if run.exists(f"{folder}/model.json") else None
 
 
-def _matrix(items: pa.ChunkedArray, weights: pa.ChunkedArray, num_items: int) -> sparse.csr_matrix:
-    """[N, N] matrix of the lists of a table's rows."""
-    items, weights = items.combine_chunks(), weights.combine_chunks()
+def read_matrix(table: pa.Table, name: str, num_items: int) -> sparse.csr_matrix:
+    """[N, N] item-item weights of a ranking/weights table, "ridge" or "following", a row per target."""
+    items, weights = (table[f"{name}_{part}"].combine_chunks() for part in ("items", "weights"))
     indptr = items.offsets.to_numpy().astype(np.int64)
     matrix = sparse.csr_matrix(
         (weights.flatten().to_numpy(), items.flatten().to_numpy(), indptr - indptr[0]), shape=(len(items), num_items)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NotRequired, TypedDict, cast
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -16,11 +15,11 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.random_streams import COLD_STREAM, SAMPLE_STREAM, uniform
 from qbert_ray.ranking.blend import WITHOUT_NETWORK, Blend, Candidates, candidates, fit_blend, no_candidates, without_network
-from qbert_ray.ranking.item_item import RidgeRegression, Transitions, popularity
-from qbert_ray.ranking.loader import BLEND, ITEM_ITEM_TEXT, RERANKER, WEIGHTS, load_ranker
+from qbert_ray.ranking.loader import BLEND, ITEM_ITEM_TEXT, RERANKER, load_ranker
 from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.ranking.reranker import CandidateLists, Reranker, fit_reranker
 from qbert_ray.ranking.score_features import SCORE_FEATURES
+from qbert_ray.ranking.weights import write_weights
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import ranks
@@ -49,38 +48,9 @@ def fit_ranking(config: Config, run: RunDir, executor: Executor, progress: Progr
     counts: dict[str, RankingCounts] = {}
     for domain in config.data.targets:
         progress.note(domain)
-        arguments = {"run": run, "domain": domain, "settings": config.ranking}
-        done = executor.map_parts(run, WeightsPart, arguments, run.parts("ingest/items", domain), WEIGHTS, config.compute.ranking, progress)
-        counts[domain] = cast(
-            RankingCounts, dict(done) | executor.get(executor.submit(_fit, run, domain, config.ranking, workers=Workers()))
-        )
+        done = write_weights(config, run, domain, executor, progress)
+        counts[domain] = cast(RankingCounts, done | executor.get(executor.submit(_fit, run, domain, config.ranking, workers=Workers())))
     return counts
-
-
-class WeightsPart:
-    """Item-item weights of a part of the catalog; every actor holds the co-occurrences of the domain."""
-
-    def __init__(self, run: RunDir, domain: str, settings: Ranking) -> None:
-        self.run, s = run, settings
-        sequences = columns.to_sequences(run.read("ingest/sequences", domain))
-        size = run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows
-        train = (sequences.indptr, sequences.items, size)
-        self.ridge = RidgeRegression(*train, s.regularisation, s.neighbours)
-        self.transitions = Transitions(*train, s.following_window, s.following_decay, s.following_shrinkage, s.neighbours)
-        self.popularity = popularity(*train)
-
-    def __call__(self, name: str) -> dict[str, int]:
-        items = self.run.read_part("ingest/items", name, columns.KEYS)
-        targets = items[columns.ITEM_INDEX].to_numpy()
-        rows = (self.ridge.rows(targets), self.transitions.rows(targets))
-        lists = [
-            pa.ListArray.from_arrays(matrix.indptr.astype(np.int32), pa.array(values))
-            for matrix in rows
-            for values in (matrix.indices.astype(np.int32), matrix.data.astype(np.float32))
-        ]
-        table = pa.table([*items.columns, *lists, pa.array(self.popularity[targets])], schema=columns.ITEM_ITEM)
-        self.run.write_part(WEIGHTS, name, table)
-        return {"items": items.num_rows, "weights": sum(matrix.nnz for matrix in rows)}
 
 
 def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:

@@ -96,8 +96,7 @@ def read_ranks(run: RunDir, domain: str, catalog: Catalog) -> pl.DataFrame:
     popularity = pl.DataFrame({"target": catalog.item_ids, "popularity": catalog.popularity})
     for part in run.parts("evaluate/ranks", domain):
         sequences = to_sequences(run.read_part("ingest/sequences", part))
-        length = np.diff(sequences.indptr) + (sequences.valid >= 0)
-        histories = pl.DataFrame({USER_ID: sequences.user_ids, "history": length}, {USER_ID: pl.String, "history": pl.Int64})
+        histories = pl.DataFrame({USER_ID: sequences.user_ids, "history": sequences.lengths()}, {USER_ID: pl.String, "history": pl.Int64})
         rows = pl.DataFrame(run.read_part("evaluate/ranks", part, [USER_ID, "model", "target", "rank_all", "rank_unseen"]))
         pieces.append(rows.join(histories, on=USER_ID, how="left").join(popularity, on="target", how="left"))
         users += len(sequences.user_ids)

@@ -60,7 +60,7 @@ def users(run: RunDir, catalog: Catalog, ranks: pl.DataFrame | None, album: Albu
 
 
 def _test(catalog: Catalog, sequences: Sequences, user: int, name: str, ranks: pl.DataFrame | None) -> dict[str, Any] | None:
-    """The user's held-out last item and the rank that the model gave it."""
+    """The user's test item and the rank that the model gave it."""
     if ranks is None or ranks.is_empty() or sequences.test[user] < 0:
         return None
     found = ranks.filter((pl.col(USER_ID) == name) & (pl.col("model") == "model"))["rank_all"].to_list()

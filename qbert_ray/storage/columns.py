@@ -18,7 +18,8 @@ ITEM_INDEX = "item_index"
 TIMESTAMP = "timestamp"
 RATING = "rating"
 COLD = "cold"
-SPLITS = ("train", "valid", "test", COLD)
+FURTHER = "further"  # of a temporal split: interactions of the later periods that are no targets
+SPLITS = ("train", "valid", "test", COLD, FURTHER)
 EXTRA_CODES = "extra_codes"
 KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]  # columns that identify an item in every table over the catalog
 
@@ -58,6 +59,16 @@ SEQUENCES = pa.schema(
         ("train", pa.list_(pa.int32())),
         ("valid", pa.int32()),
         ("test", pa.int32()),
+    ]
+)
+
+# Of a temporal split: valid is the first item of the validation period, test that of the test period; null for a user without one, or
+# without any item before it. History of the test = train + valid + between.
+TEMPORAL_SEQUENCES = pa.schema(
+    [
+        *SEQUENCES,
+        ("between", pa.list_(pa.int32())),  # further items of the validation period
+        ("after", pa.list_(pa.int32())),  # further items of the test period
     ]
 )
 
@@ -200,6 +211,16 @@ def to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False).reshape(shape)
 
 
+class Ragged(NamedTuple):
+    """Lists of different lengths: the one of user u is `items[indptr[u]:indptr[u + 1]]`."""
+
+    indptr: np.ndarray  # [U + 1]
+    items: np.ndarray
+
+    def of(self, user: int) -> np.ndarray:
+        return self.items[self.indptr[user] : self.indptr[user + 1]]
+
+
 class Sequences(NamedTuple):
     """Users of one domain as arrays; `items[indptr[u]:indptr[u + 1]]` are the training items of user u."""
 
@@ -208,24 +229,38 @@ class Sequences(NamedTuple):
     items: np.ndarray  # item_index
     valid: np.ndarray  # [U], -1: none
     test: np.ndarray  # [U], -1: none
+    between: Ragged | None = None  # items after the validation item and before the test item, if there are any
+    after: Ragged | None = None  # items after the test item
 
     def history(self, user: int, upto: str) -> np.ndarray:
-        """Items of a user before the `valid` or `test` item, or all of them ("end")."""
-        held_out = {"valid": [], "test": [self.valid[user]], "end": [self.valid[user], self.test[user]]}[upto]
-        train = self.items[self.indptr[user] : self.indptr[user + 1]]
-        return np.concatenate([train, [item for item in held_out if item >= 0]]).astype(np.int64)
+        """Items of a user before the "valid" or the "test" item, or all of them ("end")."""
+        train, nothing = self.items[self.indptr[user] : self.indptr[user + 1]], np.zeros(0, np.int64)
+        valid, test = (each[user : user + 1] if each[user] >= 0 else nothing for each in (self.valid, self.test))
+        between, after = (nothing if each is None else each.of(user) for each in (self.between, self.after))
+        later = {"valid": [], "test": [valid, between], "end": [valid, between, test, after]}[upto]
+        return np.concatenate([train, *later]).astype(np.int64)
+
+    def lengths(self) -> np.ndarray:
+        """[U] items of each history before the test item."""
+        between = 0 if self.between is None else np.diff(self.between.indptr)
+        return np.diff(self.indptr) + (self.valid >= 0) + between
 
 
 def to_sequences(table: pa.Table) -> Sequences:
     """Arrays of an ingest/sequences table of one domain."""
-    train = table["train"].combine_chunks()
-    if isinstance(train, pa.ChunkedArray):  # no rows: nothing to combine
-        train = pa.array([], SEQUENCES.field("train").type)
-    indptr = train.offsets.to_numpy().astype(np.int64)
+    further = [_ragged(table[name]) if name in table.column_names else None for name in ("between", "after")]
     return Sequences(
         table[USER_ID].to_pylist(),
-        indptr - indptr[0],
-        train.flatten().to_numpy(zero_copy_only=False).astype(np.int64),
+        *_ragged(table["train"]),
         table["valid"].fill_null(-1).to_numpy().astype(np.int64),
         table["test"].fill_null(-1).to_numpy().astype(np.int64),
+        *further,
     )
+
+
+def _ragged(column: pa.ChunkedArray) -> Ragged:
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):  # no rows: nothing to combine
+        lists = pa.array([], column.type)
+    indptr = lists.offsets.to_numpy().astype(np.int64)
+    return Ragged(indptr - indptr[0], lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64))

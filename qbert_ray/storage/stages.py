@@ -27,6 +27,7 @@ class Stage:
         inputs: stages whose outputs it reads.
         compute: keys of `compute` that name what it runs on.
         ignores: dotted paths under those of `config` that its outputs do not depend on.
+        unread: further ones, which its outputs do not depend on under a config.
         keeps: whether an unfinished try is kept, because the stage resumes part by part or from a checkpoint; others start over.
         skipped: why there is nothing to do under a config; None if there is.
     """
@@ -39,6 +40,7 @@ class Stage:
     inputs: tuple[str, ...] = ()
     compute: tuple[str, ...] = ()
     ignores: tuple[str, ...] = ()
+    unread: Callable[[Config], tuple[str, ...]] = lambda config: ()
     keeps: bool = True
     skipped: Callable[[Config], str | None] = lambda config: None
 
@@ -49,12 +51,16 @@ class Stage:
 
     def depends_on(self, config: Config) -> Values:
         """Dotted path -> value of the config fields that the stage's outputs depend on."""
-        leaves = flatten(config.model_dump(mode="json"))
-        return {path: value for path, value in leaves.items() if _under(path, self.config) and not _under(path, self.ignores)}
+        leaves, unread = flatten(config.model_dump(mode="json")), (*self.ignores, *self.unread(config))
+        return {path: value for path, value in leaves.items() if _under(path, self.config) and not _under(path, unread)}
 
 
 def _under(path: str, keys: tuple[str, ...]) -> bool:
     return any(path == key or path.startswith(f"{key}.") for key in keys)
+
+
+def _unread_by_ingest(config: Config) -> tuple[str, ...]:
+    return ("data.split", "data.split_cuts") if config.data.split == "leave_one_out" else ()
 
 
 def _given_ids(config: Config) -> str | None:
@@ -67,13 +73,14 @@ STAGES = (
     Stage(
         "ingest",
         "qbert_ray.inputs.stage:ingest",
-        "Read the catalog and the interactions: k-core, leave-one-out split, sequences.",
+        "Read the catalog and the interactions: k-core, split, sequences.",
         _INPUT,
         (
             *("data.root", "data.domains", "data.min_interactions", "data.min_item_interactions", "data.min_rating"),
-            *("data.cold_share", "data.rows_per_part"),
+            *("data.cold_share", "data.rows_per_part", "data.split", "data.split_cuts"),
         ),
         keeps=False,
+        unread=_unread_by_ingest,
     ),
     Stage(
         "features",

@@ -1,0 +1,212 @@
+"""The global temporal split: cuts, targets and histories worked by hand, and what each reader makes of missing targets."""
+
+import json
+from datetime import UTC, datetime
+
+import numpy as np
+import polars as pl
+import pytest
+
+from qbert_ray.config.loading import ConfigError, load_config
+from qbert_ray.config.schema import Config
+from qbert_ray.execution.executor import open_executor
+from qbert_ray.execution.local import LocalExecutor
+from qbert_ray.execution.progress import Quiet
+from qbert_ray.inputs.sources import SourceError
+from qbert_ray.inputs.splits import as_date, leave_one_out, quantile
+from qbert_ray.inputs.stage import ingest_domain
+from qbert_ray.pipeline import run_stage
+from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.stages import BY_NAME, STAGES
+from tests.shop import small_config
+
+DAY = 86_400
+START = int(datetime(2020, 1, 1, tzinfo=UTC).timestamp())
+# user -> (day, item); validation from day 10, test from day 20
+LOG = {
+    "both": [(1, "a"), (2, "b"), (11, "c"), (12, "d"), (20, "e"), (21, "a"), (22, "b")],
+    "no validation": [(3, "a"), (4, "b"), (25, "c")],
+    "no test": [(5, "b"), (9, "c"), (10, "a")],
+    "train alone": [(1, "c"), (2, "a")],
+    "from validation on": [(12, "a"), (13, "b"), (30, "c")],
+    "from test on": [(21, "b"), (22, "c")],
+}
+
+
+def write(root, log=LOG, seconds=1, start=START):
+    root.mkdir(exist_ok=True)
+    rows = [(user, item, (start + DAY * day) * seconds) for user, items in log.items() for day, item in items]
+    frame = pl.DataFrame(rows, ["user_id", "item_id", "timestamp"], orient="row")
+    frame.write_parquet(root / "interactions.parquet")
+    pl.DataFrame({"item_id": sorted(set(frame["item_id"])), "title": sorted(set(frame["item_id"]))}).write_parquet(root / "items.parquet")
+    return root
+
+
+def ingested(root, cuts=("2020-01-11", "2020-01-21"), rows_per_partition=500_000, name="run", **data):
+    data = {"split": "temporal", "split_cuts": list(cuts), "min_interactions": 0, **data}
+    config = Config.model_validate({"data": {"root": str(root), "domains": {"shop": {}}, **data}, "run": {"dir": str(root / name)}})
+    run = RunDir(config.run.dir)
+    return ingest_domain(config, "shop", run, LocalExecutor(), Quiet(), rows_per_partition), run
+
+
+def histories(run):
+    """user_id -> letters of train, valid, test, and of the histories up to each."""
+    items = dict(run.read("ingest/items").select(["item_index", "item_id"]).to_pandas().itertuples(index=False))
+    sequences = columns.to_sequences(run.read("ingest/sequences"))
+    found = {}
+    for number, user in enumerate(sequences.user_ids):
+        targets = [items.get(int(each[number]), "-") for each in (sequences.valid, sequences.test)]
+        found[user] = (*targets, *("".join(items[item] for item in sequences.history(number, upto)) for upto in ("valid", "test", "end")))
+    assert sequences.lengths().tolist() == [len(sequences.history(user, "test")) for user in range(len(sequences.user_ids))]
+    return found
+
+
+def test_targets_and_histories_by_hand(tmp_path):
+    counts, run = ingested(write(tmp_path))
+    assert histories(run) == {  # validation target, test target, histories up to validation, up to test, all
+        "both": ("c", "e", "ab", "abcd", "abcdeab"),
+        "no validation": ("-", "c", "ab", "ab", "abc"),
+        "no test": ("a", "-", "bc", "bca", "bca"),
+        "train alone": ("-", "-", "ca", "ca", "ca"),
+        "from validation on": ("-", "c", "", "ab", "abc"),
+        "from test on": ("-", "-", "", "", "bc"),
+    }
+    assert counts["users_evaluated"] == 3
+    assert counts["split"] == {
+        "validation_from": "2020-01-11",
+        "test_from": "2020-01-21",
+        "users_validated": 2,
+        "users_only_later": 2,
+        "items_only_later": 2,  # d and e
+        "further_interactions": 7,  # d, a and b of the first; a and b of the fifth; b and c of the last
+        "untrained_targets": 1,  # e
+    }
+    assert counts["interactions_read"] == counts["interactions"] == sum(map(len, LOG.values()))
+    splits = pl.DataFrame(run.read("ingest/interactions")).filter(user_id="both").select("item_id", "split").rows()
+    expected = ["train", "train", "valid", "further", "test", "further", "further"]
+    assert splits == list(zip("abcdeab", expected, strict=True))
+    assert run.read("ingest/sequences").schema.equals(columns.TEMPORAL_SEQUENCES)
+
+
+@pytest.mark.parametrize("seconds", [1, 1_000, 1_000_000, 1_000_000_000], ids=["s", "ms", "us", "ns"])
+def test_a_date_cuts_times_of_any_unit_at_the_same_place(tmp_path, seconds):
+    plain = histories(ingested(write(tmp_path / "plain"))[1])
+    counts, run = ingested(write(tmp_path / "other", seconds=seconds), ["2020-01-11T00:00:00Z", "2020-01-21 01:00+01:00"])
+    assert histories(run) == plain and counts["split"]["test_from"] == "2020-01-21"
+
+
+def test_shares_are_of_interactions_and_do_not_depend_on_partitions(tmp_path):
+    root = write(tmp_path)
+    counts, run = ingested(root, [0.5, 0.7])
+    times = np.sort(np.array([day for items in LOG.values() for day, _ in items]))  # of 20
+    assert (times[10], times[14]) == (12, 21)
+    assert (counts["split"]["validation_from"], counts["split"]["test_from"]) == ("2020-01-13", "2020-01-22")
+    other_counts, other = ingested(root, [0.5, 0.7], rows_per_partition=4, name="other")
+    assert other_counts == counts and histories(other) == histories(run)
+
+
+@pytest.mark.parametrize("values", [[5], [3, 3, 3], [1, 2, 2, 9, 9, 10**18], range(5000), [-7, 0, 10**6]], ids=str)
+def test_a_quantile_is_that_of_the_sorted_times(values):
+    values, executor = np.array(values, dtype=np.int64), LocalExecutor()
+    pieces = [executor.put(np.sort(piece)) for piece in np.array_split(np.random.default_rng(0).permutation(values), 3)]
+    for rank in range(0, len(values), max(1, len(values) // 7)):
+        assert quantile(executor, pieces, rank, int(values.min()), int(values.max())) == values[rank]
+
+
+def test_leave_one_out_by_hand():
+    places = leave_one_out(np.array([0, 2, 3, 5]))
+    assert [each.tolist() for each in places] == [[0, 2, 1, 3], [-1, -1, 1, 3], [-1, -1, 2, 4], [0, 2, 2, 4]]
+    assert as_date(START + 3600, "s") == "2020-01-01T01:00:00"
+
+
+def test_positions_are_no_times(tmp_path):
+    log = {user: list(enumerate(items for _, items in rows)) for user, rows in LOG.items()}
+    root = write(tmp_path, log, start=0)
+    with pytest.raises(SourceError, match="domain shop: data.split=temporal .*from 0 to 518400, are no times, but look like positions"):
+        ingested(root, [0.5, 0.7])
+    half = pl.read_parquet(root / "interactions.parquet").with_row_index()
+    unit = pl.when(pl.col("index") % 2 == 0).then(1_000).otherwise(1)
+    half.with_columns((pl.col("timestamp") + START) * unit).drop("index").write_parquet(root / "interactions.parquet")
+    with pytest.raises(SourceError, match="are of several units"):
+        ingested(root, [0.5, 0.7])
+
+
+@pytest.mark.parametrize(
+    ("cuts", "said"),
+    [
+        (["2019-01-01", "2020-01-21"], "no interaction for training: validation begins at 2019-01-01, .* from 2020-01-02 to 2020-01-31"),
+        (["2020-01-16", "2020-01-17"], "no interaction for validation"),
+        (["2020-01-11", "2021-01-01"], "no interaction for test"),
+        (["2020-01-02T12:00", "2020-01-03"], "no interaction for validation"),
+        (["2020-01-11", "2020-01-27"], None),
+    ],
+)
+def test_cuts_that_leave_nothing_are_refused_with_what_there_is(tmp_path, cuts, said):
+    root = write(tmp_path)
+    if said is None:
+        assert ingested(root, cuts)[0]["users_evaluated"] == 1
+        return
+    with pytest.raises(SourceError, match=said):
+        ingested(root, cuts)
+
+
+def test_a_period_of_new_users_alone_is_refused(tmp_path):
+    log = {"early": [(1, "a"), (2, "b")], "late": [(12, "a"), (25, "b")]}
+    with pytest.raises(SourceError, match="no user with interactions in the validation period has any before it"):
+        ingested(write(tmp_path, log))
+
+
+@pytest.mark.parametrize(
+    ("cuts", "said"),
+    [
+        ("[0.9, 0.8]", "validation must begin before the test period"),
+        ("[2020-01-02, 2020-01-01]", "validation must begin before the test period"),
+        ("[0.8, 2020-01-01]", "give two dates or two shares"),
+        ("[spring, autumn]", "write dates as 1998-03-01"),
+        ("[0.8]", "at least 2 items"),
+        ("[0.8, 1.5]", "between 0 and 1; times are written as dates"),
+        ("[1, 893286638]", "between 0 and 1; times are written as dates"),
+    ],
+)
+def test_cuts_are_checked_with_the_config(cuts, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config([], [f"data.split_cuts={cuts}"])
+
+
+def test_leave_one_out_does_not_depend_on_the_cuts_of_a_temporal_split():
+    plain, cut, temporal, other = (
+        BY_NAME["ingest"].depends_on(load_config([], settings))
+        for settings in ([], ["data.split_cuts=[0.5, 0.6]"], ["data.split=temporal"], ["data.split=temporal", "data.split_cuts=[0.5, 0.6]"])
+    )
+    assert plain == cut and plain != temporal != other
+
+
+def test_dates_on_the_command_line_stay_dates():
+    assert load_config([], ["data.split_cuts=[1998-03-01, 1998-04-01]"]).data.split_cuts == ["1998-03-01", "1998-04-01"]
+
+
+def test_every_stage_reads_users_without_a_validation_or_a_test_target(tmp_path, shop):
+    """A whole run: of the demo shop, some users come late and some leave early."""
+    settings = ["data.split=temporal", "data.split_cuts=[0.6, 0.8]", "compute.executor=local"]
+    quick = ["features.modalities=[structure]", "quantizer.kind=kmeans", "fusion.epochs=1", "pretrain.enabled=false", "finetune.epochs=1"]
+    config = small_config(shop, tmp_path / "run", *settings, *quick)
+    run = RunDir(config.run.dir)
+    with open_executor(config) as executor:
+        for stage in STAGES:
+            run_stage(stage, config, run, executor, Quiet())
+    sequences = columns.to_sequences(run.read("ingest/sequences"))
+    tested, validated = sequences.test >= 0, sequences.valid >= 0
+    assert (tested & ~validated).any() and (validated & ~tested).any() and (~tested & ~validated).any()
+    assert (np.diff(sequences.between.indptr) > 0).any() and (np.diff(sequences.after.indptr) > 0).any()
+    ranks = pl.DataFrame(run.read("evaluate/ranks"))
+    assert set(ranks["user_id"]) == {user for user, has in zip(sequences.user_ids, tested, strict=True) if has}
+    assert run.read_json("ranking/manifest.json")["counts"]["demo"]["users"] == validated.sum()
+    best = pl.DataFrame(run.read("score"))
+    items = dict(run.read("ingest/items").select(["item_id", "item_index"]).to_pandas().itertuples(index=False))
+    assert set(best["user_id"]) == set(sequences.user_ids)
+    for number, user in enumerate(sequences.user_ids):
+        had = set(sequences.history(number, "end").tolist())
+        assert not had & {items[item] for item in best.filter(user_id=user)["item_id"]}
+    counts = json.loads(run.read_bytes("ingest/manifest.json"))["counts"]["demo"]
+    assert counts["users_evaluated"] == tested.sum() and counts["split"]["users_validated"] == validated.sum()
