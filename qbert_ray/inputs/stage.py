@@ -24,9 +24,9 @@ from qbert_ray.execution.executor import Executor, Handle, Rows
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, USER, Core, Partition, core, partition, survivors
 from qbert_ray.inputs.readers import REASON, ROW, Fragment
-from qbert_ray.inputs.reasons import UNITS, nothing_left, rejected, suspicions
+from qbert_ray.inputs.reasons import UNITS, nothing_left, rejected, suspicions, time_units
 from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
-from qbert_ray.inputs.sources import POSITION, Source, SourceError, open_source
+from qbert_ray.inputs.sources import GIVEN_WEIGHT, POSITION, Source, SourceError, open_source
 from qbert_ray.storage.columns import (
     COLD,
     COLD_SEQUENCES,
@@ -39,7 +39,9 @@ from qbert_ray.storage.columns import (
     REJECTED,
     SEQUENCES,
     TIMESTAMP,
+    TRAIN_WEIGHTS,
     USER_ID,
+    WEIGHT,
 )
 from qbert_ray.storage.directory import Counts, RunDir, resolve
 
@@ -71,7 +73,7 @@ def ingest_domain(
     item_rows, catalog = read_catalog(config, name, items, executor)
     progress.advance()
 
-    rows = _read(executor, interactions, read_interactions, min_rating=data.min_rating)
+    rows = read_rows(executor, interactions, read_interactions, min_rating=data.min_rating)
     num_rows, num_tasks = rows.count(), _clamp(rows.count() / rows_per_partition, 1, MAX_TASKS)
     partitions = partition(executor, rows.blocks(), executor.put(catalog), num_tasks)
     del rows
@@ -85,7 +87,8 @@ def ingest_domain(
         raise SourceError(f"domain {name}: {_nothing_left(executor, partitions, item_rows, catalog, num_rows)}")
     progress.advance()
 
-    counts = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions).write(item_rows, partitions)
+    weighted = bool(interactions.events or interactions.columns.get(GIVEN_WEIGHT))
+    counts = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions, weighted).write(item_rows, partitions)
     progress.advance()
     counts = {"items_read": item_rows.count(), "interactions_read": num_rows, **counts, "core_rounds": left.rounds}
     counts["users_evaluated"] = counts.get("users_evaluated", 0)
@@ -98,7 +101,7 @@ def ingest_domain(
 
 def read_catalog(config: Config, name: str, source: Source, executor: Executor) -> tuple[Rows, pa.Table]:
     """Normalised rows of a domain's items files, and its catalog as `_catalog` makes it."""
-    rows = _read(executor, source, read_items, domain=config.data.domains[name], root=_local(config.data.root))
+    rows = read_rows(executor, source, read_items, domain=config.data.domains[name], root=_local(config.data.root))
     return rows, _catalog(executor, source, rows.blocks())
 
 
@@ -115,7 +118,17 @@ def read_interactions(number: int, source: Source, fragments: list[tuple[int, Fr
         yield normalise_interactions(raw, source, **arguments).to_arrow()
 
 
-def _read(executor: Executor, source: Source, reader: Callable[..., Iterator[pa.Table]], **arguments: Any) -> Rows:
+def read_rows(executor: Executor, source: Source, reader: Callable[..., Iterator[pa.Table]], **arguments: Any) -> Rows:
+    """Normalised rows of the files of a source.
+
+    Args:
+        executor: reads the fragments.
+        source: the files.
+        reader: such as `read_interactions`, called with the number of a fragment, source, fragments and the arguments.
+
+    Raises:
+        SourceError: there are no rows.
+    """
     fragments = source.fragments()
     rows = executor.read(partial(reader, source=source, fragments=fragments, **arguments), len(fragments)) if fragments else None
     if rows is None or not rows.count():
@@ -194,6 +207,7 @@ class Writer:
     left: Core
     rows_per_part: int | None
     min_user: int
+    weighted: bool  # interactions have weights
 
     def write(self, items: Rows, partitions: list[Partition]) -> Counts:
         """Write all tables; returns the counts of kept rows, and of rejected rows by reason."""
@@ -222,7 +236,8 @@ class Writer:
         first_parts = np.cumsum([0, *(math.ceil(users / size) for users in self.left.users)]).tolist()
         return [
             self.executor.submit(
-                _write_users, self.run, self.domain, f"{first_rejected + n:05d}", first_parts[n], size, self.min_user, catalog, part.kept, part.rejected
+                _write_users, self.run, self.domain, f"{first_rejected + n:05d}", first_parts[n], size, self.min_user, self.weighted, catalog,
+                part.kept, part.rejected
             )
             for n, part in enumerate(partitions)
         ]  # fmt: skip
@@ -276,7 +291,16 @@ def _unusable_images(kept: pl.DataFrame, column: str, reason: str) -> pl.DataFra
 
 
 def _write_users(
-    run: RunDir, domain: str, number: str, first_part: int, size: int, min_user: int, catalog: pa.Table, kept: pa.Table, rejected: pa.Table
+    run: RunDir,
+    domain: str,
+    number: str,
+    first_part: int,
+    size: int,
+    min_user: int,
+    weighted: bool,
+    catalog: pa.Table,
+    kept: pa.Table,
+    rejected: pa.Table,
 ) -> Counter[tuple[str, str]]:
     items, rows = pl.DataFrame(catalog), pl.DataFrame(kept)
     rows = rows.with_columns(
@@ -286,10 +310,12 @@ def _write_users(
     survives = survivors(kept, items[ITEM_INDEX].is_not_null().to_numpy() & ~cold, cold, min_user)
     sequences, left = _sequences(rows.filter(survives))
     ends = [0, *sequences["rows"].cum_sum().to_list()]
+    interactions_schema = INTERACTIONS.append(pa.field(WEIGHT, pa.float32())) if weighted else INTERACTIONS
+    sequences_schema = SEQUENCES.append(pa.field(TRAIN_WEIGHTS, pa.list_(pa.float32()))) if weighted else SEQUENCES
     for offset in range(0, len(sequences), size):
         name, end = f"{domain}-{first_part + offset // size:05d}.parquet", min(offset + size, len(sequences))
-        run.write_part("ingest/interactions", name, _to_arrow(left[ends[offset] : ends[end]], INTERACTIONS))
-        run.write_part("ingest/sequences", name, _to_arrow(sequences[offset:end], SEQUENCES))
+        run.write_part("ingest/interactions", name, _to_arrow(left[ends[offset] : ends[end]], interactions_schema))
+        run.write_part("ingest/sequences", name, _to_arrow(sequences[offset:end], sequences_schema))
         if cold.any():
             run.write_part("ingest/cold", name, _to_arrow(sequences[offset:end].filter(pl.col("target").is_not_null()), COLD_SEQUENCES))
     lost = rows.filter(~survives)
@@ -315,9 +341,7 @@ def _times(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
     """
     first, last = ends[:-1], ends[1:]
     same = (last - first > 1) & (times[first] == times[last - 1]) if len(times) else np.zeros(0, bool)
-    edges = [low for low, _ in UNITS.values()]
-    of_unit = np.bincount(np.searchsorted(edges, times, side="right"), minlength=len(edges) + 1)[1:]
-    return {"users_at_one_time": int(same.sum())} | {f"time_{unit}": int(count) for unit, count in zip(UNITS, of_unit, strict=True)}
+    return {"users_at_one_time": int(same.sum())} | {f"time_{unit}": count for unit, count in time_units(times).items()}
 
 
 def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -346,6 +370,7 @@ def _sequences(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         .with_columns(
             pl.Series("rows", sizes),
             _lists(warm, first, train).alias("train"),
+            _lists(rows[WEIGHT].to_numpy()[~cold], first, train).alias(TRAIN_WEIGHTS),
             *(pl.Series(name, values).replace(-1, None) for name, values in zip(("valid", "test"), held, strict=True)),
             pl.Series("target", np.where(target >= 0, items[target], -1) if len(rows) else target).replace(-1, None),
             _lists(warm, first, history).alias("history"),

@@ -17,6 +17,8 @@ ITEM_ID = "item_id"
 ITEM_INDEX = "item_index"
 TIMESTAMP = "timestamp"
 RATING = "rating"
+WEIGHT = "weight"  # of an interaction: how much it counts in training and in item-item models; a column where any differs from 1
+TRAIN_WEIGHTS = "train_weights"
 COLD = "cold"
 SPLITS = ("train", "valid", "test", COLD)
 EXTRA_CODES = "extra_codes"
@@ -47,7 +49,11 @@ INTERACTIONS = pa.schema(
         (RATING, pa.float32()),
         ("split", pa.string()),  # one of SPLITS
     ]
-)
+)  # and, with event types or weights, WEIGHT as float32
+
+# ingest/gone: published items that are no longer in the catalog's files; a part for each append that found others than the one before,
+# of which the last holds.
+GONE = pa.schema([(DOMAIN, pa.string()), (ITEM_ID, pa.string()), (ITEM_INDEX, pa.int32())])
 
 # ingest/sequences: one user a row, in time order. Leave-one-out: test is the last item, valid the last but one;
 # both null for a user with fewer than three interactions. History of the test = train + valid. Cold items are in none of them.
@@ -59,7 +65,10 @@ SEQUENCES = pa.schema(
         ("valid", pa.int32()),
         ("test", pa.int32()),
     ]
-)
+)  # and, with event types or weights, those of the training items under TRAIN_WEIGHTS, lists of float32
+
+# score/histories and score_histories/histories: whole histories from a file that `score` is given, which may be empty.
+HISTORIES = pa.schema([(DOMAIN, pa.string()), (USER_ID, pa.string()), ("history", pa.list_(pa.int32()))])  # item_index in time order
 
 # ingest/cold: a user's last interaction with a cold item, and the user's history of other items before it.
 COLD_SEQUENCES = pa.schema(
@@ -208,6 +217,7 @@ class Sequences(NamedTuple):
     items: np.ndarray  # item_index
     valid: np.ndarray  # [U], -1: none
     test: np.ndarray  # [U], -1: none
+    weights: np.ndarray | None = None  # of the training items; None: all are 1
 
     def history(self, user: int, upto: str) -> np.ndarray:
         """Items of a user before the `valid` or `test` item, or all of them ("end")."""
@@ -216,16 +226,28 @@ class Sequences(NamedTuple):
         return np.concatenate([train, [item for item in held_out if item >= 0]]).astype(np.int64)
 
 
+def to_histories(table: pa.Table) -> tuple[list[str], list[np.ndarray]]:
+    """Users and their whole histories, of an ingest/sequences table or of one of `HISTORIES`."""
+    users = table[USER_ID].to_pylist()
+    if "history" in table.column_names:
+        return users, [np.array(items, dtype=np.int64) for items in table["history"].to_pylist()]
+    sequences = to_sequences(table)
+    return users, [sequences.history(user, "end") for user in range(len(users))]
+
+
 def to_sequences(table: pa.Table) -> Sequences:
     """Arrays of an ingest/sequences table of one domain."""
     train = table["train"].combine_chunks()
     if isinstance(train, pa.ChunkedArray):  # no rows: nothing to combine
         train = pa.array([], SEQUENCES.field("train").type)
     indptr = train.offsets.to_numpy().astype(np.int64)
+    weighted = TRAIN_WEIGHTS in table.column_names and table.num_rows
+    weights = table[TRAIN_WEIGHTS].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32) if weighted else None
     return Sequences(
         table[USER_ID].to_pylist(),
         indptr - indptr[0],
         train.flatten().to_numpy(zero_copy_only=False).astype(np.int64),
         table["valid"].fill_null(-1).to_numpy().astype(np.int64),
         table["test"].fill_null(-1).to_numpy().astype(np.int64),
+        weights,
     )
