@@ -25,7 +25,7 @@ from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.storage.catalog import run_config
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.storage.lock import locked
-from qbert_ray.storage.stages import STAGES
+from qbert_ray.storage.stages import REQUESTED, STAGES
 
 
 def load_config(*sources: str | Path) -> Config:
@@ -67,8 +67,9 @@ def run(config: Config, executor: Literal["ray", "local"] | None = None, progres
     if not directory.exists("ingest/manifest.json") and not config.compute.address:
         check_root(config.data.root)  # before Ray starts
     with locked(directory, "qbert_ray.run"), open_executor(config) as opened:
-        preflight(STAGES, config, directory, opened)
-        for stage in STAGES:
+        stages = [*STAGES, *(stage for stage in REQUESTED if not stage.skipped(config))]
+        preflight(stages, config, directory, opened)
+        for stage in stages:
             run_stage(stage, config, directory, opened, progress or Quiet())
     return FinishedRun(directory)
 
@@ -107,7 +108,7 @@ class FinishedRun:
 
         Args:
             name: "ingest/items", "ingest/sequences", "ingest/interactions", "ingest/rejected", "features/text",
-                "fusion/embeddings", "semantic_ids", "evaluate/ranks" or "score"; the docs list their columns.
+                "fusion/embeddings", "semantic_ids", "evaluate/ranks", "score" or "score_histories"; the docs list their columns.
             domain: only those of one domain.
 
         Raises:

@@ -3,7 +3,8 @@
 The catalog grows only at its end: new items become further parts of ingest/items, and features, embeddings and IDs of these
 parts are made as those of cold items. A part without IDs comes from an interrupted try, and the same command resumes with it.
 Versions of the IDs are lists of parts in the manifest of semantic_ids, each with its parent; the manifest is written after
-the parts.
+the parts. Items that the k-core of the ingest dropped stay out unless they are asked for, and published items that the files do not
+have any more are listed in ingest/gone, so that they are not recommended.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from qbert_ray.inputs.sources import POSITION, open_source
 from qbert_ray.inputs.stage import GROUP, read_catalog, split_items, write_items
 from qbert_ray.pipeline import APPENDED, file_fingerprints, status
 from qbert_ray.semantic_ids.stage import Version, assign_parts, count_ids
+from qbert_ray.storage.catalog import gone_items
 from qbert_ray.storage.checksums import Record
-from qbert_ray.storage.columns import COLD, ITEM_ID, ITEM_INDEX
+from qbert_ray.storage.columns import COLD, DOMAIN, GONE, ITEM_ID, ITEM_INDEX
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.storage.seals import APPENDING, seal
 from qbert_ray.storage.stages import BY_NAME, STAGES
@@ -37,10 +39,18 @@ from qbert_ray.storage.stages import BY_NAME, STAGES
 IDS = "semantic_ids"
 GROWN = ("ingest", "features", "fusion", IDS)  # stages that get further parts, the last written last
 CONTENT = "_content"
+DROPPED = "below min_item_interactions"  # reason of ingest/rejected for items that the k-core left out
 
 
-def append_ids(config: Config, run: RunDir, executor: Executor, progress: Progress) -> Version:
-    """Assign IDs to the items of the input files that have none; returns the new version, or the last one if there is nothing to do.
+def append_ids(config: Config, run: RunDir, executor: Executor, progress: Progress, everything: bool = False) -> Version:
+    """Assign IDs to the new items of the input files; returns the new version, or the last one if there is nothing to do.
+
+    Args:
+        config: that the run was made with.
+        run: a run whose stages up to semantic-ids are done.
+        executor: runs the work.
+        progress: receives how far it is.
+        everything: also the items that the ingest read and left out for their few interactions.
 
     Raises:
         ArtifactError: the run's stages up to semantic-ids are not done, or were made with another config.
@@ -52,7 +62,7 @@ def append_ids(config: Config, run: RunDir, executor: Executor, progress: Progre
     found: Counter[str] = Counter()
     for domain in config.data.domains:
         progress.note(domain)
-        found.update(_append_items(config, run, domain, executor))
+        found.update(_append_items(config, run, domain, executor, everything))
     missing = [part for part in run.parts("ingest/items") if part not in set(run.parts(IDS))]
     if missing:
         extend_features(config, run, executor, progress)
@@ -77,23 +87,27 @@ def _check(config: Config, run: RunDir) -> None:
 # the catalog
 
 
-def _append_items(config: Config, run: RunDir, domain: str, executor: Executor) -> Counter[str]:
+def _append_items(config: Config, run: RunDir, domain: str, executor: Executor, everything: bool) -> Counter[str]:
     """Write a domain's new items after its last part, in order, so that an interruption leaves no gap; returns counts of the others."""
     rows, catalog = read_catalog(config, domain, open_source(config.data.root, domain, "items", config.data.domains[domain]), executor)
     parts = run.parts("ingest/items", domain)
     published = pl.concat(pl.DataFrame(executor.get(handle)) for handle in [executor.submit(_contents, run, part) for part in parts])
+    _write_gone(run, domain, published.join(pl.DataFrame(catalog), on=ITEM_ID, how="anti").sort(ITEM_INDEX))
     new = pl.DataFrame(catalog).join(published, on=ITEM_ID, how="anti", maintain_order="left")
+    absent = len(new)
+    if not everything:
+        new = new.join(_dropped(run, domain, executor), on=ITEM_ID, how="anti", maintain_order="left")
     size = config.data.rows_per_part or max(run.read_part("ingest/items", part, [ITEM_INDEX]).num_rows for part in parts)
     place = np.arange(len(new))
     new = new.with_columns(
         pl.Series(GROUP, place // size), pl.Series(ITEM_INDEX, (len(published) + place).astype(np.int32)), pl.lit(True).alias(COLD)
     )
-    known = executor.put(pl.DataFrame(catalog).join(published, on=ITEM_ID).to_arrow())
+    known = executor.put(pl.DataFrame(catalog).join(published.drop(ITEM_INDEX), on=ITEM_ID).to_arrow())
     compared = [executor.submit(_compare, block, known, num_returns=2) for block in rows.blocks()]
     found: Counter[str] = Counter()
     for counts, _ in compared:
         found.update(executor.get(counts))
-    found["gone"] = len(published) - found["changed"] - found["unchanged"]
+    found["gone"], found["left_out"] = len(published) - found["changed"] - found["unchanged"], absent - len(new)
     if len(new):
         groups, first = math.ceil(len(new) / size), 1 + int(parts[-1].removesuffix(".parquet").rsplit("-", 1)[1])
         index = executor.put(new.to_arrow())
@@ -105,7 +119,7 @@ def _append_items(config: Config, run: RunDir, domain: str, executor: Executor) 
 
 def _contents(run: RunDir, part: str) -> pa.Table:
     rows = pl.DataFrame(run.read_part("ingest/items", part))
-    return rows.select(ITEM_ID, _content(rows)).to_arrow()
+    return rows.select(ITEM_ID, ITEM_INDEX, _content(rows)).to_arrow()
 
 
 def _content(rows: pl.DataFrame) -> pl.Series:
@@ -122,6 +136,26 @@ def _compare(block: pa.Table, known: pa.Table) -> tuple[Counter[str], pa.Table]:
     rows = rows.with_columns(_content(rows).alias("now"))
     same = rows.join(pl.DataFrame(known), on=[ITEM_ID, POSITION]).select(pl.col("now") == pl.col(CONTENT)).to_series()
     return Counter(unchanged=int(same.sum()), changed=int((~same).sum()), unusable=rows[REASON].count()), other.to_arrow()
+
+
+def _write_gone(run: RunDir, domain: str, gone: pl.DataFrame) -> None:
+    """Write a further part of ingest/gone, unless the last one lists the same items."""
+    if gone_items(run, domain)[ITEM_INDEX].to_pylist() != gone[ITEM_INDEX].to_list():
+        table = gone.select(pl.lit(domain).alias(DOMAIN), ITEM_ID, ITEM_INDEX).to_arrow().cast(GONE)
+        run.write_part("ingest/gone", f"{domain}-{len(run.parts('ingest/gone', domain)):05d}.parquet", table)
+
+
+def _dropped(run: RunDir, domain: str, executor: Executor) -> pl.DataFrame:
+    """item_id of the items that the ingest left out for their few interactions."""
+    tables = [executor.submit(_dropped_of, run, part) for part in run.parts("ingest/rejected", domain)]
+    return pl.concat([pl.DataFrame(schema={ITEM_ID: pl.String}), *(pl.DataFrame(executor.get(table)) for table in tables)]).unique()
+
+
+def _dropped_of(run: RunDir, part: str) -> pa.Table:
+    rows = pl.DataFrame(run.read_part("ingest/rejected", part, ["table", "reason", "row"]))
+    rows = rows.filter(pl.col("table") == "items", pl.col("reason") == DROPPED)
+    name = pl.col("row").str.extract(rf'^\{{"{ITEM_ID}":("(?:[^"\\]|\\.)*")')  # the rest of a long row is cut off
+    return rows.select(name.str.json_decode(pl.String).alias(ITEM_ID)).to_arrow()
 
 
 # versions
@@ -144,9 +178,11 @@ def _publish(config: Config, run: RunDir, versions: list[Version], found: Counte
     """Record a new version with all parts that are in none yet; returns it."""
     listed = {part for version in versions for part in version["parts"]}
     parts = [part for part in run.parts(IDS) if part not in listed]
+    counts = {name: found[name] for name in ("left_out", "changed", "unchanged", "gone")}
     last = versions[-1]
     if not parts:
-        return cast(Version, last | {"added": 0} | {name: found[name] for name in ("changed", "unchanged", "gone")})
+        _record_gone(run)
+        return cast(Version, last | {"added": 0} | counts)
     tables = [run.read_part(IDS, part, [ITEM_ID, "semantic_id"]) for part in parts]
     added = sum(table.num_rows for table in tables)
     version: Version = {
@@ -170,6 +206,15 @@ def _publish(config: Config, run: RunDir, versions: list[Version], found: Counte
             manifest.counts |= {**count_ids(config, run, config.quantizer.codebook_size), "versions": [*versions, version]}
         manifest.save(run, stage)
     return version
+
+
+def _record_gone(run: RunDir) -> None:
+    """Add parts of ingest/gone to the manifest, where nothing else was added."""
+    manifest = Manifest.load(run, "ingest")
+    assert manifest is not None
+    if manifest.files is not None and any(f"ingest/gone/{name}" not in manifest.files for name in run.names("ingest/gone")):
+        manifest.files |= _added_files(run, "ingest", manifest.files)
+        manifest.save(run, "ingest")
 
 
 def _added_files(run: RunDir, stage: str, known: dict[str, Record]) -> dict[str, Record]:

@@ -17,6 +17,8 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.fingerprints import fingerprint
+from qbert_ray.inputs.histories import open_histories
+from qbert_ray.inputs.rules import check_rules, rule_files
 from qbert_ray.storage.directory import ArtifactError, Counts, Manifest, RunDir
 from qbert_ray.storage.lock import check_held
 from qbert_ray.storage.seals import STARTED, seal
@@ -111,9 +113,15 @@ def preflight(stages: Sequence[Stage], config: Config, run: RunDir, executor: Ex
 
     Raises:
         CapacityError: what is asked for and what there is.
+        SourceError: a file or an expression of the section score cannot be used.
     """
     refuse_old_names(run)
     pending = [stage for stage in stages if not stage.skipped(config) and status(stage, config, run) is None]
+    if any(stage.name in FILTERED for stage in pending):
+        check_rules(config)
+        for stage in pending:
+            for (domain, key), location in history_files(stage, config).items():
+                open_histories(config, domain, location, key)
     if pending:
         executor.check(config, run, [key for stage in pending for key in stage.compute])
 
@@ -147,6 +155,7 @@ def _input_fingerprints(stage: Stage, config: Config, run: RunDir) -> dict[str, 
     return inputs | file_fingerprints(stage, config)
 
 
+FILTERED = ("score", "score_histories")  # stages that leave out what score.exclude and score.allow say
 _FILES = {"ingest": ("items", "interactions"), "features": ("text_features", "image_features", "structure_features")}
 
 
@@ -157,8 +166,18 @@ def file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
     }
     if stage.name == "semantic_ids":
         named["data.semantic_ids"] = config.data.semantic_ids
+    if stage.name in FILTERED:
+        named |= rule_files(config)
+        named |= {f"{key} of {domain}": location for (domain, key), location in history_files(stage, config).items()}
     found = {path: fingerprint(config.data.root, location) for path, location in named.items() if location is not None}
     return {path: content for path, content in found.items() if content is not None}
+
+
+def history_files(stage: Stage, config: Config) -> dict[tuple[str, str], str]:
+    """Target domain and key of the config -> path of the file of histories that a stage reads for it."""
+    field = {"score": "interactions", "score_histories": "histories"}.get(stage.name)
+    location = getattr(config.score, field) if field else None
+    return {(domain, f"score.{field}"): location.replace("{domain}", domain) for domain in config.data.targets} if location else {}
 
 
 def _version() -> str:

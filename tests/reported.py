@@ -32,6 +32,7 @@ COUNTS = {
     "finetune": {"metrics": {"shop": {"epoch": 2}}},
     "ranking": {"shop": {"users": USERS, "fitted_on": 5, "weights": 50, "blend_weights": {"sequencer": 0.5, "seen": -2.0},
                               "sequencer_ndcg@10": 0.1, "model_ndcg@10": 0.2,
+                              "blending": {"kept": True, "alone": 0.1, "blended": 0.2, "error": 0.01},
                               "reranking": {"kept": True, "blended": 0.2, "reranked": 0.25, "error": 0.01}}},
     "evaluate": {"shop": {"users": USERS}},
     "score": {"shop": {"users": USERS, "rows": 60}},

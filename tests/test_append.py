@@ -16,6 +16,7 @@ from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.features import encoding
 from qbert_ray.pipeline import redo_from, run_stage, status
+from qbert_ray.storage.catalog import available_items, gone_items
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.storage.stages import BY_NAME, STAGES
 from tests.shop import SOURCE, small_config
@@ -82,11 +83,14 @@ def test_new_items_get_ids_and_everything_else_stays(copied, catalog, shop, fini
     version = append_ids(config, run, RayExecutor(), Quiet())
     after = ids(run)
     assert {key: after[key] for key in before} == before
-    assert set(after) - set(before) >= {("demo", f"new-{n}") for n in range(50)}
+    assert set(after) - set(before) == {("demo", f"new-{n}") for n in range(50)}  # what the k-core dropped stays out
     assert set(run.read("semantic_ids")["extra_codes"].combine_chunks().value_lengths().to_pylist()) == {6}
     assert version["added"] == len(after) - len(before)
     assert version["changed"] == 2 and version["changed"] + version["unchanged"] + version["gone"] == len(before)
-    assert version["gone"] == kept - sum(("demo", item) in before for item in catalog["item_id"][:110])
+    gone = {item for domain, item in before if domain == "demo"} - set(catalog["item_id"][:110])
+    assert version["gone"] == len(gone) > 0
+    assert set(run.read("ingest/gone", "demo")["item_id"].to_pylist()) == gone
+    assert version["left_out"] == 110 - sum(("demo", item) in before for item in catalog["item_id"][:110]) + left_out_of_other(run)
     assert run.read("ingest/items", "demo")["cold"].to_pylist()[kept:] == [True] * version["added"]
 
     manifest = Manifest.load(run, "semantic_ids")
@@ -106,6 +110,39 @@ def test_new_items_get_ids_and_everything_else_stays(copied, catalog, shop, fini
     for name in ("evaluate", "score"):
         run_stage(BY_NAME[name], config, run, RayExecutor(), Quiet())
     assert run.read("score").num_rows == finished[1].read("score").num_rows
+    assert not gone & set(run.read("score", "demo")["item_id"].to_pylist())
+    assert gone & set(finished[1].read("score", "demo")["item_id"].to_pylist())  # there was something to leave out
+    status(BY_NAME["ingest"], config, run)  # its manifest names the list of what is gone
+
+
+def left_out_of_other(run: RunDir) -> int:
+    rejected = run.read("ingest/rejected", "other").to_pylist()
+    return sum(row["table"] == "items" and row["reason"] == "below min_item_interactions" for row in rejected)
+
+
+def test_what_the_k_core_dropped_is_added_where_it_is_asked_for(copied, in_process):
+    config, run = copied
+    before = ids(run)
+    version = append_ids(config, run, RayExecutor(), Quiet())
+    assert version["added"] == 0 and version["left_out"] > 0 and ids(run) == before
+    everything = append_ids(config, run, RayExecutor(), Quiet(), everything=True)
+    assert everything["added"] == version["left_out"] and everything["left_out"] == 0
+    after = ids(run)
+    assert {key: after[key] for key in before} == before and len(after) == len(before) + everything["added"]
+
+
+def test_an_item_that_comes_back_is_recommended_again(copied, catalog, shop, in_process):
+    """Nothing is added here, and the lists of what is gone are in the manifest all the same."""
+    config, run = copied
+    catalog.slice(3).write_parquet(shop / "items.parquet")
+    gone = set(catalog["item_id"][:3]) & set(run.read("ingest/items", "demo")["item_id"].to_pylist())
+    assert gone and append_ids(config, run, RayExecutor(), Quiet())["gone"] == len(gone)
+    assert set(gone_items(run, "demo")["item_id"].to_pylist()) == gone
+    catalog.write_parquet(shop / "items.parquet")
+    assert append_ids(config, run, RayExecutor(), Quiet())["gone"] == 0
+    assert gone_items(run, "demo").num_rows == 0 and available_items(run, "demo") is None
+    recorded = Manifest.load(run, "ingest").files
+    assert [name for name in recorded if "/gone/" in name] == [f"ingest/gone/demo-{number:05d}.parquet" for number in range(2)]
 
 
 def test_ten_steps_move_no_id(copied, catalog, shop, in_process):

@@ -151,12 +151,11 @@ def _summary(manifest: Manifest) -> str:
             return "; ".join(f"{name}: {figures['epoch'] + 1} epochs" for name, figures in counts["metrics"].items())
         case "ranking":
             return "; ".join(
-                f"{name}: validation ndcg@10 {figures['sequencer_ndcg@10']:.4f} -> {figures['model_ndcg@10']:.4f} with the blend"
-                + _reranking(figures.get("reranking", {}))
+                f"{name}: {_blending(figures.get('blending', {}))}{_reranking(figures.get('reranking', {}))}"
                 for name, figures in counts.items()
             )
-        case "evaluate" | "score":
-            return "; ".join(f"{name}: {figures['users']:,} users" for name, figures in counts.items())
+        case "evaluate" | "score" | "score_histories":
+            return "; ".join(f"{name}: {figures['users']:,} users" for name, figures in counts.items() if isinstance(figures, dict))
     return ", ".join(f"{value:,} {name}" for name, value in counts.items() if isinstance(value, int))
 
 
@@ -172,6 +171,13 @@ def _ingested(domain: str, figures: dict[str, Any]) -> str:
         f"({figures['users_evaluated']:,}); only later: {split['users_only_later']:,} users, {split['items_only_later']:,} items; "
         f"{split['further_interactions']:,} further interactions"
     )
+
+
+def _blending(gain: dict[str, Any]) -> str:
+    if not gain:
+        return "the blend"
+    left_out = "" if gain["kept"] else " (no gain, left out)"
+    return f"validation ndcg@10 {gain['alone']:.4f} -> {gain['blended']:.4f} with the blend{left_out}"
 
 
 def _reranking(gain: dict[str, Any]) -> str:

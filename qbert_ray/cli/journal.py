@@ -85,6 +85,15 @@ class Terminal:
             f"of those before {version['unchanged']:,} items unchanged, {version['changed']:,} changed, {version['gone']:,} gone from the files",
             soft_wrap=True,
         )
+        if version["left_out"]:
+            self.console.print(
+                f"  {version['left_out']:,} items of the files stay out: they had too few interactions when the files were first read; --append=all adds them",
+                soft_wrap=True,
+            )
+        if version["added"] or version["gone"]:
+            self.console.print(
+                "  next: qbert-ray score --redo, which recommends the new items and leaves out those that are gone", soft_wrap=True
+            )
 
     def trials(self, description: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         self.console.print(sweep_table(description, rows))

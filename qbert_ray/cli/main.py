@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +11,13 @@ import typer
 from rich.console import Console
 
 from qbert_ray import __version__
-from qbert_ray.cli import completion, config_commands, data_commands, id_commands
+from qbert_ray.cli import config_commands, data_commands, id_commands, stage_commands
+from qbert_ray.cli.arguments import Files, Overrides
 from qbert_ray.cli.console import trials_table
-from qbert_ray.cli.journal import Journal, Terminal, open_journal
+from qbert_ray.cli.journal import Journal, Terminal
+from qbert_ray.cli.stage_commands import journal_of, run_stages, show_metrics
 from qbert_ray.cli.terminal import shown
 from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials, with_values
-from qbert_ray.config.schema import Config
 from qbert_ray.execution.failures import root_cause, stoppable
 from qbert_ray.storage.directory import ArtifactError, RunDir
 from qbert_ray.storage.lock import locked
@@ -38,15 +38,6 @@ app = typer.Typer(
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-Files = Annotated[
-    list[str],
-    typer.Option("--config", "-c", metavar="FILE", help="YAML overlays, merged left to right.", autocompletion=completion.config_files),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="SECTION.FIELD=VALUE", help="Single values on top of the files.", autocompletion=completion.overrides),
-]
-
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -64,6 +55,8 @@ def options(
 app.command(rich_help_panel="Data")(data_commands.fetch)
 app.command(rich_help_panel="Data")(data_commands.init)
 app.command("demo-data", rich_help_panel="Data")(data_commands.demo_data)
+for _stage in STAGES:
+    app.command(_stage.command, rich_help_panel=_stage.panel)(stage_commands.command_of(_stage))
 
 
 @app.command(rich_help_panel="Whole run")
@@ -84,10 +77,10 @@ def run(
     Example: qbert-ray run -c shop.yaml --from quantizer quantizer.num_levels=3
     """
     settings = load_config(list(config), list(overrides or []))
-    journal = _journal(settings, settings.run.dir)
-    _run_stages(settings, journal, None, redo)
+    journal = journal_of(settings, settings.run.dir)
+    run_stages(settings, journal, None, redo)
     directory = RunDir(settings.run.dir)
-    _show_metrics(directory, journal)
+    show_metrics(directory, journal)
     results = {"semantic IDs": "semantic_ids", "score": "score", "metrics": "evaluate/metrics.json"}
     journal.files({name: directory.path(folder) for name, folder in results.items()})
     _write_report_or_say(settings.run.dir, journal)
@@ -108,50 +101,6 @@ def demo(
     run(["configs/demo.yaml"], [f"run.dir={folder}", f"data.root={folder / 'data'}", *(overrides or [])])
 
 
-def _stage_command(name: str, help_text: str) -> Callable[..., None]:
-    def command(
-        config: Files,
-        overrides: Overrides = None,
-        redo: Annotated[bool, typer.Option("--redo", help="Forget this stage and all after it first.")] = False,
-    ) -> None:
-        settings = load_config(list(config), list(overrides or []))
-        journal = _journal(settings, settings.run.dir)
-        _run_stages(settings, journal, name, name if redo else None)
-        if name == "evaluate":
-            _show_metrics(RunDir(settings.run.dir), journal)
-
-    command.__doc__ = f"{help_text}\n\nExample: qbert-ray {name} -c shop.yaml"
-    return command
-
-
-def semantic_ids(
-    config: Files,
-    overrides: Overrides = None,
-    redo: Annotated[bool, typer.Option("--redo", help="Forget this stage and all after it first.")] = False,
-    append: Annotated[
-        bool, typer.Option("--append", help="Only give IDs to new items of the input files; published IDs never move.")
-    ] = False,
-) -> None:
-    """Assign every item its semantic ID, without collisions.
-
-    Example: qbert-ray semantic-ids -c shop.yaml
-
-    Example: qbert-ray semantic-ids --append -c shop.yaml
-    """
-    if append and redo:
-        raise ConfigError("--append keeps every ID and --redo forgets them all: choose one")
-    if append:
-        _append(load_config(list(config), list(overrides or [])))
-    else:
-        _stage_command("semantic_ids", "")(config, overrides, redo)
-
-
-for _stage in STAGES:
-    app.command(_stage.command, rich_help_panel=_stage.panel)(
-        semantic_ids if _stage.name == "semantic_ids" else _stage_command(_stage.command, _stage.help)
-    )
-
-
 @app.command(rich_help_panel="Whole run")
 def sweep(
     config: Files,
@@ -168,7 +117,7 @@ def sweep(
     from qbert_ray.sweeps.trials import Plan
 
     plan = Plan(settings)
-    journal = _journal(settings, plan.folder.uri)
+    journal = journal_of(settings, plan.folder.uri)
     journal.begin(f"sweep {settings.sweep.name} in {settings.run.dir}")
     tuning.check_base(plan)
     if resume and not plan.folder.exists(tuning.SWEEP):
@@ -209,7 +158,7 @@ def reproduce(
     from qbert_ray.sweeps.trials import Plan
 
     plan = Plan(settings)
-    journal = _journal(settings, plan.folder.uri)
+    journal = journal_of(settings, plan.folder.uri)
     journal.begin(f"{what.title} in {settings.run.dir}")
     tuning.check_base(plan)
     _search(plan, journal)
@@ -282,6 +231,7 @@ def describe(
     console.print(complexity_table(settings, items))
 
 
+app.command(rich_help_panel="Serving")(stage_commands.serve)
 app.command(rich_help_panel="Looking")(config_commands.config)
 
 
@@ -297,43 +247,6 @@ def report(
 
 
 app.add_typer(id_commands.app, rich_help_panel="Looking")
-
-
-def _journal(config: Config, folder: str) -> Journal:
-    return open_journal(config.run.log, console, folder, list(config.data.domains))
-
-
-def _run_stages(config: Config, journal: Journal, only: str | None, redo: str | None) -> None:
-    journal.begin(f"run directory {config.run.dir}")
-    from qbert_ray.execution.executor import open_executor
-    from qbert_ray.inputs.sources import check_root
-    from qbert_ray.pipeline import preflight, redo_from, run_stage, status
-
-    by_command = {stage.command: stage for stage in STAGES}
-    if redo is not None and redo not in by_command:
-        raise ConfigError(f"--from {redo}: no such stage; the stages are {', '.join(by_command)}")
-    directory = RunDir(config.run.dir)
-    first = STAGES.index(by_command[redo]) if redo else len(STAGES)
-    last = STAGES.index(by_command[only]) + 1 if only else len(STAGES)
-    for stage in STAGES[: min(first, last)]:  # refuse a changed config before anything is done or deleted
-        if not stage.skipped(config):
-            status(stage, config, directory)
-    stages = [by_command[only]] if only else list(STAGES)
-    if not directory.exists("ingest/manifest.json") and not config.compute.address:
-        check_root(config.data.root)  # before Ray starts, which takes longer than this check
-    with stoppable(errors), locked(directory), open_executor(config) as executor:
-        if redo is not None:
-            redo_from(by_command[redo].name, directory)
-        preflight(stages, config, directory, executor)
-        for stage in stages:
-            why = stage.skipped(config)
-            known = None if why else status(stage, config, directory)
-            started = time.monotonic()
-            with journal.stage(stage.command) as progress:
-                manifest = run_stage(stage, config, directory, executor, progress)
-            journal.done(stage.command, manifest, None if known else time.monotonic() - started, why)
-            for warning in manifest.counts.get("warnings", []) if manifest else []:
-                journal.warn(warning)
 
 
 def _write_report_or_say(directory: str, journal: Journal) -> None:
@@ -353,27 +266,15 @@ def _write_report(directory: str, journal: Journal) -> None:
     journal.files({"report": path})
 
 
-def _append(config: Config) -> None:
-    journal = _journal(config, config.run.dir)
-    journal.begin(f"run directory {config.run.dir}")
-    from qbert_ray.append import append_ids
-    from qbert_ray.execution.executor import open_executor
-
-    directory = RunDir(config.run.dir)
-    with locked(directory), open_executor(config) as executor, journal.stage("append") as progress:
-        version = append_ids(config, directory, executor, progress)
-    journal.appended(version)
-
-
-def _show_metrics(directory: RunDir, journal: Journal) -> None:
-    for domain, content in directory.read_json("evaluate/metrics.json").items():
-        journal.metrics(domain, content)
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """The arguments with the value that --append has where none is written."""
+    return ["--append=new" if each == "--append" else each for each in arguments]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; errors of the user end with one message and exit status 2, others with their traceback."""
     try:
-        app(args=arguments)
+        app(args=_spelled_out(sys.argv[1:] if arguments is None else arguments))
     except Exception as error:
         cause = root_cause(error)
         if not isinstance(cause, (ValueError, FloatingPointError, OSError)):

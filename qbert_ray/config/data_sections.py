@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qbert_ray.config.section import NonNegativeInt, PositiveInt, Section, paper
+from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, paper
 
 Modality = Literal["text", "image", "structure"]
 
@@ -23,8 +23,13 @@ class Domain(Section):
         "auto", description="raw Amazon review and metadata files, or the input contract"
     )
     item_columns: dict[Literal["item_id"], str] = Field({}, description="name of the column in the items file, where it is not item_id")
-    interaction_columns: dict[Literal["user_id", "item_id", "timestamp", "rating"], str] = Field(
+    interaction_columns: dict[Literal["user_id", "item_id", "timestamp", "rating", "event_type", "interaction_weight"], str] = Field(
         {}, description="names of the columns in the interactions file, where they differ"
+    )
+    event_weights: dict[str, PositiveFloat] = Field(
+        {},
+        description="event type -> weight of its interactions, such as {purchase: 1, cart: 0.5, view: 0.1}; other types are left out. Empty: "
+        "no column event_type is read",
     )
     text_fields: list[str] = Field(
         ["title"], description="text columns; each gives one of the J text vectors of an item", json_schema_extra=paper("Eq. 3")

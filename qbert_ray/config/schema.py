@@ -284,6 +284,39 @@ class Evaluate(Section):
 class Score(Section):
     top_k: PositiveInt = Field(10, description="items per user")
     remove_seen: bool = Field(True, description="never recommend items of the user's history")
+    interactions: str | None = Field(
+        None,
+        description="newer interactions, under data.root and with the columns of the domain's: they come on top of the histories of the run, "
+        "for which nothing is trained again. {domain} is replaced by the domain's name",
+    )
+    histories: str | None = Field(
+        None,
+        description="histories of other users, scored by qbert-ray score --histories into score_histories: interactions, or user_id and history, "
+        "a list of item_id. {domain} is replaced by the domain's name",
+    )
+    exclude: str | None = Field(
+        None,
+        description="items that are not recommended: a table under data.root with item_id, or with user_id and item_id; or an expression over "
+        "columns of the items files, such as in_stock == false. {domain} is replaced by the domain's name",
+    )
+    allow: str | None = Field(
+        None,
+        description="items of which the recommended ones are taken, in the same forms; a user without a row in a table of users gets none",
+    )
+
+
+class Serve(Section):
+    """Online serving by Ray Serve; no stage depends on it."""
+
+    host: str = Field("127.0.0.1", description="address of the HTTP server; 0.0.0.0 lets everybody in who reaches the machine")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port of the HTTP server")
+    num_replicas: PositiveInt = Field(1, description="processes that answer; each holds the models of all target domains")
+    num_cpus: PositiveFloat = Field(1.0, description="CPUs of each replica, and its threads")
+    num_gpus: NonNegativeFloat = Field(0.0, description="GPUs of each replica; above 0 the sequence model computes there")
+    max_batch_size: PositiveInt = Field(64, description="most requests that are answered together, of those that wait")
+    reload_seconds: PositiveFloat = Field(
+        10.0, description="seconds between looks at whether the run, or what score.exclude reads, has changed"
+    )
 
 
 class Config(Section):
@@ -301,6 +334,7 @@ class Config(Section):
     gates: Gates = Gates()
     evaluate: Evaluate = Evaluate()
     score: Score = Score()
+    serve: Serve = Serve()
     sweep: Sweep = Sweep()
     compute: Compute = Compute()
 
@@ -312,6 +346,16 @@ class Config(Section):
                 f"sequencer.beam is {self.sequencer.beam}: items outside the beams have no rank, so it must be at least {wanted}, "
                 "the largest of score.top_k and evaluate.cutoffs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _histories_of_each_domain(self) -> Config:
+        for name in ("interactions", "histories"):
+            path = getattr(self.score, name)
+            if path and len(self.data.targets) > 1 and "{domain}" not in path:
+                raise ValueError(
+                    f"score.{name} is {path!r}; with the target domains {', '.join(self.data.targets)} it must contain {{domain}}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ from qbert_ray.features.item_features import MODALITIES
 from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.features.vectors import Placed, features_table, read_vectors, vectors_shape
 from qbert_ray.inputs.addresses import Addresses
-from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX
+from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, KEYS, TEXT_PREFIX, to_sequences
 from qbert_ray.storage.directory import Counts, RunDir, join
 
 SEED = 0  # of the factorisation; not a setting, since another seed only changes the last digits
@@ -249,20 +249,20 @@ def _absent(plan: Plan, domain: str, item_ids: pa.Array) -> Placed:
 def _structure(config: Config, run: RunDir, plan: Plan, domain: str, item_ids: pa.Array) -> Placed:
     """Structural vectors of a domain from its training interactions."""
     settings, count = config.features.structure, len(item_ids)
-    together = co_occurrence(*_training_items(run, domain), count, settings.window)
+    indptr, items, weights = _training_items(run, domain)
+    together = co_occurrence(indptr, items, count, settings.window, weights)
     vectors = collaborative_vectors(together, settings.dim, SEED)
     placed = _absent(plan, domain, item_ids)
     placed.vectors[:, 0], placed.present[:, 0] = vectors, vectors.any(axis=1)
     return placed
 
 
-def _training_items(run: RunDir, domain: str) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets [U + 1] of each user's training items, and the items of all users."""
+def _training_items(run: RunDir, domain: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Offsets [U + 1] of each user's training items, the items of all users, and their weights where they have any."""
     if not run.parts("ingest/sequences", domain):
-        return np.zeros(1, np.int64), np.zeros(0, np.int64)
-    train = run.read("ingest/sequences", domain, ["train"])["train"].combine_chunks()
-    lengths = train.value_lengths().fill_null(0).to_numpy()
-    return np.concatenate([[0], np.cumsum(lengths)]), train.flatten().to_numpy().astype(np.int64)
+        return np.zeros(1, np.int64), np.zeros(0, np.int64), None
+    sequences = to_sequences(run.read("ingest/sequences", domain))
+    return sequences.indptr, sequences.items, sequences.weights
 
 
 def _shape(run: RunDir, modality: str, part: str) -> tuple[int, int]:

@@ -14,27 +14,46 @@ from scipy.sparse.linalg import eigsh
 SMALL = 256  # items up to which all eigenvectors are computed at once
 
 
-def co_occurrence(indptr: np.ndarray, items: np.ndarray, num_items: int, window: int | None = None) -> sparse.csr_matrix:
+def co_occurrence(
+    indptr: np.ndarray, items: np.ndarray, num_items: int, window: int | None = None, weights: np.ndarray | None = None
+) -> sparse.csr_matrix:
     """[N, N] number of users who have both items among their training interactions; the diagonal is empty.
 
     Args:
+        indptr: [U + 1]; `items[indptr[u]:indptr[u + 1]]` are the training items of user u.
+        items: item_index of all users' training items, end to end.
+        num_items: N.
         window: number of each user's latest items that count; None: all.
+        weights: of the training items; a user counts as the product of the weights of both items. None: all are 1.
     """
     if window is not None:
         ends = np.repeat(indptr[1:], np.diff(indptr))
         late = ends - np.arange(len(items)) <= window
         indptr, items = np.concatenate([[0], np.cumsum(late)])[indptr], items[late]
-    counts = gram(indptr, items, num_items)
+        weights = None if weights is None else weights[late]
+    counts = gram(indptr, items, num_items, weights)
     counts.setdiag(0)
     counts.eliminate_zeros()
     return counts
 
 
-def gram(indptr: np.ndarray, items: np.ndarray, num_items: int) -> sparse.csr_matrix:
-    """[N, N] number of users who have both items; the diagonal holds the users of each item."""
-    has = sparse.csr_matrix((np.ones(len(items), dtype=np.float32), items, indptr), shape=(len(indptr) - 1, num_items))
-    has.sum_duplicates()
-    has.data[:] = 1.0  # a user who has an item twice is still one user
+def gram(indptr: np.ndarray, items: np.ndarray, num_items: int, weights: np.ndarray | None = None) -> sparse.csr_matrix:
+    """[N, N] number of users who have both items; the diagonal holds the users of each item.
+
+    Args:
+        weights: of the items; a user counts as the product of the weights of both. None: all are 1.
+    """
+    shape = (len(indptr) - 1, num_items)
+    if weights is None:
+        has = sparse.csr_matrix((np.ones(len(items), dtype=np.float32), items, indptr), shape=shape)
+        has.sum_duplicates()
+        has.data[:] = 1.0  # a user who has an item twice is still one user
+    else:
+        user = np.repeat(np.arange(shape[0]), np.diff(indptr))
+        order = np.lexsort((-weights, items, user))  # of several interactions with an item, the one of the largest weight counts
+        first = np.append(True, (np.diff(user[order]) != 0) | (np.diff(items[order]) != 0))[: len(order)]
+        chosen = order[first]
+        has = sparse.csr_matrix((weights[chosen].astype(np.float32), (user[chosen], items[chosen])), shape=shape)
     gram = (has.T @ has).tocsr()
     gram.sort_indices()
     return gram

@@ -17,7 +17,7 @@ from qbert_ray.execution.executor import Executor, Handle
 from qbert_ray.inputs.readers import REASON, ROW
 from qbert_ray.inputs.rows import as_json, mix, stable_hash
 from qbert_ray.inputs.sources import POSITION
-from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
+from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID, WEIGHT
 
 CODE, USER, HASH = "_code", "_user", "_hash"
 # Salts are constants rather than the seed, so that another seed does not change the test set.
@@ -50,9 +50,9 @@ def partition(executor: Executor, blocks: list[Handle], catalog: Handle, count: 
         blocks: tables as `normalise_interactions` gives them.
         catalog: table of item_id and its hash; an item's code is its row.
     """
-    split = [executor.submit(_split, block, count, num_returns=count) for block in blocks]
+    split = [executor.submit(split_users, block, count, num_returns=count) for block in blocks]
     pieces = zip(*split, strict=True) if count > 1 else [split]
-    merged = [executor.submit(_merge, catalog, *rows, num_returns=2) for rows in pieces]
+    merged = [executor.submit(merge_rows, catalog, *rows, num_returns=2) for rows in pieces]
     return [Partition(*refs) for refs in merged]
 
 
@@ -81,8 +81,8 @@ def survivors(kept: pa.Table, items: np.ndarray, cold: np.ndarray, min_user: int
     return (items | cold)[codes] & enough[users]
 
 
-def _split(block: pa.Table, count: int) -> list[pa.Table] | pa.Table:
-    """Rows of each partition, with the hash of their user."""
+def split_users(block: pa.Table, count: int) -> list[pa.Table] | pa.Table:
+    """Rows of each of `count` partitions, with the hash of their user."""
     rows = pl.DataFrame(block)
     hashes = stable_hash(rows[USER_ID], USER_SALT)
     rows = rows.with_columns(pl.Series(HASH, hashes))
@@ -95,7 +95,13 @@ def _split(block: pa.Table, count: int) -> list[pa.Table] | pa.Table:
     return [rows[begin:end].to_arrow() for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _merge(catalog: pa.Table, *blocks: pa.Table) -> tuple[pa.Table, pa.Table]:
+def merge_rows(catalog: pa.Table, *blocks: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Rows of a partition in order of user and time, each once, with the item's code; and position, reason and row of all others.
+
+    Args:
+        catalog: table of item_id and its hash; an item's code is its row.
+        blocks: of `split_users`.
+    """
     items = pl.DataFrame(catalog)
     codes = items.select(ITEM_ID).with_row_index(CODE)
     rows = pl.concat([pl.DataFrame(block) for block in blocks]).join(codes, on=ITEM_ID, how="left")
@@ -110,14 +116,16 @@ def _merge(catalog: pa.Table, *blocks: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def _in_order(rows: pl.DataFrame, items: np.ndarray) -> pl.DataFrame:
-    """Rows sorted by user and time. Ties in time are broken by a hash, since file order would leak how the file was made.
+    """Rows sorted by user and time. Ties in time are broken by a hash, since file order would leak how the file was made; of
+    interactions with one item at one time, the one of the largest weight comes first.
 
     Args:
         items: [catalog] hash of each item.
     """
     ties = mix(rows[HASH].to_numpy() ^ mix(items[rows[CODE].to_numpy()]), TIE_SALT)
     rows = rows.with_columns(pl.Series("_tie", ties))
-    rows = rows.sort(HASH, USER_ID, TIMESTAMP, "_tie", CODE, POSITION).drop(HASH, "_tie")
+    order = {HASH: False, USER_ID: False, TIMESTAMP: False, "_tie": False, CODE: False, WEIGHT: True, POSITION: False}  # descending
+    rows = rows.sort(list(order), descending=list(order.values())).drop(HASH, "_tie")
     return rows.with_columns(pl.col(USER_ID).rle_id().alias(USER))
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from qbert_ray.inputs.times import FORMATS
 from qbert_ray.storage.columns import ITEM_ID, TIMESTAMP
 
@@ -16,6 +18,10 @@ HINTS = {
     "bad timestamp": f"understood are {FORMATS}",
     "bad rating": "with data.min_rating, a rating must be a number; leave data.min_rating out to keep all",
     "below min_rating": "data.min_rating",
+    "missing event_type": "give every interaction a type, or leave data.domains.<name>.event_weights out to keep all",
+    "event_type left out": "data.domains.<name>.event_weights names the types that count",
+    "bad interaction_weight": "a weight must be a number, 0 or more; without one an interaction counts as 1",
+    "interaction_weight is 0": "interactions that count for nothing are left out",
     "item not in items table": "are the IDs written in the same way in both files? if so, add the items to the items file",
     "duplicate item_id": "the first row of an item was kept",
     "duplicate interaction": "same user, item and time: one was kept",
@@ -41,6 +47,13 @@ _NEARLY_EQUAL: dict[str, Callable[[str], str]] = {  # why IDs of two files may d
         text.rpartition("/")[2].rpartition(":")[2].lstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-#").lstrip("0")
     ),
 }
+
+
+def time_units(times: np.ndarray) -> dict[str, int]:
+    """Unit -> how many times look like it; times that are no plausible dates look like none."""
+    edges = [low for low, _ in UNITS.values()]
+    counts = np.bincount(np.searchsorted(edges, times, side="right"), minlength=len(edges) + 1)[1:]
+    return {unit: int(count) for unit, count in zip(UNITS, counts, strict=True)}
 
 
 def rejected(reason: str, count: int, examples: Sequence[str], total: int | None = None) -> str:

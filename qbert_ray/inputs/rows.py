@@ -18,13 +18,13 @@ from qbert_ray.inputs.addresses import Addresses
 from qbert_ray.inputs.image_columns import from_template, image_bytes, image_path, safe_paths, unread_image
 from qbert_ray.inputs.markup import strip_markup
 from qbert_ray.inputs.readers import REASON, ROW, ROW_LENGTH
-from qbert_ray.inputs.sources import POSITION, Source
+from qbert_ray.inputs.sources import EVENT, GIVEN_WEIGHT, POSITION, Source
 from qbert_ray.inputs.times import as_timestamp
 from qbert_ray.inputs.values import Kind, as_id, as_rating, as_text, is_given
-from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID
+from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID, WEIGHT
 
 UNSAFE, UNREAD = "<unsafe image>", "<unread image>"  # the image path that was refused, the value in which no path was found
-_GIVEN_TIME, _GIVEN_RATING, _GIVEN_PATH = "<given time>", "<given rating>", "<given path>"
+_GIVEN_TIME, _GIVEN_RATING, _GIVEN_WEIGHT, _GIVEN_PATH = "<given time>", "<given rating>", "<given weight>", "<given path>"
 
 
 # hashing
@@ -65,7 +65,7 @@ Converter = Callable[[pl.Expr, Kind], pl.Expr]
 
 
 def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float | None) -> pl.DataFrame:
-    """user_id, item_id, timestamp, rating, position, reason (null: kept) and row (as JSON, of rejected ones)."""
+    """user_id, item_id, timestamp, rating, weight, position, reason (null: kept) and row (as JSON, of rejected ones)."""
     rows = raw.select(
         _pick(raw, source, USER_ID, as_id),
         _pick(raw, source, ITEM_ID, as_id),
@@ -73,6 +73,9 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
         _pick(raw, source, RATING, as_rating),
         _pick(raw, source, TIMESTAMP, is_given).alias(_GIVEN_TIME),
         _pick(raw, source, RATING, is_given).alias(_GIVEN_RATING),
+        _pick(raw, source, EVENT, as_text),
+        _pick(raw, source, GIVEN_WEIGHT, as_rating),
+        _pick(raw, source, GIVEN_WEIGHT, is_given).alias(_GIVEN_WEIGHT),
         *(POSITION, REASON, ROW),
     )
     reasons = [pl.when(pl.col(name).is_null()).then(pl.lit(f"missing {name}")) for name in (USER_ID, ITEM_ID)]
@@ -81,7 +84,16 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
     if min_rating is not None:
         reasons.append(pl.when(pl.col(RATING).is_null() & pl.col(_GIVEN_RATING)).then(pl.lit(f"bad {RATING}")))
         reasons.append(pl.when(pl.col(RATING) < min_rating).then(pl.lit("below min_rating")))
-    return _explain(rows, reasons, raw).drop(_GIVEN_TIME, _GIVEN_RATING)
+    of_event, number = pl.lit(1.0, pl.Float32), pl.col(GIVEN_WEIGHT)
+    if source.events:
+        of_event = pl.col(EVENT).replace_strict(dict(source.events), default=None, return_dtype=pl.Float32)
+        reasons.append(pl.when(pl.col(EVENT).is_null()).then(pl.lit(f"missing {EVENT}")))
+        reasons.append(pl.when(of_event.is_null()).then(pl.lit(f"{EVENT} left out")))
+    bad = number.is_null() | number.is_infinite() | (number < 0)
+    reasons.append(pl.when(pl.col(_GIVEN_WEIGHT) & bad).then(pl.lit(f"bad {GIVEN_WEIGHT}")))
+    reasons.append(pl.when(number == 0).then(pl.lit(f"{GIVEN_WEIGHT} is 0")))
+    rows = _explain(rows.with_columns((of_event * number.fill_null(1.0)).alias(WEIGHT)), reasons, raw)
+    return rows.select(USER_ID, ITEM_ID, TIMESTAMP, RATING, WEIGHT, POSITION, REASON, ROW)
 
 
 def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain, root: str) -> pl.DataFrame:

@@ -7,9 +7,9 @@ import polars as pl
 import pyarrow as pa
 
 from qbert_ray.inputs.k_core import USER
-from qbert_ray.inputs.reasons import UNITS
+from qbert_ray.inputs.reasons import time_units
 from qbert_ray.inputs.splits import Places, TemporalSplit, leave_one_out, temporal
-from qbert_ray.storage.columns import COLD, DOMAIN, FURTHER, ITEM_INDEX, TIMESTAMP, USER_ID
+from qbert_ray.storage.columns import COLD, DOMAIN, FURTHER, ITEM_INDEX, TIMESTAMP, TRAIN_WEIGHTS, USER_ID, WEIGHT
 
 
 def sequences_of(rows: pl.DataFrame, split: TemporalSplit | None) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -37,6 +37,7 @@ def sequences_of(rows: pl.DataFrame, split: TemporalSplit | None) -> tuple[pl.Da
         .with_columns(
             pl.Series("rows", sizes),
             _lists(warm, first, places.train).alias("train"),
+            _lists(rows[WEIGHT].to_numpy()[~cold], first, places.train).alias(TRAIN_WEIGHTS),
             *(_at(warm, first, each).alias(name) for name, each in (("valid", places.valid), ("test", places.test))),
             *_cold_targets(items, warm, cold, place, first, sizes),
         )
@@ -91,6 +92,4 @@ def times_seen(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
     """
     first, last = ends[:-1], ends[1:]
     same = (last - first > 1) & (times[first] == times[last - 1]) if len(times) else np.zeros(0, bool)
-    edges = [low for low, _ in UNITS.values()]
-    of_unit = np.bincount(np.searchsorted(edges, times, side="right"), minlength=len(edges) + 1)[1:]
-    return {"users_at_one_time": int(same.sum())} | {f"time_{unit}": int(count) for unit, count in zip(UNITS, of_unit, strict=True)}
+    return {"users_at_one_time": int(same.sum())} | {f"time_{unit}": count for unit, count in time_units(times).items()}

@@ -12,9 +12,9 @@ import fnmatch
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,7 @@ from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 from qbert_ray.storage.directory import join, resolve
 
 Table = Literal["items", "interactions"]
+EVENT, GIVEN_WEIGHT = "event_type", "interaction_weight"  # optional columns of interactions
 POSITION = "<position>"  # a name that columns of files do not have
 _FILE_BITS = 40  # rows of a file that positions can count
 
@@ -64,6 +65,7 @@ class Source:
     image: str | None  # contract name of the image column
     template: str | None = None  # of image paths, such as covers/{item_id}.jpg
     times: TimeStyle = TimeStyle()
+    events: Mapping[str, float] = field(default_factory=dict)  # event type -> weight; empty: types are not read
 
     @property
     def raw_columns(self) -> list[str]:
@@ -101,19 +103,46 @@ class Source:
             raise SourceError(f"{self.label}: {error}") from None
 
 
-def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating: bool = False) -> Source:
+def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating: bool = False, key: str = "") -> Source:
     """The files that a domain's `items` or `interactions` names, with their columns; rows are not read yet.
 
     Args:
         root: folder or URI that relative paths start from.
         name: of the domain, for errors.
+        table: which of the two.
+        domain: names the files and their columns.
         needs_rating: the rating column must be there.
+        key: of the config that named the files, for errors, where it is another than that of the table.
 
     Raises:
         SourceError: no such file, one that is empty or unreadable, or one without a column that the config names.
     """
-    location: str = getattr(domain, table)
-    label, key = f"domain {name}: {table}", f"data.domains.{name}.{table}"
+    label, key = f"domain {name}: {key or table}", key or f"data.domains.{name}.{table}"
+    follow = f"data.domains.{name}.follow_links"
+    uri, filesystem, files = open_files(root, getattr(domain, table), label, key, None if domain.follow_links else follow)
+    form = domain.format if domain.format != "auto" else detect_format(files)
+    columns = _choose_columns(label, name, table, domain, form, files, needs_rating)
+    if table == "interactions":
+        source = Source(label, uri, filesystem, files, form, columns, None)
+        return replace(source, times=_time_style(source), events=dict(domain.event_weights))
+    source = Source(label, uri, filesystem, files, form, columns, domain.image_column, domain.image_template)
+    _check_images(source, name)
+    return source
+
+
+def open_files(root: str, location: str, label: str, key: str, inside: str | None = None) -> tuple[str, fs.FileSystem, tuple[File, ...]]:
+    """URI and file system of a path of the config, and its files that have columns.
+
+    Args:
+        root: folder or URI that relative paths start from.
+        location: file, folder or glob.
+        label: what the files are, for errors.
+        key: of the config, for errors.
+        inside: key of the config that permits links that lead out of the folder; None: they are followed.
+
+    Raises:
+        SourceError: no such file, or one that is empty or unreadable.
+    """
     uri = join(root, location)
     filesystem, path = resolve(uri)
     check_root(root)
@@ -121,9 +150,9 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
     if not paths:
         raise SourceError(f"{label}: no Parquet, CSV or JSONL file at {uri}; set {key} (given: {location}) or data.root (given: {root})")
     folder = os.path.dirname(re.split(r"[*?\[]", path)[0]) if filesystem.get_file_info(path).type != fs.FileType.Directory else path
-    away = [] if domain.follow_links else leading_outside(filesystem, paths, (folder, "" if "://" in root else resolve(root)[1]))
+    away = leading_outside(filesystem, paths, (folder, "" if "://" in root else resolve(root)[1])) if inside else []
     if away:
-        raise SourceError(f"{label}: {away[0]} leads outside {folder}; set data.domains.{name}.follow_links=true if that is meant")
+        raise SourceError(f"{label}: {away[0]} leads outside {folder}; set {inside}=true if that is meant")
     kinds = sorted({str(readers.kind_of(path)) for path in paths})
     if len(kinds) > 1:
         raise SourceError(f"{label}: {uri} holds files of several kinds ({', '.join(kinds)}); choose among them with a glob in {key}")
@@ -135,14 +164,7 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
     files = tuple(file for file in described if file.own_columns)  # empty parts are common: Spark writes hundreds
     if not files:
         raise SourceError(f"{label}: {uri} is empty; set {key}")
-    form = domain.format if domain.format != "auto" else detect_format(files)
-    columns = _choose_columns(label, name, table, domain, form, files, needs_rating)
-    if table == "interactions":
-        source = Source(label, uri, filesystem, files, form, columns, None)
-        return replace(source, times=_time_style(source))
-    source = Source(label, uri, filesystem, files, form, columns, domain.image_column, domain.image_template)
-    _check_images(source, name)
-    return source
+    return uri, filesystem, files
 
 
 def check_root(root: str) -> None:
@@ -262,6 +284,8 @@ def _choose_columns(
 
 def _advice(name: str, table: Table, column: str, found: tuple[str, ...]) -> str:
     """Advice on how to map a column of the contract that has another name in the file."""
+    if column == EVENT:
+        return f"say what the file calls it: data.domains.{name}.interaction_columns.{EVENT}=<column>, or "
     if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
         return "rename it there, or "
     likely = next(iter(named(found, column)), "<column>")
@@ -273,7 +297,9 @@ def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool) -> dict
     here = f"data.domains.{name}"
     if table == "interactions":
         rating = "data.min_rating" if needs_rating else ""
-        return dict.fromkeys([USER_ID, ITEM_ID, TIMESTAMP], f"{here}.interactions or {here}.format") | {RATING: rating}
+        optional = {RATING: rating, GIVEN_WEIGHT: f"{here}.interaction_columns" if GIVEN_WEIGHT in domain.interaction_columns else ""}
+        event = {EVENT: f"{here}.event_weights"} if domain.event_weights else {}
+        return dict.fromkeys([USER_ID, ITEM_ID, TIMESTAMP], f"{here}.interactions or {here}.format") | optional | event
     wanted = {ITEM_ID: f"{here}.items or {here}.format"}
     wanted |= dict.fromkeys(domain.text_fields, f"{here}.text_fields") | dict.fromkeys(domain.attributes, f"{here}.attributes")
     return wanted | ({domain.image_column: f"{here}.image_column"} if domain.image_column else {})

@@ -27,7 +27,7 @@ from qbert_ray.inputs.readers import REASON, ROW, Fragment
 from qbert_ray.inputs.reasons import UNITS, nothing_left, rejected, suspicions
 from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sequences import sequences_of, times_seen
-from qbert_ray.inputs.sources import POSITION, Source, SourceError, open_source
+from qbert_ray.inputs.sources import GIVEN_WEIGHT, POSITION, Source, SourceError, open_source
 from qbert_ray.inputs.splits import TemporalSplit, find_split
 from qbert_ray.storage.columns import (
     COLD,
@@ -42,7 +42,9 @@ from qbert_ray.storage.columns import (
     SEQUENCES,
     TEMPORAL_SEQUENCES,
     TIMESTAMP,
+    TRAIN_WEIGHTS,
     USER_ID,
+    WEIGHT,
 )
 from qbert_ray.storage.directory import Counts, RunDir, resolve
 
@@ -74,7 +76,7 @@ def ingest_domain(
     item_rows, catalog = read_catalog(config, name, items, executor)
     progress.advance()
 
-    rows = _read(executor, interactions, read_interactions, min_rating=data.min_rating)
+    rows = read_rows(executor, interactions, read_interactions, min_rating=data.min_rating)
     num_rows, num_tasks = rows.count(), _clamp(rows.count() / rows_per_partition, 1, MAX_TASKS)
     partitions = partition(executor, rows.blocks(), executor.put(catalog), num_tasks)
     del rows
@@ -89,7 +91,9 @@ def ingest_domain(
     progress.advance()
 
     split = find_split(executor, partitions, left, data, name)
-    counts = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions, split).write(item_rows, partitions)
+    weighted = bool(interactions.events or interactions.columns.get(GIVEN_WEIGHT))
+    writer = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions, weighted, split)
+    counts = writer.write(item_rows, partitions)
     progress.advance()
     counts = {"items_read": item_rows.count(), "interactions_read": num_rows, **counts, "core_rounds": left.rounds}
     counts["users_evaluated"] = counts.get("users_evaluated", 0)
@@ -104,7 +108,7 @@ def ingest_domain(
 
 def read_catalog(config: Config, name: str, source: Source, executor: Executor) -> tuple[Rows, pa.Table]:
     """Normalised rows of a domain's items files, and its catalog as `_catalog` makes it."""
-    rows = _read(executor, source, read_items, domain=config.data.domains[name], root=_local(config.data.root))
+    rows = read_rows(executor, source, read_items, domain=config.data.domains[name], root=_local(config.data.root))
     return rows, _catalog(executor, source, rows.blocks())
 
 
@@ -121,7 +125,17 @@ def read_interactions(number: int, source: Source, fragments: list[tuple[int, Fr
         yield normalise_interactions(raw, source, **arguments).to_arrow()
 
 
-def _read(executor: Executor, source: Source, reader: Callable[..., Iterator[pa.Table]], **arguments: Any) -> Rows:
+def read_rows(executor: Executor, source: Source, reader: Callable[..., Iterator[pa.Table]], **arguments: Any) -> Rows:
+    """Normalised rows of the files of a source.
+
+    Args:
+        executor: reads the fragments.
+        source: the files.
+        reader: such as `read_interactions`, called with the number of a fragment, source, fragments and the arguments.
+
+    Raises:
+        SourceError: there are no rows.
+    """
     fragments = source.fragments()
     rows = executor.read(partial(reader, source=source, fragments=fragments, **arguments), len(fragments)) if fragments else None
     if rows is None or not rows.count():
@@ -200,6 +214,7 @@ class Writer:
     left: Core
     rows_per_part: int | None
     min_user: int
+    weighted: bool  # interactions have weights
     split: TemporalSplit | None = None  # None: leave-one-out
 
     def write(self, items: Rows, partitions: list[Partition]) -> Counts:
@@ -229,7 +244,8 @@ class Writer:
         first_parts = np.cumsum([0, *(math.ceil(users / size) for users in self.left.users)]).tolist()
         return [
             self.executor.submit(
-                _write_users, self.run, self.domain, f"{first_rejected + n:05d}", first_parts[n], size, self.min_user, self.split, catalog, part.kept, part.rejected
+                _write_users, self.run, self.domain, f"{first_rejected + n:05d}", first_parts[n], size, self.min_user, self.weighted, self.split,
+                catalog, part.kept, part.rejected
             )
             for n, part in enumerate(partitions)
         ]  # fmt: skip
@@ -289,6 +305,7 @@ def _write_users(
     first_part: int,
     size: int,
     min_user: int,
+    weighted: bool,
     split: TemporalSplit | None,
     catalog: pa.Table,
     kept: pa.Table,
@@ -302,10 +319,14 @@ def _write_users(
     survives = survivors(kept, items[ITEM_INDEX].is_not_null().to_numpy() & ~cold, cold, min_user)
     sequences, left = sequences_of(rows.filter(survives), split)
     ends = [0, *sequences["rows"].cum_sum().to_list()]
+    interactions_schema = INTERACTIONS.append(pa.field(WEIGHT, pa.float32())) if weighted else INTERACTIONS
+    sequences_schema = SEQUENCES if split is None else TEMPORAL_SEQUENCES
+    if weighted:
+        sequences_schema = sequences_schema.append(pa.field(TRAIN_WEIGHTS, pa.list_(pa.float32())))
     for offset in range(0, len(sequences), size):
         name, end = f"{domain}-{first_part + offset // size:05d}.parquet", min(offset + size, len(sequences))
-        run.write_part("ingest/interactions", name, _to_arrow(left[ends[offset] : ends[end]], INTERACTIONS))
-        run.write_part("ingest/sequences", name, _to_arrow(sequences[offset:end], SEQUENCES if split is None else TEMPORAL_SEQUENCES))
+        run.write_part("ingest/interactions", name, _to_arrow(left[ends[offset] : ends[end]], interactions_schema))
+        run.write_part("ingest/sequences", name, _to_arrow(sequences[offset:end], sequences_schema))
         if cold.any():
             run.write_part("ingest/cold", name, _to_arrow(sequences[offset:end].filter(pl.col("target").is_not_null()), COLD_SEQUENCES))
     lost = rows.filter(~survives)

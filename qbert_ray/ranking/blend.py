@@ -57,10 +57,19 @@ class BlendedScores:
         blocks: the catalog in order; none has both trained and cold items.
         trained: number of trained items, the first of the catalog; the others are cold.
         hide_seen: items of a history get minus infinity.
+        penalty: [N] added to the scores of every history: 0, or minus infinity for hidden items.
     """
 
-    def __init__(self, features: ScoreFeatures, weights: Tensor, blocks: list[slice], trained: int, hide_seen: bool = False) -> None:
-        self.features, self.weights, self.trained = features, weights, trained
+    def __init__(
+        self,
+        features: ScoreFeatures,
+        weights: Tensor,
+        blocks: list[slice],
+        trained: int,
+        hide_seen: bool = False,
+        penalty: Tensor | None = None,
+    ) -> None:
+        self.features, self.weights, self.trained, self.penalty = features, weights, trained, penalty
         self._whole = list(self._weighted(weights.cpu().numpy(), hide_seen))
         self._added: dict[int, Entries] = {}
         if len(blocks) > 1:
@@ -90,7 +99,10 @@ class BlendedScores:
         """
         cold = block.start >= self.trained
         weights = self.weights[:, len(SCORE_FEATURES) :] if cold else self.weights
-        scores.mul_(weights[:, :1])
+        if self.penalty is None:
+            scores.mul_(weights[:, :1])
+        else:  # in the same pass over the scores
+            torch.addcmul(self.penalty[block], scores, weights[:, :1], out=scores)
         for number in self.features.contents:
             if weights[:, number].any():
                 scores.addcmul_(self.features.nearest(number, block), weights[:, number, None])
@@ -101,6 +113,20 @@ class BlendedScores:
         for matrix in self._whole:  # a block that is the whole catalog: no entry has to be looked for
             scores.add_(torch.from_numpy(matrix.toarray()).to(scores.device))
         return scores
+
+
+def blended_at(features: Tensor, weights: Tensor, cold: Tensor, bonus: float = 0.0) -> Tensor:
+    """[B, C] blended scores of some items of each history, as `BlendedScores` gives them for a block.
+
+    Args:
+        features: [B, C, F] of the items, the score of the sequence model first.
+        weights: [B, 2 F + 1] of `Blend.weights_for`.
+        cold: [B, C] which of the items are cold.
+        bonus: added to the scores of cold items.
+    """
+    count = features.shape[2]
+    of_trained, of_cold = (torch.einsum("bcf,bf->bc", features, each) for each in (weights[:, :count], weights[:, count:-1]))
+    return torch.where(cold, of_cold + weights[:, -1:] + bonus, of_trained)
 
 
 class Candidates(NamedTuple):
@@ -117,6 +143,20 @@ def no_candidates() -> Candidates:
     """The candidates of no history, to which `fit_blend` gives the start."""
     rows = torch.zeros(0, 0, dtype=torch.bool)
     return Candidates(torch.zeros(0, 0, len(SCORE_FEATURES)), rows, rows, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3))
+
+
+def join_candidates(found: list[Candidates]) -> Candidates:
+    """The candidates of several groups of histories."""
+    given = [each for each in found if each.features.shape[1]]
+    return Candidates(*(torch.cat(pieces) for pieces in zip(*given, strict=True))) if given else no_candidates()
+
+
+def sequence_alone() -> Blend:
+    """The blend that ranks as the sequence model by itself does."""
+    count = len(SCORE_FEATURES)
+    weights = torch.zeros(3, 2 * count + 1)
+    weights[0, [0, count]] = 1.0
+    return Blend(weights, torch.zeros(3), torch.ones(3))
 
 
 def candidates(

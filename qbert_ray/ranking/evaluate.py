@@ -68,7 +68,8 @@ def summarise(table: pa.Table, cutoffs: list[int]) -> metrics.Evaluation:
 def _baselines(run: RunDir, domain: str) -> tuple[sparse.csr_matrix, np.ndarray]:
     sequences = columns.to_sequences(run.read("ingest/sequences", domain))
     size = run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows
-    return co_occurrence(sequences.indptr, sequences.items, size), popularity(sequences.indptr, sequences.items, size)
+    together = co_occurrence(sequences.indptr, sequences.items, size, weights=sequences.weights)
+    return together, popularity(sequences.indptr, sequences.items, size, sequences.weights)
 
 
 class RankPart:

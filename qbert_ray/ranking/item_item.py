@@ -20,9 +20,16 @@ from qbert_ray.sequence.item_table import ColdItems
 MOST_PAIRS = 2**26  # of a catalog whose products of content vectors are kept: 256 MiB for each kind
 
 
-def popularity(indptr: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
-    """[N] training interactions of each item; `items[indptr[u]:indptr[u + 1]]` are the training items of user u."""
-    return np.bincount(items, minlength=num_items).astype(np.float32)
+def popularity(indptr: np.ndarray, items: np.ndarray, num_items: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """[N] training interactions of each item, or the sum of their weights.
+
+    Args:
+        indptr: [U + 1]; `items[indptr[u]:indptr[u + 1]]` are the training items of user u.
+        items: item_index of all users' training items, end to end.
+        num_items: N.
+        weights: of the training items; None: all are 1.
+    """
+    return np.bincount(items, weights, minlength=num_items).astype(np.float32)
 
 
 def co_occurrence_scores(counts: sparse.csr_matrix, histories: list[np.ndarray], latest: int) -> np.ndarray:
@@ -39,10 +46,19 @@ class RidgeRegression:
         num_items: N.
         regularisation: ridge penalty, in users.
         neighbours: most neighbours of an item: those with the largest cosine of co-occurrence. With N the weights are EASE's.
+        weights: of the training items, by which users have them; None: all are 1.
     """
 
-    def __init__(self, indptr: np.ndarray, items: np.ndarray, num_items: int, regularisation: float, neighbours: int) -> None:
-        self.gram = gram(indptr, items, num_items)
+    def __init__(
+        self,
+        indptr: np.ndarray,
+        items: np.ndarray,
+        num_items: int,
+        regularisation: float,
+        neighbours: int,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        self.gram = gram(indptr, items, num_items, weights)
         self.norms = np.sqrt(self.gram.diagonal())
         self.regularisation, self.neighbours = regularisation, neighbours
 
@@ -75,10 +91,19 @@ class Transitions:
         decay: weight of each further step.
         shrinkage: added to the denominator, so that rare items have small weights.
         neighbours: weights kept per item.
+        weights: of the training items; a transition counts as the product of both. None: all are 1.
     """
 
     def __init__(
-        self, indptr: np.ndarray, items: np.ndarray, num_items: int, window: int, decay: float, shrinkage: float, neighbours: int
+        self,
+        indptr: np.ndarray,
+        items: np.ndarray,
+        num_items: int,
+        window: int,
+        decay: float,
+        shrinkage: float,
+        neighbours: int,
+        weights: np.ndarray | None = None,
     ) -> None:
         user = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
         counts = sparse.csr_matrix((num_items, num_items), dtype=np.float32)
@@ -86,6 +111,8 @@ class Transitions:
             same = user[:-gap] == user[gap:]
             pairs = (items[gap:][same], items[:-gap][same])
             weight = np.full(len(pairs[0]), decay ** (gap - 1), dtype=np.float32)
+            if weights is not None:
+                weight *= weights[gap:][same] * weights[:-gap][same]
             counts = counts + sparse.csr_matrix((weight, pairs), shape=counts.shape)
         counts.setdiag(0)
         counts.eliminate_zeros()

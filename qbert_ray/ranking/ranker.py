@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbert_ray.ranking.blend import Blend, BlendedScores, describe
+from qbert_ray.ranking.blend import Blend, BlendedScores, blended_at, describe
 from qbert_ray.ranking.blocks import add, by_block, catalog_blocks
+from qbert_ray.ranking.filters import EVERYTHING, Filter, HiddenItems
 from qbert_ray.ranking.item_item import ItemItem
 from qbert_ray.ranking.reranker import INPUTS, CandidateLists, Reranker, candidate_inputs, reorder
 from qbert_ray.ranking.score_features import SCORE_FEATURES, ScoreFeatures
@@ -68,6 +69,7 @@ class Ranker:
         self.blend: Blend | None = None
         self.reranker: Reranker | None = None
         self.item_item_text: Blend | None = None
+        self.available: np.ndarray | None = None  # [N] booleans, items that `best` may give; None: all
 
     def use(self, blend: Blend, reranker: Reranker | None = None, item_item_text: Blend | None = None) -> None:
         """Rank by a blend from now on, and by a reranker where there is one.
@@ -75,13 +77,13 @@ class Ranker:
         Args:
             blend: of all score features.
             reranker: of the best items by the blend.
-            item_item_text: the blend of a baseline, which reads no network's scores; its features are among those of `blend`.
+            item_item_text: the blend of a baseline, which reads no network's scores.
         """
         self.blend = Blend(*(tensor.to(self.device) for tensor in blend))
         self.reranker = reranker.to(self.device) if reranker is not None else None
         self.item_item_text = Blend(*(tensor.to(self.device) for tensor in item_item_text)) if item_item_text is not None else None
 
-    def best(self, histories: list[np.ndarray], k: int, remove_seen: bool = True) -> tuple[Tensor, Tensor]:
+    def best(self, histories: list[np.ndarray], k: int, remove_seen: bool = True, only: Filter = EVERYTHING) -> tuple[Tensor, Tensor]:
         """The k best items of each history, best first.
 
         The catalog is scored block by block, so that memory does not grow with it.
@@ -90,12 +92,14 @@ class Ranker:
             histories: item_index in time order, the latest last.
             k: how many.
             remove_seen: leave out the items of the history.
+            only: the items that each history may get; the reranker reorders none but these.
 
         Returns:
             Scores and item_index [B, min(k, N)], as `top_k.top_k` gives them; on the CPU.
         """
         batch = self._read(histories, last_item=self.reranker is not None)
-        values, items = self._top(batch, k if self.reranker is None else max(k, self.candidates), remove_seen)
+        only = only.within(self.available)
+        values, items = self._top(batch, k if self.reranker is None else max(k, self.candidates), remove_seen, only)
         if self.reranker is not None:
             first = self.candidates
             values = torch.cat([self._reordered(batch, values[:, :first], items[:, :first]), values[:, first:]], dim=1)
@@ -103,6 +107,38 @@ class Ranker:
             order = by_item.gather(1, values.gather(1, by_item).argsort(dim=1, descending=True, stable=True))[:, :k]
             values, items = values.gather(1, order), items.gather(1, order)
         return values.cpu(), items.cpu()
+
+    def candidate_scores(self, histories: list[np.ndarray], items: Tensor) -> Tensor:
+        """Scores of some items of each history, as `best` gives them where these are the only items; on the CPU.
+
+        Args:
+            histories: item_index in time order, the latest last.
+            items: [B, C] item_index, distinct in a row.
+
+        Returns:
+            [B, C]. No other item is scored, so that time does not grow with the catalog.
+        """
+        batch = self._read(histories, last_item=self.reranker is not None)
+        items = items.to(self.device)
+        values = self.model.scores(batch.queries, self.vectors[items], self.bias[items]).float()
+        if self.blend is not None and batch.features is not None and batch.description is not None:
+            each = torch.cat([values[..., None], batch.features.at(items).to(self.device)], dim=2)  # [B, C, F]
+            values = blended_at(each, self.blend.weights_for(batch.description), items >= self.trained, self.cold_item_bonus)
+        if self.reranker is not None:
+            by_item = items.argsort(dim=1)
+            order = by_item.gather(1, values.gather(1, by_item).argsort(dim=1, descending=True, stable=True))[:, : self.candidates]
+            values = values.scatter(1, order, self._reordered(batch, values.gather(1, order), items.gather(1, order)))
+        return values.cpu()
+
+    def item_vectors(self) -> tuple[Tensor, Tensor]:
+        """[N, D] vectors and [N] biases of the catalog; their product with `user_vectors` is the sequence model's scores. On the CPU."""
+        with torch.inference_mode():
+            vectors, bias = self.model.catalog_vectors(self.items)
+        return vectors.cpu(), bias.cpu()
+
+    def user_vectors(self, histories: list[np.ndarray]) -> Tensor:
+        """[B, D] vectors of histories, on the CPU."""
+        return self.model.scaled(next_item_queries(self.model, histories, self.items)).cpu()
 
     def scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
         """[B, N] scores of the whole catalog, on the CPU.
@@ -168,7 +204,7 @@ class Ranker:
         queries = next_item_queries(self.model, histories, self.items)
         if self.item_item is None:
             return HistoryBatch(histories, queries)
-        used = self.blend.used() if self.blend else SCORE_FEATURES
+        used = {name for blend in (self.blend, self.item_item_text) if blend for name in blend.used()} if self.blend else SCORE_FEATURES
         if last_item:
             features, last = self.item_item.features_and_last(histories, used)
         else:
@@ -181,11 +217,17 @@ class Ranker:
         blocks = catalog_blocks(self.num_items, self.trained)
         return torch.cat([self._sequence_block(queries, block) for block in blocks], dim=1)
 
-    def _sequence_block(self, queries: Tensor, block: slice) -> Tensor:
-        return self.model.scores(queries, self.vectors[block], self.bias[block]).float()
+    def _sequence_block(self, queries: Tensor, block: slice, penalty: Tensor | None = None) -> Tensor:
+        bias = self.bias[block] if penalty is None else self.bias[block] + penalty[block]
+        return self.model.scores(queries, self.vectors[block], bias).float()
 
     def _blocks(
-        self, batch: HistoryBatch, hide_seen: bool = False, sequence: Tensor | None = None, blend: Blend | None = None
+        self,
+        batch: HistoryBatch,
+        hide_seen: bool = False,
+        sequence: Tensor | None = None,
+        blend: Blend | None = None,
+        only: Filter = EVERYTHING,
     ) -> Iterator[tuple[slice, Tensor]]:
         """Scores [B, n] of each block of the catalog, blended where there is a blend.
 
@@ -194,29 +236,31 @@ class Ranker:
             hide_seen: seen items get minus infinity.
             sequence: [B, N] scores of the sequence model, where they are there already.
             blend: another than the ranker's own.
+            only: other items get minus infinity.
         """
         blend = self.blend if blend is None else blend
         blocks = catalog_blocks(self.num_items, self.trained)
+        hidden = HiddenItems(only, blocks, len(batch.histories), self.device)
         if blend is not None and batch.features is not None and batch.description is not None:
             weights = blend.weights_for(batch.description)
             weights[:, -1] += self.cold_item_bonus
-            blended = BlendedScores(batch.features, weights, blocks, self.trained, hide_seen)
+            blended = BlendedScores(batch.features, weights, blocks, self.trained, hide_seen, hidden.penalty)
             for block in blocks:
                 scores = self._sequence_block(batch.queries, block) if sequence is None else sequence[:, block].clone()
-                yield block, blended.of(scores, block)
+                yield block, hidden.of(blended.of(scores, block), block)
             return
-        hidden = {}
+        seen = {}
         if hide_seen:
             rows, items = pairs(batch.histories, self.num_items)
-            hidden = by_block(blocks, rows, items, np.full(len(rows), -np.inf, np.float32), self.device)
+            seen = by_block(blocks, rows, items, np.full(len(rows), -np.inf, np.float32), self.device)
         for block in blocks:
-            scores = self._sequence_block(batch.queries, block)
-            yield block, add(scores, hidden[block.start]) if hidden else scores
+            scores = self._sequence_block(batch.queries, block, hidden.penalty)
+            yield block, hidden.of(add(scores, seen[block.start]) if seen else scores, block)
 
-    def _top(self, batch: HistoryBatch, k: int, hide_seen: bool = False) -> tuple[Tensor, Tensor]:
+    def _top(self, batch: HistoryBatch, k: int, hide_seen: bool = False, only: Filter = EVERYTHING) -> tuple[Tensor, Tensor]:
         """Scores and item_index [B, min(k, N)] of the best items, best first."""
         best = None
-        for block, scores in self._blocks(batch, hide_seen):
+        for block, scores in self._blocks(batch, hide_seen, only=only):
             best = better(best, scores, block.start, k)
         assert best is not None, "a catalog without items"
         return best

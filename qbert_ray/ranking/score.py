@@ -1,6 +1,12 @@
-"""The stage `score`: the k best items of the whole catalog for every user, part by part."""
+"""The stages `score` and `score-histories`: the k best items for every user, part by part.
+
+Histories are those of the run; with `score.interactions`, newer interactions come on top of them; `score.histories` names other users.
+Which items may be recommended, `score.exclude` and `score.allow` say.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,45 +16,89 @@ from qbert_ray.config.schema import Config, Ranking
 from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
+from qbert_ray.inputs.histories import open_histories, write_histories
 from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.ranker import batches
+from qbert_ray.ranking.rules import EVERYBODY, Rules, load_rules
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import item_ids
 from qbert_ray.storage.directory import RunDir
 
+SCORE, SCORE_HISTORIES = "score", "score_histories"  # folders, also of the tables
+SEQUENCES = "ingest/sequences"
+
 
 def score(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, dict[str, int]]:
     """Write recommendations for every user of the target domains; counts of users and rows."""
-    counts: dict[str, dict[str, int]] = {}
+    newer = {"interactions": (config.score.interactions, True)} if config.score.interactions else {}
+    return _score(config, run, executor, progress, SCORE, newer)
+
+
+def score_histories(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+    """Write recommendations for every user of the file of `score.histories`; counts of users and rows."""
+    assert config.score.histories, "the stage is skipped without a file"
+    return _score(config, run, executor, progress, SCORE_HISTORIES, {"histories": (config.score.histories, False)})
+
+
+def _score(
+    config: Config, run: RunDir, executor: Executor, progress: Progress, output: str, files: dict[str, tuple[str, bool]]
+) -> dict[str, Any]:
+    """Write a table of recommendations.
+
+    Args:
+        output: folder of the table.
+        files: field of the section `score` that names a file of histories -> its path, and whether it adds to the histories of the run.
+    """
+    counts: dict[str, Any] = {}
+    warnings: list[str] = []
     for domain in config.data.targets:
         progress.note(domain)
-        arguments = {"run": run, "domain": domain, "settings": config.ranking, "k": config.score.top_k}
-        arguments["remove_seen"] = config.score.remove_seen
-        parts = run.parts("ingest/sequences", domain)
-        counts[domain] = dict(executor.map_parts(run, ScorePart, arguments, parts, "score", config.compute.score, progress))
-    return counts
+        rules, report = executor.submit(load_rules, config, run, domain, num_returns=2)
+        found = executor.get(report)
+        warnings += [text for each in found.values() if (text := each.pop("warning", None))]
+        table = SEQUENCES
+        for field, (path, newer) in files.items():
+            source = open_histories(config, domain, path.replace("{domain}", domain), f"score.{field}")
+            found[f"score.{field}"] = write_histories(config, run, domain, source, output, executor, newer)
+            table = f"{output}/histories"
+        arguments = {"run": run, "domain": domain, "settings": config.ranking, "k": config.score.top_k, "rules": rules}
+        arguments |= {"remove_seen": config.score.remove_seen, "histories": table, "output": output}
+        done = executor.map_parts(run, ScorePart, arguments, run.parts(table, domain), output, config.compute.score, progress)
+        counts[domain] = dict(done) | found
+    return counts | ({"warnings": warnings} if warnings else {})
 
 
 class ScorePart:
     """The k best items for a part of the users, from their whole history."""
 
-    def __init__(self, run: RunDir, domain: str, settings: Ranking, k: int, remove_seen: bool) -> None:
-        self.run, self.domain, self.k, self.remove_seen = run, domain, k, remove_seen
+    def __init__(
+        self,
+        run: RunDir,
+        domain: str,
+        settings: Ranking,
+        k: int,
+        remove_seen: bool,
+        rules: Rules = EVERYBODY,
+        histories: str = SEQUENCES,
+        output: str = SCORE,
+    ) -> None:
+        self.run, self.domain, self.k, self.remove_seen, self.rules = run, domain, k, remove_seen, rules
+        self.histories, self.output = histories, output
         self.ranker = load_catalog_ranker(run, domain, settings, own_device())
         self.item_ids = item_ids(run, domain)
 
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:
-        sequences = columns.to_sequences(self.run.read_part("ingest/sequences", name))
-        scores, items = [], []
-        for rows in batches(len(sequences.user_ids)):
-            histories = [sequences.history(user, "end") for user in range(rows.start, rows.stop)]
-            values, indices = self.ranker.best(histories, self.k, self.remove_seen)
+        users, histories = columns.to_histories(self.run.read_part(self.histories, name))
+        only, scores, items = self.rules.of(users), [], []
+        for rows in batches(len(users)):
+            values, indices = self.ranker.best(histories[rows], self.k, self.remove_seen, only.part(rows))
             scores.append(values.numpy())
             items.append(indices.numpy())
-        table = self._table(sequences.user_ids, np.concatenate(scores), np.concatenate(items))
-        self.run.write_part("score", name, table)
-        return {"users": len(sequences.user_ids), "rows": table.num_rows}
+        table = self._table(users, np.concatenate(scores), np.concatenate(items)) if users else columns.RECOMMENDATIONS.empty_table()
+        self.run.write_part(self.output, name, table)
+        without = sum(int((each[:, :1] < 0).sum()) for each in items)
+        return {"users": len(users), "rows": table.num_rows} | ({"users_without_items": without} if without else {})
 
     def _table(self, users: list[str], scores: np.ndarray, items: np.ndarray) -> pa.Table:
         """One row per user and rank; a user who has seen nearly everything gets fewer than k."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict, cast
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,17 @@ from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.random_streams import COLD_STREAM, SAMPLE_STREAM, uniform
-from qbert_ray.ranking.blend import WITHOUT_NETWORK, Blend, Candidates, candidates, fit_blend, no_candidates, without_network
+from qbert_ray.ranking.blend import (
+    WITHOUT_NETWORK,
+    Blend,
+    Candidates,
+    candidates,
+    fit_blend,
+    join_candidates,
+    no_candidates,
+    sequence_alone,
+    without_network,
+)
 from qbert_ray.ranking.loader import BLEND, ITEM_ITEM_TEXT, RERANKER, load_ranker
 from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.ranking.reranker import CandidateLists, Reranker, fit_reranker
@@ -27,6 +37,26 @@ from qbert_ray.top_k import ranks
 COLD_SHARE = 0.1  # of the trained items that are treated as cold while the blend is fitted
 
 
+class Gain(TypedDict):
+    """ndcg@10 of validation items among unseen ones, each half of the users ranked by the blend of the other half."""
+
+    kept: bool
+    alone: float  # of the sequence model
+    blended: float
+    error: float  # standard error over users of their difference
+
+
+class Asked(NamedTuple):
+    """Validation users: their histories and targets."""
+
+    histories: list[np.ndarray]
+    target: Tensor  # [V] item_index
+
+    @classmethod
+    def of(cls, sequences: columns.Sequences, users: np.ndarray) -> Asked:
+        return cls([sequences.history(user, "valid") for user in users], torch.from_numpy(sequences.valid[users]))
+
+
 RankingCounts = TypedDict(
     "RankingCounts",
     {
@@ -36,8 +66,9 @@ RankingCounts = TypedDict(
         "fitted_on": int,  # validation histories whose target is among the candidates
         "blend_weights": dict[str, float],  # score feature -> weight, for a history of average description
         "blend_weights_of_cold_items": dict[str, float],
-        "model_ndcg@10": float,  # of validation items among unseen ones, by the blend
+        "model_ndcg@10": float,  # of validation items among unseen ones, by the blend of users of the other half, if it is kept
         "sequencer_ndcg@10": float,
+        "blending": Gain,
         "reranking": NotRequired[dict[str, float]],  # kept; blended and reranked: ndcg@10 by cross-fitting; error
     },
 )
@@ -54,22 +85,31 @@ def fit_ranking(config: Config, run: RunDir, executor: Executor, progress: Progr
 
 
 def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
-    """Fit the blend on validation items, then the reranker, and save both; returns what they gain on validation items."""
+    """Fit the blend on validation items, then the reranker, and save both; returns what they gain on validation items.
+
+    The blend is kept where cross-fitting shows that it helps: each half of the users is ranked by the blend of the other half, and must
+    gain more than one standard error over the sequence model alone. Otherwise the blend that is saved ranks as the sequence model does.
+    """
     ranker = load_ranker(run, domain, settings, own_device(), blended=False)
     sequences = columns.to_sequences(run.read("ingest/sequences", domain))
     everybody = np.flatnonzero(sequences.valid >= 0)
     everybody = everybody[np.argsort(uniform(SAMPLE_STREAM, 0, everybody, 1)[:, 0])]
     users = everybody[: settings.validation_users]
-    histories, target = [sequences.history(user, "valid") for user in users], torch.from_numpy(sequences.valid[users])
-    found, without = _candidates(ranker, histories, target, settings.candidates)
-    blend = fit_blend(found)
-    baseline = fit_blend(without) if without is not None else None
+    halves = [Asked.of(sequences, users[part::2]) for part in (0, 1)]
+    found = [_candidates(ranker, *half, settings.candidates) for half in halves]
+    ndcg = _cross_fitted(ranker, halves, found)
+    blending = _blend_gain(ndcg, settings)
+    everything = join_candidates([both[0] for both in found])
+    without = [both[1] for both in found if both[1] is not None]
+    blend = fit_blend(everything) if blending["kept"] else sequence_alone()
+    baseline = fit_blend(join_candidates(without)) if without else None
     for folder, each in ((BLEND, blend), (ITEM_ITEM_TEXT, baseline)):
         if each is not None:
             run.save_model(f"{folder}/{domain}", each._asdict(), {"score_features": list(SCORE_FEATURES)})
     ranker.use(blend, item_item_text=baseline)
-    result: dict[str, object] = {"users": len(users), "fitted_on": len(found.target), **_average_weights(blend)}
-    result |= _validation_ndcg(ranker, histories, target)
+    result: dict[str, object] = {"users": len(users), "fitted_on": len(everything.target), **_average_weights(blend)}
+    result |= {f"{name}_ndcg@10": metrics.interval(values)["value"] for name, values in ndcg.items()}
+    result |= {"model_ndcg@10": blending["blended" if blending["kept"] else "alone"], "blending": blending}
     if settings.rerank:
         reranker, gain = _fit_reranker(ranker, sequences, everybody[: settings.rerank_users])
         if reranker is not None:
@@ -116,14 +156,33 @@ def _average_weights(blend: Blend) -> dict[str, dict[str, float]]:
     }
 
 
-def _validation_ndcg(ranker: Ranker, histories: list[np.ndarray], target: Tensor) -> dict[str, float]:
-    """ndcg@10 of validation items among unseen ones, as fine-tuning is judged: of the blend, and of each ranking by itself."""
-    found: dict[str, list[np.ndarray]] = {"model": [np.zeros(0, int)], "sequencer": [np.zeros(0, int)]}
-    with torch.inference_mode():
-        for rows in batches(len(histories), len(SCORE_FEATURES) * ranker.num_items):
-            for name, scores in ranker.scores(histories[rows]).items():
-                found.setdefault(name, []).append(ranks(scores, target[rows], histories[rows]).numpy())
-    return {f"{name}_ndcg@10": metrics.interval(metrics.ndcg(np.concatenate(pieces), 10))["value"] for name, pieces in found.items()}
+def _cross_fitted(ranker: Ranker, halves: list[Asked], found: list[tuple[Candidates, Candidates | None]]) -> dict[str, np.ndarray]:
+    """Ranking -> [V] ndcg@10 of validation items among unseen ones, as fine-tuning is judged, each half ranked by blends of the other half.
+
+    Args:
+        ranker: without a blend; it has one afterwards.
+        halves: the validation users.
+        found: candidates of either half, as `_candidates` gives them.
+    """
+    gained: dict[str, list[np.ndarray]] = {"model": [np.zeros(0)], "sequencer": [np.zeros(0)]}
+    for (own, without), (histories, target) in zip(found[::-1], halves, strict=True):
+        ranker.use(fit_blend(own), item_item_text=fit_blend(without) if without is not None else None)
+        with torch.inference_mode():
+            for rows in batches(len(histories), len(SCORE_FEATURES) * ranker.num_items):
+                for name, scores in ranker.scores(histories[rows]).items():
+                    values = metrics.ndcg(ranks(scores, target[rows], histories[rows]).numpy(), 10)
+                    gained.setdefault(name, []).append(values)
+    return {name: np.concatenate(pieces) for name, pieces in gained.items()}
+
+
+def _blend_gain(ndcg: dict[str, np.ndarray], settings: Ranking) -> Gain:
+    """What the blend gains by cross-fitting, and whether it is kept: where there is nothing to compare, it is."""
+    blended, alone = ndcg["model"], ndcg["sequencer"]
+    users = len(alone)
+    means = [float(each.mean()) if users else 0.0 for each in (alone, blended)]
+    error = float((blended - alone).std(ddof=1) / users**0.5) if users > 1 else 0.0
+    kept = means[1] - means[0] > error or not users or not settings.sequence_scores
+    return {"kept": kept, "alone": means[0], "blended": means[1], "error": error}
 
 
 def _fit_reranker(ranker: Ranker, sequences: columns.Sequences, users: np.ndarray) -> tuple[Reranker | None, dict[str, float]]:

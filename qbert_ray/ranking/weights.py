@@ -51,9 +51,10 @@ class WeightsPart:
         sequences = columns.to_sequences(run.read("ingest/sequences", domain))
         size = run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows
         train = (sequences.indptr, sequences.items, size)
-        self.ridge = RidgeRegression(*train, float(s.regularisation), s.neighbours)
-        self.transitions = Transitions(*train, s.following_window, s.following_decay, s.following_shrinkage, s.neighbours)
-        self.popularity = popularity(*train)
+        weights = sequences.weights
+        self.ridge = RidgeRegression(*train, float(s.regularisation), s.neighbours, weights)
+        self.transitions = Transitions(*train, s.following_window, s.following_decay, s.following_shrinkage, s.neighbours, weights)
+        self.popularity = popularity(*train, weights)
 
     def __call__(self, name: str) -> dict[str, int]:
         items = self.run.read_part("ingest/items", name, columns.KEYS)

@@ -11,10 +11,11 @@ from scipy import sparse
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts
 from qbert_ray.semantic_ids.collisions import to_tokens
-from qbert_ray.storage.columns import ITEM_ID, USER_ID, Sequences, to_sequences
+from qbert_ray.storage.columns import ITEM_ID, USER_ID, Sequences, to_histories, to_sequences
 from qbert_ray.storage.directory import RunDir
 
 USERS, LATEST, TOP = 6, 10, 10
+HISTORIES = "score/histories"
 
 
 def gather(run: RunDir, facts: Facts, catalogs: dict[str, Catalog], ranks: dict[str, pl.DataFrame], album: Album) -> dict[str, Any]:
@@ -31,14 +32,16 @@ def users(run: RunDir, catalog: Catalog, ranks: pl.DataFrame | None, album: Albu
     parts = run.parts("score", catalog.domain)
     if not parts:
         return []
-    sequences = to_sequences(run.read_part("ingest/sequences", parts[0]))
+    newer = run.parts(HISTORIES, catalog.domain)  # users were scored with newer interactions
+    sequences = None if newer else to_sequences(run.read_part("ingest/sequences", parts[0]))
+    everybody, whole = to_histories(run.read_part(HISTORIES if newer else "ingest/sequences", parts[0]))
     best = pl.DataFrame(run.read_part("score", parts[0], [USER_ID, "rank", ITEM_ID])).filter(pl.col("rank") <= TOP)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(sequences.user_ids))[:USERS])
-    names = [sequences.user_ids[user] for user in chosen]
+    chosen = np.sort(np.random.default_rng(0).permutation(len(everybody))[:USERS])
+    names = [everybody[user] for user in chosen]
     row_of = pl.DataFrame({ITEM_ID: catalog.item_ids}).with_row_index("row")
     best = best.filter(pl.col(USER_ID).is_in(names)).join(row_of, on=ITEM_ID, how="left").drop_nulls("row").sort("rank")
     recommended = {name: best.filter(pl.col(USER_ID) == name)["row"].to_list() for name in names}
-    histories = {name: sequences.history(user, "end") for name, user in zip(names, chosen, strict=True)}
+    histories = {name: whole[user] for name, user in zip(names, chosen, strict=True)}
     needed = np.unique(np.concatenate([*histories.values(), np.array(sum(recommended.values(), []), dtype=np.int64)]))
     together = co_occurrence(run, catalog, needed)
     place = {int(row): number for number, row in enumerate(needed)}
@@ -53,7 +56,7 @@ def users(run: RunDir, catalog: Catalog, ranks: pl.DataFrame | None, album: Albu
                 "length": len(history),
                 "history": [catalog.item(row) for row in history[-LATEST:][::-1]],
                 "best": [catalog.item(row) | {"why": reasons(catalog, row, history, counts[number])} for number, row in enumerate(rows)],
-                "test": _test(catalog, sequences, int(user), name, ranks),
+                "test": _test(catalog, sequences, int(user), name, ranks) if sequences is not None else None,
             }
         )
     return result

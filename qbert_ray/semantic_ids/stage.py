@@ -54,6 +54,7 @@ class Version(TypedDict):
     parts: list[str]
     changed: NotRequired[int]  # items that had IDs and have another text or image; their IDs stay the same
     unchanged: NotRequired[int]
+    left_out: NotRequired[int]  # items of the files that the k-core of the ingest dropped
     gone: NotRequired[int]  # items that have IDs and are no longer in the files
 
 

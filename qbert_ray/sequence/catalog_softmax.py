@@ -39,7 +39,9 @@ def sample_items(batch_items: Tensor, frequency: Tensor, uniform: int) -> Sample
     return SampledItems(rows, torch.log1p(-(missed_by_batch * missed_by_draws).clamp_max(1 - 1e-9)))
 
 
-def catalog_cross_entropy(query: Tensor, vectors: Tensor, bias: Tensor, target: Tensor, correction: Tensor | None = None) -> Tensor:
+def catalog_cross_entropy(
+    query: Tensor, vectors: Tensor, bias: Tensor, target: Tensor, correction: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of the targets under a softmax over the items, summed over the queries.
 
     Args:
@@ -48,15 +50,18 @@ def catalog_cross_entropy(query: Tensor, vectors: Tensor, bias: Tensor, target: 
         target: [P] row of each target.
         correction: [P] added to the target's own logit: with sampled items, whose bias is reduced by their log-probability
             (Jean et al. 2015), the target is not a sample.
+        weight: [P] of the targets; None: all are 1.
     """
-    return _CatalogCrossEntropy.apply(query, vectors, bias, target, correction)
+    return _CatalogCrossEntropy.apply(query, vectors, bias, target, correction, weight)
 
 
 class _CatalogCrossEntropy(torch.autograd.Function):
     """Keeps one [P, N] buffer where PyTorch's product, log-softmax and their gradients hold three."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, vectors: Tensor, bias: Tensor, target: Tensor, correction: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, vectors: Tensor, bias: Tensor, target: Tensor, correction: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
         logits = product(query, vectors, bias)
         own = target[:, None]
         if correction is not None:
@@ -64,14 +69,15 @@ class _CatalogCrossEntropy(torch.autograd.Function):
         logits -= logits.amax(1, keepdim=True)
         of_target = logits.gather(1, own)[:, 0].clone()
         total = logits.exp_().sum(1)
-        ctx.save_for_backward(query, vectors, logits, total, target)
-        return (total.log() - of_target).sum()
+        ctx.save_for_backward(query, vectors, logits, total, target, weight)
+        each = total.log() - of_target
+        return each.sum() if weight is None else each @ weight
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, vectors, exponentials, total, target = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        query, vectors, exponentials, total, target, weight = ctx.saved_tensors
         wrong = exponentials.scatter_add(1, target[:, None], -total[:, None])  # softmax minus one-hot, times the sum of each row
-        scale = (gradient / total)[:, None]
+        scale = (gradient / total if weight is None else gradient * weight / total)[:, None]
         by_query = (query * scale).T.contiguous()
-        return product(wrong, vectors.T) * scale, product(by_query, wrong.T).T, scale[:, 0] @ wrong, None, None
+        return product(wrong, vectors.T) * scale, product(by_query, wrong.T).T, scale[:, 0] @ wrong, None, None, None

@@ -161,10 +161,18 @@ class Generator(nn.Module):
             states = layer(states, causal, key_value, memory.groups, count * self.num_levels)
         return self._head(states.view(-1, self.num_levels, states.shape[1])).view(*codes.shape, -1)
 
-    def loss(self, reading: Reading, codes: Tensor) -> Tensor:
-        """Cross-entropy summed over the K codes of each next item; codes are [B, K] in packed order."""
+    def loss(self, reading: Reading, codes: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Cross-entropy summed over the K codes of each next item.
+
+        Args:
+            reading: the histories.
+            codes: [B, K] of the next items, in packed order.
+            weight: [B] of the next items, in packed order; None: all are 1.
+        """
         logits = self(self.encode(reading), codes[:, None])
-        return F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="sum")
+        if weight is None:
+            return F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="sum")
+        return F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view(codes.shape).sum(1) @ weight
 
     def new_cache(self, memory: Memory, slots: int) -> Cache:
         """An empty cache for `slots` codes of each history."""

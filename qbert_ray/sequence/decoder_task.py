@@ -77,8 +77,10 @@ class GenerativeTask:
         first = np.cumsum(lengths) - lengths
         read = items[np.repeat(samples[:, 1] - first, lengths) + np.arange(int(lengths.sum()))]
         reading = model.read(read, lengths, catalog)
-        codes = torch.from_numpy(catalog[items[samples[reading.order, 2]]]).to(device)
-        return model.loss(reading, codes), float(codes.numel())
+        places, weights = samples[reading.order, 2], self.sequences[name].weights
+        codes = torch.from_numpy(catalog[items[places]]).to(device)
+        weight = None if weights is None else torch.from_numpy(weights[places]).to(device)
+        return model.loss(reading, codes, weight), float(codes.numel() if weight is None else codes.shape[1] * weight.sum())
 
     def evaluate(self, model: Any, device: torch.device) -> ValidationMetrics:
         """Hit rate and NDCG of the validation items among the beams, without what their users have had; averaged over domains."""

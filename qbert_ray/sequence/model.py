@@ -186,13 +186,18 @@ class Sequencer(nn.Module):
         Returns:
             [P, N] or [P, C].
         """
-        if self.logits_kind == "cosine":
-            query = F.normalize(query, dim=-1) / self.temperature
+        query = self.scaled(query)
         if vectors.dim() == 3:
             return torch.baddbmm(bias[:, None], query[:, None], vectors.transpose(1, 2))[:, 0]
         return product(query, vectors, bias)
 
-    def loss(self, query: Tensor, target: Tensor, table: ItemTable, sampled: SampledItems | None = None) -> Tensor:
+    def scaled(self, query: Tensor) -> Tensor:
+        """Queries [P, D or K * D] whose dot products with the catalog's vectors, plus the biases, are scores."""
+        return F.normalize(query, dim=-1) / self.temperature if self.logits_kind == "cosine" else query
+
+    def loss(
+        self, query: Tensor, target: Tensor, table: ItemTable, sampled: SampledItems | None = None, weight: Tensor | None = None
+    ) -> Tensor:
         """Cross-entropy of the targets, summed over the P positions.
 
         Args:
@@ -200,14 +205,15 @@ class Sequencer(nn.Module):
             target: [P] item_index.
             table: the catalog.
             sampled: items that the softmax runs over instead of the catalog, the targets among them; loss "catalog" alone.
+            weight: [P] of the targets; None: all are 1.
         """
         if self.loss_kind == "catalog":
-            query = F.normalize(query, dim=-1) / self.temperature if self.logits_kind == "cosine" else query
+            query = self.scaled(query)
             if sampled is None:
-                return catalog_cross_entropy(query, *self.catalog_vectors(table), target)
+                return catalog_cross_entropy(query, *self.catalog_vectors(table), target, weight=weight)
             vectors, bias = self.catalog_vectors(table, sampled.rows)
             place = torch.searchsorted(sampled.rows, target)
-            return catalog_cross_entropy(query, vectors, bias - sampled.log_probability, place, sampled.log_probability[place])
+            return catalog_cross_entropy(query, vectors, bias - sampled.log_probability, place, sampled.log_probability[place], weight)
         # Eq. 11 level by level. A flat query has a state of its own for each level.
         size, codes = self.codebook_size, table.codes[target]  # [P, K]
         queries = query.view(len(query), self.num_levels, -1) if self.tokens == "flat" else query[:, None].expand(-1, self.num_levels, -1)
@@ -215,7 +221,10 @@ class Sequencer(nn.Module):
         if self.logits_kind == "cosine":
             queries, books = F.normalize(queries, dim=-1) / self.temperature, F.normalize(books, dim=-1)
         logits = torch.einsum("pkd,kmd->pkm", queries, books) + self.code_bias.view(self.num_levels, size)
-        return F.cross_entropy(logits.reshape(-1, size), codes.reshape(-1), reduction="sum") / self.num_levels
+        if weight is None:
+            return F.cross_entropy(logits.reshape(-1, size), codes.reshape(-1), reduction="sum") / self.num_levels
+        each = F.cross_entropy(logits.reshape(-1, size), codes.reshape(-1), reduction="none").view(-1, self.num_levels)
+        return each.mean(1) @ weight
 
     @torch.no_grad()
     def start_items_from(self, domain: str, vectors: Tensor) -> None:

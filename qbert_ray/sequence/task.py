@@ -98,7 +98,8 @@ class SequencerTask:
     def _collaborative(self, name: str) -> Tensor:
         """[N, E] collaborative vectors of a domain's training interactions."""
         sequences = self.sequences[name]
-        together = co_occurrence(sequences.indptr, sequences.items, len(self.tables[name].codes), self.config.features.structure.window)
+        size, window = len(self.tables[name].codes), self.config.features.structure.window
+        together = co_occurrence(sequences.indptr, sequences.items, size, window, sequences.weights)
         return torch.from_numpy(collaborative_vectors(together, self.config.features.structure.dim, self.seed))
 
     def _code_sums(self, name: str) -> Tensor:
@@ -149,27 +150,34 @@ class SequencerTask:
         begin, lengths = samples[:, 2], samples[:, 3] - samples[:, 2] - 1
         first = np.cumsum(lengths) - lengths
         places = np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))
-        items = self.sequences[name].items
-        everywhere = np.arange(lengths.max()) < lengths[:, None]
+        items, everywhere = self.sequences[name].items, np.arange(lengths.max()) < lengths[:, None]
         batch, _ = pack(items[places], lengths, everywhere)
-        following, _ = pack(items[places + 1], lengths, everywhere)
-        batch, table, target = to_device(batch, device), self._table_on(name, device), following.items.to(device)
+        following = pack(places + 1, lengths, everywhere)[0].items.numpy()
+        batch, table, target = to_device(batch, device), self._table_on(name, device), torch.from_numpy(items[following]).to(device)
+        weight = self._weights(name, following, device)
         sampled = None
         if self.settings.sampled_items and 2 * self.settings.sampled_items < len(table.codes):
             sampled = sample_items(torch.cat([batch.items, target]), self.frequency[name].to(device), self.settings.sampled_items)
-        return model.loss(model(batch, table), target, table, sampled), float(len(target))
+        return model.loss(model(batch, table), target, table, sampled, weight), _size(target, weight)
 
     def _masked_items(self, model: Sequencer, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
         name = self.domains[samples[0, 0]]
         s, begin = self.settings, samples[:, 2]
         lengths = draw_lengths(samples[:, 3] - begin, samples[:, 4], self.seed, epoch, s.last_item_share, s.prefix_share)
         first = np.cumsum(lengths) - lengths
-        items = self.sequences[name].items[np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))]
+        places = np.repeat(begin - first, lengths) + np.arange(int(lengths.sum()))
         masks = draw_masks(lengths, samples[:, 4], self.seed, epoch, _plain(s.masks), _plain(s.mask_ratio), s.last_item_share)
-        batch, _ = pack(items, lengths, masks)
-        batch, table = to_device(batch, device), self._table_on(name, device)
-        query = model(batch, table)
-        return model.loss(query, batch.items[batch.masked], table), float(len(query))
+        packed, _ = pack(places, lengths, masks)
+        wanted = packed.items[packed.masked].numpy()
+        batch = packed._replace(items=torch.from_numpy(self.sequences[name].items[packed.items.numpy()]))
+        batch, table, weight = to_device(batch, device), self._table_on(name, device), self._weights(name, wanted, device)
+        target = batch.items[batch.masked]
+        return model.loss(model(batch, table), target, table, weight=weight), _size(target, weight)
+
+    def _weights(self, name: str, places: np.ndarray, device: torch.device) -> Tensor | None:
+        """[P] weights of the training items at some places of a domain; None where all are 1."""
+        weights = self.sequences[name].weights
+        return None if weights is None else torch.from_numpy(weights[places]).to(device)
 
     def evaluate(self, model: Any, device: torch.device) -> ValidationMetrics:
         """Ranks of the validation items among all that their users have not had, averaged over domains."""
@@ -190,6 +198,11 @@ class SequencerTask:
         """A domain's table on a device, where it stays."""
         self.tables[name] = self.tables[name].to(device)
         return self.tables[name]
+
+
+def _size(target: Tensor, weight: Tensor | None) -> float:
+    """What a loss that is summed over the targets is divided by."""
+    return float(len(target)) if weight is None else float(weight.sum())
 
 
 def _plain(values: Mapping[MaskStrategy, float]) -> dict[str, float]:

@@ -42,6 +42,22 @@ def item_ids(run: RunDir, domain: str) -> pa.Array:
     return run.read("ingest/items", domain, [columns.ITEM_ID])[columns.ITEM_ID].combine_chunks()
 
 
+def gone_items(run: RunDir, domain: str) -> pa.Table:
+    """Rows of the items that the last append did not find in the catalog's files; `columns.GONE`."""
+    parts = run.parts("ingest/gone", domain)
+    return run.read_part("ingest/gone", parts[-1]) if parts else columns.GONE.empty_table()
+
+
+def available_items(run: RunDir, domain: str) -> np.ndarray | None:
+    """[N] booleans, False for items that are gone from the catalog's files; None where none is."""
+    gone = gone_items(run, domain)[columns.ITEM_INDEX].to_numpy()
+    if not len(gone):
+        return None
+    available = np.ones(run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows, bool)
+    available[gone] = False
+    return available
+
+
 def catalog_codes(run: RunDir, domain: str) -> np.ndarray:
     """[N, K + X] codes of a domain's items: the K of the semantic ID, then the X of the extra quantizers, if any."""
     table = run.read("semantic_ids", domain, [columns.ITEM_INDEX, "codes", columns.EXTRA_CODES])  # the last column is optional

@@ -17,6 +17,8 @@ ITEM_ID = "item_id"
 ITEM_INDEX = "item_index"
 TIMESTAMP = "timestamp"
 RATING = "rating"
+WEIGHT = "weight"  # of an interaction: how much it counts in training and in item-item models; a column where any differs from 1
+TRAIN_WEIGHTS = "train_weights"
 COLD = "cold"
 FURTHER = "further"  # of a temporal split: interactions of the later periods that are no targets
 SPLITS = ("train", "valid", "test", COLD, FURTHER)
@@ -48,7 +50,11 @@ INTERACTIONS = pa.schema(
         (RATING, pa.float32()),
         ("split", pa.string()),  # one of SPLITS
     ]
-)
+)  # and, with event types or weights, WEIGHT as float32
+
+# ingest/gone: published items that are no longer in the catalog's files; a part for each append that found others than the one before,
+# of which the last holds.
+GONE = pa.schema([(DOMAIN, pa.string()), (ITEM_ID, pa.string()), (ITEM_INDEX, pa.int32())])
 
 # ingest/sequences: one user a row, in time order. Leave-one-out: test is the last item, valid the last but one;
 # both null for a user with fewer than three interactions. History of the test = train + valid. Cold items are in none of them.
@@ -60,7 +66,10 @@ SEQUENCES = pa.schema(
         ("valid", pa.int32()),
         ("test", pa.int32()),
     ]
-)
+)  # and, with event types or weights, those of the training items under TRAIN_WEIGHTS, lists of float32
+
+# score/histories and score_histories/histories: whole histories from a file that `score` is given, which may be empty.
+HISTORIES = pa.schema([(DOMAIN, pa.string()), (USER_ID, pa.string()), ("history", pa.list_(pa.int32()))])  # item_index in time order
 
 # Of a temporal split: valid is the first item of the validation period, test that of the test period; null for a user without one, or
 # without any item before it. History of the test = train + valid + between.
@@ -231,6 +240,7 @@ class Sequences(NamedTuple):
     test: np.ndarray  # [U], -1: none
     between: Ragged | None = None  # items after the validation item and before the test item, if there are any
     after: Ragged | None = None  # items after the test item
+    weights: np.ndarray | None = None  # of the training items; None: all are 1
 
     def history(self, user: int, upto: str) -> np.ndarray:
         """Items of a user before the "valid" or the "test" item, or all of them ("end")."""
@@ -246,15 +256,30 @@ class Sequences(NamedTuple):
         return np.diff(self.indptr) + (self.valid >= 0) + between
 
 
+def to_histories(table: pa.Table) -> tuple[list[str], list[np.ndarray]]:
+    """Users and their whole histories, of an ingest/sequences table or of one of `HISTORIES`."""
+    users = table[USER_ID].to_pylist()
+    if "history" in table.column_names:
+        return users, [np.array(items, dtype=np.int64) for items in table["history"].to_pylist()]
+    sequences = to_sequences(table)
+    return users, [sequences.history(user, "end") for user in range(len(users))]
+
+
 def to_sequences(table: pa.Table) -> Sequences:
     """Arrays of an ingest/sequences table of one domain."""
-    further = [_ragged(table[name]) if name in table.column_names else None for name in ("between", "after")]
+    between, after = (_ragged(table[name]) if name in table.column_names else None for name in ("between", "after"))
+    train = _ragged(table["train"])
+    weighted = TRAIN_WEIGHTS in table.column_names and table.num_rows
+    weights = table[TRAIN_WEIGHTS].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32) if weighted else None
     return Sequences(
         table[USER_ID].to_pylist(),
-        *_ragged(table["train"]),
+        train.indptr,
+        train.items,
         table["valid"].fill_null(-1).to_numpy().astype(np.int64),
         table["test"].fill_null(-1).to_numpy().astype(np.int64),
-        *further,
+        between,
+        after,
+        weights,
     )
 
 

@@ -105,4 +105,5 @@ def _is_record_of_files(files: object) -> bool:
 
 
 def _advice(stage: str) -> str:
-    return f"redo the stage that writes it: qbert-ray {stage.replace('_', '-')} --redo -c <config>"
+    command = "score" if stage == "score_histories" else stage.replace("_", "-")
+    return f"redo the stage that writes it: qbert-ray {command} --redo -c <config>"

@@ -169,6 +169,20 @@ STAGES = (
         ("score", "ranking.enabled", "sequencer.beam"),
         ("finetune", "ranking"),
         ("score",),
+        ignores=("score.histories",),
+    ),
+)
+REQUESTED = (  # beside the run: done where a setting asks for it
+    Stage(
+        "score_histories",
+        "qbert_ray.ranking.score:score_histories",
+        "Write the k best items for the users of score.histories.",
+        _RANKING,
+        ("score", "ranking.enabled", "sequencer.beam"),
+        ("finetune", "ranking"),
+        ("score",),
+        ignores=("score.interactions",),
+        skipped=lambda config: None if config.score.histories else "score.histories names no file",
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

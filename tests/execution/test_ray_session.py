@@ -23,6 +23,6 @@ def test_a_run_without_an_address_starts_a_ray_of_its_own(monkeypatch, address, 
     monkeypatch.setattr(ray_session.ray, "init", lambda **arguments: called.append(arguments))
     monkeypatch.setattr(ray_session.ray, "shutdown", lambda: None)
     with ray_session.session(address):
-        assert ray_session.alone() == (asked == "local")
+        assert ray_session.started_locally() == (asked == "local")
     assert [call["address"] for call in called] == [asked]
-    assert not ray_session.alone()
+    assert not ray_session.started_locally()

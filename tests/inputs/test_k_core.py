@@ -37,6 +37,7 @@ def make_log(seed=0, users=50, items=30, rows=300):
 def as_blocks(log, cuts):
     """Tables as the ingest's readers give them."""
     rows = log.with_columns(
+        pl.lit(1.0, pl.Float32).alias("weight"),
         pl.Series(POSITION, np.arange(len(log)), pl.Int64),
         pl.Series(REASON, [None] * len(log), pl.String),
         pl.Series(ROW, [None] * len(log), pl.String),
@@ -99,9 +100,7 @@ def test_partitions_together_are_the_rows_in_order(count, cuts):
     parts = partition(executor, as_blocks(log, cuts), catalog.to_arrow(), count)
     assert len(parts) == count and executor.returns == {"_split": count, "_merge": 2}
     found = pl.concat([pl.DataFrame(part.kept) for part in parts])
-    assert found.columns == ["user_id", "timestamp", "rating", POSITION, CODE, USER] or set(found.columns) == {
-        *("user_id", "timestamp", "rating", POSITION, CODE, USER)
-    }
+    assert set(found.columns) == {"user_id", "timestamp", "rating", "weight", POSITION, CODE, USER}
     names = catalog["item_id"].to_list()
     rows = [(user, names[code], time) for user, code, time in found.select("user_id", CODE, "timestamp").iter_rows()]
     assert rows == plain_rows(log, catalog)

@@ -19,6 +19,7 @@ from qbert_ray.sequence.decoder_task import GenerativeTask
 from qbert_ray.storage import columns
 from qbert_ray.storage.stages import BY_NAME
 from qbert_ray.training import Loop
+from tests.ranking.test_filters import FILTERS, HISTORIES, left, plainly_best
 from tests.small_run import COLD, ITEMS, LEVELS, SIZE, USERS, make_run
 
 SEQUENCER = {"kind": "generative", "width": 16, "num_layers": 1, "num_heads": 2, "head_width": 4, "ffn_width": 16, "max_items": 6}
@@ -98,6 +99,36 @@ def test_a_wide_beam_ranks_as_exact_scores_do(ranker, config_and_run):
     assert torch.equal(items, expected.indices)
     torch.testing.assert_close(scores, expected.values, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(wide.model_scores(histories), exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_wide_beam_finds_the_best_of_the_items_that_are_left(ranker, name):
+    wide, only = GenerativeRanker(ranker.model, ranker.codes, ranker.trained, ITEMS), FILTERS[name]
+    exact = ranker.exact_scores(HISTORIES).tolist()
+    for remove_seen in (True, False):
+        values, items = wide.best(HISTORIES, 9, remove_seen, only)
+        for row, history in enumerate(HISTORIES):
+            expected = plainly_best(exact[row], left(only, history, row, remove_seen), 9)
+            assert [item for item in items[row].tolist() if item >= 0] == expected
+            assert values[row, : len(expected)].tolist() == pytest.approx([exact[row][item] for item in expected], abs=1e-4)
+    narrow = GenerativeRanker(ranker.model, ranker.codes, ranker.trained, 2).best(HISTORIES, 2, True, only)[1]
+    for row, history in enumerate(HISTORIES):  # beams are spent on items that are left alone
+        assert set(narrow[row].tolist()) - {-1} <= left(only, history, row, True)
+        assert (narrow[row] >= 0).sum() == min(2, len(left(only, history, row, True)))
+
+
+def test_candidates_have_exact_scores_and_items_are_similar_by_their_codes(ranker):
+    recommender = Recommender(ranker, [f"shop-item-{item}" for item in range(ITEMS)])
+    exact = ranker.exact_scores([np.array([3, 1, 4, 1])])[0].tolist()
+    found = recommender.score_candidates([f"shop-item-{item}" for item in (3, 1, 4, 1)], [f"shop-item-{item}" for item in (9, 2, 38)])
+    assert {name: score for name, score in found} == pytest.approx({f"shop-item-{item}": exact[item] for item in (9, 2, 38)}, abs=1e-4)
+    best = recommender.similar_items("shop-item-5", ITEMS)
+    assert len(best) == ITEMS - 1
+    shared = [(ranker.codes[recommender.index[item]] == ranker.codes[5]).sum() for item, _ in best]
+    assert np.corrcoef(shared, [score for _, score in best])[0, 1] > 0.9
+    for method in (recommender.item_embeddings, lambda: recommender.user_embeddings([[]])):
+        with pytest.raises(ValueError, match="embeddings needs a run with sequencer.kind=masked"):
+            method()
 
 
 def test_scores_are_those_of_the_beams_and_cold_items_are_among_them(ranker, config_and_run):

@@ -1,0 +1,84 @@
+"""Expressions over the columns of the items files, such as `in_stock == true and price < 50`, in the SQL of polars."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+import polars as pl
+
+from qbert_ray.inputs.id_tables import read_columns, table_endings
+from qbert_ray.inputs.sources import Source, SourceError
+from qbert_ray.storage.columns import ITEM_ID
+
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"")
+_QUERIES = re.compile(r"\b(select|table|values|with)\b", re.IGNORECASE)  # they could read other files
+MATCHES = "<matches>"
+
+
+def parse(text: str, key: str) -> pl.Expr:
+    """The expression of a text.
+
+    Args:
+        text: as SQL writes conditions; `==` is understood as `=`.
+        key: of the config, for errors.
+
+    Raises:
+        SourceError: it is no expression over columns.
+    """
+    if query := _QUERIES.search(_QUOTED.sub("", text)):
+        raise SourceError(f"{key}: {text!r} holds {query[0]!r}; write an expression over columns of the items, without queries")
+    try:
+        found = pl.sql_expr(text)
+    except pl.exceptions.PolarsError as error:
+        raise SourceError(
+            f"{key}: {text!r} is neither an expression such as in_stock == true ({error}) nor a table (named *{table_endings()}, or with / at its end)"
+        ) from None
+    if not found.meta.root_names():
+        raise SourceError(f"{key}: {text!r} names no column of the items")
+    return found
+
+
+def check(text: str, key: str, source: Source) -> pl.Expr:
+    """`parse`, and every column that it names is in the items files.
+
+    Raises:
+        SourceError: it is no expression, or names a column that is not there.
+    """
+    found = parse(text, key)
+    there = list(dict.fromkeys(column for file in source.files for column in file.columns))
+    missing = next((name for name in found.meta.root_names() if name not in there), None)
+    if missing is not None:
+        near = difflib.get_close_matches(missing, there, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"columns found: {', '.join(there)}"
+        raise SourceError(
+            f"{key}: {text!r} names {missing}, which {source.uri} does not have; {hint} Text is written in single quotes, as in brand = 'Acme'"
+        )
+    return found
+
+
+def matching(text: str, key: str, source: Source) -> pl.DataFrame:
+    """item_id of each item of the files, and whether an expression holds for it; it does not where a value is missing.
+
+    Args:
+        text: of the expression.
+        key: of the config, for errors.
+        source: the items files, of `open_source`.
+
+    Returns:
+        Columns item_id and `MATCHES`.
+
+    Raises:
+        SourceError: the expression cannot be computed over these columns, or is neither true nor false.
+    """
+    found = check(text, key, source)
+    names = list(dict.fromkeys(found.meta.root_names()))
+    rows = read_columns(source, names)
+    types = ", ".join(f"{name} {rows.schema[name]}" for name in names)
+    try:
+        rows = rows.with_columns(found.alias(MATCHES))
+    except pl.exceptions.PolarsError as error:
+        raise SourceError(f"{key}: {text!r} cannot be computed: {error}; the columns are {types}") from None
+    if rows.schema[MATCHES] != pl.Boolean:
+        raise SourceError(f"{key}: {text!r} is {rows.schema[MATCHES]}, neither true nor false; the columns are {types}")
+    return rows.select(pl.col(f"<{ITEM_ID}>").alias(ITEM_ID), pl.col(MATCHES).fill_null(False))

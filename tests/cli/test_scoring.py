@@ -1,0 +1,77 @@
+"""`qbert-ray score` with newer interactions and with histories of other users, on a copy of a finished run."""
+
+import shutil
+
+import polars as pl
+import pytest
+import yaml
+
+from qbert_ray.cli.main import main
+from qbert_ray.ranking.recommender import Recommender
+from qbert_ray.storage.directory import Manifest, RunDir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """Arguments of a command on a copy of a finished run, the copy, and a folder."""
+    config, run = finished
+    shutil.copytree(run.uri, tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    return (
+        ["-c", str(tmp_path / "config.yaml"), f"run.dir={tmp_path / 'run'}", "compute.executor=local"],
+        RunDir(str(tmp_path / "run")),
+        tmp_path,
+    )
+
+
+def recommended(table):
+    found = {}
+    for row in table.to_pylist():
+        found.setdefault(row["user_id"], []).append(row["item_id"])
+    return found
+
+
+def test_histories_of_other_users_are_scored_beside_the_run(copied, capsys, monkeypatch):
+    arguments, run, folder = copied
+    before, recommender = run.read("score"), Recommender.load(run.uri)
+    histories = {"new-1": recommender.ids[:4], "new-2": [], "new-3": recommender.ids[7:9]}
+    for number in range(2):  # another request takes the place of the one before, without a word
+        pl.DataFrame({"user_id": list(histories), "history": list(histories.values())}).write_parquet(folder / f"new{number}.parquet")
+        monkeypatch.chdir(folder)
+        main(["score", "--histories", f"new{number}.parquet", *arguments])
+        found = recommended(run.read("score_histories"))
+        best = recommender.recommend(histories.values(), 10)
+        assert found == {user: [item for item, _ in items] for user, items in zip(histories, best, strict=True)}
+        del histories["new-2"]
+    manifest = Manifest.load(run, "score_histories")
+    assert manifest.counts["demo"]["score.histories"]["users"] == 2 and "score.histories of demo" in manifest.inputs
+    written = run.read_bytes("score_histories/manifest.json")
+    main(["score", "--histories", "new1.parquet", *arguments])
+    assert run.read_bytes("score_histories/manifest.json") == written  # it is done
+    assert run.read("score").equals(before)
+
+
+def test_newer_interactions_are_scored_without_training(copied, shop, capsys):
+    """Also where the run's own file has grown: nothing else reads it."""
+    arguments, run, folder = copied
+    trained = run.read_bytes("finetune/manifest.json")
+    own = pl.read_parquet(shop / "interactions.parquet")
+    user = run.read("ingest/sequences", "demo")["user_id"][0].as_py()
+    last = own.filter(pl.col("user_id") == user).sort("timestamp").tail(1)
+    items = run.read("ingest/items", "demo")["item_id"].to_pylist()
+    fresh = next(item for item in items if item not in set(own.filter(pl.col("user_id") == user)["item_id"]))
+    more = last.with_columns(pl.lit(fresh).alias("item_id"), pl.col("timestamp") + (own["timestamp"].max() - own["timestamp"].min()))
+    (folder / "log").mkdir()
+    pl.concat([own, more.select(own.columns)]).write_parquet(folder / "log" / "grown.parquet")
+    main(["score", "--redo", *arguments, f"score.interactions={folder / 'log'}"])
+    manifest = Manifest.load(run, "score")
+    counts = manifest.counts["demo"]["score.interactions"]
+    assert counts["rows"] == counts["new"] + counts["known"] + sum(counts["rejected"].values()) == len(own) + 1
+    assert counts["known"] == run.read("ingest/interactions", "demo").num_rows
+    assert "score.interactions of demo" in manifest.inputs and manifest.config["score.interactions"] == str(folder / "log")
+    assert run.read_bytes("finetune/manifest.json") == trained
+    table = recommended(run.read("score", "demo"))
+    history = next(row["history"] for row in run.read("score/histories", "demo").to_pylist() if row["user_id"] == user)
+    assert items[history[-1]] == fresh and fresh not in table[user]
+    expected = Recommender.load(run.uri).recommend([[items[item] for item in history]], 10)[0]
+    assert table[user] == [item for item, _ in expected]
