@@ -192,6 +192,7 @@ def _publish(config: Config, run: RunDir, versions: list[Version], found: Counte
         "model": last["model"],
         "items": last["items"] + added,
         "added": added,
+        "left_out": found["left_out"],
         "changed": found["changed"],
         "unchanged": found["unchanged"],
         "gone": found["gone"],

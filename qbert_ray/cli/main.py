@@ -55,8 +55,6 @@ def options(
 app.command(rich_help_panel="Data")(data_commands.fetch)
 app.command(rich_help_panel="Data")(data_commands.init)
 app.command("demo-data", rich_help_panel="Data")(data_commands.demo_data)
-for _stage in STAGES:
-    app.command(_stage.command, rich_help_panel=_stage.panel)(stage_commands.command_of(_stage))
 
 
 @app.command(rich_help_panel="Whole run")
@@ -99,6 +97,11 @@ def demo(
     """
     data_commands.demo_data(folder / "data")
     run(["configs/demo.yaml"], [f"run.dir={folder}", f"data.root={folder / 'data'}", *(overrides or [])])
+
+
+for _stage in STAGES:
+    app.command(_stage.command, rich_help_panel=_stage.panel)(stage_commands.command_of(_stage))
+app.command(rich_help_panel="Serving")(stage_commands.serve)
 
 
 @app.command(rich_help_panel="Whole run")
@@ -231,7 +234,6 @@ def describe(
     console.print(complexity_table(settings, items))
 
 
-app.command(rich_help_panel="Serving")(stage_commands.serve)
 app.command(rich_help_panel="Looking")(config_commands.config)
 
 

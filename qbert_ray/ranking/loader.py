@@ -49,14 +49,15 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
     if not settings.enabled:
         return Ranker(model, items, trained)
     blend = _load_blend(run, domain) if blended else None
-    contents = _contents(run, domain, fused, blend.used() if blend else SCORE_FEATURES)
+    baseline = _load_blend(run, domain, ITEM_ITEM_TEXT) if blended and run.exists(f"{ITEM_ITEM_TEXT}/{domain}/model.json") else None
+    used = [name for each in (blend, baseline) if each is not None for name in each.used()] if blend else SCORE_FEATURES
+    contents = _contents(run, domain, fused, used)
     contents = {name: vectors.to(device) for name, vectors in contents.items()}
     item_item = _load_item_item(run, domain, settings, model.max_items, contents, cold, len(items.codes))
     ranker = Ranker(model, items, trained, item_item, settings.rerank, settings.new_item_bonus)
     if not settings.sequence_scores:
         ranker.vectors, ranker.bias = torch.zeros_like(ranker.vectors), torch.zeros_like(ranker.bias)
     if blend is not None:
-        baseline = _load_blend(run, domain, ITEM_ITEM_TEXT) if run.exists(f"{ITEM_ITEM_TEXT}/{domain}/model.json") else None
         ranker.use(blend, _load_reranker(run, domain) if settings.rerank else None, baseline)
     return ranker
 

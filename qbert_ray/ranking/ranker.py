@@ -204,7 +204,8 @@ class Ranker:
         queries = next_item_queries(self.model, histories, self.items)
         if self.item_item is None:
             return HistoryBatch(histories, queries)
-        used = {name for blend in (self.blend, self.item_item_text) if blend for name in blend.used()} if self.blend else SCORE_FEATURES
+        blends = [blend for blend in (self.blend, self.item_item_text) if blend is not None]
+        used = [name for blend in blends for name in blend.used()] if self.blend else SCORE_FEATURES
         if last_item:
             features, last = self.item_item.features_and_last(histories, used)
         else:

@@ -6,8 +6,6 @@ Which items may be recommended, `score.exclude` and `score.allow` say.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import torch
@@ -22,34 +20,32 @@ from qbert_ray.ranking.ranker import batches
 from qbert_ray.ranking.rules import EVERYBODY, Rules, load_rules
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import item_ids
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import Counts, RunDir
 
 SCORE, SCORE_HISTORIES = "score", "score_histories"  # folders, also of the tables
 SEQUENCES = "ingest/sequences"
 
 
-def score(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, dict[str, int]]:
+def score(config: Config, run: RunDir, executor: Executor, progress: Progress) -> Counts:
     """Write recommendations for every user of the target domains; counts of users and rows."""
     newer = {"interactions": (config.score.interactions, True)} if config.score.interactions else {}
     return _score(config, run, executor, progress, SCORE, newer)
 
 
-def score_histories(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, Any]:
+def score_histories(config: Config, run: RunDir, executor: Executor, progress: Progress) -> Counts:
     """Write recommendations for every user of the file of `score.histories`; counts of users and rows."""
     assert config.score.histories, "the stage is skipped without a file"
     return _score(config, run, executor, progress, SCORE_HISTORIES, {"histories": (config.score.histories, False)})
 
 
-def _score(
-    config: Config, run: RunDir, executor: Executor, progress: Progress, output: str, files: dict[str, tuple[str, bool]]
-) -> dict[str, Any]:
+def _score(config: Config, run: RunDir, executor: Executor, progress: Progress, output: str, files: dict[str, tuple[str, bool]]) -> Counts:
     """Write a table of recommendations.
 
     Args:
         output: folder of the table.
         files: field of the section `score` that names a file of histories -> its path, and whether it adds to the histories of the run.
     """
-    counts: dict[str, Any] = {}
+    counts: Counts = {}
     warnings: list[str] = []
     for domain in config.data.targets:
         progress.note(domain)

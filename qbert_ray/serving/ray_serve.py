@@ -171,7 +171,13 @@ def deploy(config: Config) -> None:
 
 
 def stop() -> None:
-    """End what is served on the Ray that this process is connected to."""
+    """End what is served on the Ray that this process is connected to.
+
+    Raises:
+        ArtifactError: nothing is served there.
+    """
+    if APPLICATION not in serve.status().applications:
+        raise ArtifactError("nothing is served there; name the cluster by compute.address or RAY_ADDRESS")
     serve.delete(APPLICATION)
     with suppress(ValueError):
         ray.kill(ray.get_actor(WANTED, namespace=NAMESPACE))

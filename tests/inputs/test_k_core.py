@@ -98,7 +98,7 @@ def test_partitions_together_are_the_rows_in_order(count, cuts):
     log, catalog = make_log(), make_catalog()
     executor = Told()
     parts = partition(executor, as_blocks(log, cuts), catalog.to_arrow(), count)
-    assert len(parts) == count and executor.returns == {"_split": count, "_merge": 2}
+    assert len(parts) == count and executor.returns == {"split_users": count, "merge_rows": 2}
     found = pl.concat([pl.DataFrame(part.kept) for part in parts])
     assert set(found.columns) == {"user_id", "timestamp", "rating", "weight", POSITION, CODE, USER}
     names = catalog["item_id"].to_list()
@@ -116,7 +116,7 @@ def test_partitions_together_are_the_rows_in_order(count, cuts):
 
 def test_users_of_one_hash_are_kept_apart():
     rows = pl.DataFrame({HASH: np.full(4, 7, np.uint64), "user_id": list("bab") + ["a"], "timestamp": [1, 2, 3, 4], CODE: [0, 0, 1, 1]})
-    rows = rows.with_columns(pl.Series(POSITION, [0, 1, 2, 3]))
+    rows = rows.with_columns(pl.Series(POSITION, [0, 1, 2, 3]), pl.lit(1.0, pl.Float32).alias("weight"))
     found = _in_order(rows, np.arange(2, dtype=np.uint64))
     assert found["user_id"].to_list() == list("aabb") and found["timestamp"].to_list() == [2, 4, 1, 3]
     assert found[USER].to_list() == [0, 0, 1, 1]

@@ -15,6 +15,7 @@ from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.inputs import stage
 from qbert_ray.inputs.k_core import COLD_SALT
 from qbert_ray.inputs.rows import stable_hash
+from qbert_ray.inputs.sequences import sequences_of
 from qbert_ray.inputs.stage import ingest, ingest_domain
 from qbert_ray.inputs.validation import format_validation, validate
 from qbert_ray.storage import columns
@@ -322,12 +323,13 @@ def test_sequences_are_those_of_a_plain_loop(seed):
     user = np.unique(user, return_inverse=True)[1].astype(np.uint32)
     rows = pl.DataFrame({
         "_user": user, "user_id": [f"u{number}" for number in user], "domain": ["shop"] * size, "cold": rng.random(size) < 0.3,
-        "item_index": rng.integers(0, 9, size).astype(np.int32),
+        "item_index": rng.integers(0, 9, size).astype(np.int32), "weight": rng.random(size).astype(np.float32),
     }, schema_overrides={"_user": pl.UInt32, "user_id": pl.String, "domain": pl.String, "cold": pl.Boolean})  # fmt: skip
     sequences, split = [], []
     for number in range(len(np.unique(user))):
         mine = [(item, cold) for item, cold, owner in zip(rows["item_index"], rows["cold"], user, strict=True) if owner == number]
         warm = [item for item, cold in mine if not cold]
+        weights = rows.filter(pl.col("user_id") == f"u{number}", ~pl.col("cold"))["weight"].to_list()
         held = 2 if len(warm) >= 3 else 0
         names = ["train"] * (len(warm) - held) + ["valid", "test"][:held]
         seen, target, history = [], None, []
@@ -338,9 +340,10 @@ def test_sequences_are_those_of_a_plain_loop(seed):
             elif seen:
                 target, history = item, list(seen)
         valid, test = warm[-2:] if held else (None, None)
-        sequences.append((f"u{number}", len(mine), warm[: len(warm) - held], valid, test, target, history))
-    found, labelled = stage._sequences(rows)
-    assert found.select("user_id", "rows", "train", "valid", "test", "target", "history").rows() == sequences
+        kept = len(warm) - held
+        sequences.append((f"u{number}", len(mine), warm[:kept], weights[:kept], valid, test, target, history))
+    found, labelled = sequences_of(rows, None)
+    assert found.select("user_id", "rows", "train", "train_weights", "valid", "test", "target", "history").rows() == sequences
     assert labelled["split"].to_list() == split
     assert labelled.drop("split").equals(rows)
 

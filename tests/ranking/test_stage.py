@@ -66,8 +66,8 @@ class Recorder:
     def __init__(self):
         self.used = []
 
-    def use(self, blend):
-        self.used.append(blend)
+    def use(self, blend, item_item_text=None):
+        self.used.append((blend, item_item_text))
 
     def scores(self, histories):
         better = torch.tensor([[0.0, 3.0, 2.0, 1.0]]) if len(self.used) == 1 else torch.tensor([[0.0, 1.0, 2.0, 3.0]])
@@ -78,8 +78,9 @@ def test_each_half_is_ranked_by_the_blend_of_the_other(monkeypatch):
     monkeypatch.setattr(stage, "fit_blend", lambda found: found)
     halves = [stage.Asked([np.array([0]), np.array([0])], torch.tensor([1, 3])), stage.Asked([np.array([0])], torch.tensor([3]))]
     ranker = Recorder()
-    gain = stage._blend_gain(ranker, halves, ["first", "second"])
-    assert ranker.used == ["second", "first"]
+    ndcg = stage._cross_fitted(ranker, halves, [("first", None), ("second", "baseline")])
+    gain = stage._blend_gain(ndcg, Ranking())
+    assert ranker.used == [("second", "baseline"), ("first", None)]
     third = 1 / np.log2(4)  # targets 1 and 3 are first and third by the first blend, 3 is first by the second; alone second, third, third
     blended, alone = np.array([1, third, 1]), np.array([1 / np.log2(3), third, third])
     assert gain["blended"] == pytest.approx(blended.mean()) and gain["alone"] == pytest.approx(alone.mean())
