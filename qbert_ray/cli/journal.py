@@ -85,7 +85,7 @@ class Terminal:
             f"of those before {version['unchanged']:,} items unchanged, {version['changed']:,} changed, {version['gone']:,} gone from the files",
             soft_wrap=True,
         )
-        if version["left_out"]:
+        if version.get("left_out"):
             self.console.print(
                 f"  {version['left_out']:,} items of the files stay out: they had too few interactions when the files were first read; --append=all adds them",
                 soft_wrap=True,

@@ -24,6 +24,12 @@ def copied(finished, tmp_path):
     )
 
 
+def call(words):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert not end.value.code
+
+
 def recommended(table):
     found = {}
     for row in table.to_pylist():
@@ -38,15 +44,15 @@ def test_histories_of_other_users_are_scored_beside_the_run(copied, capsys, monk
     for number in range(2):  # another request takes the place of the one before, without a word
         pl.DataFrame({"user_id": list(histories), "history": list(histories.values())}).write_parquet(folder / f"new{number}.parquet")
         monkeypatch.chdir(folder)
-        main(["score", "--histories", f"new{number}.parquet", *arguments])
+        call(["score", "--histories", f"new{number}.parquet", *arguments])
         found = recommended(run.read("score_histories"))
         best = recommender.recommend(histories.values(), 10)
         assert found == {user: [item for item, _ in items] for user, items in zip(histories, best, strict=True)}
-        del histories["new-2"]
+        histories.pop("new-2", None)
     manifest = Manifest.load(run, "score_histories")
     assert manifest.counts["demo"]["score.histories"]["users"] == 2 and "score.histories of demo" in manifest.inputs
     written = run.read_bytes("score_histories/manifest.json")
-    main(["score", "--histories", "new1.parquet", *arguments])
+    call(["score", "--histories", "new1.parquet", *arguments])
     assert run.read_bytes("score_histories/manifest.json") == written  # it is done
     assert run.read("score").equals(before)
 
@@ -63,7 +69,7 @@ def test_newer_interactions_are_scored_without_training(copied, shop, capsys):
     more = last.with_columns(pl.lit(fresh).alias("item_id"), pl.col("timestamp") + (own["timestamp"].max() - own["timestamp"].min()))
     (folder / "log").mkdir()
     pl.concat([own, more.select(own.columns)]).write_parquet(folder / "log" / "grown.parquet")
-    main(["score", "--redo", *arguments, f"score.interactions={folder / 'log'}"])
+    call(["score", "--redo", *arguments, f"score.interactions={folder / 'log'}"])
     manifest = Manifest.load(run, "score")
     counts = manifest.counts["demo"]["score.interactions"]
     assert counts["rows"] == counts["new"] + counts["known"] + sum(counts["rejected"].values()) == len(own) + 1
