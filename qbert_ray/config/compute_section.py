@@ -47,7 +47,7 @@ class Workers(Section):
     @property
     def fewest(self) -> int:
         """The smallest number of workers that trains."""
-        return self.num_workers[0] if isinstance(self.num_workers, tuple) else 1 if self.num_workers == "auto" else self.num_workers
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else 1 if isinstance(self.num_workers, str) else self.num_workers
 
     def alone(self) -> Workers:
         """Resources for a model that is not trained by gradients: one task without a GPU."""

@@ -34,6 +34,10 @@ _ALONE = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this machine is not preempted: one process less in each training
     "RAY_idle_worker_killing_time_threshold_ms": "600000",  # processes that have imported torch wait for the next stage
 }
+TOKEN_NEEDED = (
+    "Ray at {where} asks for a token ({reason}); set RAY_AUTH_MODE=token, and let ~/.ray/auth_token, RAY_AUTH_TOKEN_PATH or "
+    "RAY_AUTH_TOKEN hold what `ray get-auth-token` prints on the cluster's head"
+)
 ANYWHERE = "DEFAULT"  # strategy of tasks that a sweep's trial starts: else they would wait inside the trial's own placement group, which has no CPU
 
 
@@ -48,6 +52,9 @@ def session(address: str | None = None) -> Iterator[None]:
 
     Args:
         address: of the cluster; None: RAY_ADDRESS, or a Ray of the run's own, whatever else runs on this machine.
+
+    Raises:
+        ValueError: the cluster asks for a token, and this process has none or another cluster's.
     """
     global _started_here
     owner = not ray.is_initialized()
@@ -59,13 +66,17 @@ def session(address: str | None = None) -> Iterator[None]:
     if owner:
         before = signal.getsignal(signal.SIGTERM)
         strict = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(MARK)}
-        ray.init(
-            address="local" if starts else address,  # without an address Ray joins whatever cluster runs on this machine
-            runtime_env={"env_vars": strict} if strict and not starts else None,  # processes that are started here inherit it
-            include_dashboard=False if starts else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            ray.init(
+                address="local" if starts else address,  # without an address Ray joins whatever cluster runs on this machine
+                runtime_env={"env_vars": strict} if strict and not starts else None,  # processes that are started here inherit it
+                include_dashboard=False if starts else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except ray.exceptions.AuthenticationError as error:
+            where = address or os.environ.get("RAY_ADDRESS", "of this run")
+            raise ValueError(TOKEN_NEEDED.format(where=where, reason=error.message)) from None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process silently
         _started_here = starts
