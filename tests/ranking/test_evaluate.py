@@ -81,8 +81,8 @@ def test_ranks_are_those_of_plain_loops_over_each_models_scores(evaluated):
 
 def test_users_without_a_test_item_are_counted_and_not_ranked(evaluated):
     counts, _, run = evaluated
-    assert counts["shop"] == {"users": USERS, "ranked": USERS - SHORT, "too_short": SHORT}
-    assert counts["other"] == {"users": USERS, "ranked": USERS, "too_short": 0} and counts.keys() == {"other", "shop"}
+    assert counts["shop"] == {"users": USERS, "ranked": USERS - SHORT, "without_target": SHORT}
+    assert counts["other"] == {"users": USERS, "ranked": USERS, "without_target": 0} and counts.keys() == {"other", "shop"}
     report = run.read_json("evaluate/metrics.json")
     assert report["shop"]["users"] == USERS - SHORT and report["other"]["users"] == USERS
     assert run.parts("evaluate/ranks") == run.parts("ingest/sequences")
