@@ -48,6 +48,7 @@ class Line:
         return {}
 
     def adjust(self, model, epoch):
+        assert model.weight.requires_grad
         self.adjusted.append(epoch)
 
     def batches(self, epoch):
@@ -79,6 +80,7 @@ class Descent(torch.optim.SGD):
     """Plain gradient descent in AdamW's place, so that a step shows its gradient."""
 
     def __init__(self, parameters, lr, weight_decay, fused):
+        assert fused  # one kernel for all parameters
         super().__init__(parameters, lr=lr, weight_decay=weight_decay)
 
 
@@ -280,7 +282,20 @@ def test_any_number_of_workers_gives_the_model_of_one(size, microbatches, monkey
             assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
             assert line.keys() == (expected.keys() if rank == 0 else {"epoch", "train_loss"})
         assert loop.task.adjusted == ([0, 1, 2, 3] if rank == 0 else [])
+    assert sum(len(loop.task.given) for loop in loops) == len(alone.task.given)  # no microbatch is computed twice
     assert loops[0].best_value == 6 and not loops[1].best
+
+
+@pytest.mark.parametrize("unit", [0.01, 100.0])
+def test_weights_of_samples_that_are_all_scaled_give_the_same_steps(unit):
+    class Scaled(Line):
+        def loss(self, model, samples, epoch, device):
+            loss, weight = super().loss(model, samples, epoch, device)
+            return unit * loss, unit * weight
+
+    plain, scaled = run(Line()), run(Scaled())
+    for line, expected in zip(scaled.log, plain.log, strict=True):
+        assert line == pytest.approx(expected, rel=1e-5)
 
 
 class Unused(Line):

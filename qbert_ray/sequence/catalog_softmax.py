@@ -34,9 +34,9 @@ def sample_items(batch_items: Tensor, frequency: Tensor, uniform: int) -> Sample
     size = len(frequency)
     drawn = torch.randint(size, (uniform,), device=batch_items.device)
     rows = torch.cat([batch_items, drawn]).unique()
-    missed_by_batch = torch.exp(len(batch_items) * torch.log1p(-frequency[rows].clamp_max(1 - 1e-6)))
+    missed_by_batch = torch.exp(len(batch_items) * torch.log1p(-frequency[rows]))
     missed_by_draws = (1 - 1 / size) ** uniform
-    return SampledItems(rows, torch.log1p(-(missed_by_batch * missed_by_draws).clamp_max(1 - 1e-9)))
+    return SampledItems(rows, torch.log1p(-missed_by_batch * missed_by_draws))
 
 
 def catalog_cross_entropy(

@@ -121,7 +121,7 @@ def test_iterated_eigenvectors_are_repeatable_and_start_from_the_seed(monkeypatc
 def test_counts_hold_the_users_of_an_item_on_their_diagonal():
     counts = gram(*ragged([0, 1, 0], [1], [2, 1]), num_items=4)
     assert counts.toarray().tolist() == [[1, 1, 0, 0], [1, 3, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
-    assert counts.has_sorted_indices and counts.shape == (4, 4)
+    assert counts.has_sorted_indices and counts.shape == (4, 4) and counts.dtype == np.float32
     assert co_occurrence(*ragged([0, 1], [2]), num_items=3).nnz == 2  # the diagonal is not even stored
 
 
@@ -131,3 +131,8 @@ def test_a_window_counts_the_latest_items_of_each_user():
     assert co_occurrence(*ragged(*histories), 6, window=3).toarray()[0].tolist() == [0, 2, 1, 0, 0, 1]
     assert co_occurrence(*ragged(*histories), 6, window=1).nnz == 0
     assert (co_occurrence(*ragged(*histories), 6, window=4) != co_occurrence(*ragged(*histories), 6)).nnz == 0
+
+
+def test_rows_have_length_one_and_rows_of_zeros_stay_so():
+    found = structure._unit_rows(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]]))
+    assert found.tolist() == [pytest.approx([0.6, 0.8]), [0, 0], [0, -1]]

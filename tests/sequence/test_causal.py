@@ -111,6 +111,24 @@ def test_catalog_cross_entropy_is_that_of_pytorch_with_its_gradients(corrected):
         assert torch.allclose(ours, theirs, atol=1e-10)
 
 
+def test_logits_of_any_size_have_a_finite_loss_and_gradient():
+    """Rows whose largest logits are 1,000, about 0, and -1,000 at most."""
+    torch.manual_seed(0)
+    query, vectors = torch.tensor([[1000.0], [0.01], [-1000.0]]).requires_grad_(), torch.linspace(1, 2, 6)[:, None]
+    bias, target = torch.zeros(6), torch.tensor([1, 0, 4])
+    loss = catalog_cross_entropy(query, vectors, bias, target, torch.zeros(3, dtype=torch.float64))  # cast to the logits' type
+    loss.backward()
+    expected = F.cross_entropy(query @ vectors.T, target, reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and torch.isfinite(query.grad).all()
+
+
+def test_an_item_with_all_interactions_is_certain_and_one_with_none_depends_on_the_draws():
+    torch.manual_seed(0)
+    sampled = sample_items(torch.tensor([0, 2]), torch.tensor([1.0, 0.0, 0.0]), 3)
+    probability = dict(zip(sampled.rows.tolist(), sampled.log_probability.exp().tolist(), strict=True))
+    assert probability[0] == 1 and probability[2] == pytest.approx(1 - (2 / 3) ** 3)
+
+
 def test_a_sample_that_holds_the_catalog_for_certain_gives_the_whole_softmax():
     model = build()
     query, target = torch.randn(6, 16), torch.tensor([0, 5, 19, 3, 3, 7])
