@@ -89,7 +89,7 @@ def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, pro
     executor.check(config, run, stage.compute)
     manifest = Manifest(stage.name, stage.depends_on(config), _input_fingerprints(stage, config, run), _version())
     _forget_unfinished(stage, manifest, run)
-    run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    save_config(run, config)
     check_held(run)
     started = time.monotonic()
     manifest.counts = _function(stage)(config, run, executor, progress)
@@ -100,6 +100,11 @@ def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, pro
     manifest.save(run, stage.name)
     run.delete(f"{stage.name}/{STARTED}")
     return manifest
+
+
+def save_config(run: RunDir, config: Config) -> None:
+    """Write config.yaml, from which the run is read later."""
+    run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def _function(stage: Stage) -> Callable[..., Counts]:

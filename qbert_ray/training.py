@@ -263,7 +263,7 @@ def publish(loop: Loop, run: RunDir, folder: str) -> None:
 
 def last_metrics(run: RunDir, folder: str) -> Any:
     """Metrics of the last epoch of a published training."""
-    return json.loads(run.read_bytes(f"{folder}/metrics.jsonl").splitlines()[-1])
+    return run.read_lines(f"{folder}/metrics.jsonl")[-1]
 
 
 def trained(run: RunDir, folder: str) -> bool:
@@ -271,9 +271,9 @@ def trained(run: RunDir, folder: str) -> bool:
     return run.exists(f"{folder}/model/model.json")
 
 
-def build(make_task: Callable[..., Task[EpochMetrics]], arguments: dict[str, Any], run: RunDir, folder: str) -> None:
+def build(make_task: Callable[[], Task[EpochMetrics]], run: RunDir, folder: str) -> None:
     """Build a model that needs no training, and publish it like a trained one."""
-    loop = Loop(make_task(**arguments), torch.device("cpu"))
+    loop = Loop(make_task(), torch.device("cpu"))
     loop.log.append({"epoch": 0, **loop.evaluate()})
     publish(loop, run, folder)
 

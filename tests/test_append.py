@@ -175,7 +175,7 @@ def cut_after(monkeypatch, name):
     monkeypatch.setattr(appending, name, cut)
 
 
-def test_an_append_that_was_cut_goes_on(copied, catalog, shop, in_process, monkeypatch):
+def test_an_append_that_was_cut_resumes(copied, catalog, shop, in_process, monkeypatch):
     config, run = copied
     published = ids(run)
     pl.concat([catalog, more(catalog, 100, "new")]).write_parquet(shop / "items.parquet")

@@ -85,7 +85,7 @@ def check_files(config: Config) -> bool:
 
     with open_executor(config) as executor:
         report = validation.validate(config, executor, sources)
-    console.print(printable(validation.format_validation(report, files=False)), markup=False, soft_wrap=True)
+    console.print(printable(validation.format_validation(report)), markup=False, soft_wrap=True)
     return not any(domain["errors"] for domain in report.values())
 
 

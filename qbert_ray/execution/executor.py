@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from qbert_ray.config.schema import Actors, Compute, Config, Workers
+from qbert_ray.config.schema import Actors, Config, Workers
 from qbert_ray.execution.determinism import environment
 from qbert_ray.execution.progress import Progress
 from qbert_ray.storage.directory import Counts, RunDir
@@ -74,7 +74,7 @@ class Executor(Protocol):
             worker: class whose instances take a part's name, write its outputs and return counts (name -> number). The part of
                 that name in `output` must be written last. Counts are kept next to the parts, so that those of earlier tries
                 are summed too.
-            arguments: of the worker; handles among them become their values.
+            arguments: of the worker; those that are handles become their values, handles inside lists and mappings do not.
             parts: names of the input parts.
             output: table that holds a part of the same name once it is done.
             actors: size of the actor pool.
@@ -84,14 +84,18 @@ class Executor(Protocol):
     def fit(
         self,
         make_task: Callable[..., Task[M]],
-        arguments: dict[str, Any],
-        workers: Workers,
+        config: Config,
         run: RunDir,
         folder: str,
+        workers: Workers,
         progress: Progress,
-        compute: Compute,
+        **arguments: Any,
     ) -> M:
-        """Train `make_task(**arguments)`, write `<folder>/model` and `<folder>/metrics.jsonl`, and return the last epoch's metrics."""
+        """Train `make_task(config, run, **arguments)`; returns the last epoch's metrics.
+
+        Args:
+            folder: of the run; `<folder>/model` and `<folder>/metrics.jsonl` are written.
+        """
         ...
 
     def check(self, config: Config, run: RunDir, names: Iterable[str]) -> None:

@@ -96,28 +96,28 @@ class LocalExecutor:
     def fit(
         self,
         make_task: Callable[..., Task[M]],
-        arguments: dict[str, Any],
-        workers: Workers,
+        config: Config,
         run: RunDir,
         folder: str,
+        workers: Workers,
         progress: Progress,
-        compute: Compute,
+        **arguments: Any,
     ) -> M:
         import torch
 
         if trained(run, folder):
             return last_metrics(run, folder)
-        loop = Loop(make_task(**arguments), torch.device(own_device()))
+        loop = Loop(make_task(config, run, **arguments), torch.device(own_device()))
         _restore(loop, run, folder)
         epochs, saved = loop.task.settings.epochs, time.monotonic()
         progress.start(epochs, loop.epoch)
-        with tracking.trackers(arguments["config"], run, folder, progress) as track:
+        with tracking.trackers(config, run, folder, progress) as track:
             while not loop.finished:
                 loop.run_epoch()
                 progress.advance()
                 progress.epoch(loop.log[-1])
                 track(loop.log[-1]["epoch"], tracking.numbers(loop.log[-1]))
-                if not loop.finished and time.monotonic() - saved > compute.checkpoint_seconds:
+                if not loop.finished and time.monotonic() - saved > config.compute.checkpoint_seconds:
                     _save(loop, run, folder)
                     saved = time.monotonic()
         publish(loop, run, folder)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 from ray.data import Dataset
 
-from qbert_ray.config.schema import Actors, Compute, Config, Workers
+from qbert_ray.config.schema import Actors, Config, Workers
 from qbert_ray.execution import ray_capacity, ray_data, ray_metrics, ray_train
 from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.device import use_device
@@ -94,14 +94,14 @@ class RayExecutor:
     def fit(
         self,
         make_task: Callable[..., Task[M]],
-        arguments: dict[str, Any],
-        workers: Workers,
+        config: Config,
         run: RunDir,
         folder: str,
+        workers: Workers,
         progress: Progress,
-        compute: Compute,
+        **arguments: Any,
     ) -> M:
-        return ray_train.fit(make_task, arguments, workers, run, folder, progress, compute.checkpoint_seconds)
+        return ray_train.fit(make_task, config, run, folder, workers, progress, **arguments)
 
     def check(self, config: Config, run: RunDir, names: Iterable[str]) -> None:
         ray_capacity.check(config, names)

@@ -19,7 +19,7 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import get_device
 
-from qbert_ray.config.schema import Workers
+from qbert_ray.config.schema import Config, Workers
 from qbert_ray.execution import ray_metrics, tracking
 from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.progress import Progress
@@ -27,31 +27,25 @@ from qbert_ray.execution.ray_board import Watch, start_board
 from qbert_ray.execution.ray_capacity import nodes, sized, worker_bundle
 from qbert_ray.execution.ray_trainers import SingleWorker, WorkerGroup, fit_with_retries
 from qbert_ray.storage.directory import RunDir
-from qbert_ray.training import Loop, M, Task, last_metrics, publish, trained
+from qbert_ray.training import EpochMetrics, Loop, M, Task, last_metrics, publish, trained
 
 
 def fit(
-    make_task: Callable[..., Task[M]],
-    arguments: dict[str, Any],
-    workers: Workers,
-    run: RunDir,
-    folder: str,
-    progress: Progress,
-    checkpoint_seconds: float = 20.0,
+    make_task: Callable[..., Task[M]], config: Config, run: RunDir, folder: str, workers: Workers, progress: Progress, **arguments: Any
 ) -> M:
     """See `Executor.fit`."""
     if trained(run, folder):
         return last_metrics(run, folder)
     if workers.num_workers == "auto":
-        workers = sized(workers, nodes(), getattr(arguments["config"], folder.partition("/")[0]).microbatches)
+        workers = sized(workers, nodes(), getattr(config, folder.partition("/")[0]).microbatches)
     scaling = scaling_config(workers)
     board = start_board(folder)
-    threads = worker_bundle(workers, nodes())["CPU"]
-    config: dict[str, Any] = {"make_task": make_task, "arguments": arguments, "run": run, "folder": folder, "board": board}
-    config |= {"threads": threads, "checkpoint_seconds": checkpoint_seconds}
+    threads = int(worker_bundle(workers, nodes())["CPU"])
     # A partial instead of train_loop_config: the controller would unpickle that, and import torch only to hand it on.
     trainer = (SingleWorker if workers.num_workers == 1 else WorkerGroup)(
-        partial(_train_worker, config),
+        partial(
+            _train_worker, partial(make_task, config, run, **arguments), run, folder, board, threads, config.compute.checkpoint_seconds
+        ),
         scaling_config=scaling,
         run_config=RunConfig(
             name="checkpoints",
@@ -68,7 +62,7 @@ def fit(
         ray_metrics.measure(run, stage, metrics, domain=domain)
 
     with (
-        tracking.trackers(arguments["config"], run, folder, progress, {"Ray's metrics": further}) as track,
+        tracking.trackers(config, run, folder, progress, {"Ray's metrics": further}) as track,
         Watch(board, progress, lambda metrics: track(metrics["epoch"], tracking.numbers(metrics))),
     ):
         fit_with_retries(trainer, workers.max_failures)
@@ -88,15 +82,17 @@ def scaling_config(workers: Workers) -> ScalingConfig:
     )
 
 
-def _train_worker(config: dict[str, Any]) -> None:
+def _train_worker(
+    make_task: Callable[[], Task[EpochMetrics]], run: RunDir, folder: str, board: Any, threads: int, checkpoint_seconds: float
+) -> None:
     context = ray.train.get_context()
-    set_threads(int(config["threads"]))
-    loop = Loop(config["make_task"](**config["arguments"]), get_device(), context.get_world_rank(), context.get_world_size())
+    set_threads(threads)
+    loop = Loop(make_task(), get_device(), context.get_world_rank(), context.get_world_size())
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as directory:
             loop.restore(Path(directory))
-    board, epochs, saved = config["board"], loop.task.settings.epochs, time.monotonic()
+    epochs, saved = loop.task.settings.epochs, time.monotonic()
     if loop.rank == 0:
         board.begin.remote(loop.epoch, loop.world_size)
     ended = loop.finished
@@ -108,11 +104,11 @@ def _train_worker(config: dict[str, Any]) -> None:
             if ended:  # the driver, which waits for the end of the training, then reads every epoch
                 with contextlib.suppress(ray.exceptions.RayError):  # it only reports progress
                     ray.get(written)
-        if not ended and loop.agree(int(time.monotonic() - saved > config["checkpoint_seconds"])):
+        if not ended and loop.agree(int(time.monotonic() - saved > checkpoint_seconds)):
             with tempfile.TemporaryDirectory() as directory:
                 if loop.rank == 0:
                     loop.save(Path(directory))
                 ray.train.report({"epoch": loop.epoch}, ray.train.Checkpoint.from_directory(directory) if loop.rank == 0 else None)
             saved = time.monotonic()
     if loop.rank == 0:
-        publish(loop, config["run"], config["folder"])
+        publish(loop, run, folder)

@@ -22,7 +22,7 @@ BATCH = 4096  # items encoded at once: large enough that the few that run throug
 
 def train_fusion(config: Config, run: RunDir, executor: Executor, progress: Progress) -> Counts:
     """Train stage 1 and write the fused embeddings of the catalog; returns the counts for the manifest."""
-    metrics = executor.fit(FusionTask, {"config": config, "run": run}, config.compute.fusion, run, "fusion", progress, config.compute)
+    metrics = executor.fit(FusionTask, config, run, "fusion", config.compute.fusion, progress)
     counts = embed_catalog(config, run, executor, progress)
     return {**counts, "metrics": metrics, "warnings": fusion_warnings(config, counts, metrics)}
 

@@ -26,7 +26,6 @@ from qbert_ray.config.schema import Domain
 from qbert_ray.storage.directory import ArtifactError, join, resolve
 
 WEB, STORES = ("http", "https"), ("s3", "gs", "gcs")
-NAMED_ONLY = ("abfs", "abfss", "hdfs")  # the address itself names the host that is sent the credentials
 WAIT_SECONDS, WHOLE_SECONDS = 20, 60  # timeouts for the next bytes of a download, and for the whole of it
 POOLED = 8  # connections that are kept open to one host
 NAT64 = ipaddress.ip_network("64:ff9b::/96")

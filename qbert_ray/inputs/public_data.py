@@ -74,7 +74,7 @@ def find(name: str) -> PublicData:
         near = difflib.get_close_matches(category, CATEGORIES[kind], n=1)
         hint = f"did you mean {kind}:{near[0]}?" if near else f"there are {', '.join(CATEGORIES[kind])}"
         raise DownloadError(f"{kind} has no category {category!r}; {hint}")
-    return _amazon_2023(category) if kind == "amazon-2023" else _amazon_2018(category)
+    return _amazon(kind.removeprefix("amazon-"), category)
 
 
 def fetch(name: str, folder: Path, report: Callable[[str], Report] = lambda name: lambda done, total: None) -> list[str]:
@@ -131,29 +131,21 @@ def _movielens() -> PublicData:
     )
 
 
-def _amazon_2023(category: str) -> PublicData:
-    return PublicData(
-        title=f"Amazon Reviews 2023, {category}",
-        files=(
-            Remote(f"{MCAULEY}/amazon_2023/raw/meta_categories/meta_{category}.jsonl.gz", f"meta_{category}.jsonl.gz"),
-            Remote(f"{MCAULEY}/amazon_2023/raw/review_categories/{category}.jsonl.gz", f"{category}.jsonl.gz"),
-        ),
-        page="https://amazon-reviews-2023.github.io/",
-        terms="published for research by the McAuley Lab, UC San Diego; no licence is given with the files: read the page before other use",
-        cite="Hou et al. 2024, Bridging Language and Items for Retrieval and Recommendation, arXiv:2403.03952",
+def _amazon(year: str, category: str) -> PublicData:
+    new = year == "2023"
+    meta, reviews = (
+        (f"amazon_2023/raw/meta_categories/meta_{category}.jsonl.gz", f"amazon_2023/raw/review_categories/{category}.jsonl.gz")
+        if new
+        else (f"amazon_v2/metaFiles2/meta_{category}.json.gz", f"amazon_v2/categoryFilesSmall/{category}_5.json.gz")
     )
-
-
-def _amazon_2018(category: str) -> PublicData:
     return PublicData(
-        title=f"Amazon Review Data 2018, {category}, 5-core",
-        files=(
-            Remote(f"{MCAULEY}/amazon_v2/metaFiles2/meta_{category}.json.gz", f"meta_{category}.json.gz"),
-            Remote(f"{MCAULEY}/amazon_v2/categoryFilesSmall/{category}_5.json.gz", f"{category}_5.json.gz"),
-        ),
-        page="https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
+        title=f"Amazon Reviews 2023, {category}" if new else f"Amazon Review Data 2018, {category}, 5-core",
+        files=tuple(Remote(f"{MCAULEY}/{path}", path.rpartition("/")[2]) for path in (meta, reviews)),
+        page="https://amazon-reviews-2023.github.io/" if new else "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
         terms="published for research by the McAuley Lab, UC San Diego; no licence is given with the files: read the page before other use",
-        cite="Ni, Li and McAuley 2019, Justifying Recommendations using Distantly-Labeled Reviews, EMNLP, https://aclanthology.org/D19-1018/",
+        cite="Hou et al. 2024, Bridging Language and Items for Retrieval and Recommendation, arXiv:2403.03952"
+        if new
+        else "Ni, Li and McAuley 2019, Justifying Recommendations using Distantly-Labeled Reviews, EMNLP, https://aclanthology.org/D19-1018/",
     )
 
 

@@ -21,6 +21,7 @@ from qbert_ray.inputs.readers import REASON, ROW, ROW_LENGTH
 from qbert_ray.inputs.sources import EVENT, GIVEN_WEIGHT, POSITION, Source
 from qbert_ray.inputs.times import as_timestamp
 from qbert_ray.inputs.values import Kind, as_id, as_rating, as_text, is_given
+from qbert_ray.random_streams import splitmix64
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID, WEIGHT
 
 UNSAFE, UNREAD = "<unsafe image>", "<unread image>"  # the image path that was refused, the value in which no path was found
@@ -53,10 +54,7 @@ def stable_hash(values: pl.Series, salt: int = 0) -> np.ndarray:
 
 def mix(values: np.ndarray, salt: int = 0) -> np.ndarray:
     """64-bit numbers mixed by splitmix64, a bijection."""
-    x = values + np.uint64(0x9E3779B97F4A7C15 * (salt + 1) % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return splitmix64(values + np.uint64(0x9E3779B97F4A7C15 * (salt + 1) % 2**64))
 
 
 # rows of the two tables

@@ -115,8 +115,7 @@ def _time(table: Files) -> str | None:
     for name in [*named, *(name for name, column in table.columns.items() if column.kind == "time")]:
         if table.columns[name].kind == "bytes":
             continue
-        times = table.sample.select(as_timestamp(pl.col(name), table.sample.schema[name], table.times(name))).to_series()
-        if len(times) and times.is_not_null().mean() > 0.9:  # type: ignore[operator]
+        if _readable(table, name):
             return name
     return None
 
@@ -225,6 +224,7 @@ def _without_time(plain: list[Files], catalogs: list[Files]) -> str:
 
 
 def _readable(table: Files, name: str) -> bool:
+    """Whether nearly all values of a column can be read as times."""
     times = table.sample.select(as_timestamp(pl.col(name), table.sample.schema[name], table.times(name))).to_series()
     return bool(len(times)) and float(times.is_not_null().mean() or 0) > 0.9  # type: ignore[arg-type]
 

@@ -61,13 +61,23 @@ def _sample(stream: BinaryIO) -> tuple[bytes, bool]:
         The bytes, and whether the first line was cut.
     """
     sample = stream.read(SAMPLE_BYTES)
-    if b"\n" in sample or b"\r" in sample or len(sample) < SAMPLE_BYTES:
+    encoding = _encoding_of(sample).encoding
+    if len(sample) < SAMPLE_BYTES or _find("\n", sample, encoding) >= 0 or _find("\r", sample, encoding) >= 0:
         return sample, False
     while piece := stream.read(SAMPLE_BYTES):
-        place = piece.find(b"\n")
+        place = _find("\n", piece, encoding)
         if place >= 0:
             return sample + piece[place:] + stream.read(SAMPLE_BYTES), True
     return sample, True
+
+
+def _find(sign: str, content: bytes, encoding: str) -> int:
+    """Offset of the first ASCII character `sign`, or -1; of UTF-16 the content must begin with a whole character."""
+    code = sign.encode(encoding if encoding.startswith("utf-16") else UTF8)
+    place = content.find(code)
+    while place > 0 and place % len(code):  # the end of one character and the beginning of the next
+        place = content.find(code, place + 1)
+    return place
 
 
 def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES, *, most_line: int = MOST_LINE) -> Iterator[bytes]:
@@ -109,8 +119,7 @@ def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES, *, most_line: 
 
 def _encoding_of(sample: bytes) -> Text:
     encoding = next((name for mark, name in MARKS.items() if sample.startswith(mark)), None) or _without_mark(sample)
-    line_end = b"\n" if not encoding.startswith("utf-16") else "\n".encode(encoding)
-    return Text(encoding, returns=line_end not in sample and b"\r" in sample)
+    return Text(encoding, returns=_find("\n", sample, encoding) < 0 <= _find("\r", sample, encoding))
 
 
 def _without_mark(sample: bytes) -> str:

@@ -51,10 +51,9 @@ class ImageReport(TypedDict):
 
 
 class DomainReport(TypedDict, total=False):
-    """What a run would make of a domain's files; of files that cannot be used only the first two."""
+    """What a run would make of a domain's files; of files that cannot be used only the errors."""
 
     errors: list[str]
-    files: dict[Table, Source]
     warnings: list[str]
     counts: Counts  # of `ingest_domain`
     rejected: dict[str, Problem]  # by "table: reason"
@@ -112,10 +111,7 @@ def _unexpected(name: str, error: Exception) -> str:
 
 
 def _validate_domain(config: Config, name: str, executor: Executor, tables: dict[Table, Source | str]) -> DomainReport:
-    report: DomainReport = {
-        "errors": [source for source in tables.values() if isinstance(source, str)],
-        "files": {table: source for table, source in tables.items() if isinstance(source, Source)},
-    }
+    report: DomainReport = {"errors": [source for source in tables.values() if isinstance(source, str)]}
     if report["errors"]:
         return report
     try:
@@ -235,33 +231,24 @@ def format_files(sources: Sources) -> str:
     """The files of each domain as text: what is known before their rows are read."""
     lines = []
     for name, tables in sources.items():
-        lines += [
-            f"Domain {name}",
-            *(line for table, source in tables.items() if isinstance(source, Source) for line in _file_line(table, source)),
-        ]
+        lines += [f"Domain {name}", *(_file_line(table, source) for table, source in tables.items() if isinstance(source, Source))]
     return "\n".join(lines)
 
 
-def format_validation(report: dict[str, DomainReport], files: bool = True) -> str:
-    """The validation report as one page of text.
-
-    Args:
-        files: whether to list the files as well.
-    """
-    return "\n\n".join("\n".join(_domain_lines(name, domain, files)) for name, domain in report.items())
+def format_validation(report: dict[str, DomainReport]) -> str:
+    """The validation report as one page of text; `format_files` lists the files."""
+    return "\n\n".join("\n".join(_domain_lines(name, domain)) for name, domain in report.items())
 
 
-def _file_line(table: str, source: Source) -> Iterator[str]:
+def _file_line(table: str, source: Source) -> str:
     many = f", {len(source.files)} files" if len(source.files) > 1 else ""
     remarks = "".join(f"; {remark}" for remark in sorted({file.remark for file in source.files} - {""}))
     names = dict.fromkeys(column for file in source.files for column in file.columns)
-    yield f"  {table}: {source.uri} ({source.files[0].kind}{many}, {source.format}{remarks}); columns: {', '.join(names)}"
+    return f"  {table}: {source.uri} ({source.files[0].kind}{many}, {source.format}{remarks}); columns: {', '.join(names)}"
 
 
-def _domain_lines(name: str, domain: DomainReport, files: bool) -> Iterator[str]:
+def _domain_lines(name: str, domain: DomainReport) -> Iterator[str]:
     yield f"Domain {name}: {'cannot be used' if domain['errors'] else 'can be used'}"
-    for table, source in domain["files"].items() if files else ():
-        yield from _file_line(table, source)
     yield from (f"  ERROR {error}" for error in domain["errors"])
     if domain["errors"]:
         return

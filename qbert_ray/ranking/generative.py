@@ -148,10 +148,6 @@ class GenerativeRanker:
             result[row[there], found.items.cpu()[there]] = found.scores.cpu()[there]
         return {"model": result}
 
-    def model_scores(self, histories: list[np.ndarray]) -> Tensor:
-        """[B, N] of the "model" of `scores`."""
-        return self.scores(histories)["model"]
-
     def exact_scores(self, histories: list[np.ndarray]) -> Tensor:
         """[B, N] log-probability of every item, without a search; on the CPU. Costs grow with the catalog."""
         codes, found = torch.from_numpy(self.codes).to(self.device), []

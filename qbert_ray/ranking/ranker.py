@@ -162,10 +162,6 @@ class Ranker:
             found["item_item_text"] = torch.cat([scores for _, scores in pieces], dim=1).cpu()
         return found
 
-    def model_scores(self, histories: list[np.ndarray]) -> Tensor:
-        """[B, N] of the "model" of `scores`."""
-        return self.scores(histories)["model"]
-
     # what the blend and the reranker are fitted on
 
     def score_features(self, histories: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:

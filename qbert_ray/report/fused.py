@@ -15,7 +15,7 @@ from qbert_ray.report.facts import Facts
 from qbert_ray.report.figures import SYMBOLS, Figure, Series, bars, by_epoch, colour, finish, plain
 from qbert_ray.report.summary import curve
 from qbert_ray.storage import columns
-from qbert_ray.storage.columns import COLD, ITEM_INDEX, to_numpy
+from qbert_ray.storage.columns import ITEM_INDEX
 from qbert_ray.storage.directory import RunDir
 
 MAPPED, MAPPED_PARTS = 120, 4  # items on the map, and number of parts they are read from
@@ -90,7 +90,9 @@ def _fuse(run: RunDir, facts: Facts, catalog: Catalog) -> tuple[np.ndarray, dict
     """Item indices, {view: [n, D] unit vectors}, {view: [n] whether the item has it} of a sample of a domain's items."""
     import torch
 
+    from qbert_ray.features.item_features import ItemFeatures
     from qbert_ray.fusion.model import DynamicFusion
+    from qbert_ray.storage.catalog import warm_items
 
     model = run.load_module(DynamicFusion, "fusion/model")
     modalities = list(model.project)
@@ -99,33 +101,23 @@ def _fuse(run: RunDir, facts: Facts, catalog: Catalog) -> tuple[np.ndarray, dict
         return None
     random = np.random.default_rng(0)
     parts = [parts[place] for place in np.sort(random.permutation(len(parts))[:MAPPED_PARTS])]
-    first = _first_query(run, facts, catalog.domain)
+    names = list(facts.domains)  # their ID vectors follow each other, and only items that training may see have one
+    first, warm = sum(warm_items(run, name) for name in names[: names.index(catalog.domain)]), warm_items(run, catalog.domain)
     pieces = []
     for part in parts:
-        tables = {name: run.read_part(f"features/{name}", part) for name in modalities}
-        index = tables[modalities[0]][ITEM_INDEX].to_numpy()
-        warm = ~run.read_part("ingest/items", part, [COLD])[COLD].to_numpy()
+        features = ItemFeatures(run, part)
+        index = features.table[ITEM_INDEX].to_numpy()
         chosen = np.sort(random.permutation(len(index))[: -(-MAPPED // len(parts))])
-        query = np.where(warm, first + index, model.unknown)[chosen]
-        vectors, present = (
-            {name: torch.from_numpy(to_numpy(table[column])[chosen]) for name, table in tables.items()} for column in ("vectors", "present")
-        )
+        query = np.where(index < warm, first + index, model.unknown)[chosen]
         with torch.inference_mode():
-            pieces.append((index[chosen], model(torch.from_numpy(query), vectors, present)))
+            pieces.append((index[chosen], model(torch.from_numpy(query), *features.batch(chosen, torch.device("cpu")))))
     rows = np.concatenate([index for index, _ in pieces])
     fused = torch.cat([torch.cat([one.embedding[:, None], one.aligned], dim=1) for _, one in pieces])
     unit = torch.nn.functional.normalize(fused, dim=-1).numpy()
     has = torch.cat([one.present for _, one in pieces]).numpy()
-    names = ["fused", *modalities]
+    shown = ["fused", *modalities]
     there = np.concatenate([np.ones((len(rows), 1), bool), has], axis=1)
-    return rows, {name: unit[:, n] for n, name in enumerate(names)}, {name: there[:, n] for n, name in enumerate(names)}
-
-
-def _first_query(run: RunDir, facts: Facts, domain: str) -> int:
-    """ID vector of a domain's first item: domains follow each other, and only items that training may see have one."""
-    before = list(facts.domains)[: list(facts.domains).index(domain)]
-    parts = [part for name in before for part in run.parts("ingest/items", name)]
-    return sum(int(np.count_nonzero(~run.read_part("ingest/items", part, [COLD])[COLD].to_numpy())) for part in parts)
+    return rows, {name: unit[:, n] for n, name in enumerate(shown)}, {name: there[:, n] for n, name in enumerate(shown)}
 
 
 def _map(catalog: Catalog, rows: np.ndarray, arrays: dict[str, np.ndarray], there: dict[str, np.ndarray]) -> Figure:

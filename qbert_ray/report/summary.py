@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -166,7 +165,4 @@ def _work(facts: Facts, stage: str) -> tuple[int, str]:
 
 def curve(run: RunDir, name: str) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, the last one of each epoch; none if there is no such file."""
-    if not run.exists(name):
-        return []
-    lines = [json.loads(line) for line in run.read_bytes(name).decode().splitlines() if line.strip()]
-    return [line for _, line in sorted({line["epoch"]: line for line in lines}.items())]
+    return [line for _, line in sorted({line["epoch"]: line for line in run.read_lines(name)}.items())]

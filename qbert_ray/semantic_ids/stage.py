@@ -7,6 +7,7 @@ property of the whole domain.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -25,14 +26,10 @@ from qbert_ray.semantic_ids.quantizers import EXTRA, load_quantizers
 from qbert_ray.semantic_ids.task import ExtraQuantizerTask, QuantizerMetrics, QuantizerTask
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import ArtifactError, RunDir, join, resolve
-from qbert_ray.training import Task, build, last_metrics, trained
+from qbert_ray.training import build, last_metrics, trained
 
 BATCH = 4096  # items that are encoded at once
 ENCODED = "semantic_ids/.encoded"
-
-
-class QuantizerCounts(TypedDict):
-    metrics: QuantizerMetrics
 
 
 class DomainCounts(TypedDict):
@@ -75,32 +72,25 @@ class GateError(ValueError):
     """Semantic IDs fall short of the config's gates; outputs are kept, so that a run with a lower gate resumes from them."""
 
 
-def train_quantizer(config: Config, run: RunDir, executor: Executor, progress: Progress) -> QuantizerCounts:
+def train_quantizer(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, QuantizerMetrics]:
     """Train the quantizer of the semantic IDs and the extra ones; returns the counts for the manifest."""
-    arguments, workers = {"config": config, "run": run}, config.compute.quantizer
+    workers = config.compute.quantizer
     if config.quantizer.kind == "rqvae":
-        figures = executor.fit(QuantizerTask, arguments, workers, run, "quantizer", progress, config.compute)
+        figures = executor.fit(QuantizerTask, config, run, "quantizer", workers, progress)
     else:
         progress.note(config.quantizer.kind)
-        figures = _build(executor, QuantizerTask, arguments, workers, run, "quantizer")
+        figures = _build(executor, partial(QuantizerTask, config, run), workers, run, "quantizer")
     check_usage(config, figures)
     for number, kind in enumerate(config.quantizer.extra_quantizers):
         progress.note(kind)
-        _build(executor, ExtraQuantizerTask, arguments | {"number": number}, workers, run, f"{EXTRA}/{number:02d}")
+        _build(executor, partial(ExtraQuantizerTask, config, run, number), workers, run, f"{EXTRA}/{number:02d}")
     return {"metrics": figures}
 
 
-def _build(
-    executor: Executor,
-    make_task: Callable[..., Task[QuantizerMetrics]],
-    arguments: dict[str, object],
-    workers: Workers,
-    run: RunDir,
-    folder: str,
-) -> QuantizerMetrics:
+def _build(executor: Executor, make_task: Callable[[], QuantizerTask], workers: Workers, run: RunDir, folder: str) -> QuantizerMetrics:
     """Fit a quantizer without gradients in one CPU task; it writes the same files as `Executor.fit`."""
     if not trained(run, folder):
-        executor.get(executor.submit(build, make_task, arguments, run, folder, workers=workers.alone()))
+        executor.get(executor.submit(build, make_task, run, folder, workers=workers.alone()))
     return last_metrics(run, folder)
 
 

@@ -8,12 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qbert_ray import metrics
 from qbert_ray.config.schema import Config, SequenceTraining
-from qbert_ray.random_streams import VALIDATION_STREAM, uniform
 from qbert_ray.sequence.beam_search import Trie, search
 from qbert_ray.sequence.decoder import Generator
-from qbert_ray.sequence.task import ValidationMetrics
+from qbert_ray.sequence.task import ValidationMetrics, mean_metrics, validation_items
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import catalog_codes, warm_items
 from qbert_ray.storage.directory import RunDir
@@ -84,21 +82,16 @@ class GenerativeTask:
 
     def evaluate(self, model: Any, device: torch.device) -> ValidationMetrics:
         """Hit rate and NDCG of the validation items among the beams, without what their users have had; averaged over domains."""
-        values = []
+        found = []
         for name in self.domains:
-            sequences = self.sequences[name]
-            users = np.flatnonzero(sequences.valid >= 0)
             most = min(getattr(self.settings, "validation_users", MOST_VALIDATED), MOST_VALIDATED)
-            users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
-            if len(users):
-                histories, target = [sequences.history(int(user), "valid") for user in users], sequences.valid[users]
-                seen = [history[history != item] for history, item in zip(histories, target, strict=True)]
+            histories, targets = validation_items(self.sequences[name], most)
+            if len(targets):
+                seen = [history[history != item] for history, item in zip(histories, targets, strict=True)]
                 trie = Trie.build(torch.from_numpy(self.catalogs[name]).to(device))
-                found = search(model, self.catalogs[name], trie, histories, VALIDATION_BEAM, seen)
-                rank = ranks_in_beams(found.items, torch.from_numpy(target).to(device)).cpu().numpy()
-                values.append([metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()])
-        hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
-        return {"hr@10": float(hit_rate), "ndcg@10": float(ndcg)}
+                beams = search(model, self.catalogs[name], trie, histories, VALIDATION_BEAM, seen)
+                found.append(ranks_in_beams(beams.items, torch.from_numpy(targets).to(device)).cpu().numpy())
+        return mean_metrics(found)
 
 
 def ranks_in_beams(items: Tensor, target: Tensor) -> Tensor:

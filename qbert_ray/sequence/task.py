@@ -181,18 +181,12 @@ class SequencerTask:
 
     def evaluate(self, model: Any, device: torch.device) -> ValidationMetrics:
         """Ranks of the validation items among all that their users have not had, averaged over domains."""
-        values = []
+        found = []
         for name in self.domains:
-            sequences = self.sequences[name]
-            users = np.flatnonzero(sequences.valid >= 0)
-            most = getattr(self.settings, "validation_users", SAMPLE)
-            users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
-            if len(users):
-                histories = [sequences.history(int(user), "valid") for user in users]
-                rank = rank_targets(model, self._table_on(name, device), histories, sequences.valid[users])
-                values.append([metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()])
-        hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
-        return {"hr@10": float(hit_rate), "ndcg@10": float(ndcg)}
+            histories, targets = validation_items(self.sequences[name], getattr(self.settings, "validation_users", SAMPLE))
+            if len(targets):
+                found.append(rank_targets(model, self._table_on(name, device), histories, targets))
+        return mean_metrics(found)
 
     def _table_on(self, name: str, device: torch.device) -> ItemTable:
         """A domain's table on a device, where it stays."""
@@ -207,6 +201,20 @@ def _size(target: Tensor, weight: Tensor | None) -> float:
 
 def _plain(values: Mapping[MaskStrategy, float]) -> dict[str, float]:
     return {str(name): value for name, value in values.items()}
+
+
+def validation_items(sequences: columns.Sequences, most: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Histories and validation items [V] of at most `most` users, chosen by hash."""
+    users = np.flatnonzero(sequences.valid >= 0)
+    users = users[np.argsort(uniform(VALIDATION_STREAM, 0, users, 1)[:, 0])[:most]]
+    return [sequences.history(int(user), "valid") for user in users], sequences.valid[users]
+
+
+def mean_metrics(ranks_of_domains: list[np.ndarray]) -> ValidationMetrics:
+    """Metrics of ranks, averaged over domains."""
+    values = [[metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()] for rank in ranks_of_domains]
+    hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
+    return {"hr@10": float(hit_rate), "ndcg@10": float(ndcg)}
 
 
 def rank_targets(model: Sequencer, table: ItemTable, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 512) -> np.ndarray:

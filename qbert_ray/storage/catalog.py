@@ -32,9 +32,9 @@ def warm_items(run: RunDir, domain: str) -> int:
     return int(np.count_nonzero(~run.read("ingest/items", domain, [columns.COLD])[columns.COLD].to_numpy()))
 
 
-def read_warm(run: RunDir, table: str, domains: Sequence[str], names: list[str] | None = None) -> pa.Table:
+def read_warm(run: RunDir, table: str, domains: Sequence[str]) -> pa.Table:
     """Rows of a table over the catalog that training may see, domain after domain."""
-    return pa.concat_tables([run.read(table, domain, names).slice(0, warm_items(run, domain)) for domain in domains])
+    return pa.concat_tables([run.read(table, domain).slice(0, warm_items(run, domain)) for domain in domains])
 
 
 def item_ids(run: RunDir, domain: str) -> pa.Array:

@@ -21,7 +21,6 @@ WEIGHT = "weight"  # of an interaction: how much it counts in training and in it
 TRAIN_WEIGHTS = "train_weights"
 COLD = "cold"
 FURTHER = "further"  # of a temporal split: interactions of the later periods that are no targets
-SPLITS = ("train", "valid", "test", COLD, FURTHER)
 EXTRA_CODES = "extra_codes"
 KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]  # columns that identify an item in every table over the catalog
 
@@ -48,7 +47,7 @@ INTERACTIONS = pa.schema(
         (ITEM_ID, pa.string()),
         (TIMESTAMP, pa.int64()),
         (RATING, pa.float32()),
-        ("split", pa.string()),  # one of SPLITS
+        ("split", pa.string()),  # train, valid, test, cold or further
     ]
 )  # and, with event types or weights, WEIGHT as float32
 

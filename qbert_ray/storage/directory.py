@@ -168,6 +168,18 @@ class RunDir:
         except (ValueError, RecursionError) as error:
             raise error if isinstance(error, ArtifactError) else damaged(self, name, f"cannot be read as JSON: {error}") from None
 
+    def read_lines(self, name: str) -> list[Any]:
+        """Values of a file of JSON lines; none if there is no such file.
+
+        Raises:
+            ArtifactError: a line is not JSON, or the file is not what the stage wrote.
+        """
+        lines = self.read_bytes(name).splitlines() if self.exists(name) else []
+        try:
+            return [json.loads(line) for line in lines if line.strip()]
+        except ValueError as error:
+            raise damaged(self, name, f"cannot be read as JSON lines: {error}") from None
+
     def delete(self, name: str) -> None:
         """Remove a file or folder if it exists."""
         assert not self._is_shared(name), f"{name} belongs to {self.base}"

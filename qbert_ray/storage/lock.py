@@ -61,6 +61,7 @@ class Lock:
 
     def __init__(self, run: RunDir, command: str) -> None:
         self.run, self.name, self.lost = run, f"{uuid.uuid4().hex}.json", ""
+        self.created = not run.exists("")
         self.holder = Holder(socket.gethostname(), os.getpid(), _place(), _started(os.getpid()), _now(), command)
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._renew, name="run-lock", daemon=True)
@@ -95,6 +96,11 @@ class Lock:
         if self.thread.is_alive():
             self.thread.join()
         self._remove(self.name)
+        if isinstance(self.run.filesystem, fs.LocalFileSystem):
+            with suppress(OSError):  # they are not empty: another claim is there, or the run has outputs
+                Path(self.run.path(FOLDER)).rmdir()
+                if self.created:
+                    Path(self.run.path()).rmdir()
 
     def check(self) -> None:
         """Raise LockedError if another process took the lock while this one was suspended."""
@@ -116,7 +122,10 @@ class Lock:
                     return
 
     def _write(self) -> None:
-        self.run.write_json(f"{FOLDER}/{self.name}", asdict(self.holder))
+        try:
+            self.run.write_json(f"{FOLDER}/{self.name}", asdict(self.holder))
+        except FileNotFoundError:  # a lock that was released in this moment removed the empty folder
+            self.run.write_json(f"{FOLDER}/{self.name}", asdict(self.holder))
 
     def _other(self) -> Holder | None:
         """The holder of a live claim other than this one, or None; dead claims are removed."""

@@ -23,7 +23,7 @@ from qbert_ray.config.search import objectives, settings
 from qbert_ray.config.section import Values
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
-from qbert_ray.pipeline import run_stage
+from qbert_ray.pipeline import run_stage, save_config
 from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage import columns
@@ -189,8 +189,7 @@ class Plan:
 
     def curve(self, trial: Trial) -> list[dict[str, Any]]:
         """Recorded metrics of each epoch of the trial's last stage."""
-        run = self._trial_folder(trial)
-        return [json.loads(line) for line in run.read_bytes(CURVE).splitlines()] if run.exists(CURVE) else []
+        return self._trial_folder(trial).read_lines(CURVE)
 
     def shown(self, trial: Trial) -> Values:
         """What identifies a trial in tables: the name of its variant, or its values."""
@@ -237,6 +236,7 @@ def run_trial(plan: Plan, trial: Trial, report: Callable[[dict[str, float]], Non
     """
     config, run = plan.trial_config(trial), plan.trial_run(trial)
     run.write_json(BEGUN, {"values": trial.values, "seed": trial.seed})
+    save_config(run, config)  # no stage does it where the trial leaves out all of its own
     started = time.monotonic()
     progress = TrialProgress(run, plan.curve(trial), report)
     for stage in plan.stages:
@@ -276,7 +276,7 @@ def trial_metrics(plan: Plan, config: Config, run: RunDir) -> dict[str, float]:
 
 def _best(run: RunDir, folder: str) -> dict[str, float]:
     """Metrics of the epoch whose weights were kept."""
-    lines = [json.loads(line) for line in run.read_bytes(f"{folder}/metrics.jsonl").splitlines()]
+    lines = run.read_lines(f"{folder}/metrics.jsonl")
     best = max(lines, key=lambda line: line["ndcg@10"]) if "ndcg@10" in lines[-1] else lines[-1]
     numbers = {name: min(value) if name == "codebook_usage" else value for name, value in best.items()}
     return {name: float(value) for name, value in numbers.items() if isinstance(value, float)}

@@ -198,7 +198,7 @@ def check(ranker: Ranker, histories: list[np.ndarray]) -> None:
 def naively(ranker: Ranker, histories: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Scores and indices of unseen items, the best first."""
     if ranker.blend is None or ranker.item_item is None or ranker.reranker is None:
-        return hide(ranker.model_scores(histories), histories).sort(dim=1, descending=True, stable=True)
+        return hide(ranker.scores(histories)["model"], histories).sort(dim=1, descending=True, stable=True)
     sequence = ranker.scores(histories)["sequencer"]
     lengths, used = torch.tensor([len(history) for history in histories]), ranker.blend.used()
     whole, last = (ranker.item_item.features(each, used).dense() for each in (histories, [history[-1:] for history in histories]))

@@ -60,7 +60,7 @@ def test_errors_name_the_path_and_what_is_valid(override, said):
     assert said in str(error.value)
 
 
-def test_missing_and_broken_files_are_told_apart(tmp_path):
+def test_missing_and_broken_files_are_distinguished(tmp_path):
     with pytest.raises(ConfigError, match="no config file at"):
         load_config([tmp_path / "none.yaml"])
     (tmp_path / "broken.yaml").write_text("a: [1")
@@ -93,7 +93,7 @@ def test_a_folder_may_be_called_like_a_date_or_a_number(name, tmp_path):
     assert load_config([tmp_path / "x.yaml"]).run.dir == "2024-01-01"
 
 
-def test_a_number_for_a_text_in_a_file_is_told_to_be_quoted(tmp_path):
+def test_a_number_for_a_text_in_a_file_asks_for_quotation_marks(tmp_path):
     (tmp_path / "x.yaml").write_text("run: {dir: 2024}")
     with pytest.raises(ConfigError, match="run.dir: this is a text, and YAML reads 2024 there; write it in quotes"):
         load_config([tmp_path / "x.yaml"])

@@ -35,7 +35,7 @@ def test_every_field_is_there_with_its_default_and_a_description():
         ("data.domains.shop.role", ("target or source", "target", "source: only pre-trained on; target: also fine-tuned", "§4.1")),
     ],
 )  # fmt: skip
-def test_a_field_tells_type_default_meaning_and_paper(path, expected):
+def test_a_field_shows_type_default_meaning_and_paper(path, expected):
     (field,) = fields(path)
     assert tuple(field[1:]) == expected
 
@@ -49,7 +49,7 @@ def test_a_section_is_its_fields_alone():
     ("prefix", "said"),
     [("sequencr", "did you mean sequencer"), ("finetune.epoch", "did you mean finetune.epochs"), ("zz", "the sections are run, data")],
 )
-def test_an_unknown_section_is_told_its_neighbour(prefix, said):
+def test_an_unknown_section_suggests_its_neighbour(prefix, said):
     with pytest.raises(ConfigError, match=said):
         fields(prefix)
 

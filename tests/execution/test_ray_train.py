@@ -52,13 +52,13 @@ def test_a_resumed_training_equals_an_uninterrupted_one(finished, name, tmp_path
 @pytest.mark.parametrize(("name", "task"), [pytest.param("fusion", FusionTask, marks=pytest.mark.slow), ("finetune", SequencerTask)])
 def test_two_workers_give_the_model_of_one(finished, name, task, tmp_path):
     config, run = finished
-    arguments = {"config": config, "run": run} | ({"domains": ["demo"], "settings": config.finetune} if name == "finetune" else {})
+    arguments = {"domains": ["demo"], "settings": config.finetune} if name == "finetune" else {}
     models = []
     for number in (1, 2):
         folder = f"parity/{name}-{number}"
-        fit(task, arguments, Workers(num_workers=number, cpus_per_worker=1), run, folder, Quiet())
+        fit(task, config, run, folder, Workers(num_workers=number, cpus_per_worker=1), Quiet(), **arguments)
         models.append(run.load_model(f"{folder}/model")[0])
-    start = task(**arguments).build().state_dict()
+    start = task(config, run, **arguments).build().state_dict()
     moved = max(float((start[key] - models[0][key]).abs().max()) for key in start)
     apart = max(float((models[1][key] - models[0][key]).abs().max()) for key in start)
     print(f"{name}: weights moved by up to {moved:.3g}, one and two workers differ by up to {apart:.3g}")
@@ -109,7 +109,7 @@ def test_items_have_embeddings_only_where_the_head_trains_them(finished, setting
 def test_a_finished_training_is_not_repeated(finished):
     config, run = finished
     before = run.read_json("fusion/model/model.json")
-    metrics = fit(FusionTask, {}, config.compute.fusion, run, "fusion", Quiet())  # would fail if it built a task
+    metrics = fit(lambda *_: 1 / 0, config, run, "fusion", config.compute.fusion, Quiet())  # would fail if it built a task
     assert metrics["epoch"] == config.fusion.epochs - 1
     assert run.read_json("fusion/model/model.json") == before
 

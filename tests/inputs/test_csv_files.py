@@ -111,6 +111,17 @@ def test_encodings_are_seen_said_and_read(tmp_path, encoding, remark, name):
     assert remark in readers.describe(fs.LocalFileSystem(), str(path)).remark
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_first_line_longer_than_the_sample_is_skipped_between_whole_characters(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(text_files, "SAMPLE_BYTES", 1 << 12)
+    lines = [
+        json.dumps({"id": 0, "text": "ascii " * 250 + "\u0a05\u010a" * 3000}, ensure_ascii=False),
+        '{"id": 1, "text": "b", "more": "c"}',
+    ]
+    path = written(tmp_path, "".join(f"{line}\n" for line in lines).encode(encoding), "x.jsonl")
+    assert set(readers.describe(fs.LocalFileSystem(), str(path)).columns) == {"id", "text", "more"}
+
+
 def test_one_latin_byte_spoils_nothing_else(tmp_path):
     content = "id,title\n1,größer\n".encode() + b"2,Caf\xe9\n" + "3,日本\n".encode()
     assert rows(written(tmp_path, content))["title"].to_list() == ["größer", "Café", "日本"]
@@ -151,7 +162,7 @@ def test_rows_of_other_width_say_how_many_cells_they_have(tmp_path):
     assert json.loads(found[ROW].drop_nulls()[0]) == {"line": "1,2,", "cells": 3, "columns": 2}
 
 
-def test_repeated_names_are_told_apart(tmp_path):
+def test_repeated_names_are_distinguished(tmp_path):
     assert rows(written(tmp_path, "id,title,title\n1,a,b\n")).row(0) == ("1", "a", "b")
 
 

@@ -93,7 +93,7 @@ def test_a_break_is_gone_on_from_within_one_call(server, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_later_call_goes_on_from_what_an_earlier_one_left(server, tmp_path, monkeypatch):
+def test_a_later_call_resumes_what_an_earlier_one_left(server, tmp_path, monkeypatch):
     monkeypatch.setattr(downloading, "TRIES", 1)
     server.breaks = 1
 
@@ -260,7 +260,7 @@ def test_amazon_files_keep_their_names_and_are_read_as_published(server, tmp_pat
         ("amazon-2018", "there are AMAZON_FASHION"),
     ],
 )
-def test_unknown_names_are_told_what_there_is(capsys, name, hint):
+def test_an_unknown_name_lists_what_there_is(capsys, name, hint):
     status, _, text = said(capsys, name)
     assert status == 2 and hint in text
 

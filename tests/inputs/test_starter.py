@@ -115,7 +115,7 @@ def test_parts_become_a_glob_that_names_only_them(tmp_path):
     assert "data.semantic_ids can name it" in text and "text_features can name it" in text and "broken.json" in text
 
 
-def test_parts_that_no_pattern_names_alone_are_told_apart_by_a_folder(tmp_path):
+def test_parts_that_no_pattern_names_alone_are_separated_by_a_folder(tmp_path):
     catalog().write_parquet(tmp_path / "items.parquet")
     for name, part in zip(("january", "june"), sales().iter_slices(600), strict=True):
         part.write_parquet(tmp_path / f"{name}.parquet")

@@ -219,7 +219,7 @@ def test_of_several_image_columns_one_is_read_and_the_others_are_named(folder):
     assert domain.image_column == "image" and "image2 (also images; one column can be read)" in text
 
 
-def test_ratings_without_times_are_told_what_they_lack(folder):
+def test_ratings_without_times_are_refused_with_what_they_lack(folder):
     pl.DataFrame({"book_id": range(ITEMS), "title": TITLES}).write_csv(folder / "books.csv")
     log("user_id", "book_id", "timestamp", rating=[3, 4]).drop("timestamp").write_csv(folder / "ratings.csv")
     with pytest.raises(

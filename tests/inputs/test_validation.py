@@ -110,7 +110,7 @@ def test_a_crash_in_one_domain_hides_no_other(tmp_path, monkeypatch):
     assert "KeyError: 'a bug'" in report["a"]["errors"][0] and not report["b"]["errors"] and "none.csv" in report["c"]["errors"][0]
 
 
-def test_the_command_speaks_of_the_files_before_it_reads_them(tmp_path, monkeypatch, capsys):
+def test_the_command_lists_the_files_before_it_reads_them(tmp_path, monkeypatch, capsys):
     ITEMS.write_parquet(tmp_path / "items.parquet")
     LOG.write_parquet(tmp_path / "interactions.parquet")
     (tmp_path / "shop.yaml").write_text(f"data: {{root: {tmp_path}, domains: {{shop: {{}}}}}}\nrun: {{dir: {tmp_path}/run}}")

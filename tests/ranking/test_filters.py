@@ -60,7 +60,7 @@ def plainly_best(scores, items, k):
 def test_the_best_are_those_of_the_items_that_are_left(run, monkeypatch, name, block, enabled):
     monkeypatch.setattr(blocks, "BLOCK", block)
     ranker, only = load_ranker(run, "shop", Ranking(enabled=enabled, rerank=0)), FILTERS[name]
-    scores = ranker.model_scores(HISTORIES).tolist()
+    scores = ranker.scores(HISTORIES)["model"].tolist()
     for remove_seen in (True, False):
         values, items = ranker.best(HISTORIES, 9, remove_seen, only)
         for row, history in enumerate(HISTORIES):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_a_wide_beam_ranks_as_exact_scores_do(ranker, config_and_run):
     expected = exact.sort(dim=1, descending=True, stable=True)
     assert torch.equal(items, expected.indices)
     torch.testing.assert_close(scores, expected.values, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(wide.model_scores(histories), exact, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(wide.scores(histories)["model"], exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -134,7 +135,7 @@ def test_candidates_have_exact_scores_and_items_are_similar_by_their_codes(ranke
 def test_scores_are_those_of_the_beams_and_cold_items_are_among_them(ranker, config_and_run):
     histories = histories_of(config_and_run[1])
     narrow = GenerativeRanker(ranker.model, ranker.codes, ranker.trained, 10)
-    scores, exact = narrow.model_scores(histories), narrow.exact_scores(histories)
+    scores, exact = narrow.scores(histories)["model"], narrow.exact_scores(histories)
     found = scores > -torch.inf
     assert (found.sum(1) >= 10).all() and (found.sum(1) <= 10 + COLD).all() and not found.all()
     assert found[:, -COLD:].all()
@@ -188,8 +189,10 @@ def test_pretraining_is_of_other_domains_and_taken_whole(tmp_path):
     assert config.no_pretraining is None
     sequence.pretrain(config, run, LocalExecutor(), Quiet())
     tensors, _ = run.load_model("pretrain/model")
-    (arguments,) = sequence.sequence_trainings("finetune", config).values()
-    loop = Loop(GenerativeTask(config, run, **arguments), torch.device("cpu"))
+    asked = {}
+    executor = SimpleNamespace(fit=lambda task, config, run, folder, workers, progress, **arguments: asked.update({folder: arguments}))
+    sequence.finetune(config, run, executor, Quiet())
+    loop = Loop(GenerativeTask(config, run, **asked["finetune/shop"]), torch.device("cpu"))
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in loop.model.state_dict().items())
 
 

@@ -50,10 +50,10 @@ def test_it_ranks_as_the_scoring_stage_does(run, recommender, monkeypatch, remov
 def test_block_by_block_ranks_as_the_whole_matrix_does(run, recommender, monkeypatch, enabled):
     histories = [np.array([recommender.index[item] for item in history]) for history in histories_of(run, recommender)]
     whole = load_ranker(run, "shop", Ranking(enabled=enabled, rerank=0))
-    scores = whole.model_scores(histories)
+    scores = whole.scores(histories)["model"]
     monkeypatch.setattr(blocks, "BLOCK", 7)
     blocked = load_ranker(run, "shop", Ranking(enabled=enabled, rerank=0))
-    torch.testing.assert_close(blocked.model_scores(histories), scores, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(blocked.scores(histories)["model"], scores, atol=1e-5, rtol=1e-5)
     for hidden in (True, False):
         values, items = top_k(hide(scores, histories) if hidden else scores, 9)
         found, places = blocked.best(histories, 9, hidden)
@@ -66,17 +66,17 @@ def test_the_best_change_places_and_the_others_stay_where_they_are(run, recommen
     monkeypatch.setattr(blocks, "BLOCK", block)
     histories = [np.array([recommender.index[item] for item in history]) for history in histories_of(run, recommender)]
     blended, corrected = (load_ranker(run, "shop", Ranking(rerank=size)) for size in (0, 5))
-    before, after = (each.model_scores(histories).argsort(dim=1, descending=True) for each in (blended, corrected))
+    before, after = (each.scores(histories)["model"].argsort(dim=1, descending=True) for each in (blended, corrected))
     assert torch.equal(before[:, :5].sort(1).values, after[:, :5].sort(1).values)
     assert torch.equal(before[:, 5:], after[:, 5:])
     assert not torch.equal(before[:, :5], after[:, :5])
     for k in (3, 5, 9, ITEMS):
         values, items = corrected.best(histories, k, remove_seen=False)
         assert torch.equal(items, after[:, :k])
-        torch.testing.assert_close(values, corrected.model_scores(histories).gather(1, items), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(values, corrected.scores(histories)["model"].gather(1, items), atol=1e-5, rtol=1e-5)
     whole = load_ranker(run, "shop", Ranking())  # seen items leave their places to others, which cold items do not take
     trained = [
-        [item for item in row if item < ITEMS - COLD] for row in hide(whole.model_scores(histories), histories).argsort(1, True).tolist()
+        [item for item in row if item < ITEMS - COLD] for row in hide(whole.scores(histories)["model"], histories).argsort(1, True).tolist()
     ]
     for found, expected in zip(whole.best(histories, ITEMS)[1].tolist(), trained, strict=True):
         found = [item for item in found if 0 <= item < ITEMS - COLD]
@@ -88,7 +88,7 @@ def test_the_best_change_places_and_the_others_stay_where_they_are(run, recommen
 def test_cold_items_keep_their_places(run):
     histories = [np.array([0, 3, 5])]
     lists = load_ranker(run, "shop", Ranking()).candidate_lists(histories, torch.tensor([2]))
-    blended, reordered = (load_ranker(run, "shop", Ranking(rerank=size)).model_scores(histories)[0] for size in (0, 64))
+    blended, reordered = (load_ranker(run, "shop", Ranking(rerank=size)).scores(histories)["model"][0] for size in (0, 64))
     assert torch.equal(blended[-COLD:], reordered[-COLD:]) and not torch.equal(blended, reordered)
     assert torch.equal(blended.sort().values, reordered.sort().values)
     assert lists.moved.sum() == ITEMS - COLD and lists.is_target.sum() == 1 and lists.seen.sum() == 3

@@ -52,7 +52,7 @@ def test_codes_are_in_range_and_equal_items_have_equal_codes(name, data):
 
 
 @each_quantizer
-def test_fewer_items_than_codewords_are_all_told_apart_and_exact(name):
+def test_fewer_items_than_codewords_are_all_distinguished_and_exact(name):
     data = embeddings(5)
     model = trained(name, data)
     assert collision_rate(codes_of(model, data)) == 0.0

@@ -70,7 +70,7 @@ def test_prefixes_that_follow_an_attribute_are_pure_and_shuffled_ones_are_not():
     assert second["purity"] == 1 and second["nmi"] < 1  # finer than the attribute
 
 
-def test_unrelated_attributes_tell_what_shuffled_ones_do():
+def test_unrelated_attributes_agree_as_shuffled_ones_do():
     rng = np.random.default_rng(0)
     for figures in prefix_figures(rng.integers(4, size=(2000, 2)), rng.integers(3, size=2000)):
         assert figures["purity"] == pytest.approx(figures["purity_shuffled"], abs=0.03)

@@ -86,7 +86,7 @@ def test_more_levels_than_dimensions_leave_the_extra_product_quantizer_fewer(fin
     assert [ExtraQuantizerTask(config, run, number).settings.num_levels for number in (0, 1)] == [4, 5]
 
 
-def test_codebooks_that_collapsed_stop_the_run_and_a_lower_gate_goes_on(copy, finished, shop):
+def test_codebooks_that_collapsed_stop_the_run_and_a_lower_gate_resumes_it(copy, finished, shop):
     redo_from("semantic_ids", copy)
     done = Manifest.load(copy, "quantizer")
     copy.delete("quantizer/manifest.json")

@@ -182,7 +182,7 @@ def test_a_domain_may_be_called_like_a_method(domain):
     assert not torch.equal(model.compose(TABLE._replace(domain=domain)), model.compose(TABLE))
 
 
-def test_content_tells_items_of_equal_codes_apart_and_is_not_saved():
+def test_content_distinguishes_items_of_equal_codes_and_is_not_saved():
     model = build(content_width=6).eval()
     codes = CODES.clone()
     codes[1] = codes[0]

@@ -57,6 +57,15 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
+def test_lines_that_were_cut_are_refused_with_the_name_of_their_file(run):
+    assert run.read_lines("a/metrics.jsonl") == []
+    run.write_bytes("a/metrics.jsonl", b'{"epoch": 0}\n\n{"epoch": 1}\n')
+    assert run.read_lines("a/metrics.jsonl") == [{"epoch": 0}, {"epoch": 1}]
+    run.write_bytes("a/metrics.jsonl", b'{"epoch": 0}\n{"epo')
+    with pytest.raises(ArtifactError, match=r"a/metrics.jsonl cannot be read as JSON lines: .*qbert-ray a --redo"):
+        run.read_lines("a/metrics.jsonl")
+
+
 def test_models_come_back_as_they_were(run):
     tensors = {"a": torch.randn(3, 4).T, "b": torch.arange(3)}  # not contiguous
     run.save_model("model", tensors, {"width": 4})

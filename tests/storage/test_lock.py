@@ -75,6 +75,35 @@ def test_a_second_process_is_refused_with_who_holds_it_and_may_come_afterwards(r
         pass
 
 
+def test_a_command_that_writes_nothing_leaves_nothing(tmp_path):
+    new, own = RunDir(str(tmp_path / "new")), RunDir(str(tmp_path / "own"))
+    Path(own.path()).mkdir()
+    for run in (new, own):
+        with pytest.raises(ZeroDivisionError), locked(run):
+            1 / 0  # noqa: B018
+    assert [path.name for path in tmp_path.iterdir()] == ["own"] and not own.folders("")
+    with locked(new), pytest.raises(LockedError), locked(new):
+        pass
+    with locked(new):
+        new.write_json("x.json", [1])
+    assert new.names("") == ["x.json"] and not new.folders("")
+
+
+def test_a_lock_that_is_released_between_folder_and_claim_is_no_error(tmp_path, monkeypatch):
+    run, made = RunDir(str(tmp_path / "run")), []
+    write = RunDir._write
+
+    def gone(self, path, content):
+        if not made:
+            made.append(path)
+            Path(path).parent.rmdir()
+        write(self, path, content)
+
+    monkeypatch.setattr(RunDir, "_write", gone)
+    with locked(run):
+        assert made and len(claims(run)) == 1
+
+
 def test_reading_takes_no_lock(run):
     run.write_json("x.json", [1])
     with locked(run):

@@ -55,7 +55,7 @@ def test_a_trial_is_the_ordinary_training_on_shared_outputs(swept, finished):
     assert signal.getsignal(signal.SIGINT) is INTERRUPT  # what ends a process still does
 
 
-def test_tables_tell_of_every_trial_and_the_overlay_loads(swept):
+def test_tables_hold_every_trial_and_the_overlay_loads(swept):
     plan, best = swept
     trials = pl.read_parquet(plan.folder.path("trials.parquet"))
     curves = pl.read_parquet(plan.folder.path("curves.parquet"))

@@ -88,7 +88,7 @@ def test_equal_rows_differ_by_nothing():
     assert (line["difference"], line["low"], line["high"]) == (0.0, 0.0, 0.0)
 
 
-def test_rows_are_told_without_differences_where_every_trial_of_the_reference_failed(ranks):
+def test_rows_are_shown_without_differences_where_every_trial_of_the_reference_failed(ranks):
     summary = summarise(ranks.filter(pl.col("row") == "better"), TABLE)
     assert all(line["difference"] is None for line in summary) and "| better | 0." in markdown(summary, TABLE)
 
