@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qbert_ray.ranking.blend import Blend, BlendedScores, blended_at, describe
 from qbert_ray.ranking.blocks import add, by_block, catalog_blocks
-from qbert_ray.ranking.filters import EVERYTHING, Filter, HiddenItems
+from qbert_ray.ranking.filters import EVERYTHING, Filter, HiddenItems, own_lists
 from qbert_ray.ranking.item_item import ItemItem
 from qbert_ray.ranking.reranker import INPUTS, CandidateLists, Reranker, candidate_inputs, reorder
 from qbert_ray.ranking.score_features import SCORE_FEATURES, ScoreFeatures
@@ -28,6 +28,7 @@ from qbert_ray.sequence.model import Sequencer, next_item_queries
 from qbert_ray.top_k import better, pairs, top_k
 
 MOST_HISTORIES, MOST_SCORES = 256, 2**26  # of a batch
+LISTED, MOST_GATHERED = 16, 2**25  # lists of at most a 16th of the catalog are scored alone, while so many numbers hold their vectors
 
 
 class HistoryBatch(NamedTuple):
@@ -97,8 +98,11 @@ class Ranker:
         Returns:
             Scores and item_index [B, min(k, N)], as `top_k.top_k` gives them; on the CPU.
         """
-        batch = self._read(histories, last_item=self.reranker is not None)
         only = only.within(self.available)
+        lists = own_lists(only, [history if remove_seen else history[:0] for history in histories])
+        if lists is not None and lists[0].size * self.vectors.shape[1] <= MOST_GATHERED and lists[0].shape[1] * LISTED <= self.num_items:
+            return self._best_of(histories, k, *(torch.from_numpy(each) for each in lists))
+        batch = self._read(histories, last_item=self.reranker is not None)
         values, items = self._top(batch, k if self.reranker is None else max(k, self.candidates), remove_seen, only)
         if self.reranker is not None:
             first = self.candidates
@@ -108,12 +112,22 @@ class Ranker:
             values, items = values.gather(1, order), items.gather(1, order)
         return values.cpu(), items.cpu()
 
-    def candidate_scores(self, histories: list[np.ndarray], items: Tensor) -> Tensor:
+    def _best_of(self, histories: list[np.ndarray], k: int, items: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """As `best`, of a short list of items [B, C] of each history, which alone are scored."""
+        width, length = min(k, self.num_items), min(k, items.shape[1])
+        values, best = torch.full((len(items), width), -torch.inf), torch.full((len(items), width), -1)
+        if length:
+            found, places = top_k(self.candidate_scores(histories, items, padding), length)
+            values[:, :length], best[:, :length] = found, torch.where(places >= 0, items.gather(1, places.clamp_min(0)), -1)
+        return values, best
+
+    def candidate_scores(self, histories: list[np.ndarray], items: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Scores of some items of each history, as `best` gives them where these are the only items; on the CPU.
 
         Args:
             histories: item_index in time order, the latest last.
-            items: [B, C] item_index, distinct in a row.
+            items: [B, C] item_index, distinct in a row where they are not hidden.
+            hidden: [B, C] booleans, places that get minus infinity; None: none.
 
         Returns:
             [B, C]. No other item is scored, so that time does not grow with the catalog.
@@ -124,6 +138,8 @@ class Ranker:
         if self.blend is not None and batch.features is not None and batch.description is not None:
             each = torch.cat([values[..., None], batch.features.at(items).to(self.device)], dim=2)  # [B, C, F]
             values = blended_at(each, self.blend.weights_for(batch.description), items >= self.trained, self.cold_item_bonus)
+        if hidden is not None:
+            values = values.masked_fill(hidden.to(self.device), -torch.inf)
         if self.reranker is not None:
             by_item = items.argsort(dim=1)
             order = by_item.gather(1, values.gather(1, by_item).argsort(dim=1, descending=True, stable=True))[:, : self.candidates]

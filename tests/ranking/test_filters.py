@@ -10,22 +10,24 @@ import torch
 from qbert_ray.config.schema import Config, Ranking
 from qbert_ray.inputs.rules import check_rules
 from qbert_ray.inputs.sources import SourceError
-from qbert_ray.ranking import blocks
+from qbert_ray.ranking import blocks, ranker
 from qbert_ray.ranking import score as scoring
-from qbert_ray.ranking.filters import EVERYTHING, Filter
+from qbert_ray.ranking.filters import EVERYTHING, Filter, own_lists
 from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.ranking.rules import load_rules
 from qbert_ray.storage import columns
 from tests.small_run import COLD, ITEMS, USERS, make_run
 
-HISTORIES = [np.array([3, 1, 4, 1]), np.array([], dtype=np.int64), np.array([38, 2])]
+NONE = np.zeros(0, np.int64)
+HISTORIES = [np.array([3, 1, 4, 1]), NONE, np.array([38, 2])]
 FILTERS = {
     "items": Filter(items=np.arange(ITEMS) % 3 != 0),
     "cold items alone": Filter(items=np.arange(ITEMS) >= ITEMS - COLD),
     "nothing": Filter(items=np.zeros(ITEMS, bool)),
-    "excluded": Filter(excluded=[np.array([5, 6, 7]), np.array([], dtype=np.int64), np.arange(ITEMS)]),
-    "allowed": Filter(allowed=[np.array([8, 3, 39, 8]), None, np.array([], dtype=np.int64)]),
+    "excluded": Filter(excluded=[np.array([5, 6, 7]), NONE, np.arange(ITEMS)]),
+    "allowed": Filter(allowed=[np.array([8, 3, 39, 8]), None, NONE]),
+    "lists": Filter(np.arange(ITEMS) != 4, [np.array([8]), np.array([2]), NONE], [np.array([8, 3, 39, 8]), np.arange(7), NONE]),
     "all kinds": Filter(np.arange(ITEMS) % 2 == 0, [np.array([2, 4]), np.array([0]), np.array([8])], [None, np.arange(20), np.arange(9)]),
 }
 
@@ -59,15 +61,29 @@ def plainly_best(scores, items, k):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_best_are_those_of_the_items_that_are_left(run, monkeypatch, name, block, enabled):
     monkeypatch.setattr(blocks, "BLOCK", block)
-    ranker, only = load_ranker(run, "shop", Ranking(enabled=enabled, rerank=0)), FILTERS[name]
-    scores = ranker.scores(HISTORIES)["model"].tolist()
+    rank, only = load_ranker(run, "shop", Ranking(enabled=enabled, rerank=0)), FILTERS[name]
+    scores = rank.scores(HISTORIES)["model"].tolist()
     for remove_seen in (True, False):
-        values, items = ranker.best(HISTORIES, 9, remove_seen, only)
+        values, items = rank.best(HISTORIES, 9, remove_seen, only)
         for row, history in enumerate(HISTORIES):
             expected = plainly_best(scores[row], left(only, history, row, remove_seen), 9)
             assert [item for item in items[row].tolist() if item >= 0] == expected
             assert values[row, : len(expected)].tolist() == pytest.approx([scores[row][item] for item in expected], abs=1e-4)
             assert values[row, len(expected) :].isneginf().all()
+
+
+@pytest.mark.parametrize("size", [0, 4, 64])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_short_lists_are_scored_alone_and_ranked_as_in_the_whole_catalog(run, monkeypatch, enabled, size):
+    rank, only = load_ranker(run, "shop", Ranking(enabled=enabled, rerank=size)), FILTERS["lists"]
+    assert own_lists(only, HISTORIES)[0].shape == (3, 5) and own_lists(FILTERS["allowed"], HISTORIES) is None
+    for remove_seen in (True, False):
+        found = []
+        for share in (ITEMS, 1):  # the whole catalog is scored, or the lists alone
+            monkeypatch.setattr(ranker, "LISTED", share)
+            found.append(rank.best(HISTORIES, 6, remove_seen, only))
+        assert torch.equal(found[0][1], found[1][1])
+        torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("block", [7, 8192])
@@ -174,7 +190,7 @@ def test_products_of_the_embeddings_are_the_sequence_models_scores(recommender):
     users, items = recommender.user_embeddings([ids[:3], [], ids[5:9]], ["a", "b", "c"]), recommender.item_embeddings()
     assert users["user_id"].to_pylist() == ["a", "b", "c"] and items["item_id"].to_pylist() == ids
     vectors = [columns.to_numpy(table["embedding"]) for table in (users, items)]
-    histories = [np.array([0, 1, 2]), np.array([], dtype=np.int64), np.array([5, 6, 7, 8])]
+    histories = [np.array([0, 1, 2]), NONE, np.array([5, 6, 7, 8])]
     expected = recommender.ranker.scores(histories)["sequencer"].numpy()
     np.testing.assert_allclose(vectors[0] @ vectors[1].T + items["bias"].to_numpy(), expected, atol=1e-4)
     assert recommender.user_embeddings([]).num_rows == 0
