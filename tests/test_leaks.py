@@ -62,8 +62,27 @@ def permute_labels(run, columns):
         items[rows] = rng.permutation(items[rows])
         place = table.column_names.index("item_id")
         run.write_part("ingest/interactions", name, table.set_column(place, table.schema.field("item_id"), pa.array(items, pa.string())))
+    sealed_again(run)
+
+
+def rename_items(run):
+    """Give every item another ID, so that the order of the new ones is the old one reversed."""
+    old = sorted(run.read("ingest/items")["item_id"].to_pylist())
+    names = {item: f"x{len(old) - place:05d}" for place, item in enumerate(old)}
+    for folder in ("ingest/items", "ingest/interactions"):
+        for name in run.parts(folder):
+            table = run.read_part(folder, name)
+            place = table.column_names.index("item_id")
+            renamed = pa.array([names[item] for item in table["item_id"].to_pylist()], pa.string())
+            run.write_part(folder, name, table.set_column(place, table.schema.field("item_id"), renamed))
+    sealed_again(run)
+    return names
+
+
+def sealed_again(run):
+    """These are the stage's own parts now."""
     manifest = Manifest.load(run, "ingest")
-    manifest.files = seal(run, "ingest")  # these are the stage's own parts now
+    manifest.files = seal(run, "ingest")
     manifest.save(run, "ingest")
 
 
@@ -86,6 +105,22 @@ def permuted(request, honest, tmp_path_factory):
     permute_labels(other, list(request.param))
     run_stages(small_config(config.data.root, folder / "run", *SETTINGS), threads=1)
     return request.param, other
+
+
+def test_no_model_reads_item_ids(honest, tmp_path):
+    """With other IDs, in the reverse order, every rank and recommendation is the same; `ingest` orders items by a hash of theirs."""
+    config, run = honest
+    shutil.copytree(f"{run.uri}/ingest", tmp_path / "run" / "ingest")
+    other = RunDir(str(tmp_path / "run"))
+    names = rename_items(other)
+    run_stages(small_config(config.data.root, tmp_path / "run", *SETTINGS), threads=1)
+    for table, ids in (("evaluate/ranks", "target"), ("score", "item_id")):
+        before, after = (each.read(table) for each in (run, other))
+        assert [names[item] for item in before[ids].to_pylist()] == after[ids].to_pylist()
+        assert before.drop_columns(ids).equals(after.drop_columns(ids))
+    items = run.read("ingest/items")
+    order = np.argsort(np.argsort(items["item_id"].to_pylist()))
+    assert abs(np.corrcoef(items["item_index"].to_numpy(), order)[0, 1]) < 0.3  # a chance of one in a thousand for a hash of 120 items
 
 
 def log(run, folder):
