@@ -342,7 +342,7 @@ def test_a_published_training_has_its_best_weights_its_description_and_a_line_fo
 
 def test_a_model_that_needs_no_training_is_measured_and_published(tmp_path):
     run_dir = RunDir(str(tmp_path))
-    training.build(lambda **arguments: Line(**arguments), {"epochs": 7}, run_dir, "folder")
+    training.build(lambda: Line(epochs=7), run_dir, "folder")
     log, weights, _ = published(run_dir, "folder")
     assert log == [{"epoch": 0, "weight": 2.0}] and weights["weight"].item() == 2
 

@@ -184,7 +184,7 @@ def test_the_command_writes_where_the_run_is(run, capsys):
 
 
 def test_a_failing_report_does_not_lose_a_run(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_run_stages", lambda *_: None)
+    monkeypatch.setattr(cli, "run_stages", lambda *_: None)
     monkeypatch.setattr("qbert_ray.report.page.render", lambda *_: 1 / 0)
     (tmp_path / "config.yaml").write_text(f"run: {{dir: {run.uri}}}\n")
     with pytest.raises(SystemExit, match="0"):

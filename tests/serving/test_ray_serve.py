@@ -126,7 +126,7 @@ def test_another_run_takes_over_without_a_dropped_request(url, runs, configs):
     assert failed == [] and {version for _, version, _ in seen} == set(versions)
     for number, version, items in seen:
         assert listed(items) == expected[versions[version]][number]
-    with pytest.raises(ArtifactError, match="cannot be served: finetune is not done"):
+    with pytest.raises(ArtifactError, match="cannot be served: ingest is not done"):
         ray_serve.deploy(with_values(configs[1], {"run.dir": f"{runs[1].uri}/nothing", "sequencer.kind": "generative"}))
     assert call(f"{url}/health")[1]["run"] == runs[1].uri
     with pytest.raises(ArtifactError, match="end that first: qbert-ray serve --stop"):

@@ -152,7 +152,7 @@ def test_a_holder_renews_and_notices_when_its_claim_was_taken(run, monkeypatch):
     with locked(run) as lock:
         path = f"{FOLDER}/{lock.name}"
         run.write_bytes(path, b"{}")
-        _until(lambda: run.read_json(path))
+        _until(lambda: run.read_bytes(path) != b"{}")
         check_held(run)
         claim(run, since="later")
         run.delete(path)  # the renewal may be about to write it again
