@@ -12,7 +12,7 @@ from rich.table import Table
 from qbert_ray.cli.terminal import shown
 
 if TYPE_CHECKING:  # they import polars and scipy, which other commands do not need
-    from qbert_ray.semantic_ids.id_report import Attribute, DomainReport, Example
+    from qbert_ray.semantic_ids.id_report import Attribute, DomainQuality, Example
     from qbert_ray.semantic_ids.lookup import Move
 
 app = typer.Typer(name="ids", help="Look at the semantic IDs of a finished run.", no_args_is_help=True)
@@ -98,7 +98,7 @@ def _moved(moved: Move | None) -> str:
     return f"moved from {shown(moved['nearest'])}, which {kept}{shown(full)}"
 
 
-def _print_domain(domain: str, figures: DomainReport, size: int) -> None:
+def _print_domain(domain: str, figures: DomainQuality, size: int) -> None:
     console.print(
         f"\n[bold]{shown(domain)}[/bold]: {figures['with_id']:,} of {figures['items']:,} items have an ID ({figures['coverage']:.1%}); "
         f"collisions {figures['raw_collision_rate']:.2%} before, {figures['collision_rate']:.2%} after; {figures['moved']:,} moved",
@@ -115,7 +115,7 @@ def _print_domain(domain: str, figures: DomainReport, size: int) -> None:
     console.print(_examples(figures["examples"]))
 
 
-def _levels(figures: DomainReport, size: int) -> Table:
+def _levels(figures: DomainQuality, size: int) -> Table:
     table = _table("code", f"in use of {size}", "perplexity", "entropy, bits", "Gini", "moved here")
     for number, (level, moved) in enumerate(zip(figures["levels"], figures["moved_at"], strict=True)):
         cells = f"{level['usage']:.1%}", f"{level['perplexity']:.1f}", f"{level['entropy']:.2f}", f"{level['gini']:.2f}", f"{moved:,}"

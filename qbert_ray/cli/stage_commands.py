@@ -150,7 +150,7 @@ def run_stages(config: Config, journal: Journal, only: Stage | None, redo: str |
     Args:
         config: of the run.
         journal: receives what happens.
-        only: run this stage alone; None: all, and what the section `score` asks for beside them.
+        only: run this stage alone; None: all, and what the section `score` asks for in addition to them.
         redo: command of a stage that is forgotten first, with all after it.
 
     Raises:

@@ -141,9 +141,9 @@ def _encode(config: Config, run: RunDir, modality: str, plan: Plan, executor: Ex
 
 
 def _modalities(config: Config) -> list[str]:
-    """The modalities of a run; collaborative vectors join by default only where a catalog has nothing else to tell its items apart.
+    """The modalities of a run; collaborative vectors join by default only where a catalog has no texts or images to distinguish its items.
 
-    In training they tell which items the same users had, so the sequence model relies on them and ranks new interactions less well.
+    In training they encode which items the same users had, so the sequence model relies on them and ranks new interactions less well.
     """
     if config.features.modalities is not None:
         return sorted(config.features.modalities, key=MODALITIES.index)

@@ -50,7 +50,7 @@ class ImageReport(TypedDict):
     examples: list[str]
 
 
-class DomainReport(TypedDict, total=False):
+class DomainValidation(TypedDict, total=False):
     """What a run would make of a domain's files; of files that cannot be used only the errors."""
 
     errors: list[str]
@@ -87,7 +87,7 @@ def in_this_process(config: Config, sources: Sources) -> bool:
     return sum(source.filesystem.get_file_info(file.path).size or 0 for source in given for file in source.files) <= SMALL_BYTES
 
 
-def validate(config: Config, executor: Executor, sources: Sources | None = None) -> dict[str, DomainReport]:
+def validate(config: Config, executor: Executor, sources: Sources | None = None) -> dict[str, DomainValidation]:
     """A report per domain: its files, what a run would keep and reject, and what looks wrong.
 
     Args:
@@ -110,8 +110,8 @@ def _unexpected(name: str, error: Exception) -> str:
     return f"domain {name}: reading it ended with {type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"
 
 
-def _validate_domain(config: Config, name: str, executor: Executor, tables: dict[Table, Source | str]) -> DomainReport:
-    report: DomainReport = {"errors": [source for source in tables.values() if isinstance(source, str)]}
+def _validate_domain(config: Config, name: str, executor: Executor, tables: dict[Table, Source | str]) -> DomainValidation:
+    report: DomainValidation = {"errors": [source for source in tables.values() if isinstance(source, str)]}
     if report["errors"]:
         return report
     try:
@@ -235,7 +235,7 @@ def format_files(sources: Sources) -> str:
     return "\n".join(lines)
 
 
-def format_validation(report: dict[str, DomainReport]) -> str:
+def format_validation(report: dict[str, DomainValidation]) -> str:
     """The validation report as one page of text; `format_files` lists the files."""
     return "\n\n".join("\n".join(_domain_lines(name, domain)) for name, domain in report.items())
 
@@ -247,7 +247,7 @@ def _file_line(table: str, source: Source) -> str:
     return f"  {table}: {source.uri} ({source.files[0].kind}{many}, {source.format}{remarks}); columns: {', '.join(names)}"
 
 
-def _domain_lines(name: str, domain: DomainReport) -> Iterator[str]:
+def _domain_lines(name: str, domain: DomainValidation) -> Iterator[str]:
     yield f"Domain {name}: {'cannot be used' if domain['errors'] else 'can be used'}"
     yield from (f"  ERROR {error}" for error in domain["errors"])
     if domain["errors"]:

@@ -34,6 +34,8 @@ Unknown = Literal["ignore", "error"]
 
 
 class Recommendation(NamedTuple):
+    """A recommended item with its score."""
+
     item_id: str
     score: float
 

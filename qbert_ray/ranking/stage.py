@@ -46,14 +46,14 @@ class Gain(TypedDict):
     error: float  # standard error over users of their difference
 
 
-class Asked(NamedTuple):
+class ValidationUsers(NamedTuple):
     """Validation users: their histories and targets."""
 
     histories: list[np.ndarray]
     target: Tensor  # [V] item_index
 
     @classmethod
-    def of(cls, sequences: columns.Sequences, users: np.ndarray) -> Asked:
+    def of(cls, sequences: columns.Sequences, users: np.ndarray) -> ValidationUsers:
         return cls([sequences.history(user, "valid") for user in users], torch.from_numpy(sequences.valid[users]))
 
 
@@ -95,7 +95,7 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
     everybody = np.flatnonzero(sequences.valid >= 0)
     everybody = everybody[np.argsort(uniform(SAMPLE_STREAM, 0, everybody, 1)[:, 0])]
     users = everybody[: settings.validation_users]
-    halves = [Asked.of(sequences, users[part::2]) for part in (0, 1)]
+    halves = [ValidationUsers.of(sequences, users[part::2]) for part in (0, 1)]
     found = [_candidates(ranker, *half, settings.candidates) for half in halves]
     ndcg = _cross_fitted(ranker, halves, found)
     blending = _blend_gain(ndcg, settings)
@@ -156,7 +156,9 @@ def _average_weights(blend: Blend) -> dict[str, dict[str, float]]:
     }
 
 
-def _cross_fitted(ranker: Ranker, halves: list[Asked], found: list[tuple[Candidates, Candidates | None]]) -> dict[str, np.ndarray]:
+def _cross_fitted(
+    ranker: Ranker, halves: list[ValidationUsers], found: list[tuple[Candidates, Candidates | None]]
+) -> dict[str, np.ndarray]:
     """Ranking -> [V] ndcg@10 of validation items among unseen ones, as fine-tuning is judged, each half ranked by blends of the other half.
 
     Args:

@@ -46,7 +46,7 @@ class Example(TypedDict):
     titles: list[str]
 
 
-class DomainReport(TypedDict):
+class DomainQuality(TypedDict):
     """Quality of the semantic IDs of one domain."""
 
     items: int
@@ -67,7 +67,7 @@ class IdReport(TypedDict):
 
     num_levels: int
     codebook_size: int
-    domains: dict[str, DomainReport]
+    domains: dict[str, DomainQuality]
 
 
 def report(name: str) -> IdReport:
@@ -82,7 +82,7 @@ def report(name: str) -> IdReport:
     return content
 
 
-def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> DomainReport:
+def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> DomainQuality:
     ids = read_ids(run, parts)
     items = sum(run.read_part("ingest/items", part, [ITEM_INDEX]).num_rows for part in run.parts("ingest/items", domain))
     titles = read_titles(run, parts)

@@ -1,7 +1,7 @@
 """Serves a run over HTTP with Ray Serve: /recommend, /similar and /health (`pip install 'qbert-ray[serve]'`).
 
 Requests that wait are answered together. A replica looks at intervals whether the run that it is to serve has changed, loads the new
-one beside the old one, and then answers by it, so that no request is dropped or waits.
+one next to the old one, and then answers from it, so that no request is dropped or waits.
 """
 
 from __future__ import annotations

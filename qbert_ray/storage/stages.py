@@ -172,7 +172,7 @@ STAGES = (
         ignores=("score.histories",),
     ),
 )
-REQUESTED = (  # beside the run: done where a setting asks for it
+REQUESTED = (  # in addition to a run: done where a setting asks for it
     Stage(
         "score_histories",
         "qbert_ray.ranking.score:score_histories",

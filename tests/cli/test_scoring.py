@@ -37,7 +37,7 @@ def recommended(table):
     return found
 
 
-def test_histories_of_other_users_are_scored_beside_the_run(copied, capsys, monkeypatch):
+def test_histories_of_other_users_are_scored_next_to_the_run(copied, capsys, monkeypatch):
     arguments, run, folder = copied
     before, recommender = run.read("score"), Recommender.load(run.uri)
     histories = {"new-1": recommender.ids[:4], "new-2": [], "new-3": recommender.ids[7:9]}

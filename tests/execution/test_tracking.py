@@ -141,7 +141,7 @@ def test_items_are_counted_with_the_domain_of_their_part(monkeypatch):
     assert counted == [(5, {"run": RunDir("runs/a").uri, "job_id": "7", "domain": "my-shop", "table": "features/text"})]
 
 
-def test_a_restarted_training_is_told_and_a_resumed_one_is_not(monkeypatch):
+def test_a_restarted_training_is_reported_and_a_resumed_one_is_not(monkeypatch):
     """A first start with epochs done resumes an earlier run; a second one of the same training follows a loss."""
     board = ray_board.Board.__ray_metadata__.modified_class("finetune/shop")
     remote = SimpleNamespace(read=SimpleNamespace(remote=board.read))

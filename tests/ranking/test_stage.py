@@ -76,7 +76,10 @@ class Recorder:
 
 def test_each_half_is_ranked_by_the_blend_of_the_other(monkeypatch):
     monkeypatch.setattr(stage, "fit_blend", lambda found: found)
-    halves = [stage.Asked([np.array([0]), np.array([0])], torch.tensor([1, 3])), stage.Asked([np.array([0])], torch.tensor([3]))]
+    halves = [
+        stage.ValidationUsers([np.array([0]), np.array([0])], torch.tensor([1, 3])),
+        stage.ValidationUsers([np.array([0])], torch.tensor([3])),
+    ]
     ranker = Recorder()
     ndcg = stage._cross_fitted(ranker, halves, [("first", None), ("second", "baseline")])
     gain = stage._blend_gain(ndcg, Ranking())
