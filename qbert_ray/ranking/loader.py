@@ -25,7 +25,7 @@ ITEM_ITEM_TEXT = "ranking/item_item_text"  # blend of a baseline
 RIDGE = "ranking/ridge"  # settings that were chosen
 
 
-def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu", blended: bool = True) -> Ranker:
+def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu", blended: bool = True, baselines: bool = False) -> Ranker:
     """The fine-tuned sequence model of a domain with its item-item model, blend and reranker, where they are enabled.
 
     Args:
@@ -34,6 +34,7 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
         settings: the config's section `ranking`.
         device: where the models compute.
         blended: false: without the blend and the reranker, which are still to be fitted.
+        baselines: with the blend of the baseline, which needs the vectors of texts even where the blend does not.
 
     Raises:
         ArtifactError: a model or table is not there.
@@ -49,7 +50,7 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
     if not settings.enabled:
         return Ranker(model, items, trained)
     blend = _load_blend(run, domain) if blended else None
-    baseline = _load_blend(run, domain, ITEM_ITEM_TEXT) if blended and run.exists(f"{ITEM_ITEM_TEXT}/{domain}/model.json") else None
+    baseline = _load_blend(run, domain, ITEM_ITEM_TEXT) if baselines and run.exists(f"{ITEM_ITEM_TEXT}/{domain}/model.json") else None
     used = [name for each in (blend, baseline) if each is not None for name in each.used()] if blend else SCORE_FEATURES
     contents = _contents(run, domain, fused, used)
     contents = {name: vectors.to(device) for name, vectors in contents.items()}
