@@ -12,22 +12,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from qbert_ray.config.compute_section import Actors, Compute, Workers
-from qbert_ray.config.data_sections import Data, Domain, Features, ImageEncoder, TextEncoder
+from qbert_ray.config.data_sections import Data, Domain, Inputs
+from qbert_ray.config.features_section import Features, ImageEncoder, TextEncoder, check_inputs, modalities_of
 from qbert_ray.config.search import Sweep
 from qbert_ray.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share, paper
 
-__all__ = [
-    "Actors",
-    "Compute",
-    "Config",
-    "Data",
-    "Domain",
-    "Features",
-    "ImageEncoder",
-    "Section",
-    "TextEncoder",
-    "Workers",
-]  # re-exported from the other modules of this package
+__all__ = ["Actors", "Compute", "Config", "Data", "Domain", "Features", "ImageEncoder", "Inputs", "Section", "TextEncoder", "Workers"]
+# re-exported from the other modules of this package
 
 MaskStrategy = Literal["span", "tail", "multi_region", "random"]
 
@@ -157,7 +148,7 @@ class Sequencer(Section):
     )
     content: Literal["modalities", "fused", "none"] = Field(
         "modalities",
-        description="add a projection of an item's text and image vectors, or of its fused embedding, to its codes' embeddings",
+        description="add a projection of an item's vectors in each modality, or of its fused embedding, to its codes' embeddings",
         json_schema_extra=paper("none"),
     )
     code_dropout: Share = Field(
@@ -365,6 +356,16 @@ class Config(Section):
         if causal and self.sequencer.kind == "masked" and self.sequencer.tokens == "flat":
             raise ValueError(f"sequencer.tokens=flat needs {causal[0]}.objective=masked: a causal model has one position for each item")
         return self
+
+    @model_validator(mode="after")
+    def _inputs_of_kinds(self) -> Config:
+        check_inputs(self.features, self.data.domains)
+        return self
+
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities of a run, in order; those that no domain has input for are among them."""
+        return modalities_of(self.features, self.data.domains)
 
     @property
     def pretrained(self) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from qbert_ray.ranking.blocks import Entries, add, by_block
 from qbert_ray.ranking.score_features import SCORE_FEATURES, ScoreFeatures
 
-# blend weights where there is nothing to fit them on: what the real data sets gave, rounded
+# blend weights where there is nothing to fit them on: what the real data sets gave, rounded; further score features have 0
 START = (0.35, 1.0, 0.6, 0.0, 0.0, 0.0, 0.0)
 WITHOUT_NETWORK = ("ridge", "following", "text", "seen")  # score features for which no network is trained on the data
 
@@ -33,10 +33,15 @@ class Blend(NamedTuple):
     centre: Tensor  # [P] mean of the descriptions it was fitted on
     spread: Tensor  # [P] their standard deviation
 
-    def used(self) -> list[str]:
-        """Names of the score features that have a weight for some history."""
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return (self.weights.shape[1] - 1) // 2
+
+    def used(self, names: tuple[str, ...] = SCORE_FEATURES) -> list[str]:
+        """Names of the score features that have a weight for some history, of the names of all."""
         used = self.weights[:, :-1].view(len(self.weights), 2, -1).any(1).any(0)
-        return [name for name, has_weight in zip(SCORE_FEATURES, used.tolist(), strict=True) if has_weight]
+        return [name for name, has_weight in zip(names, used.tolist(), strict=True) if has_weight]
 
     def weights_for(self, description: Tensor) -> Tensor:
         """[B, 2 F + 1] weights for histories of these descriptions [B, P], clamped to about the range that was fitted on."""
@@ -85,9 +90,9 @@ class BlendedScores:
             counts = np.diff(matrix.indptr)
             each = np.repeat(weights[:, number], counts)
             if self.trained < matrix.shape[1]:
-                cold = np.repeat(weights[:, number + len(SCORE_FEATURES)], counts)
+                cold = np.repeat(weights[:, number + len(self.features.names)], counts)
                 each = np.where(matrix.indices < self.trained, each, cold)
-            added = np.full_like(each, -np.inf) if hide_seen and SCORE_FEATURES[number] == "seen" else matrix.data * each
+            added = np.full_like(each, -np.inf) if hide_seen and self.features.names[number] == "seen" else matrix.data * each
             yield sparse.csr_matrix((added, matrix.indices, matrix.indptr), shape=matrix.shape)
 
     def of(self, scores: Tensor, block: slice) -> Tensor:
@@ -98,7 +103,7 @@ class BlendedScores:
             block: of the catalog.
         """
         cold = block.start >= self.trained
-        weights = self.weights[:, len(SCORE_FEATURES) :] if cold else self.weights
+        weights = self.weights[:, len(self.features.names) :] if cold else self.weights
         if self.penalty is None:
             scores.mul_(weights[:, :1])
         else:  # in the same pass over the scores
@@ -139,23 +144,22 @@ class Candidates(NamedTuple):
     description: Tensor  # [V, P]
 
 
-def no_candidates() -> Candidates:
+def no_candidates(num_features: int = len(SCORE_FEATURES)) -> Candidates:
     """The candidates of no history, to which `fit_blend` gives the start."""
     rows = torch.zeros(0, 0, dtype=torch.bool)
-    return Candidates(torch.zeros(0, 0, len(SCORE_FEATURES)), rows, rows, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3))
+    return Candidates(torch.zeros(0, 0, num_features), rows, rows, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3))
 
 
 def join_candidates(found: list[Candidates]) -> Candidates:
     """The candidates of several groups of histories."""
     given = [each for each in found if each.features.shape[1]]
-    return Candidates(*(torch.cat(pieces) for pieces in zip(*given, strict=True))) if given else no_candidates()
+    return Candidates(*(torch.cat(pieces) for pieces in zip(*given, strict=True))) if given else found[0]
 
 
-def sequence_alone() -> Blend:
+def sequence_alone(num_features: int = len(SCORE_FEATURES)) -> Blend:
     """The blend that ranks as the sequence model by itself does."""
-    count = len(SCORE_FEATURES)
-    weights = torch.zeros(3, 2 * count + 1)
-    weights[0, [0, count]] = 1.0
+    weights = torch.zeros(3, 2 * num_features + 1)
+    weights[0, [0, num_features]] = 1.0
     return Blend(weights, torch.zeros(3), torch.ones(3))
 
 
@@ -170,7 +174,7 @@ def candidates(
         lengths: [B] of the histories.
         target: [B] item_index.
         cold: [N] which items are simulated cold ones.
-        available: indices in `SCORE_FEATURES` of the scores.
+        available: indices of the score features.
         count: items by each score.
 
     Returns:
@@ -191,9 +195,9 @@ def candidates(
     return Candidates(*(each[has_target] for each in (found, cold[chosen], repeated, is_target.int().argmax(1), description)))
 
 
-def without_network(candidates: Candidates) -> Candidates:
+def without_network(candidates: Candidates, names: tuple[str, ...] = SCORE_FEATURES) -> Candidates:
     """The candidates with zeros for the score features of trained networks, so that a blend fitted on them does not read those."""
-    kept = torch.tensor([name in WITHOUT_NETWORK for name in SCORE_FEATURES])
+    kept = torch.tensor([name in WITHOUT_NETWORK for name in names])
     return candidates._replace(features=candidates.features * kept)
 
 
@@ -203,9 +207,9 @@ def fit_blend(found: Candidates) -> Blend:
     Ranking the best candidates, rather than the likelihood over the whole catalog, is what hit rates at small k measure: fitted
     over the catalog, the blend serves the far tail (instruments, validation ndcg@10 .118 against .135).
     """
-    users, count = len(found.target), len(SCORE_FEATURES)
+    users, count = len(found.target), found.features.shape[2]
     start = torch.zeros(3, 2 * count + 1)
-    start[0, :-1] = torch.tensor(START + START)
+    start[0, :-1] = torch.tensor([*START, *[0.0] * (count - len(START))]).repeat(2)
     if not users:
         return Blend(start, torch.zeros(3), torch.ones(3))
     centre, spread = found.description.mean(0), found.description.std(0, unbiased=False)

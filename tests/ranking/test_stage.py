@@ -61,7 +61,7 @@ def test_a_blend_that_does_not_help_is_left_out(tmp_path):
 class Recorder:
     """Stands for a ranker: its scores follow from the blend that it was given last."""
 
-    num_items = 4
+    num_items, num_features = 4, 7
 
     def __init__(self):
         self.used = []
