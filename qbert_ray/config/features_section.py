@@ -45,6 +45,16 @@ class TextEncoder(Kind):
         return self
 
 
+class Lexical(Kind):
+    reads = "texts"
+
+    dim: PositiveInt = Field(512, description="D, singular vectors of the TF-IDF matrix that are kept")
+    max_terms: PositiveInt = Field(20_000, description="most terms, the most frequent ones")
+    fitted_on: PositiveInt = Field(
+        100_000, description="most items, drawn at random, whose texts the terms and singular vectors are fitted on"
+    )
+
+
 class ImageEncoder(Kind):
     reads = "files"
 
@@ -79,7 +89,13 @@ class OwnVectors(Kind):
     """Vectors that are read and never made."""
 
 
-KINDS: dict[str, type[Kind]] = {"text": TextEncoder, "image": ImageEncoder, "structure": Structure, "vectors": OwnVectors}
+KINDS: dict[str, type[Kind]] = {
+    "text": TextEncoder,
+    "image": ImageEncoder,
+    "structure": Structure,
+    "lexical": Lexical,
+    "vectors": OwnVectors,
+}
 
 
 def in_order(modalities: Iterable[str]) -> list[str]:
@@ -98,6 +114,7 @@ class Features(Section):
     text: TextEncoder = TextEncoder()
     image: ImageEncoder = ImageEncoder()
     structure: Structure = Structure()
+    lexical: Lexical = Lexical()
 
     @model_validator(mode="after")
     def _modalities(self) -> Features:
