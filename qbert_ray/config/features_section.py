@@ -75,11 +75,24 @@ class Structure(Kind):
     window: PositiveInt = Field(50, description="latest training items of a user that count as co-occurring")
 
 
+class Tabular(Kind):
+    reads = "values"
+
+    dim: PositiveInt = Field(64, description="width of the vectors, one per column: quantiles of numbers, hashed categories")
+    categories: list[str] = Field([], description="columns that hold categories although they look like numbers, such as a brand's number")
+
+
 class OwnVectors(Kind):
     """Vectors that are read and never made."""
 
 
-KINDS: dict[str, type[Kind]] = {"text": TextEncoder, "image": ImageEncoder, "structure": Structure, "vectors": OwnVectors}
+KINDS: dict[str, type[Kind]] = {
+    "text": TextEncoder,
+    "image": ImageEncoder,
+    "structure": Structure,
+    "tabular": Tabular,
+    "vectors": OwnVectors,
+}
 
 
 def in_order(modalities: Iterable[str]) -> list[str]:
@@ -98,6 +111,7 @@ class Features(Section):
     text: TextEncoder = TextEncoder()
     image: ImageEncoder = ImageEncoder()
     structure: Structure = Structure()
+    tabular: Tabular = Tabular()
 
     @model_validator(mode="after")
     def _modalities(self) -> Features:

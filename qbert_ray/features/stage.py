@@ -147,7 +147,7 @@ class EncodePart:
         self.run, self.config, self.modality = run, config, modality
         encoder = encoder_of(config, modality)
         assert encoder is not None and issubclass(encoder, PartEncoder)
-        self.encoder = encoder(config.features.settings(modality), num_vectors)
+        self.encoder = encoder(config.features, modality, num_vectors)
 
     def __call__(self, part: str) -> dict[str, int]:
         source = _source(self.config, self.modality, part.rsplit("-", 1)[0])
@@ -167,7 +167,7 @@ def _source(config: Config, modality: str, domain: str) -> Source:
 
 def _plan(config: Config, modality: str, executor: Executor) -> Plan | None:
     """The plan of a modality; None if no domain has input for it."""
-    domains, encoder, settings = config.data.domains, encoder_of(config, modality), config.features.settings(modality)
+    domains, encoder = config.data.domains, encoder_of(config, modality)
     own = {name: join(config.data.root, domain.vectors[modality]) for name, domain in domains.items() if modality in domain.vectors}
     has_input = {name: config.features.is_from_interactions(modality) or domain.describes(modality) for name, domain in domains.items()}
     made = [name for name, there in has_input.items() if there and name not in own and encoder is not None]
@@ -179,7 +179,7 @@ def _plan(config: Config, modality: str, executor: Executor) -> Plan | None:
     counts = [count for count, _ in shapes.values()]
     if made:
         assert encoder is not None
-        counts += [encoder.vectors_of(settings, _source(config, modality, name)) for name in made]
+        counts += [encoder.vectors_of(config.features, _source(config, modality, name)) for name in made]
         if own or issubclass(encoder, DomainEncoder):
             widths[", ".join(made)] = executor.get(executor.submit(_width, config, modality))
     if len(set(widths.values())) > 1:
@@ -190,9 +190,11 @@ def _plan(config: Config, modality: str, executor: Executor) -> Plan | None:
 
 def _width(config: Config, modality: str) -> int:
     """D of the vectors that are made; the encoder has to be loaded to know it."""
-    encoder, settings = encoder_of(config, modality), config.features.settings(modality)
+    encoder = encoder_of(config, modality)
     assert encoder is not None
-    return encoder(settings).width if issubclass(encoder, DomainEncoder) else encoder(settings, 1).width
+    if issubclass(encoder, DomainEncoder):
+        return encoder(config.features, modality).width
+    return encoder(config.features, modality, 1).width
 
 
 # one task per domain
@@ -244,7 +246,7 @@ def _read_own(uri: str, modality: str, num_vectors: int, width: int, run: RunDir
 def _make(config: Config, plan: Plan, domain: str, run: RunDir, item_ids: pa.Array) -> Encoded:
     encoder = encoder_of(config, plan.modality)
     assert encoder is not None and issubclass(encoder, DomainEncoder)
-    return encoder(config.features.settings(plan.modality))(run, _source(config, plan.modality, domain), plan.num_vectors)
+    return encoder(config.features, plan.modality)(run, _source(config, plan.modality, domain), plan.num_vectors)
 
 
 def write_rejected(run: RunDir, name: str, modality: str, table: str, rows: Rejected) -> None:
