@@ -92,7 +92,9 @@ def check_files(config: Config) -> bool:
 def demo_data(
     folder: Annotated[Path, typer.Argument(help="Where the shop's files go.")],
     seed: Annotated[int, typer.Option(help="Another seed, another shop.")] = 0,
-    media: Annotated[bool, typer.Option("--media", help="Also sounds and clips, for configs/demo-av.yaml (needs the extra media).")] = False,
+    media: Annotated[
+        bool, typer.Option("--media", help="Also sounds and clips, for configs/demo-av.yaml (needs the extra media).")
+    ] = False,
 ) -> None:
     """Generate the demo shop: a made-up catalog with images, and made-up shoppers.
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from qbert_ray.config.data_sections import Domain, Inputs
-from qbert_ray.config.section import PositiveFloat, PositiveInt, Section, Tree, paper
+from qbert_ray.config.section import PositiveFloat, PositiveInt, Section, Share, Tree, paper
 
 
 class Kind(Section):
@@ -146,6 +146,12 @@ class Features(Section):
         description="what stage 1 fuses, where there is input for it: names of kinds, or a mapping of names of your own such as {text: {}, gallery: "
         "{kind: image, grid: 1}}, where false leaves one out; None: all that the domains have input for, and structure if one has none",
         json_schema_extra=paper("text and image (§3.3)"),
+    )
+    missing: dict[str, Share] = Field(
+        {}, description="modality -> share of items, chosen by a hash, whose vectors are left out, to measure what a run loses without them"
+    )
+    noise: dict[str, Share] = Field(
+        {}, description="modality -> share of items, chosen by a hash, whose vectors are replaced by random ones, to measure what those do"
     )
     text: TextEncoder = TextEncoder()
     image: ImageEncoder = ImageEncoder()

@@ -20,7 +20,7 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.features.modality import DomainEncoder, Encoded, PartEncoder, Rejected, Source, absent, encoder_of
-from qbert_ray.features.vectors import features_table, read_vectors, vectors_shape
+from qbert_ray.features.vectors import disturb, features_table, read_vectors, vectors_shape
 from qbert_ray.storage.catalog import modalities_there
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
 from qbert_ray.storage.directory import Counts, RunDir, join
@@ -98,14 +98,14 @@ def extend_features(config: Config, run: RunDir, executor: Executor, progress: P
         progress.note(modality)
         tasks = _whole_domains(config, plan, appended=True)
         grown = [domain for domain in tasks if set(run.parts("ingest/items", domain)) - set(there)]
-        for handle in [executor.submit(_write_domain, run, modality, domain, tasks[domain]) for domain in grown]:
+        for handle in [executor.submit(_write_domain, config, run, modality, domain, tasks[domain]) for domain in grown]:
             executor.get(handle)
         _encode(config, run, plan, executor, progress)
 
 
 def _extract(config: Config, run: RunDir, plan: Plan, executor: Executor, progress: Progress) -> Counter[str]:
     tasks = _whole_domains(config, plan)
-    counts = _map_domains(run, plan.modality, tasks, executor, progress) if tasks else Counter()
+    counts = _map_domains(config, run, plan.modality, tasks, executor, progress) if tasks else Counter()
     counts.update(_encode(config, run, plan, executor, progress))
     return counts
 
@@ -154,6 +154,7 @@ class EncodePart:
         items = self.run.read_part("ingest/items", part, [*KEYS, *self.encoder.columns(source)])
         made = self.encoder(items, source)
         write_rejected(self.run, part.removesuffix(".parquet"), self.modality, made.table, made.rejected)
+        disturb(made, items[ITEM_ID], self.modality, self.config)
         self.run.write_part(f"features/{self.modality}", part, features_table(items, made.vectors, made.present))
         return {"items": len(items)} | made.counts
 
@@ -201,13 +202,15 @@ def _width(config: Config, modality: str) -> int:
 
 
 def _map_domains(
-    run: RunDir, modality: str, tasks: dict[str, Callable[..., Encoded]], executor: Executor, progress: Progress
+    config: Config, run: RunDir, modality: str, tasks: dict[str, Callable[..., Encoded]], executor: Executor, progress: Progress
 ) -> Counter[str]:
     """Write the vectors of whole domains in parallel; domains that an earlier try finished are skipped."""
     marker = f"features/{modality}/.counts"
     done = set(run.names(marker))
     running = [
-        executor.submit(_write_domain, run, modality, domain, make) for domain, make in tasks.items() if f"{domain}.json" not in done
+        executor.submit(_write_domain, config, run, modality, domain, make)
+        for domain, make in tasks.items()
+        if f"{domain}.json" not in done
     ]
     progress.start(len(tasks), len(tasks) - len(running))
     for _ in executor.as_completed(running):
@@ -218,8 +221,10 @@ def _map_domains(
     return total
 
 
-def _write_domain(run: RunDir, modality: str, domain: str, make: Callable[..., Encoded]) -> None:
-    made = make(run=run, item_ids=run.read("ingest/items", domain, [ITEM_ID])[ITEM_ID].combine_chunks())
+def _write_domain(config: Config, run: RunDir, modality: str, domain: str, make: Callable[..., Encoded]) -> None:
+    item_ids = run.read("ingest/items", domain, [ITEM_ID])[ITEM_ID]
+    made = make(run=run, item_ids=item_ids.combine_chunks())
+    disturb(made, item_ids, modality, config)
     write_rejected(run, f"{domain}-own", modality, made.table, made.rejected)
     start = 0
     for part in run.parts("ingest/items", domain):
