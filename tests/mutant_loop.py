@@ -88,7 +88,7 @@ def _try(name: str, items: list[pytest.Item], seconds: int) -> int:
 
 def _fork(work: Callable[[], int]) -> int:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer versions of Python warn of forks beside threads
+        warnings.simplefilter("ignore")  # newer versions of Python warn of forks in a process with threads
         pid = os.fork()
     if pid:
         return pid

@@ -15,7 +15,7 @@ from qbert_ray.config.loading import ConfigError
 from qbert_ray.config.schema import Config, Section
 
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-_EVERY = "<name>"  # placeholder for the keys of a mapping that the user chooses
+ANY_NAME = "<name>"  # placeholder for the keys of a mapping that the user chooses
 
 
 class Field(NamedTuple):
@@ -44,7 +44,7 @@ def fields(prefix: str = "") -> list[Field]:
         ConfigError: there is nothing under that path.
     """
     known = _every_field()
-    wanted = re.sub(r"^(data\.domains\.)[\w-]+", rf"\1{_EVERY}", prefix.strip("."))
+    wanted = re.sub(r"^(data\.domains\.)[\w-]+", rf"\1{ANY_NAME}", prefix.strip("."))
     found = [field for field in known if not wanted or field.path == wanted or field.path.startswith(f"{wanted}.")]
     if not found:
         names = {path for field in known for path in (field.path, field.path.rpartition(".")[0])} - {""}
@@ -111,7 +111,7 @@ def _walk(schema: dict[str, Any], root: dict[str, Any], path: str) -> Iterator[F
         if "properties" in inner:
             yield from _walk(inner, root, here)
         elif "properties" in entries:
-            yield from _walk(entries, root, f"{here}.{_EVERY}")
+            yield from _walk(entries, root, f"{here}.{ANY_NAME}")
         else:
             yield Field(
                 here, _type(content), _text(content.get("default")), _null(content.get("description", "")), content.get("paper", "")

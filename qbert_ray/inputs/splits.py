@@ -20,7 +20,7 @@ import pyarrow as pa
 from qbert_ray.config.schema import Data
 from qbert_ray.execution.executor import Executor, Handle
 from qbert_ray.inputs.k_core import CODE, Core, Partition, survivors
-from qbert_ray.inputs.reasons import MIXED, UNITS
+from qbert_ray.inputs.reasons import MIXED, UNITS, time_units
 from qbert_ray.inputs.sources import SourceError
 from qbert_ray.storage.columns import FURTHER, TIMESTAMP
 
@@ -217,9 +217,7 @@ def _times(kept: pa.Table, masks: tuple[np.ndarray, np.ndarray], min_user: int) 
 
 
 def _describe(times: np.ndarray) -> tuple[int, np.ndarray, int, int]:
-    edges = [low for low, _ in UNITS.values()]
-    of_units = np.bincount(np.searchsorted(edges, times, side="right"), minlength=len(edges) + 1)[1:]
-    return len(times), of_units, int(times[0]) if len(times) else 0, int(times[-1]) if len(times) else 0
+    return len(times), np.array(list(time_units(times).values())), int(times[0]) if len(times) else 0, int(times[-1]) if len(times) else 0
 
 
 def _up_to(times: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

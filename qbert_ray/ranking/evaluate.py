@@ -78,7 +78,7 @@ class RankPart:
     def __init__(self, run: RunDir, domain: str, settings: Ranking, baselines: tuple[sparse.csr_matrix, np.ndarray], latest: int) -> None:
         self.run, self.domain, self.latest = run, domain, latest
         self.counts, self.popularity = baselines
-        self.ranker = load_catalog_ranker(run, domain, settings, own_device())
+        self.ranker = load_catalog_ranker(run, domain, settings, own_device(), baselines=True)
         self.item_ids = item_ids(run, domain).to_pylist()
 
     @torch.inference_mode()

@@ -60,7 +60,7 @@ def own_lists(only: Filter, seen: list[np.ndarray]) -> tuple[np.ndarray, np.ndar
 
     Args:
         only: the filter.
-        seen: item_index that each history must not get besides.
+        seen: item_index that each history must not get either.
 
     Returns:
         [B, C] item_index in order, and [B, C] booleans, which of them are padding; None where a history may get any item.

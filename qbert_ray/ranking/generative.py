@@ -169,17 +169,21 @@ def load_generative_ranker(run: RunDir, domain: str, beam: int, device: str = "c
     return GenerativeRanker(model, codes, warm_items(run, domain), beam)
 
 
-def load_catalog_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu") -> CatalogRanker:
+def load_catalog_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu", baselines: bool = False) -> CatalogRanker:
     """The ranker of a domain for the kind of sequence model that the run was made with.
 
     Args:
         settings: the config's section `ranking`; beams rank without it.
+        baselines: as in `load_ranker`.
 
     Raises:
         ArtifactError: a model or table is not there.
     """
     sequencer = run_config(run).sequencer
-    generative = sequencer.kind == "generative"
-    ranker = load_generative_ranker(run, domain, sequencer.beam, device) if generative else load_ranker(run, domain, settings, device)
+    ranker = (
+        load_generative_ranker(run, domain, sequencer.beam, device)
+        if sequencer.kind == "generative"
+        else load_ranker(run, domain, settings, device, baselines=baselines)
+    )
     ranker.available = available_items(run, domain)
     return ranker

@@ -34,7 +34,7 @@ ITEM_ITEM_TEXT = "ranking/item_item_text"  # blend of a baseline
 RIDGE = "ranking/ridge"  # settings that were chosen
 
 
-def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu", blended: bool = True) -> Ranker:
+def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu", blended: bool = True, baselines: bool = False) -> Ranker:
     """The fine-tuned sequence model of a domain with its item-item model, blend and reranker, where they are enabled.
 
     Args:
@@ -43,6 +43,7 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
         settings: the config's section `ranking`.
         device: where the models compute.
         blended: false: without the blend and the reranker, which are still to be fitted.
+        baselines: with the blend of the baseline, which needs the vectors of texts even where the blend does not.
 
     Raises:
         ArtifactError: a model or table is not there.
@@ -60,7 +61,7 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
         return Ranker(model, items, trained)
     names = score_features(content_modalities(run, domain, config))
     blend = _load_blend(run, domain, names) if blended else None
-    without_network = blended and run.exists(f"{ITEM_ITEM_TEXT}/{domain}/model.json")
+    without_network = baselines and run.exists(f"{ITEM_ITEM_TEXT}/{domain}/model.json")
     baseline = _load_blend(run, domain, names, ITEM_ITEM_TEXT) if without_network else None
     used = [name for each in (blend, baseline) if each is not None for name in each.used(names)] if blend else names
     contents = {name: vectors.to(device) for name, vectors in _contents(run, domain, fused, used).items()}

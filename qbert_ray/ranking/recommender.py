@@ -239,14 +239,14 @@ class Recommender:
         common, own = read_filter(exclude, "exclude", histories)
         if common is not None:
             return Filter(items=~self._mask(common))
-        return Filter(excluded=[self._known(each or []) for each in own])
+        return Filter(excluded=[self.known(each or []) for each in own])
 
     def _allowed(self, allow: Items, histories: int, unknown: Unknown) -> Filter:
         common, own = read_filter(allow, "allow", histories)
         self._indices([each or [] for each in own] if common is None else [common], unknown, "allow")
         if common is not None:
             return Filter(items=self._mask(common))
-        return Filter(allowed=[None if each is None else self._known(each) for each in own])
+        return Filter(allowed=[None if each is None else self.known(each) for each in own])
 
     def _texts(self, name: str, text: str) -> Filter:
         """The filter of a table of items or of an expression, which is read once."""
@@ -261,10 +261,11 @@ class Recommender:
 
     def _mask(self, items: Iterable[str]) -> np.ndarray:
         mask = np.zeros(len(self.ids), bool)
-        mask[self._known(items)] = True
+        mask[self.known(items)] = True
         return mask
 
-    def _known(self, items: Iterable[str]) -> np.ndarray:
+    def known(self, items: Iterable[str]) -> np.ndarray:
+        """item_index of those items that are in the catalog, in their order."""
         return np.array([self.index[item] for item in items if item in self.index], dtype=np.int64)
 
     def _indices(self, lists: Sequence[Sequence[str]], unknown: Unknown, where: str) -> list[np.ndarray]:
@@ -275,7 +276,7 @@ class Recommender:
             if unknown == "error":
                 raise ValueError(f'{such}; give items of the run, or unknown="ignore"')
             warnings.warn(f"{such}; they are skipped", stacklevel=3)
-        return [self._known(items) for items in lists]
+        return [self.known(items) for items in lists]
 
     @cached_property
     def _unit_vectors(self) -> Tensor:

@@ -61,12 +61,16 @@ RankingCounts = TypedDict(
     {
         "items": int,
         "weights": int,  # item-item weights that are not zero
+        "ridge": NotRequired[dict[str, object]],  # settings of the ridge regression that were chosen, where one is "auto"
         "users": int,
         "fitted_on": int,  # validation histories whose target is among the candidates
         "blend_weights": dict[str, float],  # score feature -> weight, for a history of average description
         "blend_weights_of_cold_items": dict[str, float],
         "model_ndcg@10": float,  # of validation items among unseen ones, by the blend of users of the other half, if it is kept
         "sequencer_ndcg@10": float,
+        "ridge_ndcg@10": float,
+        "transitions_ndcg@10": float,
+        "item_item_text_ndcg@10": NotRequired[float],
         "blending": Gain,
         "reranking": NotRequired[dict[str, float]],  # kept; blended and reranked: ndcg@10 by cross-fitting; error
     },
@@ -86,8 +90,8 @@ def fit_ranking(config: Config, run: RunDir, executor: Executor, progress: Progr
 def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
     """Fit the blend on validation items, then the reranker, and save both; returns what they gain on validation items.
 
-    The blend is kept where cross-fitting shows that it helps: each half of the users is ranked by the blend of the other half, and must
-    gain more than one standard error over the sequence model alone. Otherwise the blend that is saved ranks as the sequence model does.
+    The blend is kept where it ranks better by cross-fitting than the sequence model alone, each half of the users ranked by the blend of
+    the other half. Otherwise the blend that is saved ranks as the sequence model does.
     """
     ranker = load_ranker(run, domain, settings, own_device(), blended=False)
     sequences = columns.to_sequences(run.read("ingest/sequences", domain))
@@ -185,7 +189,7 @@ def _blend_gain(ndcg: dict[str, np.ndarray], settings: Ranking) -> Gain:
     users = len(alone)
     means = [float(each.mean()) if users else 0.0 for each in (alone, blended)]
     error = float((blended - alone).std(ddof=1) / users**0.5) if users > 1 else 0.0
-    kept = means[1] - means[0] > error or not users or not settings.sequence_scores
+    kept = means[1] > means[0] or not users or not settings.sequence_scores
     return {"kept": kept, "alone": means[0], "blended": means[1], "error": error}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,14 @@ class Chosen(NamedTuple):
     regularisation: float
     by_decay: dict[str, float]
     by_regularisation: dict[str, float]
+
+
+class WeightCounts(TypedDict):
+    """Of a domain's item-item weights."""
+
+    items: int
+    weights: int  # that are not zero
+    ridge: NotRequired[dict[str, object]]  # `Chosen`, where a setting is "auto"
 
 
 class WeightsPart:
@@ -70,29 +78,27 @@ class WeightsPart:
         return {"items": items.num_rows, "weights": sum(matrix.nnz for matrix in rows)}
 
 
-def write_weights(config: Config, run: RunDir, domain: str, executor: Executor, progress: Progress) -> dict[str, Any]:
+def write_weights(config: Config, run: RunDir, domain: str, executor: Executor, progress: Progress) -> WeightCounts:
     """Write ranking/weights of a domain and, where a setting of the ridge regression is "auto", what was chosen.
 
     The decay is chosen with the penalty that is set, or the middle one of those that are tried; then the penalty with that decay.
-
-    Returns:
-        Counts of the weights; and, under "ridge", what was chosen.
     """
     settings, decays = config.ranking, _tried(config.ranking.decay, DECAYS)
     penalties = _tried(settings.regularisation, PENALTIES)
 
-    def write(penalty: float, output: str) -> dict[str, int]:
+    def write(penalty: float, output: str) -> WeightCounts:
         with_penalty = settings.model_copy(update={"regularisation": penalty})
         arguments = {"run": run, "domain": domain, "settings": with_penalty, "output": output}
         parts = run.parts("ingest/items", domain)
-        return dict(executor.map_parts(run, WeightsPart, arguments, parts, output, config.compute.ranking, progress))
+        done = executor.map_parts(run, WeightsPart, arguments, parts, output, config.compute.ranking, progress)
+        return {"items": done["items"], "weights": done["weights"]}
 
     if len(penalties) == 1:
         counts, tables = write(penalties[0], WEIGHTS), {penalties[0]: WEIGHTS}
     else:
-        counts, tables = {}, {penalty: f"{SEARCHED}/{number}" for number, penalty in enumerate(penalties)}
+        tables = {penalty: f"{SEARCHED}/{number}" for number, penalty in enumerate(penalties)}
         for penalty, output in tables.items():
-            write(penalty, output)
+            counts = write(penalty, output)
     if len(decays) == len(penalties) == 1:
         return counts
     chosen = executor.get(executor.submit(_choose, run, domain, settings, decays, tables, workers=Workers()))
@@ -100,7 +106,7 @@ def write_weights(config: Config, run: RunDir, domain: str, executor: Executor, 
     if len(penalties) > 1:
         counts = write(chosen.regularisation, WEIGHTS)
         run.delete(SEARCHED)
-    return counts | {"ridge": chosen._asdict()}
+    return {"items": counts["items"], "weights": counts["weights"], "ridge": chosen._asdict()}
 
 
 def _tried(value: float | str, every: tuple[float, ...]) -> tuple[float, ...]:

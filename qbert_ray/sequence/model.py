@@ -40,10 +40,10 @@ class Sequencer(nn.Module):
     """Encoder over semantic IDs with a tied, catalog-wide head.
 
     Args:
-        num_levels: K; 0: an item's vector is its own embedding and its content, without codes.
+        num_levels: K; 0, as with `tokens: word`: an item's vector is its own embedding and its content, without codes.
         codebook_size: M.
         max_items: longest sequence that can be read.
-        tokens: "item" or "flat".
+        tokens: "item", "flat" or "word".
         loss: "catalog" or "tokens" (Eq. 11).
         logits: "dot" or "cosine".
         temperature: of cosine logits.

@@ -123,7 +123,7 @@ class Service:
         domain = self._domain(given)
         recommender, rules, score = self.recommenders[domain], self.rules[domain], self.config.score
         history = _ids(given, "history")
-        known = _known(recommender, history)
+        known = recommender.known(history)
         only = _filter(recommender, given)
         user = given.get("user_id")
         if rules.by_user:
@@ -207,14 +207,10 @@ def _ids(given: dict[str, Any], name: str) -> list[str]:
         raise RequestError(str(error)) from None
 
 
-def _known(recommender: Recommender, items: list[str]) -> np.ndarray:
-    return np.array([recommender.index[item] for item in items if item in recommender.index], dtype=np.int64)
-
-
 def _filter(recommender: Recommender, given: dict[str, Any]) -> Filter:
     """The filter of one request."""
-    excluded = [_known(recommender, _ids(given, "exclude"))]
-    return Filter(excluded=excluded, allowed=[_known(recommender, _ids(given, "allow"))] if "allow" in given else None)
+    excluded = [recommender.known(_ids(given, "exclude"))]
+    return Filter(excluded=excluded, allowed=[recommender.known(_ids(given, "allow"))] if "allow" in given else None)
 
 
 def _listed(found: list[Recommendation]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What filters cost: milliseconds per user of `Ranker.best` with exclude and allow, beside the same without a filter.
+"""What filters cost: milliseconds per user of `Ranker.best` with exclude and allow, next to the same without a filter.
 
     python -m tests.benchmarks.filtering          # 6,250 and 250,000 items
     python -m tests.benchmarks.filtering --full   # more users and rounds, and a million items

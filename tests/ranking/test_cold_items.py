@@ -1,4 +1,4 @@
-"""Ranks of cold items on a small run: again in plain loops, beside neighbours by text and a random order."""
+"""Ranks of cold items on a small run: again in plain loops, and of the baselines: neighbours by text, and a random order."""
 
 import numpy as np
 import pyarrow as pa
