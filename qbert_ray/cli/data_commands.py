@@ -92,17 +92,22 @@ def check_files(config: Config) -> bool:
 def demo_data(
     folder: Annotated[Path, typer.Argument(help="Where the shop's files go.")],
     seed: Annotated[int, typer.Option(help="Another seed, another shop.")] = 0,
+    media: Annotated[
+        bool, typer.Option("--media", help="Also sounds and clips, for configs/demo-av.yaml (needs the extra media).")
+    ] = False,
 ) -> None:
     """Generate the demo shop: a made-up catalog with images, and made-up shoppers.
 
     Example: qbert-ray demo-data runs/demo/data
+
+    Example: qbert-ray demo-data runs/demo-av/data --media
     """
     from qbert_ray.inputs.demo_shop import generate
 
     if (folder / "interactions.parquet").exists():  # written last
         console.print(f"the demo shop is already in {folder}; delete the folder for another")
         return
-    counts = generate(folder, seed)
+    counts = generate(folder, seed, media=media)
     console.print(
         f"generated a demo shop in {folder}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
     )

@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from qbert_ray.config.data_sections import Domain, Inputs
-from qbert_ray.config.section import PositiveInt, Section, Tree, paper
+from qbert_ray.config.section import PositiveFloat, PositiveInt, Section, Share, Tree, paper
 
 
 class Kind(Section):
     """Settings of the modalities of one kind."""
 
     reads: ClassVar[str | None] = None  # field of `Inputs` that it reads
+    uses: ClassVar[tuple[str, ...]] = ()  # kinds whose settings it takes as well
     from_interactions: ClassVar[bool] = False  # made from training interactions, so that cold items lack it
 
 
@@ -85,6 +86,49 @@ class Structure(Kind):
     window: PositiveInt = Field(50, description="latest training items of a user that count as co-occurring")
 
 
+class Tabular(Kind):
+    reads = "values"
+
+    dim: PositiveInt = Field(64, description="width of the vectors, one per column: quantiles of numbers, hashed categories")
+    categories: list[str] = Field([], description="columns that hold categories although they look like numbers, such as a brand's number")
+
+
+class AudioEncoder(Kind):
+    reads = "files"
+
+    model: str = Field(
+        "log-mel",
+        description="'log-mel' (mean, deviation and change per band and window; no weights), or anything AutoModel.from_pretrained takes for audio",
+    )
+    window_seconds: PositiveFloat = Field(1.0, description="length of a window, which gives one vector")
+    max_windows: PositiveInt = Field(4, description="J: most windows of an item's sounds, at equal distances in a longer one")
+    sample_rate: PositiveInt = Field(16_000, description="Hz that sounds are resampled to, in mono; a model has its own")
+    bands: PositiveInt = Field(64, description="log-mel: bands; vectors are three times as wide")
+    batch_size: PositiveInt = Field(32, description="windows per forward pass")
+    max_bytes: PositiveInt = Field(50_000_000, description="larger files are rejected")
+    max_seconds: PositiveFloat = Field(300.0, description="what comes later in a sound is not read")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of a model's computation")
+
+
+class VideoEncoder(Kind):
+    reads = "files"
+    uses = ("image", "audio")
+
+    frames: Literal["uniform", "scenes"] = Field(
+        "uniform",
+        description="frames at equal distances, or the first and those that differ most from the one before; encoded by features.image",
+    )
+    max_frames: PositiveInt = Field(
+        4, description="most frames of an item's clips; J is this, and features.audio.max_windows more with sound"
+    )
+    sound: bool = Field(True, description="also read the sound track, by features.audio")
+    batch_size: PositiveInt = Field(32, description="frames per forward pass")
+    max_bytes: PositiveInt = Field(100_000_000, description="larger files are rejected")
+    max_seconds: PositiveFloat = Field(60.0, description="what comes later in a clip is not read")
+    max_pixels: PositiveInt = Field(8_300_000, description="clips with more pixels per frame are rejected")
+    max_decoded: PositiveInt = Field(3_000, description="frames that are decoded at most to choose among them")
+
+
 class OwnVectors(Kind):
     """Vectors that are read and never made."""
 
@@ -94,6 +138,9 @@ KINDS: dict[str, type[Kind]] = {
     "image": ImageEncoder,
     "structure": Structure,
     "lexical": Lexical,
+    "tabular": Tabular,
+    "audio": AudioEncoder,
+    "video": VideoEncoder,
     "vectors": OwnVectors,
 }
 
@@ -111,10 +158,19 @@ class Features(Section):
         "{kind: image, grid: 1}}, where false leaves one out; None: all that the domains have input for, and structure if one has none",
         json_schema_extra=paper("text and image (§3.3)"),
     )
+    missing: dict[str, Share] = Field(
+        {}, description="modality -> share of items, chosen by a hash, whose vectors are left out, to measure what a run loses without them"
+    )
+    noise: dict[str, Share] = Field(
+        {}, description="modality -> share of items, chosen by a hash, whose vectors are replaced by random ones, to measure what those do"
+    )
     text: TextEncoder = TextEncoder()
     image: ImageEncoder = ImageEncoder()
     structure: Structure = Structure()
     lexical: Lexical = Lexical()
+    tabular: Tabular = Tabular()
+    audio: AudioEncoder = AudioEncoder()
+    video: VideoEncoder = VideoEncoder()
 
     @model_validator(mode="after")
     def _modalities(self) -> Features:

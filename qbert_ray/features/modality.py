@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qbert_ray.config.schema import Config, Domain
+from qbert_ray.config.schema import Config, Domain, Features
 from qbert_ray.inputs.addresses import Addresses
 from qbert_ray.storage.directory import RunDir
 
@@ -52,18 +52,20 @@ class PartEncoder(ABC):
     """Encodes parts of the catalog; made once in each actor.
 
     Args:
-        settings: of the modality.
+        features: the section of the config.
+        modality: its name.
         num_vectors: J, the most that any domain has.
     """
 
     width: int  # D
 
-    def __init__(self, settings: Any, num_vectors: int) -> None:
-        self.settings, self.num_vectors = settings, num_vectors
+    def __init__(self, features: Features, modality: str, num_vectors: int) -> None:
+        self.settings: Any = features.settings(modality)
+        self.num_vectors = num_vectors
 
     @staticmethod
     @abstractmethod
-    def vectors_of(settings: Any, source: Source) -> int:
+    def vectors_of(features: Features, source: Source) -> int:
         """J of a domain."""
 
     @abstractmethod
@@ -91,17 +93,18 @@ class DomainEncoder(ABC):
     """Makes the vectors of all items of a domain.
 
     Args:
-        settings: of the modality.
+        features: the section of the config.
+        modality: its name.
     """
 
     width: int  # D
 
-    def __init__(self, settings: Any) -> None:
-        self.settings = settings
+    def __init__(self, features: Features, modality: str) -> None:
+        self.settings: Any = features.settings(modality)
 
     @staticmethod
     @abstractmethod
-    def vectors_of(settings: Any, source: Source) -> int:
+    def vectors_of(features: Features, source: Source) -> int:
         """J of a domain."""
 
     @abstractmethod

@@ -20,7 +20,7 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.features.modality import DomainEncoder, Encoded, FittedEncoder, PartEncoder, Rejected, Source, absent, encoder_of
-from qbert_ray.features.vectors import features_table, read_vectors, vectors_shape
+from qbert_ray.features.vectors import disturb, features_table, read_vectors, vectors_shape
 from qbert_ray.storage.catalog import modalities_there
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
 from qbert_ray.storage.directory import Counts, RunDir, join
@@ -98,14 +98,14 @@ def extend_features(config: Config, run: RunDir, executor: Executor, progress: P
         progress.note(modality)
         tasks = _whole_domains(config, plan, appended=True)
         grown = [domain for domain in tasks if set(run.parts("ingest/items", domain)) - set(there)]
-        for handle in [executor.submit(_write_domain, run, modality, domain, tasks[domain]) for domain in grown]:
+        for handle in [executor.submit(_write_domain, config, run, modality, domain, tasks[domain]) for domain in grown]:
             executor.get(handle)
         _encode(config, run, plan, executor, progress)
 
 
 def _extract(config: Config, run: RunDir, plan: Plan, executor: Executor, progress: Progress) -> Counter[str]:
     tasks = _whole_domains(config, plan)
-    counts = _map_domains(run, plan.modality, tasks, executor, progress) if tasks else Counter()
+    counts = _map_domains(config, run, plan.modality, tasks, executor, progress) if tasks else Counter()
     counts.update(_encode(config, run, plan, executor, progress))
     return counts
 
@@ -149,7 +149,7 @@ class EncodePart:
         self.run, self.config, self.modality = run, config, modality
         encoder = encoder_of(config, modality)
         assert encoder is not None and issubclass(encoder, PartEncoder)
-        self.encoder = encoder(config.features.settings(modality), num_vectors)
+        self.encoder = encoder(config.features, modality, num_vectors)
         if isinstance(self.encoder, FittedEncoder):
             self.encoder.load(run, _fitted(modality))
 
@@ -158,6 +158,7 @@ class EncodePart:
         items = self.run.read_part("ingest/items", part, [*KEYS, *self.encoder.columns(source)])
         made = self.encoder(items, source)
         write_rejected(self.run, part.removesuffix(".parquet"), self.modality, made.table, made.rejected)
+        disturb(made, items[ITEM_ID], self.modality, self.config)
         self.run.write_part(f"features/{self.modality}", part, features_table(items, made.vectors, made.present))
         return {"items": len(items)} | made.counts
 
@@ -170,7 +171,7 @@ def _fit(config: Config, run: RunDir, plan: Plan) -> None:
     encoder = encoder_of(config, plan.modality)
     assert encoder is not None and issubclass(encoder, FittedEncoder)
     sources = [_source(config, plan.modality, domain) for domain in plan.made]
-    encoder(config.features.settings(plan.modality), plan.num_vectors).fit(run, sources, _fitted(plan.modality))
+    encoder(config.features, plan.modality, plan.num_vectors).fit(run, sources, _fitted(plan.modality))
 
 
 # planning
@@ -182,7 +183,7 @@ def _source(config: Config, modality: str, domain: str) -> Source:
 
 def _plan(config: Config, modality: str, executor: Executor) -> Plan | None:
     """The plan of a modality; None if no domain has input for it."""
-    domains, encoder, settings = config.data.domains, encoder_of(config, modality), config.features.settings(modality)
+    domains, encoder = config.data.domains, encoder_of(config, modality)
     own = {name: join(config.data.root, domain.vectors[modality]) for name, domain in domains.items() if modality in domain.vectors}
     has_input = {name: config.features.is_from_interactions(modality) or domain.describes(modality) for name, domain in domains.items()}
     made = [name for name, there in has_input.items() if there and name not in own and encoder is not None]
@@ -194,7 +195,7 @@ def _plan(config: Config, modality: str, executor: Executor) -> Plan | None:
     counts = [count for count, _ in shapes.values()]
     if made:
         assert encoder is not None
-        counts += [encoder.vectors_of(settings, _source(config, modality, name)) for name in made]
+        counts += [encoder.vectors_of(config.features, _source(config, modality, name)) for name in made]
         if own or issubclass(encoder, DomainEncoder):
             widths[", ".join(made)] = executor.get(executor.submit(_width, config, modality))
     if len(set(widths.values())) > 1:
@@ -205,22 +206,26 @@ def _plan(config: Config, modality: str, executor: Executor) -> Plan | None:
 
 def _width(config: Config, modality: str) -> int:
     """D of the vectors that are made; the encoder has to be loaded to know it."""
-    encoder, settings = encoder_of(config, modality), config.features.settings(modality)
+    encoder = encoder_of(config, modality)
     assert encoder is not None
-    return encoder(settings).width if issubclass(encoder, DomainEncoder) else encoder(settings, 1).width
+    if issubclass(encoder, DomainEncoder):
+        return encoder(config.features, modality).width
+    return encoder(config.features, modality, 1).width
 
 
 # one task per domain
 
 
 def _map_domains(
-    run: RunDir, modality: str, tasks: dict[str, Callable[..., Encoded]], executor: Executor, progress: Progress
+    config: Config, run: RunDir, modality: str, tasks: dict[str, Callable[..., Encoded]], executor: Executor, progress: Progress
 ) -> Counter[str]:
     """Write the vectors of whole domains in parallel; domains that an earlier try finished are skipped."""
     marker = f"features/{modality}/.counts"
     done = set(run.names(marker))
     running = [
-        executor.submit(_write_domain, run, modality, domain, make) for domain, make in tasks.items() if f"{domain}.json" not in done
+        executor.submit(_write_domain, config, run, modality, domain, make)
+        for domain, make in tasks.items()
+        if f"{domain}.json" not in done
     ]
     progress.start(len(tasks), len(tasks) - len(running))
     for _ in executor.as_completed(running):
@@ -231,8 +236,10 @@ def _map_domains(
     return total
 
 
-def _write_domain(run: RunDir, modality: str, domain: str, make: Callable[..., Encoded]) -> None:
-    made = make(run=run, item_ids=run.read("ingest/items", domain, [ITEM_ID])[ITEM_ID].combine_chunks())
+def _write_domain(config: Config, run: RunDir, modality: str, domain: str, make: Callable[..., Encoded]) -> None:
+    item_ids = run.read("ingest/items", domain, [ITEM_ID])[ITEM_ID]
+    made = make(run=run, item_ids=item_ids.combine_chunks())
+    disturb(made, item_ids, modality, config)
     write_rejected(run, f"{domain}-own", modality, made.table, made.rejected)
     start = 0
     for part in run.parts("ingest/items", domain):
@@ -259,7 +266,7 @@ def _read_own(uri: str, modality: str, num_vectors: int, width: int, run: RunDir
 def _make(config: Config, plan: Plan, domain: str, run: RunDir, item_ids: pa.Array) -> Encoded:
     encoder = encoder_of(config, plan.modality)
     assert encoder is not None and issubclass(encoder, DomainEncoder)
-    return encoder(config.features.settings(plan.modality))(run, _source(config, plan.modality, domain), plan.num_vectors)
+    return encoder(config.features, plan.modality)(run, _source(config, plan.modality, domain), plan.num_vectors)
 
 
 def write_rejected(run: RunDir, name: str, modality: str, table: str, rows: Rejected) -> None:

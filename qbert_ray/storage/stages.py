@@ -66,7 +66,8 @@ def _unread_by_ingest(config: Config) -> tuple[str, ...]:
 
 def _unread_by_features(config: Config) -> tuple[str, ...]:
     """Sections of kinds without a modality; that of structure is also read by stage 3."""
-    used = {config.features.kind(name) for name in config.modalities} | {"structure"}
+    kinds = [config.features.kind(name) for name in config.modalities]
+    used = {"structure", *kinds, *(other for kind in kinds for other in KINDS[kind].uses)}
     return tuple(f"features.{kind}" for kind in KINDS if kind not in used)
 
 

@@ -15,6 +15,8 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.features.item_features import ItemFeatures
+from qbert_ray.features.modality import Encoded
+from qbert_ray.features.vectors import disturb
 from qbert_ray.pipeline import run_stage
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import item_content, modalities_there
@@ -186,3 +188,31 @@ def test_texts_and_vectors_by_names_of_ones_own(shop):
     assert ItemFeatures(run, domains=["shop"]).widths == {"gallery": 1280, "mine": 2, "notes": 384}
     content = item_content(run, "shop", config)
     assert content is None, "the stages after this one are not done"
+
+
+def test_vectors_are_left_out_and_replaced_for_shares_of_the_items():
+    ids, shape = pa.chunked_array([[f"i{n}" for n in range(2000)]]), (2000, 2, 8)
+    rng = np.random.default_rng(0)
+    vectors, present = rng.normal(size=shape).astype(np.float32), rng.random(shape[:2]) < 0.9
+    vectors *= present[..., None]
+
+    def disturbed(**settings):
+        made = Encoded(vectors.copy(), present.copy(), {})
+        disturb(made, ids, "audio", Config.model_validate({"features": settings}))
+        return made
+
+    same = disturbed(missing={"text": 1.0})
+    assert np.array_equal(same.vectors, vectors) and np.array_equal(same.present, present)
+    half, most = disturbed(missing={"audio": 0.5}), disturbed(missing={"audio": 0.9})
+    lost, more = (present.any(1) & ~each.present.any(1) for each in (half, most))
+    assert lost.sum() == pytest.approx(0.5 * present.any(1).sum(), rel=0.1) and (more | ~lost).all()
+    assert not half.vectors[~half.present].any() and np.array_equal(half.vectors[half.present], vectors[half.present])
+    noisy = disturbed(noise={"audio": 0.3})
+    changed = (noisy.vectors != vectors).any((1, 2))
+    assert changed.mean() == pytest.approx(0.3, abs=0.04) and np.array_equal(noisy.present, present)
+    assert np.linalg.norm(noisy.vectors, axis=2) == pytest.approx(np.linalg.norm(vectors, axis=2), rel=1e-4)
+    cosines = (noisy.vectors * vectors).sum(2)[changed[:, None] & present] / (np.linalg.norm(vectors, axis=2) ** 2)[
+        changed[:, None] & present
+    ]
+    assert abs(cosines.mean()) < 0.05
+    assert np.array_equal(disturbed(noise={"audio": 0.3}).vectors, noisy.vectors)

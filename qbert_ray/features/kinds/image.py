@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from qbert_ray.config.schema import Features
 from qbert_ray.config.schema import ImageEncoder as Settings
 from qbert_ray.execution.device import own_device
 from qbert_ray.features.encoders import ImageEncoder, decode_image
@@ -21,14 +22,14 @@ class Encoder(FileEncoder):
 
     unit = "images"
 
-    def __init__(self, settings: Settings, num_vectors: int) -> None:
-        super().__init__(settings, num_vectors)
-        self.encoder = load_image_encoder(settings)
+    def __init__(self, features: Features, modality: str, num_vectors: int) -> None:
+        super().__init__(features, modality, num_vectors)
+        self.encoder = load_image_encoder(self.settings)
         self.width, self.per_piece = self.encoder.width, self.encoder.num_vectors
 
     @staticmethod
-    def vectors_of(settings: Settings, source: Source) -> int:
-        several = source.modality in source.domain.inputs
+    def vectors_of(features: Features, source: Source) -> int:
+        settings, several = features.settings(source.modality), source.modality in source.domain.inputs
         return settings.grid**2 * (settings.max_images if several else 1)
 
     def prepare(self, content: bytes) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from qbert_ray.config.features_section import Lexical as Settings
+from qbert_ray.config.schema import Features
 from qbert_ray.features.kinds.text import texts_of
 from qbert_ray.features.lexical import LexicalModel
 from qbert_ray.features.modality import Encoded, FittedEncoder, Source, absent
@@ -18,13 +18,13 @@ SEED = 0  # of the factorisation; not a setting, since another seed only changes
 class Encoder(FittedEncoder):
     """Terms and singular vectors are fitted on the items of all domains, so that their vectors can be compared."""
 
-    def __init__(self, settings: Settings, num_vectors: int) -> None:
-        super().__init__(settings, num_vectors)
-        self.width = settings.dim
+    def __init__(self, features: Features, modality: str, num_vectors: int) -> None:
+        super().__init__(features, modality, num_vectors)
+        self.width = self.settings.dim
         self.model: LexicalModel
 
     @staticmethod
-    def vectors_of(settings: Settings, source: Source) -> int:
+    def vectors_of(features: Features, source: Source) -> int:
         return 1
 
     def columns(self, source: Source) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qbert_ray.config.features_section import Structure as Settings
+from qbert_ray.config.schema import Features
 from qbert_ray.features.modality import DomainEncoder, Encoded, Source, absent
 from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.storage.columns import ITEM_INDEX, to_sequences
@@ -16,12 +16,12 @@ SEED = 0  # of the factorisation; not a setting, since another seed only changes
 class Encoder(DomainEncoder):
     """One vector for each item that training users had together with another; items that were appended later have none."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self.width = settings.dim
+    def __init__(self, features: Features, modality: str) -> None:
+        super().__init__(features, modality)
+        self.width = self.settings.dim
 
     @staticmethod
-    def vectors_of(settings: Settings, source: Source) -> int:
+    def vectors_of(features: Features, source: Source) -> int:
         return 1
 
     def __call__(self, run: RunDir, source: Source, num_vectors: int) -> Encoded:

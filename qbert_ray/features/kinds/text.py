@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from qbert_ray.config.data_sections import OF_TEXT_FIELDS
-from qbert_ray.config.schema import TextEncoder as Settings
+from qbert_ray.config.schema import Features
 from qbert_ray.execution.device import own_device
 from qbert_ray.features.encoders import TextEncoder
 from qbert_ray.features.modality import Encoded, PartEncoder, Source, absent
@@ -15,13 +15,13 @@ from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, TEXT_PREFIX
 class Encoder(PartEncoder):
     """Equal texts of a part are encoded once."""
 
-    def __init__(self, settings: Settings, num_vectors: int) -> None:
-        super().__init__(settings, num_vectors)
-        self.encoder = TextEncoder(**settings.model_dump(), device=own_device())
+    def __init__(self, features: Features, modality: str, num_vectors: int) -> None:
+        super().__init__(features, modality, num_vectors)
+        self.encoder = TextEncoder(**self.settings.model_dump(), device=own_device())
         self.width = self.encoder.width
 
     @staticmethod
-    def vectors_of(settings: Settings, source: Source) -> int:
+    def vectors_of(features: Features, source: Source) -> int:
         return len(texts_of(source))
 
     def columns(self, source: Source) -> list[str]:
