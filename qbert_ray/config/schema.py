@@ -278,6 +278,9 @@ class Gates(Section):
 
 class Evaluate(Section):
     cutoffs: list[PositiveInt] = Field([1, 5, 10], description="k of hr@k and ndcg@k", json_schema_extra=paper("§4.1"))
+    users: PositiveInt | None = Field(
+        None, description="users, chosen by hash, whose test items are ranked; intervals say what the sample leaves open. None: all"
+    )
     co_occurrence_history: PositiveInt = Field(20, description="latest items of a history that the co-occurrence baseline sums over")
 
 
