@@ -32,7 +32,7 @@ def measured(command: list[str], log: Path) -> dict[str, float]:
     return {"seconds": time.monotonic() - begun, "cpu": usage.ru_utime + usage.ru_stime, "gib": usage.ru_maxrss / 2**20}
 
 
-def run(folder: Path, items: int, settings: list[str]) -> dict[str, dict[str, float]]:
+def run(folder: Path, items: int, settings: list[str], last: str = STAGES[-1].name) -> dict[str, dict[str, float]]:
     """Stage -> its figures, for a shop of so many items and users."""
     folder.mkdir(parents=True, exist_ok=True)
     kept, python = folder / "figures.json", [sys.executable, "-m", "qbert_ray"]
@@ -45,6 +45,8 @@ def run(folder: Path, items: int, settings: list[str]) -> dict[str, dict[str, fl
             figures[name] = measured([*python, *arguments], folder / "log.txt")
             kept.write_text(json.dumps(figures, indent=1))
             print(f"{items:,} {name}: {figures[name]['seconds']:.1f} s, {figures[name]['gib']:.2f} GiB", file=sys.stderr, flush=True)
+        if name == last:
+            break
     return figures
 
 
@@ -53,8 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("sizes", type=int, nargs="+", help="items, and as many users")
     parser.add_argument("--folder", type=Path, default=Path("runs/scale"))
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="further settings of the runs")
+    parser.add_argument("--last", default=STAGES[-1].name, choices=[SHOP, *(stage.name for stage in STAGES)], help="stage to end with")
     given = parser.parse_args(arguments)
-    done = {size: run(given.folder / str(size), size, given.set) for size in given.sizes}
+    done = {size: run(given.folder / str(size), size, given.set, given.last) for size in given.sizes}
     print(markdown(done))
 
 
