@@ -192,7 +192,7 @@ class Loop:
             for gradient in gradients:
                 gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
                 offset += gradient.numel()
-        gradients += self.rows.gradients(dist.all_reduce if self.world_size > 1 else None)
+        gradients += self.rows.gradients(cast(Callable[[Tensor], None], dist.all_reduce) if self.world_size > 1 else None)
         for gradient in gradients:
             gradient.div_(max(weight, 1e-12))
         return gradients, loss, weight

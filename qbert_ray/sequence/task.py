@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -93,7 +93,8 @@ class SequencerTask:
             model.item_embedding[f"in_{name}"].get_parameter("weight").data[~known.cpu()] = (
                 0  # they get no gradient: the saved model ignores them
             )
-            model.item_embedding[f"in_{name}"].sparse = self._samples(name)  # then a step updates the rows that it reads alone
+            embedding = cast(nn.Embedding, model.item_embedding[f"in_{name}"])
+            embedding.sparse = self._samples(name)  # then a step updates the rows that it reads alone
         return model
 
     def _collaborative(self, name: str) -> Tensor:
