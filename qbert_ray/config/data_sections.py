@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 
 from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, paper
 
+OF_TEXT_FIELDS = ("text", "lexical")  # modalities that read text_fields and attributes
+
 
 class Inputs(Section):
     """What the items files give one modality; its kind says which of the three it reads."""
@@ -68,18 +70,18 @@ class Domain(Section):
     def inputs_of(self, modality: str) -> Inputs:
         """The columns that a modality reads, `text_fields` included."""
         given = self.inputs.get(modality, Inputs())
-        return given.model_copy(update={"texts": [*self.text_fields, *given.texts]}) if modality == "text" else given
+        return given.model_copy(update={"texts": [*self.text_fields, *given.texts]}) if modality in OF_TEXT_FIELDS else given
 
     def describes(self, modality: str) -> bool:
         """Whether the files have input for a modality, or vectors of one's own."""
         of_text, of_images = self.attributes, self.image_column is not None or self.image_template is not None
-        named = {"text": of_text, "image": of_images}.get(modality)
+        named = of_images if modality == "image" else of_text and modality in OF_TEXT_FIELDS
         return bool(named) or modality in self.vectors or self.inputs_of(modality) != Inputs()
 
     @property
     def described(self) -> list[str]:
         """The modalities that the files have input or vectors for."""
-        return [name for name in dict.fromkeys(["text", "image", *self.inputs, *self.vectors]) if self.describes(name)]
+        return [name for name in dict.fromkeys(["image", *OF_TEXT_FIELDS, *self.inputs, *self.vectors]) if self.describes(name)]
 
 
 class Data(Section):

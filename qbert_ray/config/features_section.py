@@ -46,6 +46,16 @@ class TextEncoder(Kind):
         return self
 
 
+class Lexical(Kind):
+    reads = "texts"
+
+    dim: PositiveInt = Field(512, description="D, singular vectors of the TF-IDF matrix that are kept")
+    max_terms: PositiveInt = Field(20_000, description="most terms, the most frequent ones")
+    fitted_on: PositiveInt = Field(
+        100_000, description="most items, drawn at random, whose texts the terms and singular vectors are fitted on"
+    )
+
+
 class ImageEncoder(Kind):
     reads = "files"
 
@@ -127,6 +137,7 @@ KINDS: dict[str, type[Kind]] = {
     "text": TextEncoder,
     "image": ImageEncoder,
     "structure": Structure,
+    "lexical": Lexical,
     "tabular": Tabular,
     "audio": AudioEncoder,
     "video": VideoEncoder,
@@ -156,6 +167,7 @@ class Features(Section):
     text: TextEncoder = TextEncoder()
     image: ImageEncoder = ImageEncoder()
     structure: Structure = Structure()
+    lexical: Lexical = Lexical()
     tabular: Tabular = Tabular()
     audio: AudioEncoder = AudioEncoder()
     video: VideoEncoder = VideoEncoder()

@@ -138,6 +138,11 @@ class Sequencer(Section):
     loss: Literal["catalog", "tokens"] = Field(
         "catalog", description="softmax over the domain's items, or per-level cross-entropy", json_schema_extra=paper("Eq. 11")
     )
+    token_weight: NonNegativeFloat = Field(
+        0.0,
+        description="loss catalog: weight of the per-level cross-entropy that is added to the softmax over items; not with tokens: word",
+        json_schema_extra=paper("Eq. 11 alone"),
+    )
     logits: Literal["dot", "cosine"] = Field("cosine", description="dot product, or cosine over temperature")
     temperature: PositiveFloat = Field(0.07, description="of cosine logits")
     start: Literal["codebooks", "random"] = Field(

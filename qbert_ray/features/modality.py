@@ -77,6 +77,18 @@ class PartEncoder(ABC):
         """The vectors of some rows of ingest/items."""
 
 
+class FittedEncoder(PartEncoder):
+    """A `PartEncoder` that is fitted on the catalog before; appended items are encoded as it was fitted then."""
+
+    @abstractmethod
+    def fit(self, run: RunDir, sources: list[Source], folder: str) -> None:
+        """Fit it on the items of some domains and save what was fitted in a folder of the run."""
+
+    @abstractmethod
+    def load(self, run: RunDir, folder: str) -> None:
+        """Take up what was fitted."""
+
+
 class DomainEncoder(ABC):
     """Makes the vectors of all items of a domain.
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
-from qbert_ray.features.modality import DomainEncoder, Encoded, PartEncoder, Rejected, Source, absent, encoder_of
+from qbert_ray.features.modality import DomainEncoder, Encoded, FittedEncoder, PartEncoder, Rejected, Source, absent, encoder_of
 from qbert_ray.features.vectors import disturb, features_table, read_vectors, vectors_shape
 from qbert_ray.storage.catalog import modalities_there
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
@@ -131,6 +131,8 @@ def _encode(config: Config, run: RunDir, plan: Plan, executor: Executor, progres
     encoder = encoder_of(config, plan.modality)
     if not plan.made or encoder is None or issubclass(encoder, DomainEncoder):
         return Counter()
+    if issubclass(encoder, FittedEncoder) and not run.exists(f"{_fitted(plan.modality)}/model.json"):
+        executor.get(executor.submit(_fit, config, run, plan))
     arguments = {"run": run, "config": config, "modality": plan.modality, "num_vectors": plan.num_vectors}
     parts = [part for domain in config.data.domains if domain not in plan.own for part in run.parts("ingest/items", domain)]
     return executor.map_parts(run, EncodePart, arguments, parts, f"features/{plan.modality}", config.compute.features, progress)
@@ -148,6 +150,8 @@ class EncodePart:
         encoder = encoder_of(config, modality)
         assert encoder is not None and issubclass(encoder, PartEncoder)
         self.encoder = encoder(config.features, modality, num_vectors)
+        if isinstance(self.encoder, FittedEncoder):
+            self.encoder.load(run, _fitted(modality))
 
     def __call__(self, part: str) -> dict[str, int]:
         source = _source(self.config, self.modality, part.rsplit("-", 1)[0])
@@ -157,6 +161,17 @@ class EncodePart:
         disturb(made, items[ITEM_ID], self.modality, self.config)
         self.run.write_part(f"features/{self.modality}", part, features_table(items, made.vectors, made.present))
         return {"items": len(items)} | made.counts
+
+
+def _fitted(modality: str) -> str:
+    return f"features/{modality}/.model"
+
+
+def _fit(config: Config, run: RunDir, plan: Plan) -> None:
+    encoder = encoder_of(config, plan.modality)
+    assert encoder is not None and issubclass(encoder, FittedEncoder)
+    sources = [_source(config, plan.modality, domain) for domain in plan.made]
+    encoder(config.features, plan.modality, plan.num_vectors).fit(run, sources, _fitted(plan.modality))
 
 
 # planning

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
+from qbert_ray import metrics
 from qbert_ray.ranking.blocks import Entries, add, by_block
 from qbert_ray.ranking.score_features import SCORE_FEATURES, ScoreFeatures
 
 # blend weights where there is nothing to fit them on: what the real data sets gave, rounded; further score features have 0
 START = (0.35, 1.0, 0.6, 0.0, 0.0, 0.0, 0.0)
-WITHOUT_NETWORK = ("ridge", "following", "text", "seen")  # score features for which no network is trained on the data
+WITHOUT_NETWORK = ("ridge", "following", "text", "lexical", "seen")  # score features for which no network is trained on the data
 
 
 class Blend(NamedTuple):
@@ -134,6 +135,17 @@ def blended_at(features: Tensor, weights: Tensor, cold: Tensor, bonus: float = 0
     return torch.where(cold, of_cold + weights[:, -1:] + bonus, of_trained)
 
 
+class Shrinkage(NamedTuple):
+    """Strength of the penalties of `fit_blend`."""
+
+    constant: float  # on what the weights of an average history differ from `START` by
+    dependence: float  # on how the weights depend on the history
+
+
+# Tried by `choose_shrinkage`: thousands of users do not always suffice for three numbers per weight, and a large likelihood is not a large ndcg.
+SHRINKAGES = tuple(Shrinkage(*each) for each in ((1, 1), (1, 1000), (10, 1000), (30, 1000), (100, 1000), (300, 1000)))
+
+
 class Candidates(NamedTuple):
     """What a blend is fitted on: the best C items of each validation history by each score."""
 
@@ -201,8 +213,25 @@ def without_network(candidates: Candidates, names: tuple[str, ...] = SCORE_FEATU
     return candidates._replace(features=candidates.features * kept)
 
 
-def fit_blend(found: Candidates) -> Blend:
-    """The blend under which targets rank first among their candidates: softmax regression, shrunk to `START` where data are few.
+def choose_shrinkage(halves: list[Candidates]) -> Shrinkage:
+    """That of `SHRINKAGES` with which the blend of each half of the users ranks the targets of the other half best, by ndcg@10."""
+
+    def gain(shrinkage: Shrinkage) -> float:
+        blends = [fit_blend(half, shrinkage) for half in halves]
+        return float(sum(_ndcg(blend, half).sum() for blend, half in zip(blends[::-1], halves, strict=True)))
+
+    return max(SHRINKAGES, key=gain) if halves and all(len(half.target) for half in halves) else SHRINKAGES[0]
+
+
+def _ndcg(blend: Blend, found: Candidates) -> np.ndarray:
+    """[V] ndcg@10 of each target among those of its candidates that are not in the history."""
+    scores = blended_at(found.features, blend.weights_for(found.description), found.cold)
+    better = (scores > scores.gather(1, found.target[:, None])) & (found.features[..., -1] == 0) & ~found.repeated
+    return metrics.ndcg(better.sum(1).numpy() + 1, 10)
+
+
+def fit_blend(found: Candidates, shrinkage: Shrinkage = SHRINKAGES[0]) -> Blend:
+    """The blend under which targets rank first among their candidates: softmax regression, shrunk to `START`.
 
     Ranking the best candidates, rather than the likelihood over the whole catalog, is what hit rates at small k measure: fitted
     over the catalog, the blend serves the far tail (instruments, validation ndcg@10 .118 against .135).
@@ -228,7 +257,9 @@ def fit_blend(found: Candidates) -> Blend:
         optimizer.zero_grad()
         each = blend.weights_for(found.description)
         scores = torch.einsum("vcf,vf->vc", features, each).masked_fill(found.repeated, -torch.inf)
-        value = F.cross_entropy(scores, found.target) + (1e-3 + 1 / users) * (weights - start * unit).square().sum()
+        moved = (weights - start * unit).square().sum(1)
+        penalty = (1e-3 + 1 / users) * (shrinkage.constant * moved[0] + shrinkage.dependence * moved[1:].sum())
+        value = F.cross_entropy(scores, found.target) + penalty
         value.backward()
         return value
 

@@ -18,7 +18,9 @@ from qbert_ray.ranking.blend import (
     WITHOUT_NETWORK,
     Blend,
     Candidates,
+    Shrinkage,
     candidates,
+    choose_shrinkage,
     fit_blend,
     join_candidates,
     no_candidates,
@@ -64,6 +66,7 @@ RankingCounts = TypedDict(
         "ridge": NotRequired[dict[str, object]],  # settings of the ridge regression that were chosen, where one is "auto"
         "users": int,
         "fitted_on": int,  # validation histories whose target is among the candidates
+        "shrinkage": dict[str, float],  # the penalties of the blend that were chosen
         "blend_weights": dict[str, float],  # score feature -> weight, for a history of average description
         "blend_weights_of_cold_items": dict[str, float],
         "model_ndcg@10": float,  # of validation items among unseen ones, by the blend of users of the other half, if it is kept
@@ -100,19 +103,25 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
     users = everybody[: settings.validation_users]
     halves = [ValidationUsers.of(sequences, users[part::2]) for part in (0, 1)]
     found = [_candidates(ranker, *half, settings.candidates) for half in halves]
-    ndcg = _cross_fitted(ranker, halves, found)
+    own, without = [both[0] for both in found], [both[1] for both in found if both[1] is not None]
+    shrinkages = choose_shrinkage(own), choose_shrinkage(without)
+    ndcg = _cross_fitted(ranker, halves, found, shrinkages)
     blending = _blend_gain(ndcg, settings)
-    everything = join_candidates([both[0] for both in found])
-    without = [both[1] for both in found if both[1] is not None]
+    everything = join_candidates(own)
     assert ranker.item_item is not None
     names = ranker.item_item.names
-    blend = fit_blend(everything) if blending["kept"] else sequence_alone(len(names))
-    baseline = fit_blend(join_candidates(without)) if without else None
+    blend = fit_blend(everything, shrinkages[0]) if blending["kept"] else sequence_alone(len(names))
+    baseline = fit_blend(join_candidates(without), shrinkages[1]) if without else None
     for folder, each in ((BLEND, blend), (ITEM_ITEM_TEXT, baseline)):
         if each is not None:
             run.save_model(f"{folder}/{domain}", each._asdict(), {"score_features": list(names)})
     ranker.use(blend, item_item_text=baseline)
-    result: dict[str, object] = {"users": len(users), "fitted_on": len(everything.target), **_average_weights(blend, names)}
+    result: dict[str, object] = {
+        "users": len(users),
+        "fitted_on": len(everything.target),
+        "shrinkage": shrinkages[0]._asdict(),
+        **_average_weights(blend, names),
+    }
     result |= {f"{name}_ndcg@10": metrics.interval(values)["value"] for name, values in ndcg.items()}
     result |= {"model_ndcg@10": blending["blended" if blending["kept"] else "alone"], "blending": blending}
     if settings.rerank:
@@ -163,7 +172,10 @@ def _average_weights(blend: Blend, names: tuple[str, ...]) -> dict[str, dict[str
 
 
 def _cross_fitted(
-    ranker: Ranker, halves: list[ValidationUsers], found: list[tuple[Candidates, Candidates | None]]
+    ranker: Ranker,
+    halves: list[ValidationUsers],
+    found: list[tuple[Candidates, Candidates | None]],
+    shrinkages: tuple[Shrinkage, Shrinkage],
 ) -> dict[str, np.ndarray]:
     """Ranking -> [V] ndcg@10 of validation items among unseen ones, as fine-tuning is judged, each half ranked by blends of the other half.
 
@@ -171,10 +183,12 @@ def _cross_fitted(
         ranker: without a blend; it has one afterwards.
         halves: the validation users.
         found: candidates of either half, as `_candidates` gives them.
+        shrinkages: of the blend and of the baseline.
     """
     gained: dict[str, list[np.ndarray]] = {"model": [np.zeros(0)], "sequencer": [np.zeros(0)]}
     for (own, without), (histories, target) in zip(found[::-1], halves, strict=True):
-        ranker.use(fit_blend(own), item_item_text=fit_blend(without) if without is not None else None)
+        baseline = fit_blend(without, shrinkages[1]) if without is not None else None
+        ranker.use(fit_blend(own, shrinkages[0]), item_item_text=baseline)
         with torch.inference_mode():
             for rows in batches(len(histories), ranker.num_features * ranker.num_items):
                 for name, scores in ranker.scores(histories[rows]).items():

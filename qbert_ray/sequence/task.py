@@ -60,7 +60,19 @@ class SequencerTask:
 
     def description(self) -> dict[str, Any]:
         s = self.config.sequencer
-        names = ["width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature"]
+        names = [
+            "width",
+            "num_layers",
+            "num_heads",
+            "ffn_width",
+            "dropout",
+            "max_items",
+            "tokens",
+            "loss",
+            "token_weight",
+            "logits",
+            "temperature",
+        ]
         names.append("code_dropout")
         codes, content = self.tables[self.domains[0]][:2]
         return {

@@ -29,13 +29,16 @@ BARE = {"text_fields": []}
 @pytest.mark.parametrize(
     ("domains", "expected"),
     [
-        ({"shop": {}}, ["text", "image"]),
+        ({"shop": {}}, ["text", "image", "lexical"]),
         ({"shop": BARE | {"image_column": "cover"}}, ["text", "image"]),
-        ({"shop": BARE | {"attributes": ["brand"]}}, ["text", "image"]),
+        ({"shop": BARE | {"attributes": ["brand"]}}, ["text", "image", "lexical"]),
         ({"shop": BARE | {"vectors": {"text": "vectors.parquet"}}}, ["text", "image"]),
         ({"shop": BARE}, ["text", "image", "structure"]),  # nothing else tells its items apart
-        ({"shop": {}, "bare": BARE}, ["text", "image", "structure"]),
-        ({"shop": {"vectors": {"structure": "vectors.parquet"}}}, ["text", "image", "structure"]),  # vectors of one's own are used
+        ({"shop": {}, "bare": BARE}, ["text", "image", "structure", "lexical"]),
+        (
+            {"shop": {"vectors": {"structure": "vectors.parquet"}}},
+            ["text", "image", "structure", "lexical"],
+        ),  # vectors of one's own are used
     ],
 )
 def test_structure_joins_only_where_a_domain_has_neither_texts_nor_images(domains, expected):
@@ -85,7 +88,7 @@ def test_what_is_wrong_with_a_modality_is_said_with_what_is_right(overrides, sai
 
 def test_vectors_of_ones_own_are_a_modality_by_any_name():
     config = configure("data.domains.items.vectors={mine: mine.parquet}")
-    assert config.modalities == ["text", "image", "mine"]
+    assert config.modalities == ["text", "image", "lexical", "mine"]
     assert configure("data.domains.items.vectors={mine: mine.parquet}", "features.modalities=[mine]").modalities == ["mine"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from qbert_ray.config.data_sections import OF_TEXT_FIELDS
 from qbert_ray.config.schema import Features
 from qbert_ray.execution.device import own_device
 from qbert_ray.features.encoders import TextEncoder
@@ -21,15 +22,15 @@ class Encoder(PartEncoder):
 
     @staticmethod
     def vectors_of(features: Features, source: Source) -> int:
-        return len(_prefixes(source))
+        return len(texts_of(source))
 
     def columns(self, source: Source) -> list[str]:
-        return list(_prefixes(source))
+        return list(texts_of(source))
 
     def __call__(self, items: pa.Table, source: Source) -> Encoded:
         vectors, present = absent(len(items), self.num_vectors, self.width)
         texts = []
-        for slot, (column, before) in enumerate(_prefixes(source).items()):
+        for slot, (column, before) in enumerate(texts_of(source).items()):
             stripped = [(text or "").strip() for text in items[column].to_pylist()]
             present[:, slot] = [bool(text) for text in stripped] if stripped else False
             texts += [before + text for text in stripped if text]
@@ -38,8 +39,8 @@ class Encoder(PartEncoder):
         return Encoded(vectors, present, counts)
 
 
-def _prefixes(source: Source) -> dict[str, str]:
+def texts_of(source: Source) -> dict[str, str]:
     """Column of ingest/items -> prefix of its text: a bare value such as "Blue" needs its column's name to be understood."""
-    attributes = source.domain.attributes if source.modality == "text" else []
+    attributes = source.domain.attributes if source.modality in OF_TEXT_FIELDS else []
     named = {f"{ATTRIBUTE_PREFIX}{name}": f"{name.replace('_', ' ')}: " for name in attributes}
     return {f"{TEXT_PREFIX}{name}": "" for name in source.domain.inputs_of(source.modality).texts} | named
