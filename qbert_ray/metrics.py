@@ -28,6 +28,7 @@ class Evaluation(TypedDict):
     """Metrics of one domain, as evaluate/metrics.json holds them."""
 
     users: int
+    sampled_from: NotRequired[int]  # users with a test item, where only a sample of them was ranked
     protocols: dict[str, dict[str, Figures]]  # all, unseen or cold -> the model, a part of it or a baseline -> metrics
     cold: NotRequired[Evaluation]  # of users with a held-out cold item
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qbert_ray.config.schema import Training
+from qbert_ray.row_updates import RowUpdates
 from qbert_ray.storage.directory import RunDir
 
 LAST_RATE = 0.05  # of the cosine schedule, as a share of the learning rate
@@ -84,12 +85,12 @@ class Loop:
         settings = task.settings
         torch.manual_seed(task.seed)
         self.model = task.build().to(device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
         self.average: dict[str, Tensor] | None = None
         if settings.averaging:
             self.average = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.rows = RowUpdates(self.model, settings.learning_rate, self.average)
+        self.dense = self.rows.others(self.model)
+        self.optimizer = torch.optim.AdamW(self.dense, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
         self.best: dict[str, Tensor] = {}
         self.best_value: float | None = None
         self.epoch = self.step = self.waited = 0
@@ -112,6 +113,7 @@ class Loop:
         for number, samples in enumerate(batches):
             loss, size = self._step(samples, self._rate((self.epoch + number / len(batches)) / self.task.settings.epochs))
             total, weight = total + loss, weight + size
+        self.rows.finish()
         metrics: EpochMetrics = {"epoch": self.epoch, "train_loss": total / max(weight, 1e-12)}
         self.epoch += 1
         if self.epoch == self.task.settings.epochs:
@@ -143,6 +145,7 @@ class Loop:
         """Update the weights from a global batch; returns its loss and weight, summed over all workers."""
         settings = self.task.settings
         self.optimizer.zero_grad(set_to_none=False)
+        self.rows.clear()
         total, weight = torch.zeros((), device=self.device), 0.0
         for number, piece in enumerate(np.array_split(samples, settings.microbatches)):
             if number % self.world_size != self.rank or not len(piece):
@@ -152,26 +155,29 @@ class Loop:
             if size:
                 loss.backward()
                 total, weight = total + loss.detach(), weight + size
-        loss_sum, weight = self._sum_gradients(float(total), weight)
+        gradients, loss_sum, weight = self._sum_gradients(float(total), weight)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
+        norm = nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (settings.gradient_clip / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_ does
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient is not finite at step {self.step}: lower learning_rate, or look for NaN in the input vectors"
             )
         self.optimizer.step()
         self.step += 1
+        decay = min(settings.averaging, self.step / (self.step + 10))  # shorter average during the first steps
+        self.rows.step(rate, decay if self.average is not None else None)
         if self.average is not None:
-            decay = min(settings.averaging, self.step / (self.step + 10))  # shorter average during the first steps
-            pairs = [(self.average[name], tensor) for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()]
+            tensors = {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.rows.weights}
+            pairs = [(self.average[name], tensor) for name, tensor in tensors.items() if tensor.is_floating_point()]
             torch._foreach_lerp_([mean for mean, _ in pairs], [tensor for _, tensor in pairs], 1 - decay)
         return loss_sum, weight
 
-    def _sum_gradients(self, loss: float, weight: float) -> tuple[float, float]:
-        """Sum gradients, loss and weight over all workers, and divide the gradients by the weight; returns both sums."""
+    def _sum_gradients(self, loss: float, weight: float) -> tuple[list[Tensor], float, float]:
+        """Sum gradients, loss and weight over all workers, and divide the gradients by the weight; returns all three."""
         gradients = []
-        for parameter in self.model.parameters():
+        for parameter in self.dense:
             if parameter.grad is None:  # unused by this worker's microbatches, but perhaps used by others'
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
@@ -186,9 +192,10 @@ class Loop:
             for gradient in gradients:
                 gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
                 offset += gradient.numel()
+        gradients += self.rows.gradients(cast(Callable[[Tensor], None], dist.all_reduce) if self.world_size > 1 else None)
         for gradient in gradients:
             gradient.div_(max(weight, 1e-12))
-        return loss, weight
+        return gradients, loss, weight
 
     def evaluate(self) -> EpochMetrics:
         """The task's metrics for the weights that would be saved."""
@@ -231,8 +238,9 @@ class Loop:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"average.{name}": tensor for name, tensor in (self.average or {}).items()}
-        for number, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(tensor) for name, tensor in values.items()}
+        for group, optimizer in self._optimizers().items():
+            for number, values in optimizer.state_dict()["state"].items():
+                tensors |= {f"{group}.{number}.{name}": torch.as_tensor(tensor) for name, tensor in values.items()}
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, directory / "state.safetensors")
         state = {"epoch": self.epoch, "step": self.step, "waited": self.waited, "best_value": self.best_value, "log": self.log}
         (directory / "state.json").write_text(json.dumps(state))
@@ -241,18 +249,25 @@ class Loop:
         state = json.loads((directory / "state.json").read_text())
         self.epoch, self.step, self.waited = state["epoch"], state["step"], state["waited"]
         self.best_value, self.log = state["best_value"], state["log"]
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "average": {}, "optimizer": {}}
+        groups: dict[str, dict[str, Tensor]] = {name: {} for name in ("model", "best", "average", "optimizer", "rows")}
         for name, tensor in load_file(directory / "state.safetensors", device=str(self.device)).items():
             group, _, rest = name.partition(".")
             groups[group][rest] = tensor
         self.model.load_state_dict(groups["model"])
         self.best = groups["best"]
-        self.average = groups["average"] or None
-        optimizer = self.optimizer.state_dict()
-        for name, tensor in groups["optimizer"].items():
-            number, _, key = name.partition(".")
-            optimizer["state"].setdefault(int(number), {})[key] = tensor.cpu() if key == "step" else tensor
-        self.optimizer.load_state_dict(optimizer)
+        self.average = self.rows.average = groups["average"] or None
+        for group, optimizer in self._optimizers().items():
+            content = optimizer.state_dict()
+            for name, tensor in groups[group].items():
+                number, _, key = name.partition(".")
+                if key == "step":  # a number for SparseAdam, whose powers of it would otherwise be rounded to float32
+                    tensor = tensor.cpu() if group == "optimizer" else int(tensor)  # type: ignore[assignment]
+                content["state"].setdefault(int(number), {})[key] = tensor
+            optimizer.load_state_dict(content)
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Name in a checkpoint -> optimizer."""
+        return {"optimizer": self.optimizer} | ({"rows": self.rows.optimizer} if self.rows.optimizer else {})
 
 
 def publish(loop: Loop, run: RunDir, folder: str) -> None:

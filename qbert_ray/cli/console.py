@@ -87,7 +87,10 @@ def metrics_table(domain: str, content: Evaluation, ranked: str = "every item ra
     """The table of one domain of evaluate/metrics.json, or of its cold items: rankings by metrics, for both protocols."""
     models = next(iter(content["protocols"].values()))
     names = list(next(iter(models.values())))
-    table = Table(title=f"{domain}: {ranked} for {content['users']:,} users", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    sampled = f" drawn from {content['sampled_from']:,}" if "sampled_from" in content else ""
+    table = Table(
+        title=f"{domain}: {ranked} for {content['users']:,} users{sampled}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
+    )
     table.add_column("items", no_wrap=True)
     table.add_column("ranking", no_wrap=True)
     for name in [*names, "±"]:

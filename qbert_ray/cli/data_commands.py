@@ -95,22 +95,36 @@ def demo_data(
     media: Annotated[
         bool, typer.Option("--media", help="Also sounds and clips, for configs/demo-av.yaml (needs the extra media).")
     ] = False,
+    scale: Annotated[
+        int | None, typer.Option(metavar="ITEMS", help="A shop of so many items with vectors instead of images, for configs/scale.yaml.")
+    ] = None,
+    users: Annotated[int | None, typer.Option(help="With --scale: number of users; as many as items unless said otherwise.")] = None,
+    per_user: Annotated[float, typer.Option(help="With --scale: purchases per user, on average.")] = 10.0,
+    width: Annotated[int, typer.Option(help="With --scale: width of the item vectors.")] = 64,
 ) -> None:
-    """Generate the demo shop: a made-up catalog with images, and made-up shoppers.
+    """Generate the demo shop: a made-up catalog with images, and made-up shoppers; or a large one without images.
 
     Example: qbert-ray demo-data runs/demo/data
 
     Example: qbert-ray demo-data runs/demo-av/data --media
+
+    Example: qbert-ray demo-data runs/scale/data --scale 100000
     """
-    from qbert_ray.inputs.demo_shop import generate
+    from qbert_ray.inputs import demo_shop, scaled_shop
 
     if (folder / "interactions.parquet").exists():  # written last
         console.print(f"the demo shop is already in {folder}; delete the folder for another")
         return
-    counts = generate(folder, seed, media=media)
+    counts = (
+        demo_shop.generate(folder, seed, media=media)
+        if scale is None
+        else scaled_shop.generate(folder, scale, scale if users is None else users, per_user, width, seed)
+    )
     console.print(
         f"generated a demo shop in {folder}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
     )
+    if scale is not None:
+        console.print(f"next: qbert-ray run -c configs/scale.yaml data.root={shown(str(folder))}", soft_wrap=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from qbert_ray.config.data_sections import Data, Domain, Inputs
 from qbert_ray.config.features_section import Features, ImageEncoder, TextEncoder, check_inputs, modalities_of
 from qbert_ray.config.search import Sweep
 from qbert_ray.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share, paper
+from qbert_ray.config.serve_section import Serve
 
 __all__ = ["Actors", "Compute", "Config", "Data", "Domain", "Features", "ImageEncoder", "Inputs", "Section", "TextEncoder", "Workers"]
 # re-exported from the other modules of this package
@@ -274,12 +275,20 @@ class Gates(Section):
 
 class Evaluate(Section):
     cutoffs: list[PositiveInt] = Field([1, 5, 10], description="k of hr@k and ndcg@k", json_schema_extra=paper("§4.1"))
+    users: PositiveInt | None = Field(
+        None, description="users, chosen by hash, whose test items are ranked; intervals say what the sample leaves open. None: all"
+    )
     co_occurrence_history: PositiveInt = Field(20, description="latest items of a history that the co-occurrence baseline sums over")
 
 
 class Score(Section):
     top_k: PositiveInt = Field(10, description="items per user")
     remove_seen: bool = Field(True, description="never recommend items of the user's history")
+    prefixes: PositiveInt | None = Field(
+        None,
+        description="for large catalogs: rank only the items of so many prefixes of semantic IDs per user, those whose items the sequence model "
+        "scores best on average, and items with item-item weights to the history; lists may then lack items. None: the whole catalog",
+    )
     interactions: str | None = Field(
         None,
         description="newer interactions, under data.root and with the columns of the domain's: they come on top of the histories of the run, "
@@ -298,20 +307,6 @@ class Score(Section):
     allow: str | None = Field(
         None,
         description="items of which the recommended ones are taken, in the same forms; a user without a row in a table of users gets none",
-    )
-
-
-class Serve(Section):
-    """Online serving by Ray Serve; no stage depends on it."""
-
-    host: str = Field("127.0.0.1", description="address of the HTTP server; 0.0.0.0 lets everybody in who reaches the machine")
-    port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port of the HTTP server")
-    num_replicas: PositiveInt = Field(1, description="processes that answer; each holds the models of all target domains")
-    num_cpus: PositiveFloat = Field(1.0, description="CPUs of each replica, and its threads")
-    num_gpus: NonNegativeFloat = Field(0.0, description="GPUs of each replica; above 0 the sequence model computes there")
-    max_batch_size: PositiveInt = Field(64, description="most requests that are answered together, of those that wait")
-    reload_seconds: PositiveFloat = Field(
-        10.0, description="seconds between looks at whether the run, or what score.exclude reads, has changed"
     )
 
 
@@ -342,6 +337,12 @@ class Config(Section):
                 f"sequencer.beam is {self.sequencer.beam}: items outside the beams have no rank, so it must be at least {wanted}, "
                 "the largest of score.top_k and evaluate.cutoffs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_have_scores(self) -> Config:
+        if self.score.prefixes is not None and self.sequencer.kind == "generative":
+            raise ValueError("score.prefixes needs sequencer.kind=masked: the generative model searches prefixes by beams (sequencer.beam)")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from qbert_ray.config.schema import Config
 from qbert_ray.features.item_features import ItemFeatures
 from qbert_ray.fusion.model import DynamicFusion, alignment_loss, geometry_loss, view_distance
 from qbert_ray.random_streams import ID_DROPOUT_STREAM, uniform
+from qbert_ray.row_updates import ROWS_ALONE
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import EpochMetrics, shuffled_batches
 
@@ -41,7 +42,9 @@ class FusionTask:
         return {"num_items": self.num_items, "feature_widths": self.features.widths} | {name: getattr(s, name) for name in names}
 
     def build(self) -> nn.Module:
-        return DynamicFusion(**self.description())
+        model = DynamicFusion(**self.description())
+        model.id_embedding.sparse = self.num_items > ROWS_ALONE
+        return model
 
     def adjust(self, model: nn.Module, epoch: int) -> None:
         pass

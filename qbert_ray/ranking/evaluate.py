@@ -18,6 +18,7 @@ from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.features.structure import co_occurrence
+from qbert_ray.random_streams import TEST_STREAM, uniform
 from qbert_ray.ranking.cold_items import evaluate_cold
 from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.item_item import co_occurrence_scores, popularity
@@ -35,15 +36,18 @@ PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
 def evaluate(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, dict[str, int]]:
     """Write evaluate/ranks and evaluate/metrics.json; counts of ranked users."""
     counts: dict[str, dict[str, int]] = {}
-    report = {}
+    report: dict[str, metrics.Evaluation] = {}
     for domain in config.data.targets:
         progress.note(domain)
         baselines = executor.submit(_baselines, run, domain)
         arguments = {"run": run, "domain": domain, "settings": config.ranking, "baselines": baselines}
         arguments["latest"] = config.evaluate.co_occurrence_history
         parts = run.parts("ingest/sequences", domain)
+        with_target, arguments["sampled"] = _sample(run, parts, config.evaluate.users)
         counts[domain] = dict(executor.map_parts(run, RankPart, arguments, parts, "evaluate/ranks", config.compute.evaluate, progress))
         report[domain] = summarise(run.read("evaluate/ranks", domain), list(config.evaluate.cutoffs))
+        if report[domain]["users"] < with_target:
+            report[domain]["sampled_from"] = with_target
         if cold := evaluate_cold(config, run, domain, executor, progress):
             report[domain]["cold"] = cold
     run.write_json("evaluate/metrics.json", report)
@@ -72,11 +76,31 @@ def _baselines(run: RunDir, domain: str) -> tuple[sparse.csr_matrix, np.ndarray]
     return together, popularity(sequences.indptr, sequences.items, size, sequences.weights)
 
 
-class RankPart:
-    """Ranks of the test items of a part of the users."""
+def _sample(run: RunDir, parts: list[str], users: int | None) -> tuple[int, dict[str, np.ndarray] | None]:
+    """Number of users that have a test item; and the rows of `users` of them in each part, chosen by hash, or None for all."""
+    has = [run.read_part("ingest/sequences", part, ["test"])["test"].is_valid().to_numpy() for part in parts]
+    size = np.cumsum([0, *map(len, has)])
+    found = np.flatnonzero(np.concatenate([*has, np.zeros(0, bool)]))
+    if users is None or users >= len(found):
+        return len(found), None
+    chosen = np.sort(found[np.argsort(uniform(TEST_STREAM, 0, found, 1)[:, 0])[:users]])
+    bounds = np.searchsorted(chosen, size)
+    return len(found), {part: chosen[bounds[number] : bounds[number + 1]] - size[number] for number, part in enumerate(parts)}
 
-    def __init__(self, run: RunDir, domain: str, settings: Ranking, baselines: tuple[sparse.csr_matrix, np.ndarray], latest: int) -> None:
-        self.run, self.domain, self.latest = run, domain, latest
+
+class RankPart:
+    """Ranks of the test items of a part of the users, or of a sample of them."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        domain: str,
+        settings: Ranking,
+        baselines: tuple[sparse.csr_matrix, np.ndarray],
+        latest: int,
+        sampled: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        self.run, self.domain, self.latest, self.sampled = run, domain, latest, sampled
         self.counts, self.popularity = baselines
         self.ranker = load_catalog_ranker(run, domain, settings, own_device(), baselines=True)
         self.item_ids = item_ids(run, domain).to_pylist()
@@ -84,7 +108,8 @@ class RankPart:
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:
         sequences = columns.to_sequences(self.run.read_part("ingest/sequences", name))
-        users = np.flatnonzero(sequences.test >= 0)
+        everybody = np.flatnonzero(sequences.test >= 0)
+        users = everybody if self.sampled is None else self.sampled[name]
         found: dict[str, list[np.ndarray]] = {}
         for rows in batches(len(users), MODELS * len(self.item_ids)):
             batch = users[rows]
@@ -98,7 +123,8 @@ class RankPart:
             sequences.test[users],
             {model: np.concatenate(pieces) for model, pieces in found.items()},
         )
-        return {"users": len(sequences.user_ids), "ranked": len(users), "without_target": len(sequences.user_ids) - len(users)}
+        counts = {"users": len(sequences.user_ids), "ranked": len(users), "without_target": len(sequences.user_ids) - len(everybody)}
+        return counts if self.sampled is None else counts | {"not_sampled": len(everybody) - len(users)}
 
     def _scores(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:
         together = co_occurrence_scores(self.counts, histories, self.latest)

@@ -65,6 +65,7 @@ class RidgeRegression:
     def rows(self, targets: np.ndarray) -> sparse.csr_matrix:
         """[len(targets), N] weight of each item of a history for each target; 0 for the target itself."""
         columns, values = [], []
+        place = np.full(self.gram.shape[0], -1)  # among the neighbours of a target
         for target in targets:
             begin, end = self.gram.indptr[target : target + 2]
             others, counts = self.gram.indices[begin:end], self.gram.data[begin:end]
@@ -73,11 +74,29 @@ class RidgeRegression:
                 # lexsort, not argpartition: which of equally strong neighbours stay must not depend on the order of the data
                 strongest = np.lexsort((others, -counts / self.norms[others]))[: self.neighbours]
                 others, counts = others[strongest], counts[strongest]
-            among = self.gram[others][:, others].toarray()
+            among = self._among(others, place)
             among[np.diag_indices_from(among)] += self.regularisation
             columns.append(others)
             values.append(np.linalg.solve(among, counts).astype(np.float32))
         return _from_rows(columns, values, self.gram.shape[0])
+
+    def _among(self, items: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """[n, n] co-occurrences of n items with each other; SciPy would look at every column of the catalog for each target.
+
+        Args:
+            items: [n] distinct.
+            place: [N] of -1, and so again afterwards.
+        """
+        found = np.zeros((len(items), len(items)), self.gram.dtype)
+        begin = self.gram.indptr[items].astype(np.int64)
+        lengths = self.gram.indptr[items + 1] - begin
+        entries = np.repeat(begin - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
+        place[items] = np.arange(len(items))
+        column = place[self.gram.indices[entries]]
+        place[items] = -1
+        wanted = column >= 0
+        found[np.repeat(np.arange(len(items)), lengths)[wanted], column[wanted]] = self.gram.data[entries[wanted]]
+        return found
 
 
 class Transitions:

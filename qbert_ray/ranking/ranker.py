@@ -21,6 +21,7 @@ from qbert_ray.ranking.blend import Blend, BlendedScores, blended_at, describe
 from qbert_ray.ranking.blocks import add, by_block, catalog_blocks
 from qbert_ray.ranking.filters import EVERYTHING, Filter, HiddenItems, own_lists
 from qbert_ray.ranking.item_item import ItemItem
+from qbert_ray.ranking.prefix_search import PER_HISTORY, PrefixIndex, laid_out, linked
 from qbert_ray.ranking.reranker import CandidateLists, Reranker, candidate_inputs, inputs_of, reorder
 from qbert_ray.ranking.score_features import ScoreFeatures
 from qbert_ray.sequence.item_table import ItemTable, nearest_trained_items
@@ -71,6 +72,7 @@ class Ranker:
         self.blend: Blend | None = None
         self.reranker: Reranker | None = None
         self.item_item_text: Blend | None = None
+        self.index: PrefixIndex | None = None  # of prefixes that `best` searches; None: it ranks the whole catalog
         self.available: np.ndarray | None = None  # [N] booleans, items that `best` may give; None: all
 
     def use(self, blend: Blend, reranker: Reranker | None = None, item_item_text: Blend | None = None) -> None:
@@ -103,6 +105,11 @@ class Ranker:
         lists = own_lists(only, [history if remove_seen else history[:0] for history in histories])
         if lists is not None and lists[0].size * self.vectors.shape[1] <= MOST_GATHERED and lists[0].shape[1] * LISTED <= self.num_items:
             return self._best_of(histories, k, *(torch.from_numpy(each) for each in lists))
+        if self.index is not None and only.excluded is None and only.allowed is None:
+            return self._best_of_prefixes(histories, k, remove_seen, only)
+        return self._exact(histories, k, remove_seen, only)
+
+    def _exact(self, histories: list[np.ndarray], k: int, remove_seen: bool, only: Filter) -> tuple[Tensor, Tensor]:
         batch = self._read(histories, last_item=self.reranker is not None)
         values, items = self._top(batch, k if self.reranker is None else max(k, self.candidates), remove_seen, only)
         if self.reranker is not None:
@@ -115,12 +122,7 @@ class Ranker:
 
     def _best_of(self, histories: list[np.ndarray], k: int, items: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """As `best`, of a short list of items [B, C] of each history, which alone are scored."""
-        width, length = min(k, self.num_items), min(k, items.shape[1])
-        values, best = torch.full((len(items), width), -torch.inf), torch.full((len(items), width), -1)
-        if length:
-            found, places = top_k(self.candidate_scores(histories, items, padding), length)
-            values[:, :length], best[:, :length] = found, torch.where(places >= 0, items.gather(1, places.clamp_min(0)), -1)
-        return values, best
+        return self._ranked(self.candidate_scores(histories, items, padding), items.numpy(), k)
 
     def candidate_scores(self, histories: list[np.ndarray], items: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Scores of some items of each history, as `best` gives them where these are the only items; on the CPU.
@@ -133,7 +135,9 @@ class Ranker:
         Returns:
             [B, C]. No other item is scored, so that time does not grow with the catalog.
         """
-        batch = self._read(histories, last_item=self.reranker is not None)
+        return self._candidate_scores(self._read(histories, last_item=self.reranker is not None), items, hidden)
+
+    def _candidate_scores(self, batch: HistoryBatch, items: Tensor, hidden: Tensor | None) -> Tensor:
         items = items.to(self.device)
         values = self.model.scores(batch.queries, self.vectors[items], self.bias[items]).float()
         if self.blend is not None and batch.features is not None and batch.description is not None:
@@ -146,6 +150,46 @@ class Ranker:
             order = by_item.gather(1, values.gather(1, by_item).argsort(dim=1, descending=True, stable=True))[:, : self.candidates]
             values = values.scatter(1, order, self._reordered(batch, values.gather(1, order), items.gather(1, order)))
         return values.cpu()
+
+    def search_prefixes(self, codes: Tensor, prefixes: int) -> None:
+        """Let `best` rank only items of so many prefixes of semantic IDs for each history, and items with item-item weights to it.
+
+        A filter by user, of excluded or allowed items, is still answered by the whole catalog, as is a history with fewer than k candidates.
+
+        Args:
+            codes: [N, K] of the semantic IDs.
+            prefixes: searched for each history.
+        """
+        self.index = PrefixIndex(codes, self.vectors, self.bias, prefixes)
+
+    def _best_of_prefixes(self, histories: list[np.ndarray], k: int, remove_seen: bool, only: Filter) -> tuple[Tensor, Tensor]:
+        """As `best`, of candidates; histories with fewer than k of them are ranked exactly."""
+        assert self.index is not None
+        batch = self._read(histories, last_item=self.reranker is not None)
+        found = [self.index.best(self.model.scaled(batch.queries), max(PER_HISTORY, k))]
+        if batch.features is not None:
+            found.append(linked(batch.features.weights))
+        rows, items = (np.concatenate(each) for each in zip(*found, strict=True))
+        table, hidden = laid_out(rows, items, len(histories), self.num_items)
+        if remove_seen:
+            hidden |= np.stack([np.isin(row, history) for row, history in zip(table, histories, strict=True)])
+        if only.items is not None:
+            hidden |= ~only.items[table]
+        values, best = self._ranked(self._candidate_scores(batch, torch.from_numpy(table), torch.from_numpy(hidden)), table, k)
+        few = np.flatnonzero((~hidden).sum(1) < min(k, self.num_items))
+        if len(few):
+            values[few], best[few] = self._exact([histories[row] for row in few], k, remove_seen, only)
+        return values, best
+
+    def _ranked(self, scores: Tensor, items: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+        """The k best of items [B, C], whose scores are given, in the form of `best`."""
+        width, length = min(k, self.num_items), min(k, items.shape[1])
+        values, best = torch.full((len(items), width), -torch.inf), torch.full((len(items), width), -1)
+        if length:
+            found, places = top_k(scores, length)
+            values[:, :length] = found
+            best[:, :length] = torch.where(places >= 0, torch.from_numpy(items).gather(1, places.clamp_min(0)), -1)
+        return values, best
 
     def item_vectors(self) -> tuple[Tensor, Tensor]:
         """[N, D] vectors and [N] biases of the catalog; their product with `user_vectors` is the sequence model's scores. On the CPU."""

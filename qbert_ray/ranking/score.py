@@ -16,10 +16,10 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.histories import open_histories, write_histories
 from qbert_ray.ranking.generative import load_catalog_ranker
-from qbert_ray.ranking.ranker import batches
+from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.ranking.rules import EVERYBODY, Rules, load_rules
 from qbert_ray.storage import columns
-from qbert_ray.storage.catalog import item_ids
+from qbert_ray.storage.catalog import catalog_codes, item_ids
 from qbert_ray.storage.directory import Counts, RunDir
 
 SCORE, SCORE_HISTORIES = "score", "score_histories"  # folders, also of the tables
@@ -58,7 +58,7 @@ def _score(config: Config, run: RunDir, executor: Executor, progress: Progress, 
             found[f"score.{field}"] = write_histories(config, run, domain, source, output, executor, newer)
             table = f"{output}/histories"
         arguments = {"run": run, "domain": domain, "settings": config.ranking, "k": config.score.top_k, "rules": rules}
-        arguments |= {"remove_seen": config.score.remove_seen, "histories": table, "output": output}
+        arguments |= {"remove_seen": config.score.remove_seen, "histories": table, "output": output, "prefixes": config.score.prefixes}
         done = executor.map_parts(run, ScorePart, arguments, run.parts(table, domain), output, config.compute.score, progress)
         counts[domain] = dict(done) | found
     return counts | ({"warnings": warnings} if warnings else {})
@@ -77,10 +77,14 @@ class ScorePart:
         rules: Rules = EVERYBODY,
         histories: str = SEQUENCES,
         output: str = SCORE,
+        prefixes: int | None = None,
     ) -> None:
         self.run, self.domain, self.k, self.remove_seen, self.rules = run, domain, k, remove_seen, rules
         self.histories, self.output = histories, output
         self.ranker = load_catalog_ranker(run, domain, settings, own_device())
+        if prefixes is not None:
+            assert isinstance(self.ranker, Ranker), "the config refuses prefixes for the generative model"
+            self.ranker.search_prefixes(torch.from_numpy(catalog_codes(run, domain)), prefixes)
         self.item_ids = item_ids(run, domain)
 
     @torch.inference_mode()

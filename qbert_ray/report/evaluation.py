@@ -66,6 +66,7 @@ def comparison(content: dict[str, Any]) -> list[Figure]:
     """The model compared with the baselines, for both protocols."""
     first = next(iter(next(iter(content["protocols"].values())).values()))
     shown = [name for name in ("ndcg@10", "hr@10") if name in first] or list(first)[-2:]
+    sampled = f" drawn from {content['sampled_from']:,}" if "sampled_from" in content else ""
     result = []
     for metric in shown:
         rows = [
@@ -78,7 +79,13 @@ def comparison(content: dict[str, Any]) -> list[Figure]:
             for model, protocol, values in rows
         )
         result.append(
-            Figure(metric, f"Mean and 95 % interval over {content['users']:,} users; right is better.", alt, intervals(rows, metric), 320)
+            Figure(
+                metric,
+                f"Mean and 95 % interval over {content['users']:,} users{sampled}; right is better.",
+                alt,
+                intervals(rows, metric),
+                320,
+            )
         )
     return result
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.1  # of a cold item among the trained ones
-CHUNK = 4096  # cold items whose neighbours are looked up at once
+CHUNK, MOST = 4096, 2**28  # cold items whose neighbours are looked up at once, and cosines: 1 GiB
 
 
 class ColdItems(NamedTuple):
@@ -60,5 +60,6 @@ def nearest_trained_items(content: Tensor, rows: Tensor, trained: Tensor) -> Col
     """
     unit = F.normalize(content, dim=-1)
     others, count = unit[trained].T, min(NEIGHBOURS, len(trained))
-    cosine, found = zip(*(torch.topk(unit[piece] @ others, count, dim=1) for piece in rows.split(CHUNK)), strict=True)
+    size = max(1, min(CHUNK, MOST // max(len(trained), 1)))
+    cosine, found = zip(*(torch.topk(unit[piece] @ others, count, dim=1) for piece in rows.split(size)), strict=True)
     return ColdItems(rows, trained[torch.cat(found)], torch.softmax(torch.cat(cosine) / NEIGHBOUR_TEMPERATURE, dim=1))

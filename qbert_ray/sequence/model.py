@@ -153,6 +153,10 @@ class Sequencer(nn.Module):
         if f"in_{table.domain}" not in self.item_embedding:
             return vectors
         own = self._own(table.domain)
+        if items is not None and self.item_embedding[f"in_{table.domain}"].sparse:  # nothing here grows with the catalog
+            has = items < len(own)
+            has = has if table.known is None else has & table.known[items.where(has, 0)]
+            return vectors + F.embedding(items.where(has, 0), own, sparse=True) * has[:, None]
         own = own if table.known is None else own * table.known[:, None]
         if items is None:  # items beyond the embedding came after the training
             return vectors + F.pad(own, (0, 0, 0, len(codes) - len(own)))

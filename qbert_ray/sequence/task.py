@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -105,6 +105,8 @@ class SequencerTask:
             model.item_embedding[f"in_{name}"].get_parameter("weight").data[~known.cpu()] = (
                 0  # they get no gradient: the saved model ignores them
             )
+            embedding = cast(nn.Embedding, model.item_embedding[f"in_{name}"])
+            embedding.sparse = self._samples(name)  # then a step updates the rows that it reads alone
         return model
 
     def _collaborative(self, name: str) -> Tensor:
@@ -168,9 +170,13 @@ class SequencerTask:
         batch, table, target = to_device(batch, device), self._table_on(name, device), torch.from_numpy(items[following]).to(device)
         weight = self._weights(name, following, device)
         sampled = None
-        if self.settings.sampled_items and 2 * self.settings.sampled_items < len(table.codes):
+        if self.settings.sampled_items and self._samples(name):
             sampled = sample_items(torch.cat([batch.items, target]), self.frequency[name].to(device), self.settings.sampled_items)
         return model.loss(model(batch, table), target, table, sampled, weight), _size(target, weight)
+
+    def _samples(self, name: str) -> bool:
+        """Whether the softmax of a domain runs over a sample of its items."""
+        return self.causal and 2 * (self.settings.sampled_items or len(self.tables[name].codes)) < len(self.tables[name].codes)
 
     def _masked_items(self, model: Sequencer, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
         name = self.domains[samples[0, 0]]

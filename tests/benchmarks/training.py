@@ -99,7 +99,7 @@ def make_run(folder: str, histories: list[np.ndarray], num_items: int) -> tuple[
     nested = pa.array(codes.tolist(), pa.list_(pa.int32()))
     ids = [*keys, nested, to_tokens(codes), pa.array(np.zeros(num_items, bool)), nested]
     run.write_part("semantic_ids", "shop-00000.parquet", pa.table(ids, schema=columns.SEMANTIC_IDS))
-    run.write_json("semantic_ids/manifest.json", {"counts": {"codebook_size": 256}})
+    run.write_json("semantic_ids/manifest.json", {"counts": {"codebook_size": 256, "num_levels": 4}})
     users = [
         pa.array(["shop"] * len(histories)),
         pa.array([str(user) for user in range(len(histories))]),
@@ -114,7 +114,7 @@ def steps(loop: Loop, batches: list[np.ndarray]) -> float:
     """Items a second of some steps of the loop."""
     started = time.perf_counter()
     for samples in batches:
-        loop._step(samples)
+        loop._step(samples, loop.task.settings.learning_rate)
     return sum(int((samples[:, 3] - samples[:, 2]).sum()) for samples in batches) / (time.perf_counter() - started)
 
 

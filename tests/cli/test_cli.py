@@ -89,6 +89,15 @@ def test_demo_data_is_generated_once(capsys, tmp_path, monkeypatch):
     assert made == [0] and "already" in text
 
 
+def test_demo_data_of_a_scale_says_how_to_run_it(capsys, tmp_path):
+    _, text = call(capsys, "demo-data", str(tmp_path / "shop"), "--scale", "2048", "--users", "300", "--width", "8")
+    assert "2,048 items, 300 users" in " ".join(text.split())
+    assert f"qbert-ray run -c configs/scale.yaml data.root={tmp_path / 'shop'}" in text
+    assert (tmp_path / "shop/vectors.parquet").exists()
+    status, text = call(capsys, "demo-data", str(tmp_path / "few"), "--scale", "100")
+    assert status == 2 and "needs at least 2,048 items" in text
+
+
 def every_command():
     root = typer.main.get_command(cli.app)
     for name, command in root.commands.items():

@@ -89,6 +89,28 @@ def test_users_without_a_test_item_are_counted_and_not_ranked(evaluated):
     assert len(run.names("evaluate/ranks/.counts")) == 4
 
 
+def test_a_sample_of_the_users_is_ranked_as_all_are_and_said(evaluated):
+    _, config, run = evaluated
+    whole, report = run.read("evaluate/ranks", "shop").to_pylist(), run.read_json("evaluate/metrics.json")
+    sampled = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"users": 4})})
+    for folder in run.folders("evaluate"):
+        run.delete(f"evaluate/{folder}")
+    try:
+        counts = evaluate(sampled, run, LocalExecutor(), Notes())
+        few, figures = run.read("evaluate/ranks", "shop").to_pylist(), run.read_json("evaluate/metrics.json")["shop"]
+    finally:  # the fixture is that of the whole module
+        for folder in run.folders("evaluate"):
+            run.delete(f"evaluate/{folder}")
+        evaluate(config, run, LocalExecutor(), Notes())
+    chosen = {row["user_id"] for row in few}
+    assert len(chosen) == 4
+    assert sorted(map(str, few)) == sorted(str(row) for row in whole if row["user_id"] in chosen)
+    assert counts["shop"] == {"users": USERS, "ranked": 4, "without_target": SHORT, "not_sampled": USERS - SHORT - 4}
+    assert figures["users"] == 4 and figures["sampled_from"] == USERS - SHORT
+    assert "sampled_from" not in report["shop"]
+    assert run.read_json("evaluate/metrics.json") == report
+
+
 def test_a_domain_that_holds_items_out_has_their_figures_too(evaluated):
     report = evaluated[2].read_json("evaluate/metrics.json")
     assert report["shop"]["cold"]["users"] == 1 and report["shop"]["cold"]["protocols"].keys() == {"unseen", "cold"}

@@ -8,9 +8,10 @@ from qbert_ray.sequence import item_table
 from qbert_ray.sequence.item_table import nearest_trained_items
 
 
-@pytest.mark.parametrize("chunk", [1, 4096])
-def test_nearest_items_are_those_of_the_largest_cosine_weighted_by_it(chunk, monkeypatch):
+@pytest.mark.parametrize(("chunk", "most"), [(1, 2**28), (4096, 2**28), (4096, 1)])
+def test_nearest_items_are_those_of_the_largest_cosine_weighted_by_it(chunk, most, monkeypatch):
     monkeypatch.setattr(item_table, "CHUNK", chunk)
+    monkeypatch.setattr(item_table, "MOST", most)
     monkeypatch.setattr(item_table, "NEIGHBOURS", 2)
     content = torch.tensor([[3.0, 0], [0, 1], [1, 1], [-1, 0], [5, 0.5], [0.1, 2]])
     rows, found, weights = nearest_trained_items(content, torch.tensor([4, 5]), torch.tensor([1, 0, 2, 3]))

@@ -176,6 +176,25 @@ def test_items_that_are_not_known_are_composed_of_codes_alone():
     assert torch.equal(model.compose(table._replace(known=None)), vectors)
 
 
+def test_items_are_composed_alike_where_the_embedding_has_sparse_gradients():
+    model = build(item_embeddings={"d": 20})
+    table = ItemTable(torch.cat([CODES, CODES[:2]]), known=torch.arange(20) != 3, domain="d")
+    items, found = torch.tensor([5, 21, 3, 5, 7]), []  # 21 came after the training, 3 is not known
+    for sparse in (False, True):
+        model.item_embedding["in_d"].sparse = sparse
+        model.zero_grad()
+        with torch.no_grad():
+            model.item_embedding["in_d"].weight[3] = 1.0
+        vectors = model.compose(table, items)
+        (vectors * torch.arange(5.0)[:, None]).sum().backward()
+        gradient = model.item_embedding["in_d"].weight.grad
+        assert gradient.is_sparse == sparse
+        found.append((vectors, gradient.to_dense() if sparse else gradient))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1]) and found[0][1][5].sum() == 3 * found[0][1].shape[1]
+    assert not found[1][1][3].any()
+
+
 @pytest.mark.parametrize("domain", ["items", "train", "to", "a-b"])
 def test_a_domain_may_be_called_like_a_method(domain):
     model = build(item_embeddings={domain: 20})
