@@ -259,8 +259,7 @@ def _absent(plan: Plan, run: RunDir, item_ids: pa.Array) -> Encoded:
 
 
 def _read_own(uri: str, modality: str, num_vectors: int, width: int, run: RunDir, item_ids: pa.Array) -> Encoded:
-    placed = read_vectors(uri, item_ids, num_vectors, width)
-    return Encoded(placed.vectors, placed.present, {}, placed.rejected, f"vectors.{modality}")
+    return replace(read_vectors(uri, item_ids, num_vectors, width), table=f"vectors.{modality}")
 
 
 def _make(config: Config, plan: Plan, domain: str, run: RunDir, item_ids: pa.Array) -> Encoded:

@@ -8,7 +8,6 @@ N items, J vectors per item, D width, R rows of the user's table, V vectors in i
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,15 +22,6 @@ from qbert_ray.inputs.rows import stable_hash
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, ITEM_INDEX, features_schema, to_fixed_lists
 
 DISTURB_SALT = 77
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Vectors in the order of the items, and the rows that were rejected."""
-
-    vectors: np.ndarray  # [N, J, D] float32, zeros where absent
-    present: np.ndarray  # [N, J] booleans
-    rejected: list[tuple[str, dict[str, Any]]]  # reason and row
 
 
 def features_table(items: pa.Table, vectors: np.ndarray, present: np.ndarray) -> pa.Table:
@@ -81,7 +71,7 @@ def vectors_shape(uri: str) -> tuple[int, int]:
     return most, widths.most_common(1)[0][0]
 
 
-def read_vectors(uri: str, item_ids: pa.Array, num_vectors: int, width: int) -> Placed:
+def read_vectors(uri: str, item_ids: pa.Array, num_vectors: int, width: int) -> Encoded:
     """The user's own vectors of some items; needs memory for all of them.
 
     Args:
@@ -105,7 +95,7 @@ def read_vectors(uri: str, item_ids: pa.Array, num_vectors: int, width: int) -> 
         rejected += [(reasons[row], {ITEM_ID: ids[row].as_py()}) for row in np.flatnonzero(reasons)]
     if len(item_ids) and not present.any():
         raise ValueError(_none_placed(uri, item_ids, rejected))
-    return Placed(vectors, present, rejected)
+    return Encoded(vectors, present, {}, rejected)
 
 
 def _none_placed(uri: str, item_ids: pa.Array, rejected: list[tuple[str, dict[str, Any]]]) -> str:

@@ -1,4 +1,4 @@
-"""Decides which image addresses in a catalog may be followed, and reads the files there.
+"""Decides which addresses of images, sounds and clips in a catalog may be followed, and reads the files there.
 
 A catalog is not trusted. Its rows may name files under the catalog's folder or the data root, objects of a store, and
 web addresses, of the schemes and hosts that the config allows. They never choose how a store is reached: options come only from
@@ -185,7 +185,7 @@ def _download(uri: str, max_bytes: int, addresses: Addresses) -> bytes:
     found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if host not in addresses.hosts and not all(map(is_public, found)):
         raise AddressError("unsafe path")
-    headers = {"Host": parts.netloc or host, "User-Agent": "qbert-ray", "Accept": "image/*"}
+    headers = {"Host": parts.netloc or host, "User-Agent": "qbert-ray", "Accept": "*/*"}
     pool = _pool(parts.scheme or "https", host, found[0], port)
     deadline, content = time.monotonic() + WHOLE_SECONDS, bytearray()
     response = pool.urlopen("GET", parts.request_uri, headers=headers, redirect=False, retries=False, preload_content=False)

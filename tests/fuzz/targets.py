@@ -14,6 +14,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from qbert_ray.config.loading import ConfigError, load_config, read_config
 from qbert_ray.config.schema import Config, Domain
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.features.encoders import ImageRejected, decode_image
+from qbert_ray.features.media import Limits, MediaRejected, decode_frames, decode_sound
 from qbert_ray.features.vectors import read_vectors, vectors_shape
 from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.inputs.image_columns import safe_paths
@@ -43,6 +45,7 @@ from qbert_ray.storage.columns import ITEMS
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.storage.models import rebuild
 from qbert_ray.storage.seals import seal
+from tests.hostile_media import clip_files, sound_files
 
 Check = Callable[[Any], bool]
 SCRATCH = Path(tempfile.mkdtemp(prefix="qbert-fuzz-"))
@@ -214,6 +217,28 @@ def image(content: bytes) -> bool:
         return False
     assert decoded.mode == "RGB" and decoded.width * decoded.height <= 1 << 20
     return True
+
+
+# sounds and clips
+
+
+@cache
+def media_files() -> list[bytes]:
+    return [*sound_files().values(), *clip_files().values()]
+
+
+def media(content: bytes) -> bool:
+    limits, found = Limits(1 << 20, 4, 1 << 20, 40), 0
+    with suppress(MediaRejected):
+        samples = decode_sound(content, 8000, limits)
+        assert np.isfinite(samples).all() and 0 < len(samples) <= 32_000
+        found += 1
+    for scenes in (False, True):
+        with suppress(MediaRejected):
+            frames = decode_frames(content, 3, scenes, limits)
+            assert 0 < len(frames) <= 3 and all(max(frame.size) <= 512 for frame in frames)
+            found += 1
+    return found > 0
 
 
 pieces = st.sampled_from(
@@ -455,6 +480,7 @@ TARGETS: dict[str, tuple[Callable[[], st.SearchStrategy[Any]], Check]] = {
     "parquet": (lambda: mutated(parquet_file(), run_files()[1]["stage/a-00000.parquet"]), parquet),
     "rows": (lambda: frames, rows),
     "images": (lambda: st.sampled_from(image_files()).flatmap(lambda file: mutated(file, *image_files())), image),
+    "sounds and clips": (lambda: st.sampled_from(media_files()).flatmap(lambda file: mutated(file, *media_files())), media),
     "addresses": (lambda: addresses, address),
     "config values": (lambda: overrides, config_values),
     "config files": (lambda: mutated(config_text()) | yaml_bytes, config_file),
