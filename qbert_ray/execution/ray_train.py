@@ -79,7 +79,7 @@ def scaling_config(workers: Workers) -> ScalingConfig:
         resources_per_worker={name: amount for name, amount in plain(bundle).items() if amount},
         placement_strategy=workers.placement_strategy,
         accelerator_type=workers.accelerator_type,
-        label_selector=workers.label_selector or None,
+        label_selector=workers.label_selector or None,  # type: ignore[call-arg]  # likewise
     )
 
 
