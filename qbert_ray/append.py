@@ -31,7 +31,7 @@ from qbert_ray.pipeline import APPENDED, file_fingerprints, status
 from qbert_ray.semantic_ids.stage import Version, assign_parts, count_ids
 from qbert_ray.storage.catalog import gone_items
 from qbert_ray.storage.checksums import Record
-from qbert_ray.storage.columns import COLD, DOMAIN, GONE, ITEM_ID, ITEM_INDEX
+from qbert_ray.storage.columns import COLD, DOMAIN, GONE, ITEM_ID, ITEM_INDEX, input_type
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.storage.seals import APPENDING, seal
 from qbert_ray.storage.stages import BY_NAME, STAGES
@@ -124,9 +124,9 @@ def _contents(run: RunDir, part: str) -> pa.Table:
 
 def _content(rows: pl.DataFrame) -> pl.Series:
     """[N] hash of each item's encoded fields; comparable only within one version of polars, so it is never stored."""
-    texts = sorted(name for name in rows.columns if "." in name)
-    columns = [pl.col("image_path", *texts).cast(pl.String), pl.col("image_bytes").cast(pl.Binary)]
-    return rows.select(columns).hash_rows().alias(CONTENT)
+    inputs = pa.schema([(name, input_type(name)) for name in sorted(name for name in rows.columns if "." in name)])
+    kinds = {"image_path": pl.String, "image_bytes": pl.Binary} | dict(pl.DataFrame(inputs.empty_table()).schema)
+    return rows.select(pl.col(name).cast(kind) for name, kind in kinds.items()).hash_rows().alias(CONTENT)
 
 
 def _compare(block: pa.Table, known: pa.Table) -> tuple[Counter[str], pa.Table]:

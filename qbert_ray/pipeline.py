@@ -161,7 +161,7 @@ def _input_fingerprints(stage: Stage, config: Config, run: RunDir) -> dict[str, 
 
 
 FILTERED = ("score", "score_histories")  # stages that leave out what score.exclude and score.allow say
-_FILES = {"ingest": ("items", "interactions"), "features": ("text_features", "image_features", "structure_features")}
+_FILES = {"ingest": ("items", "interactions")}
 
 
 def file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
@@ -169,6 +169,8 @@ def file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
     named = {
         f"data.domains.{name}.{field}": getattr(d, field) for name, d in config.data.domains.items() for field in _FILES.get(stage.name, ())
     }
+    if stage.name == "features":
+        named |= {f"data.domains.{name}.vectors.{key}": file for name, d in config.data.domains.items() for key, file in d.vectors.items()}
     if stage.name == "semantic_ids":
         named["data.semantic_ids"] = config.data.semantic_ids
     if stage.name in FILTERED:

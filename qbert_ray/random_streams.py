@@ -10,7 +10,7 @@ Bits = TypeVar("Bits", np.ndarray, np.uint64)
 
 # Added to a seed, or in its place: keep draws for different purposes apart.
 ID_DROPOUT_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 1, 2, 3
-SAMPLE_STREAM, COLD_STREAM, PREFIX_STREAM, TEST_STREAM = 7_000_003, 7_000_009, 7_000_013, 7_000_027
+SAMPLE_STREAM, COLD_STREAM, PREFIX_STREAM, TEXT_STREAM, TEST_STREAM = 7_000_003, 7_000_009, 7_000_013, 7_000_021, 7_000_027
 
 
 def uniform(seed: int, epoch: int, samples: np.ndarray, slots: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from qbert_ray.append import append_ids
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
-from qbert_ray.features import encoding
+from qbert_ray.features.kinds import text
 from qbert_ray.pipeline import redo_from, run_stage, status
 from qbert_ray.storage.catalog import available_items, gone_items
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
@@ -48,7 +48,7 @@ def in_process(monkeypatch):
         return LocalExecutor.map_parts(self, run, worker, values, *rest)
 
     monkeypatch.setattr(RayExecutor, "map_parts", map_parts)
-    monkeypatch.setattr(encoding, "load_text_encoder", lru_cache(encoding.load_text_encoder))
+    monkeypatch.setattr(text, "TextEncoder", lru_cache(text.TextEncoder))
 
 
 def more(catalog: pl.DataFrame, count: int, name: str) -> pl.DataFrame:

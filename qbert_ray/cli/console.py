@@ -191,7 +191,8 @@ def _reranking(gain: dict[str, Any]) -> str:
 
 def _encoded(modality: str, figures: dict[str, Any]) -> str:
     rejected = sum(count for name, count in figures.items() if name.endswith("_rejected"))  # "..._rejected.<reason>" are its parts
-    made = figures.get("images", figures.get(f"{modality}_vectors", figures.get("items", 0)))  # a user's own vectors count items
+    unit = next((name.removesuffix("_rejected") for name in figures if name.endswith("_rejected")), f"{modality}_vectors")
+    made = figures.get(unit, figures.get("items", 0))  # a user's own vectors count items
     return f"{made:,} {modality} vectors" + (f", {rejected:,} rejected" if rejected else "")
 
 

@@ -92,6 +92,9 @@ def check_files(config: Config) -> bool:
 def demo_data(
     folder: Annotated[Path, typer.Argument(help="Where the shop's files go.")],
     seed: Annotated[int, typer.Option(help="Another seed, another shop.")] = 0,
+    media: Annotated[
+        bool, typer.Option("--media", help="Also sounds and clips, for configs/demo-av.yaml (needs the extra media).")
+    ] = False,
     scale: Annotated[
         int | None, typer.Option(metavar="ITEMS", help="A shop of so many items with vectors instead of images, for configs/scale.yaml.")
     ] = None,
@@ -103,6 +106,8 @@ def demo_data(
 
     Example: qbert-ray demo-data runs/demo/data
 
+    Example: qbert-ray demo-data runs/demo-av/data --media
+
     Example: qbert-ray demo-data runs/scale/data --scale 100000
     """
     from qbert_ray.inputs import demo_shop, scaled_shop
@@ -111,7 +116,7 @@ def demo_data(
         console.print(f"the demo shop is already in {folder}; delete the folder for another")
         return
     counts = (
-        demo_shop.generate(folder, seed)
+        demo_shop.generate(folder, seed, media=media)
         if scale is None
         else scaled_shop.generate(folder, scale, scale if users is None else users, per_user, width, seed)
     )

@@ -112,6 +112,8 @@ def _print_domain(domain: str, figures: DomainQuality, size: int) -> None:
         )
     if figures["attributes"]:
         console.print(_attributes(figures["attributes"]))
+    if figures["following"]:
+        console.print(_following(figures["following"]))
     console.print(_examples(figures["examples"]))
 
 
@@ -132,6 +134,14 @@ def _attributes(attributes: dict[str, Attribute]) -> Table:
                 figures = [f"{row[key]:.3f}" for key in ("purity", "purity_shuffled", "nmi", "nmi_shuffled")]
                 table.add_row(shown(name) if length == 1 else "", prefix, f"{row['items']:,}", *figures)
         table.add_section()
+    return table
+
+
+def _following(lengths: list[dict[str, float]]) -> Table:
+    table = _table("shared prefix", "of items that follow each other", "by chance", "ratio")
+    for length, row in enumerate(lengths, 1):
+        prefix = "".join(f"<{_letter(level)}>" for level in range(length))
+        table.add_row(prefix, f"{row['same']:.2%}", f"{row['chance']:.2%}", f"{row['same'] / row['chance']:.1f}" if row["chance"] else "")
     return table
 
 

@@ -1,4 +1,4 @@
-"""The sections `data` and `features`: the user's files, and the vectors that are made from them."""
+"""The section `data`: the user's files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from pydantic import Field, model_validator
 
 from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, paper
 
-Modality = Literal["text", "image", "structure"]
+OF_TEXT_FIELDS = ("text", "lexical")  # modalities that read text_fields and attributes
+
+
+class Inputs(Section):
+    """What the items files give one modality; its kind says which of the three it reads."""
+
+    files: list[str] = Field(
+        [], description="columns with paths, URIs or bytes, one or a list in each cell: the images, sounds or clips of an item"
+    )
+    texts: list[str] = Field([], description="text columns; each gives one vector")
+    values: list[str] = Field([], description="columns with numbers, categories or lists of tags; each gives one vector")
 
 
 class Domain(Section):
@@ -49,9 +59,29 @@ class Domain(Section):
     image_template: str | None = Field(
         None, description="path of images named by ID, such as covers/{item_id}.jpg or {item_id:.3}/{item_id}.jpg"
     )
-    text_features: str | None = Field(None, description="your own vectors (item_id, vector | vectors) instead of encoding text")
-    image_features: str | None = Field(None, description="your own vectors instead of encoding images")
-    structure_features: str | None = Field(None, description="your own vectors instead of collaborative ones")
+    inputs: dict[str, Inputs] = Field(
+        {},
+        description="modality -> columns of the items file that it reads, such as {audio: {files: [sound]}, tabular: {values: [price, brand]}}",
+    )
+    vectors: dict[str, str] = Field(
+        {}, description="modality -> your own vectors (item_id, vector | vectors), which are used instead of encoding"
+    )
+
+    def inputs_of(self, modality: str) -> Inputs:
+        """The columns that a modality reads, `text_fields` included."""
+        given = self.inputs.get(modality, Inputs())
+        return given.model_copy(update={"texts": [*self.text_fields, *given.texts]}) if modality in OF_TEXT_FIELDS else given
+
+    def describes(self, modality: str) -> bool:
+        """Whether the files have input for a modality, or vectors of one's own."""
+        of_text, of_images = self.attributes, self.image_column is not None or self.image_template is not None
+        named = of_images if modality == "image" else of_text and modality in OF_TEXT_FIELDS
+        return bool(named) or modality in self.vectors or self.inputs_of(modality) != Inputs()
+
+    @property
+    def described(self) -> list[str]:
+        """The modalities that the files have input or vectors for."""
+        return [name for name in dict.fromkeys(["image", *OF_TEXT_FIELDS, *self.inputs, *self.vectors]) if self.describes(name)]
 
 
 class Data(Section):
@@ -121,63 +151,3 @@ class Data(Section):
     @property
     def sources(self) -> list[str]:
         return [name for name, domain in self.domains.items() if domain.role == "source"]
-
-
-class TextEncoder(Section):
-    model: str = Field(
-        "minilm",
-        description="'minilm' or 'smollm2' (offline packages), or anything AutoModel.from_pretrained takes",
-        json_schema_extra=paper("LLaMA"),
-    )
-    gguf_file: str | None = Field(None, description="GGUF file inside the model folder or repository")
-    pooling: Literal["mean", "last"] = Field("mean", description="mean over tokens, or the last token (decoder-only models)")
-    layer: int = Field(-1, description="hidden layer that is pooled; -1 is the output of the last")
-    prompt: str = Field("{text}", description="what is encoded; {text} is the field's text")
-    max_tokens: PositiveInt = Field(128, description="longer texts are cut")
-    batch_size: PositiveInt = Field(64, description="texts per forward pass")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of the encoder's computation")
-
-    @model_validator(mode="after")
-    def _prompt_holds_text(self) -> TextEncoder:
-        if "{text}" not in self.prompt:
-            raise ValueError(f"features.text.prompt is {self.prompt!r}: it must contain {{text}}")
-        return self
-
-
-class ImageEncoder(Section):
-    model: str = Field(
-        "efficientnet-lite0",
-        description="'efficientnet-lite0' (offline package) or any open_clip model",
-        json_schema_extra=paper("CLIP ViT"),
-    )
-    pretrained: str | None = Field(None, description="open_clip's tag or a path to weights")
-    image_size: PositiveInt | None = Field(None, description="pixels per side; None: what the model was trained with")
-    grid: PositiveInt = Field(
-        2, description="the patch grid is pooled to grid x grid vectors, the J image vectors", json_schema_extra=paper("Eq. 3")
-    )
-    batch_size: PositiveInt = Field(32, description="images per forward pass")
-    max_bytes: PositiveInt = Field(20_000_000, description="larger files are rejected")
-    max_pixels: PositiveInt = Field(50_000_000, description="images with more pixels are rejected (decompression bombs)")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of the encoder's computation")
-
-
-class Structure(Section):
-    dim: PositiveInt = Field(64, description="width of the collaborative vectors")
-    window: PositiveInt = Field(50, description="latest training items of a user that count as co-occurring")
-
-
-class Features(Section):
-    modalities: list[Modality] | None = Field(
-        None,
-        description="what stage 1 fuses, where there is input for it; None: text and image, and structure too if a domain has neither",
-        json_schema_extra=paper("text and image (§3.3)"),
-    )
-    text: TextEncoder = TextEncoder()
-    image: ImageEncoder = ImageEncoder()
-    structure: Structure = Structure()
-
-    @model_validator(mode="after")
-    def _some_modality(self) -> Features:
-        if self.modalities is not None and (not self.modalities or len(set(self.modalities)) != len(self.modalities)):
-            raise ValueError(f"features.modalities is {self.modalities}: name each of text, image, structure at most once, at least one")
-        return self

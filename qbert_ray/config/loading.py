@@ -6,6 +6,7 @@ config = load_config(["configs/movielens.yaml"], ["data.root=/data/movielens", "
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ OF_UNION = r"\[key\]|constrained-\w+|literal\[.*\]"  # what pydantic appends to 
 WHOLE = {"masks", "variants"}  # mappings in which the set of keys is the setting, so merging could only add keys
 
 
-# Names before the first release -> current names.
+# Names before the first release, as patterns -> current names.
 RENAMED = {
     "rqvae": "quantizer (and quantizer.kind for rqvae.quantizer)",
     "quantizer.quantizer": "quantizer.kind",
@@ -31,6 +32,9 @@ RENAMED = {
     "compute.assign": "compute.semantic_ids",
     "compute.rqvae": "compute.quantizer",
     "compute.memory": "compute.ranking",
+    "data.domains.*.text_features": "vectors.text",
+    "data.domains.*.image_features": "vectors.image",
+    "data.domains.*.structure_features": "vectors.structure",
 }
 
 
@@ -209,8 +213,9 @@ def _explain(problem: Any) -> str:
         given = repr(problem["input"])
         given = given if len(given) <= MOST_SHOWN else f"{given[:MOST_SHOWN]}…"
         return f"{path or 'config'}: {problem['msg'].removeprefix('Value error, ')} (given: {given})"
-    if path in RENAMED:
-        return f"{path}: has a new name; write {RENAMED[path]}"
+    renamed = next((new for old, new in RENAMED.items() if fnmatch.fnmatchcase(path, old)), None)
+    if renamed:
+        return f"{path}: has a new name; write {renamed}"
     known = _known_keys(problem["loc"][:-1])
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
     hint = f"did you mean {'.'.join([*map(str, problem['loc'][:-1]), near[0]])}?" if near else f"known there: {', '.join(known)}"

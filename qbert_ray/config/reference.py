@@ -139,13 +139,13 @@ def _type(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(map(_type, schema["anyOf"]))
     if "const" in schema:
-        return str(schema["const"])
+        return json.dumps(schema["const"]).strip('"')
     if "enum" in schema:
         return " or ".join(filter(None, [", ".join(schema["enum"][:-1]), schema["enum"][-1]]))
     kind = schema.get("type", "any")
     if kind == "array":
         return f"list of {_type(schema.get('items', {}))}"
     if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
-        return f"{{{_type(schema.get('propertyNames', {}))}: {_type(schema['additionalProperties'])}}}"
+        return f"{{{_type(schema.get('propertyNames', {'type': 'string'}))}: {_type(schema['additionalProperties'])}}}"
     bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
     return f"{kind} {bounds}".strip()

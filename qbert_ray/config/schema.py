@@ -12,24 +12,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from qbert_ray.config.compute_section import Actors, Compute, Workers
-from qbert_ray.config.data_sections import Data, Domain, Features, ImageEncoder, TextEncoder
+from qbert_ray.config.data_sections import Data, Domain, Inputs
+from qbert_ray.config.features_section import Features, ImageEncoder, TextEncoder, check_inputs, modalities_of
 from qbert_ray.config.search import Sweep
 from qbert_ray.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share, paper
 from qbert_ray.config.serve_section import Serve
 
-__all__ = [
-    "Actors",
-    "Compute",
-    "Config",
-    "Data",
-    "Domain",
-    "Features",
-    "ImageEncoder",
-    "Section",
-    "Serve",
-    "TextEncoder",
-    "Workers",
-]  # re-exported from the other modules of this package
+__all__ = ["Actors", "Compute", "Config", "Data", "Domain", "Features", "ImageEncoder", "Inputs", "Section", "TextEncoder", "Workers"]
+# re-exported from the other modules of this package
 
 MaskStrategy = Literal["span", "tail", "multi_region", "random"]
 
@@ -149,6 +139,11 @@ class Sequencer(Section):
     loss: Literal["catalog", "tokens"] = Field(
         "catalog", description="softmax over the domain's items, or per-level cross-entropy", json_schema_extra=paper("Eq. 11")
     )
+    token_weight: NonNegativeFloat = Field(
+        0.0,
+        description="loss catalog: weight of the per-level cross-entropy that is added to the softmax over items; not with tokens: word",
+        json_schema_extra=paper("Eq. 11 alone"),
+    )
     logits: Literal["dot", "cosine"] = Field("cosine", description="dot product, or cosine over temperature")
     temperature: PositiveFloat = Field(0.07, description="of cosine logits")
     start: Literal["codebooks", "random"] = Field(
@@ -159,7 +154,7 @@ class Sequencer(Section):
     )
     content: Literal["modalities", "fused", "none"] = Field(
         "modalities",
-        description="add a projection of an item's text and image vectors, or of its fused embedding, to its codes' embeddings",
+        description="add a projection of an item's vectors in each modality, or of its fused embedding, to its codes' embeddings",
         json_schema_extra=paper("none"),
     )
     code_dropout: Share = Field(
@@ -367,6 +362,16 @@ class Config(Section):
         if causal and self.sequencer.kind == "masked" and self.sequencer.tokens == "flat":
             raise ValueError(f"sequencer.tokens=flat needs {causal[0]}.objective=masked: a causal model has one position for each item")
         return self
+
+    @model_validator(mode="after")
+    def _inputs_of_kinds(self) -> Config:
+        check_inputs(self.features, self.data.domains)
+        return self
+
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities of a run, in order; those that no domain has input for are among them."""
+        return modalities_of(self.features, self.data.domains)
 
     @property
     def pretrained(self) -> list[str]:

@@ -27,8 +27,12 @@ PNG_BEGINS, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP
 LONGEST_SIDE_RATIO = 4  # a centre crop cuts off everything beyond it, and resizing a 1 x 1,000,000 strip would fill the memory
 
 
-class ImageRejected(ValueError):  # noqa: N818 - an expected outcome, not a fault
-    """Bytes that are not a usable image; the message is one of a few fixed reasons, so that rejections can be counted."""
+class FileRejected(ValueError):  # noqa: N818 - an expected outcome, not a fault
+    """Bytes that cannot be used; the message is one of a few fixed reasons, so that rejections can be counted."""
+
+
+class ImageRejected(FileRejected):
+    """Bytes that are not a usable image."""
 
 
 class TextEncoder:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from qbert_ray.storage import columns
-from qbert_ray.storage.catalog import read_warm
+from qbert_ray.storage.catalog import modalities_there, read_warm
 from qbert_ray.storage.directory import RunDir
-
-MODALITIES = ("text", "image", "structure")
 
 
 class ItemFeatures:
@@ -24,9 +22,7 @@ class ItemFeatures:
     def __init__(self, run: RunDir, part: str | None = None, domains: Sequence[str] = ()) -> None:
         self.vectors: dict[str, np.ndarray] = {}  # modality -> [N, J, F]
         self.present: dict[str, np.ndarray] = {}  # modality -> [N, J]
-        for modality in MODALITIES:
-            if not run.parts(f"features/{modality}"):
-                continue
+        for modality in modalities_there(run):
             table = run.read_part(f"features/{modality}", part) if part else read_warm(run, f"features/{modality}", domains)
             self.vectors[modality] = columns.to_numpy(table["vectors"])
             self.present[modality] = columns.to_numpy(table["present"])

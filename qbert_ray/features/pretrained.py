@@ -41,7 +41,7 @@ def load_text_model(model: str, gguf_file: str | None, dtype: torch.dtype) -> tu
 
     packaged = {"minilm": _minilm, "smollm2": _smollm2}
     source = str(packaged[model]()) if model in packaged else model
-    with _explained(model, source, "features.text.model=minilm or smollm2 (packages), or the path of a model folder"):
+    with explained(model, source, "features.text.model=minilm or smollm2 (packages), or the path of a model folder"):
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
         network = AutoModel.from_pretrained(source, gguf_file=gguf_file, dtype=dtype)
     tokenizer.padding_side = "right"
@@ -79,7 +79,7 @@ def load_image_tower(model: str, pretrained: str | None, image_size: int | None)
         place = pretrained
     name = f"{model} ({pretrained})" if pretrained else model
     offline = "features.image.model=efficientnet-lite0 (package) or local-dir:/path, or features.image.pretrained=/path"
-    with _explained(name, place, offline):
+    with explained(name, place, offline):
         network, _, transform = open_clip.create_model_and_transforms(model, pretrained=pretrained, force_image_size=image_size)
     return network.visual, transform
 
@@ -154,7 +154,7 @@ def _package(module: str, model: str, advice: str) -> Path:
 
 
 @contextmanager
-def _explained(model: str, place: str, offline: str) -> Iterator[None]:
+def explained(model: str, place: str, offline: str) -> Iterator[None]:
     """Turn the errors of the different libraries about weights that cannot be loaded into one `EncoderUnavailable`.
 
     Args:

@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from qbert_ray.config.schema import Config
+from qbert_ray.features.modality import Encoded
 from qbert_ray.features.own_vectors import batches
+from qbert_ray.inputs.rows import stable_hash
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, ITEM_INDEX, features_schema, to_fixed_lists
+
+DISTURB_SALT = 77
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,26 @@ def features_table(items: pa.Table, vectors: np.ndarray, present: np.ndarray) ->
     """
     columns = [items[DOMAIN], items[ITEM_ID], items[ITEM_INDEX], to_fixed_lists(vectors), to_fixed_lists(present)]
     return pa.table(columns, schema=features_schema(*vectors.shape[1:]))
+
+
+def disturb(made: Encoded, item_ids: pa.ChunkedArray, modality: str, config: Config) -> None:
+    """Leave out the vectors of some items, or replace them by random ones of the same length, as `features.missing` and `noise` say.
+
+    Which items, and the random numbers, follow from hashes of their IDs and of the modality's name.
+    """
+    missing, noise = config.features.missing.get(modality, 0.0), config.features.noise.get(modality, 0.0)
+    if not missing and not noise:
+        return
+    names = pl.Series([f"{modality}\x1f{item_id}" for item_id in item_ids.to_pylist()], dtype=pl.String)
+    hashed = stable_hash(names, DISTURB_SALT)
+    place = hashed / 2.0**64  # [0, 1); the first are missing, so that the missing items of a share are among those of a larger one
+    made.present[place < missing] = False
+    for row in np.flatnonzero((place >= 1 - noise) & made.present.any(axis=1)):
+        there = made.present[row]
+        drawn = np.random.default_rng(int(hashed[row])).standard_normal(made.vectors[row][there].shape)
+        lengths = np.linalg.norm(made.vectors[row][there], axis=1, keepdims=True)
+        made.vectors[row, there] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True) * lengths
+    made.vectors[~made.present] = 0
 
 
 def vectors_shape(uri: str) -> tuple[int, int]:

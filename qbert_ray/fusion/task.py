@@ -32,7 +32,7 @@ class FusionTask:
     criterion = None
 
     def __init__(self, config: Config, run: RunDir) -> None:
-        self.settings, self.seed = config.fusion, config.run.seed
+        self.settings, self.seed, self.is_from_interactions = config.fusion, config.run.seed, config.features.is_from_interactions
         self.features = ItemFeatures(run, domains=list(config.data.domains))
         self.num_items = self.features.table.num_rows
 
@@ -64,11 +64,10 @@ class FusionTask:
         return loss * len(samples), float(len(samples))
 
     def _unread(self, hidden: np.ndarray, samples: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """Modality -> [B] samples fused without it: samples trained as unknown items lose their structure, as cold items have none."""
-        if "structure" not in self.features.present:
-            return {}
-        others = [there[samples].any(1) for name, there in self.features.present.items() if name != "structure"]
-        return {"structure": torch.from_numpy(hidden & np.any(others, axis=0)).to(device)} if others else {}
+        """Modality -> [B] samples fused without it: those trained as unknown items lose what comes from interactions, as cold items lack it."""
+        learnt = [name for name in self.features.present if self.is_from_interactions(name)]
+        others = [there[samples].any(1) for name, there in self.features.present.items() if name not in learnt]
+        return dict.fromkeys(learnt, torch.from_numpy(hidden & np.any(others, axis=0)).to(device)) if others else {}
 
     def evaluate(self, model: Any, device: torch.device) -> FusionMetrics:
         rows = np.arange(min(self.num_items, SAMPLE))

@@ -14,7 +14,6 @@ Notable choices:
 from __future__ import annotations
 
 import colorsys
-from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
+
+from qbert_ray.inputs.demo_media import with_tunes_and_turns, write_media
+from qbert_ray.inputs.demo_users import DEPARTMENT_SIZE, NEW_ITEM_WEIGHT, Catalog, simulate_interactions
 
 
 class Category(NamedTuple):
@@ -41,9 +43,7 @@ class Style(NamedTuple):
     moods: str
 
 
-# Choices of words are separated by " | ". Four categories make a department; the complement of a category is the next one of
-# its department, and that of the last is the first.
-DEPARTMENT_SIZE = 4
+# Choices of words are separated by " | ". Four categories make a department.
 CATEGORIES = (
     Category("Tents", 180, "Two-Person Tent | Dome Tent | Trail Tent | Family Tent", "weekends in the hills | long summer trips | "
              "wet nights by the lake", "ripstop nylon | waxed cotton canvas | coated polyester"),
@@ -99,14 +99,7 @@ TITLES = "{brand} {line} {noun}, {colour} | {brand} {noun} in {colour} | {brand}
 OPENINGS = "{A} {adjective} {noun} for {use}. | This {noun} is made for {use}. | For {use}: {a} {adjective} {noun} from our {line} line."
 MIDDLES = "It is made of {material} and easy to care for. | Made of {material}, it is built to last. | We chose {material} for a long life."
 
-# Behaviour: what a next purchase follows, as shares of all purchases, and how strongly. Attributes are category, brand, style, colour.
-COMPLEMENT, TASTE, CROWD, NOISE = 0.48, 0.38, 0.10, 0.04
 ATTRIBUTE_SIZES = (len(CATEGORIES), len(BRANDS), len(STYLES), len(COLOURS))
-MATCH = np.array([0.0, 1.5, 2.5, 2.5])  # log weight of a complement that shares this attribute
-TASTE_SPREAD = np.repeat([1.0, 2.0, 2.0, 2.0], ATTRIBUTE_SIZES)  # standard deviation of a user's liking for an attribute's values
-TASTE_MEMORY = 0.985  # share of a taste's deviation that remains after one purchase
-NEW_ITEM_WEIGHT = 0.05
-FIRST_DAY, DAY = 1_640_995_200, 86_400  # 2022-01-01, in seconds
 
 # Images, in the order of CATEGORIES: pieces painted one after the other, as "kind paint size x y x y ...", coordinates from 0
 # to 100. The size is a box's corner radius, or the width of a line or an arc; arcs end with their two angles.
@@ -139,30 +132,14 @@ SHAPES = (
 )
 
 
-@dataclass(frozen=True)
-class Catalog:
-    """Attributes of the N items, from which their texts and images are made.
-
-    Attributes:
-        attributes: [N, 4] positions in CATEGORIES, BRANDS, STYLES and COLOURS.
-        price: [N] in the shop's currency.
-        popularity: [N] share of the purchases that follow popularity.
-        availability: [N] factor on the probability of being bought; small for new items.
-    """
-
-    attributes: np.ndarray
-    price: np.ndarray
-    popularity: np.ndarray
-    availability: np.ndarray
-
-
-def generate(folder: str | Path, seed: int = 0, num_items: int = 1200, num_users: int = 3000) -> dict[str, int]:
+def generate(folder: str | Path, seed: int = 0, num_items: int = 1200, num_users: int = 3000, media: bool = False) -> dict[str, int]:
     """Write the shop to `folder` and return its counts; the same seed gives the same files.
 
     interactions.parquet is written last, so its presence means that the folder is complete.
 
     Args:
         folder: receives images/, items.parquet and interactions.parquet; earlier ones are replaced.
+        media: most items also have a sound or a clip, on which purchases depend too (needs PyAV).
 
     Raises:
         ValueError: too few items for every category to have a choice of complements, or no users.
@@ -174,9 +151,12 @@ def generate(folder: str | Path, seed: int = 0, num_items: int = 1200, num_users
     (folder / "interactions.parquet").unlink(missing_ok=True)
     catalog = build_catalog(rng, num_items)
     items = describe(catalog, rng)
+    heard = np.random.default_rng([seed, 1])  # another stream: texts and images are those of the shop without media
+    catalog = with_tunes_and_turns(catalog, heard) if media else catalog
     interactions = simulate_interactions(catalog, rng, num_users)
     images, broken = _write_images(folder / "images", catalog, items["item_id"].to_pylist(), rng)
-    pq.write_table(items.append_column("image", pa.array(images, pa.string())), folder / "items.parquet")
+    items = items.append_column("image", pa.array(images, pa.string()))
+    pq.write_table(write_media(folder, items, catalog, heard) if media else items, folder / "items.parquet")
     pq.write_table(interactions, folder / "interactions.partial")
     (folder / "interactions.partial").replace(folder / "interactions.parquet")
     return {
@@ -209,6 +189,7 @@ def build_catalog(rng: np.random.Generator, num_items: int) -> Catalog:
         price=np.round(base * rng.lognormal(0, 0.15, num_items)) - 0.05,
         popularity=popularity / popularity.sum(),
         availability=availability,
+        sizes=ATTRIBUTE_SIZES,
     )
 
 
@@ -251,75 +232,12 @@ def _pick(choices: str, rng: np.random.Generator) -> str:
     return options[rng.integers(len(options))]
 
 
-def simulate_interactions(catalog: Catalog, rng: np.random.Generator, num_users: int) -> pa.Table:
-    """The interactions table (user_id, item_id, timestamp), in time order; some purchases of a user share a second."""
-    histories = simulate_histories(catalog, rng, num_users)
-    gaps = rng.lognormal(np.log(4 * DAY), 1.2, histories.shape) * (rng.random(histories.shape) > 0.04)
-    gaps[:, 0] = rng.uniform(0, 500 * DAY, num_users)
-    timestamps = FIRST_DAY + np.cumsum(gaps.astype(np.int64), axis=1)
-    users, steps = np.nonzero(histories >= 0)
-    order = np.argsort(timestamps[users, steps], kind="stable")
-    users, steps = users[order], steps[order]
-    return pa.table(
-        {
-            "user_id": [f"U{user:05d}" for user in users],
-            "item_id": [f"P{item:05d}" for item in histories[users, steps]],
-            "timestamp": timestamps[users, steps],
-        }
-    )
-
-
-def simulate_histories(catalog: Catalog, rng: np.random.Generator, num_users: int) -> np.ndarray:
-    """[U, longest] items in the order of purchase, no item twice, padded with -1."""
-    num_items = len(catalog.price)
-    lengths = np.clip(5 + rng.gamma(2.0, 4.5, num_users).astype(int), 5, max(5, min(45, num_items // 3)))
-    histories = np.full((num_users, lengths.max()), -1)
-    pairings = complement_weights(catalog)
-    taste = rng.normal(0, TASTE_SPREAD, (num_users, len(TASTE_SPREAD)))
-    for step in range(lengths.max()):
-        active = np.flatnonzero(lengths > step)
-        chances = next_item_chances(catalog, pairings, taste[active], histories[active, :step])
-        cumulative = chances.cumsum(axis=1)
-        draws = rng.random((len(active), 1)) * cumulative[:, -1:]
-        histories[active, step] = (cumulative <= draws).sum(axis=1)
-        news = rng.normal(0, TASTE_SPREAD * np.sqrt(1 - TASTE_MEMORY**2), taste.shape)
-        taste = TASTE_MEMORY * taste + news  # keeps the spread
-    return histories
-
-
-def complement_weights(catalog: Catalog) -> np.ndarray:
-    """[N, N] probability that the complement of the row's item is the column's, an item of the next category of its department."""
-    category = catalog.attributes[:, 0]
-    following = category // DEPARTMENT_SIZE * DEPARTMENT_SIZE + (category + 1) % DEPARTMENT_SIZE
-    shared = sum(weight * (values[:, None] == values) for weight, values in zip(MATCH, catalog.attributes.T, strict=True))
-    weights = np.exp(shared) * (following[:, None] == category) * catalog.availability
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def next_item_chances(catalog: Catalog, pairings: np.ndarray, taste: np.ndarray, history: np.ndarray) -> np.ndarray:
-    """[U, N] probability that each item is bought next, up to a factor per user; zero for items that the user has.
-
-    Args:
-        pairings: [N, N] from `complement_weights`.
-        taste: [U, sum(ATTRIBUTE_SIZES)] a user's present liking for each category, brand, style and colour.
-        history: [U, steps] items bought so far, the last one last.
-    """
-    columns = catalog.attributes + np.cumsum((0, *ATTRIBUTE_SIZES[:-1]))
-    liking = np.exp(sum(taste[:, column] for column in columns.T))
-    chances = TASTE * liking / liking.sum(axis=1, keepdims=True) + CROWD * catalog.popularity + NOISE / len(catalog.price)
-    chances *= catalog.availability
-    if history.shape[1]:
-        chances += COMPLEMENT * pairings[history[:, -1]]
-        np.put_along_axis(chances, history, 0, axis=1)
-    return chances
-
-
 def _write_images(folder: Path, catalog: Catalog, item_ids: list[str], rng: np.random.Generator) -> tuple[list[str | None], int]:
     """The image column, and how many of its files are broken."""
     order = rng.permutation(len(item_ids))
     num_missing, num_broken = round(0.03 * len(item_ids)), max(3, len(item_ids) // 200)
     missing, broken = set(order[:num_missing].tolist()), order[num_missing : num_missing + num_broken].tolist()
-    for number, (item_id, item) in enumerate(zip(item_ids, catalog.attributes, strict=True)):
+    for number, (item_id, item) in enumerate(zip(item_ids, catalog.attributes[:, :4], strict=True)):
         if number in missing:
             continue
         buffer = BytesIO()

@@ -57,6 +57,11 @@ def plain_text(value: Any) -> str | None:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
+def json_list(value: Any) -> str | None:
+    """A JSON value as text, with lists and mappings as JSON: `input_columns` reads every element."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else plain_text(value)
+
+
 def first_image(value: Any) -> str | None:
     """Path, URL or data URI in a JSON value: the text itself, the first of a list, or a mapping's value under a usual key.
 

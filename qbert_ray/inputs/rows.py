@@ -16,13 +16,14 @@ import pyarrow as pa
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs.addresses import Addresses
 from qbert_ray.inputs.image_columns import from_template, image_bytes, image_path, safe_paths, unread_image
+from qbert_ray.inputs.input_columns import as_values, file_lists, several_files
 from qbert_ray.inputs.markup import strip_markup
 from qbert_ray.inputs.readers import REASON, ROW, ROW_LENGTH
 from qbert_ray.inputs.sources import EVENT, GIVEN_WEIGHT, POSITION, Source
 from qbert_ray.inputs.times import as_timestamp
 from qbert_ray.inputs.values import Kind, as_id, as_rating, as_text, is_given
 from qbert_ray.random_streams import splitmix64
-from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID, WEIGHT
+from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID, VALUE_PREFIX, WEIGHT
 
 UNSAFE, UNREAD = "<unsafe image>", "<unread image>"  # the image path that was refused, the value in which no path was found
 _GIVEN_TIME, _GIVEN_RATING, _GIVEN_WEIGHT, _GIVEN_PATH = "<given time>", "<given rating>", "<given weight>", "<given path>"
@@ -95,21 +96,23 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
 
 
 def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain, root: str) -> pl.DataFrame:
-    """item_id, image_path, image_bytes, text.*, attribute.*, position, reason, row, the refused image path, and the unread image value.
+    """item_id, image_path, image_bytes, text.*, attribute.*, the columns of `inputs`, position, reason, row, the refused image path,
+    and the unread image value.
 
     Args:
         file: number of the rows' file: relative image paths start in its folder.
         root: another folder that absolute image paths may point into.
     """
-    texts = {f"{TEXT_PREFIX}{name}": name for name in domain.text_fields} | {
-        f"{ATTRIBUTE_PREFIX}{name}": name for name in domain.attributes
-    }
+    fields = [*domain.text_fields, *(name for inputs in domain.inputs.values() for name in inputs.texts)]
+    texts = {f"{TEXT_PREFIX}{name}": name for name in fields} | {f"{ATTRIBUTE_PREFIX}{name}": name for name in domain.attributes}
+    values = {f"{VALUE_PREFIX}{name}": name for inputs in domain.inputs.values() for name in inputs.values}
     rows = raw.select(
         _pick(raw, source, ITEM_ID, as_id),
         _pick(raw, source, source.image, image_path).alias(_GIVEN_PATH),
         _pick(raw, source, source.image, image_bytes).alias("image_bytes"),
         _pick(raw, source, source.image, unread_image).alias(UNREAD),
         *(_pick(raw, source, name, as_text).alias(column) for column, name in texts.items()),
+        *(_pick(raw, source, name, as_values).alias(column) for column, name in values.items()),
         *(POSITION, REASON, ROW),
     )
     rows = rows.with_columns(strip_markup(rows[column]) for column in texts)
@@ -118,8 +121,12 @@ def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain
     # An image given as bytes needs no path, so a bad path does not matter.
     given = rows.select(pl.when(pl.col("image_bytes").is_null()).then(_GIVEN_PATH).alias(_GIVEN_PATH)).to_series()
     addresses = Addresses.of(source.uri if "://" in source.uri else root, domain)
-    paths = safe_paths(given, source.folder(file), source.query, root, addresses)
-    rows = rows.with_columns(paths.alias("image_path"), given)
+    safe = partial(safe_paths, folder=source.folder(file), query=source.query, root=root, addresses=addresses)
+    rows = rows.with_columns(safe(given).alias("image_path"), given)
+    for modality, inputs in domain.inputs.items():
+        if inputs.files:
+            several = file_lists(raw.select(*(pl.col(name) for field in inputs.files for name in source.columns.get(field, ()))))
+            rows = rows.with_columns(*several_files(modality, *several, safe))
     refused = pl.when(pl.col("image_path").is_null()).then(_GIVEN_PATH).alias(UNSAFE)
     reasons = [pl.when(pl.col(ITEM_ID).is_null()).then(pl.lit(f"missing {ITEM_ID}"))]
     return _explain(rows.with_columns(refused).drop(_GIVEN_PATH), reasons, raw)

@@ -25,7 +25,7 @@ from qbert_ray.config.schema import Domain
 from qbert_ray.inputs import readers
 from qbert_ray.inputs.arrow_types import plain_table
 from qbert_ray.inputs.image_columns import can_hold_images, from_template
-from qbert_ray.inputs.json_files import first_image, plain_text
+from qbert_ray.inputs.json_files import first_image, json_list, plain_text
 from qbert_ray.inputs.limits import leading_outside
 from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
@@ -66,6 +66,7 @@ class Source:
     template: str | None = None  # of image paths, such as covers/{item_id}.jpg
     times: TimeStyle = TimeStyle()
     events: Mapping[str, float] = field(default_factory=dict)  # event type -> weight; empty: types are not read
+    lists: frozenset[str] = frozenset()  # contract names of columns of which every element of a list is read
 
     @property
     def raw_columns(self) -> list[str]:
@@ -93,7 +94,8 @@ class Source:
         """
         names = self.raw_columns
         images = self.columns.get(self.image, ()) if self.image else ()
-        converters = {name: first_image if name in images else plain_text for name in names}
+        lists = {column for name in self.lists for column in self.columns.get(name, ())}
+        converters = {name: first_image if name in images else json_list if name in lists else plain_text for name in names}
         try:
             for first, frame in readers.read(self.filesystem, fragment, converters):
                 position = pl.int_range(pl.len(), dtype=pl.Int64) + ((file << _FILE_BITS) + first)
@@ -125,7 +127,8 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
     if table == "interactions":
         source = Source(label, uri, filesystem, files, form, columns, None)
         return replace(source, times=_time_style(source), events=dict(domain.event_weights))
-    source = Source(label, uri, filesystem, files, form, columns, domain.image_column, domain.image_template)
+    lists = frozenset(name for inputs in domain.inputs.values() for name in (*inputs.files, *inputs.values))
+    source = Source(label, uri, filesystem, files, form, columns, domain.image_column, domain.image_template, lists=lists)
     _check_images(source, name)
     return source
 
@@ -302,4 +305,6 @@ def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool) -> dict
         return dict.fromkeys([USER_ID, ITEM_ID, TIMESTAMP], f"{here}.interactions or {here}.format") | optional | event
     wanted = {ITEM_ID: f"{here}.items or {here}.format"}
     wanted |= dict.fromkeys(domain.text_fields, f"{here}.text_fields") | dict.fromkeys(domain.attributes, f"{here}.attributes")
+    for modality, inputs in domain.inputs.items():
+        wanted |= dict.fromkeys([*inputs.files, *inputs.texts, *inputs.values], f"{here}.inputs.{modality}")
     return wanted | ({domain.image_column: f"{here}.image_column"} if domain.image_column else {})

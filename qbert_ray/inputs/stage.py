@@ -45,6 +45,7 @@ from qbert_ray.storage.columns import (
     TRAIN_WEIGHTS,
     USER_ID,
     WEIGHT,
+    input_type,
 )
 from qbert_ray.storage.directory import Counts, RunDir, resolve
 
@@ -275,8 +276,9 @@ def write_items(run: RunDir, domain: str, number: str, first_part: int, size: in
     """Write the parts of a group of items and part `number` of the rejected rows; returns counts by (table, reason), "" if kept."""
     rows = pl.concat([pl.DataFrame(piece) for piece in pieces])
     kept = rows.filter(pl.col(REASON).is_null()).sort(ITEM_INDEX).with_columns(pl.lit(domain).alias(DOMAIN))
-    texts = [name for name in rows.columns if "." in name]
-    schema = pa.schema([*ITEMS, *((name, pa.string()) for name in texts)])
+    inputs = [name for name in rows.columns if "." in name]
+    schema = pa.schema([*ITEMS, *((name, input_type(name)) for name in inputs)])
+    texts = [name for name in inputs if input_type(name) == pa.string()]
     for offset in range(0, len(kept), size):
         run.write_part(
             "ingest/items", f"{domain}-{first_part + offset // size:05d}.parquet", _to_arrow(kept[offset : offset + size], schema)

@@ -100,7 +100,7 @@ def given_features(table: Files) -> str:
         return "data.semantic_ids"
     if {"vector", "vectors"} & set(table.columns):
         kind = next((kind for kind in ("image", "structure") if kind in table.paths[0].name.lower()), "text")
-        return f"data.domains.<name>.{kind}_features"
+        return f"data.domains.<name>.vectors.{kind}"
     return ""
 
 

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
+from qbert_ray import metrics
 from qbert_ray.ranking.blocks import Entries, add, by_block
 from qbert_ray.ranking.score_features import SCORE_FEATURES, ScoreFeatures
 
-# blend weights where there is nothing to fit them on: what the real data sets gave, rounded
+# blend weights where there is nothing to fit them on: what the real data sets gave, rounded; further score features have 0
 START = (0.35, 1.0, 0.6, 0.0, 0.0, 0.0, 0.0)
-WITHOUT_NETWORK = ("ridge", "following", "text", "seen")  # score features for which no network is trained on the data
+WITHOUT_NETWORK = ("ridge", "following", "text", "lexical", "seen")  # score features for which no network is trained on the data
 
 
 class Blend(NamedTuple):
@@ -33,10 +34,15 @@ class Blend(NamedTuple):
     centre: Tensor  # [P] mean of the descriptions it was fitted on
     spread: Tensor  # [P] their standard deviation
 
-    def used(self) -> list[str]:
-        """Names of the score features that have a weight for some history."""
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return (self.weights.shape[1] - 1) // 2
+
+    def used(self, names: tuple[str, ...] = SCORE_FEATURES) -> list[str]:
+        """Names of the score features that have a weight for some history, of the names of all."""
         used = self.weights[:, :-1].view(len(self.weights), 2, -1).any(1).any(0)
-        return [name for name, has_weight in zip(SCORE_FEATURES, used.tolist(), strict=True) if has_weight]
+        return [name for name, has_weight in zip(names, used.tolist(), strict=True) if has_weight]
 
     def weights_for(self, description: Tensor) -> Tensor:
         """[B, 2 F + 1] weights for histories of these descriptions [B, P], clamped to about the range that was fitted on."""
@@ -85,9 +91,9 @@ class BlendedScores:
             counts = np.diff(matrix.indptr)
             each = np.repeat(weights[:, number], counts)
             if self.trained < matrix.shape[1]:
-                cold = np.repeat(weights[:, number + len(SCORE_FEATURES)], counts)
+                cold = np.repeat(weights[:, number + len(self.features.names)], counts)
                 each = np.where(matrix.indices < self.trained, each, cold)
-            added = np.full_like(each, -np.inf) if hide_seen and SCORE_FEATURES[number] == "seen" else matrix.data * each
+            added = np.full_like(each, -np.inf) if hide_seen and self.features.names[number] == "seen" else matrix.data * each
             yield sparse.csr_matrix((added, matrix.indices, matrix.indptr), shape=matrix.shape)
 
     def of(self, scores: Tensor, block: slice) -> Tensor:
@@ -98,7 +104,7 @@ class BlendedScores:
             block: of the catalog.
         """
         cold = block.start >= self.trained
-        weights = self.weights[:, len(SCORE_FEATURES) :] if cold else self.weights
+        weights = self.weights[:, len(self.features.names) :] if cold else self.weights
         if self.penalty is None:
             scores.mul_(weights[:, :1])
         else:  # in the same pass over the scores
@@ -129,6 +135,17 @@ def blended_at(features: Tensor, weights: Tensor, cold: Tensor, bonus: float = 0
     return torch.where(cold, of_cold + weights[:, -1:] + bonus, of_trained)
 
 
+class Shrinkage(NamedTuple):
+    """Strength of the penalties of `fit_blend`."""
+
+    constant: float  # on what the weights of an average history differ from `START` by
+    dependence: float  # on how the weights depend on the history
+
+
+# Tried by `choose_shrinkage`: thousands of users do not always suffice for three numbers per weight, and a large likelihood is not a large ndcg.
+SHRINKAGES = tuple(Shrinkage(*each) for each in ((1, 1), (1, 1000), (10, 1000), (30, 1000), (100, 1000), (300, 1000)))
+
+
 class Candidates(NamedTuple):
     """What a blend is fitted on: the best C items of each validation history by each score."""
 
@@ -139,23 +156,22 @@ class Candidates(NamedTuple):
     description: Tensor  # [V, P]
 
 
-def no_candidates() -> Candidates:
+def no_candidates(num_features: int = len(SCORE_FEATURES)) -> Candidates:
     """The candidates of no history, to which `fit_blend` gives the start."""
     rows = torch.zeros(0, 0, dtype=torch.bool)
-    return Candidates(torch.zeros(0, 0, len(SCORE_FEATURES)), rows, rows, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3))
+    return Candidates(torch.zeros(0, 0, num_features), rows, rows, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3))
 
 
 def join_candidates(found: list[Candidates]) -> Candidates:
     """The candidates of several groups of histories."""
     given = [each for each in found if each.features.shape[1]]
-    return Candidates(*(torch.cat(pieces) for pieces in zip(*given, strict=True))) if given else no_candidates()
+    return Candidates(*(torch.cat(pieces) for pieces in zip(*given, strict=True))) if given else found[0]
 
 
-def sequence_alone() -> Blend:
+def sequence_alone(num_features: int = len(SCORE_FEATURES)) -> Blend:
     """The blend that ranks as the sequence model by itself does."""
-    count = len(SCORE_FEATURES)
-    weights = torch.zeros(3, 2 * count + 1)
-    weights[0, [0, count]] = 1.0
+    weights = torch.zeros(3, 2 * num_features + 1)
+    weights[0, [0, num_features]] = 1.0
     return Blend(weights, torch.zeros(3), torch.ones(3))
 
 
@@ -170,7 +186,7 @@ def candidates(
         lengths: [B] of the histories.
         target: [B] item_index.
         cold: [N] which items are simulated cold ones.
-        available: indices in `SCORE_FEATURES` of the scores.
+        available: indices of the score features.
         count: items by each score.
 
     Returns:
@@ -191,21 +207,38 @@ def candidates(
     return Candidates(*(each[has_target] for each in (found, cold[chosen], repeated, is_target.int().argmax(1), description)))
 
 
-def without_network(candidates: Candidates) -> Candidates:
+def without_network(candidates: Candidates, names: tuple[str, ...] = SCORE_FEATURES) -> Candidates:
     """The candidates with zeros for the score features of trained networks, so that a blend fitted on them does not read those."""
-    kept = torch.tensor([name in WITHOUT_NETWORK for name in SCORE_FEATURES])
+    kept = torch.tensor([name in WITHOUT_NETWORK for name in names])
     return candidates._replace(features=candidates.features * kept)
 
 
-def fit_blend(found: Candidates) -> Blend:
-    """The blend under which targets rank first among their candidates: softmax regression, shrunk to `START` where data are few.
+def choose_shrinkage(halves: list[Candidates]) -> Shrinkage:
+    """That of `SHRINKAGES` with which the blend of each half of the users ranks the targets of the other half best, by ndcg@10."""
+
+    def gain(shrinkage: Shrinkage) -> float:
+        blends = [fit_blend(half, shrinkage) for half in halves]
+        return float(sum(_ndcg(blend, half).sum() for blend, half in zip(blends[::-1], halves, strict=True)))
+
+    return max(SHRINKAGES, key=gain) if halves and all(len(half.target) for half in halves) else SHRINKAGES[0]
+
+
+def _ndcg(blend: Blend, found: Candidates) -> np.ndarray:
+    """[V] ndcg@10 of each target among those of its candidates that are not in the history."""
+    scores = blended_at(found.features, blend.weights_for(found.description), found.cold)
+    better = (scores > scores.gather(1, found.target[:, None])) & (found.features[..., -1] == 0) & ~found.repeated
+    return metrics.ndcg(better.sum(1).numpy() + 1, 10)
+
+
+def fit_blend(found: Candidates, shrinkage: Shrinkage = SHRINKAGES[0]) -> Blend:
+    """The blend under which targets rank first among their candidates: softmax regression, shrunk to `START`.
 
     Ranking the best candidates, rather than the likelihood over the whole catalog, is what hit rates at small k measure: fitted
     over the catalog, the blend serves the far tail (instruments, validation ndcg@10 .118 against .135).
     """
-    users, count = len(found.target), len(SCORE_FEATURES)
+    users, count = len(found.target), found.features.shape[2]
     start = torch.zeros(3, 2 * count + 1)
-    start[0, :-1] = torch.tensor(START + START)
+    start[0, :-1] = torch.tensor([*START, *[0.0] * (count - len(START))]).repeat(2)
     if not users:
         return Blend(start, torch.zeros(3), torch.ones(3))
     centre, spread = found.description.mean(0), found.description.std(0, unbiased=False)
@@ -224,7 +257,9 @@ def fit_blend(found: Candidates) -> Blend:
         optimizer.zero_grad()
         each = blend.weights_for(found.description)
         scores = torch.einsum("vcf,vf->vc", features, each).masked_fill(found.repeated, -torch.inf)
-        value = F.cross_entropy(scores, found.target) + (1e-3 + 1 / users) * (weights - start * unit).square().sum()
+        moved = (weights - start * unit).square().sum(1)
+        penalty = (1e-3 + 1 / users) * (shrinkage.constant * moved[0] + shrinkage.dependence * moved[1:].sum())
+        value = F.cross_entropy(scores, found.target) + penalty
         value.backward()
         return value
 

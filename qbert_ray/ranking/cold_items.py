@@ -1,13 +1,15 @@
 """Ranks of cold items, those without training interactions, among the whole catalog and among each other.
 
 For each user who had a cold item, the last is the target, after all that the user had of the other items before it. The model is
-compared with the expected value of a random order and with neighbours by text: the cosine of the text vectors of a candidate and
+compared with the expected value of a random order and with neighbours by each modality: the cosine of the vectors of a candidate and
 of the latest items of the history, of their mean or of the nearest of them.
 
-Shapes: B users, N catalog, D width of text vectors.
+Shapes: B users, N catalog, D width of vectors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +24,8 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.ranker import batches
-from qbert_ray.ranking.score_features import SCORE_FEATURES
 from qbert_ray.storage import columns
-from qbert_ray.storage.catalog import item_ids, modality_vectors
+from qbert_ray.storage.catalog import content_modalities, item_ids, modality_vectors
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.top_k import ranks
 
@@ -38,12 +39,13 @@ def evaluate_cold(config: Config, run: RunDir, domain: str, executor: Executor, 
     if not parts:
         return None
     arguments = {"run": run, "domain": domain, "settings": config.ranking, "latest": config.evaluate.co_occurrence_history}
+    arguments["modalities"] = content_modalities(run, domain, config)
     executor.map_parts(run, ColdPart, arguments, parts, "evaluate/cold", config.compute.evaluate, progress)
     return summarise_cold(run.read("evaluate/cold", domain), list(config.evaluate.cutoffs))
 
 
 def summarise_cold(table: pa.Table, cutoffs: list[int]) -> metrics.Evaluation:
-    """{users, protocols: {unseen | cold: {model | text_mean | text_nearest | random: ...}}} of an evaluate/cold table."""
+    """{users, protocols: {unseen | cold: {model | <modality>_mean | <modality>_nearest | random: ...}}} of an evaluate/cold table."""
     model = np.array(table["model"].to_pylist(), dtype=object)
     protocols = {}
     for protocol, column in PROTOCOLS.items():
@@ -56,12 +58,13 @@ def summarise_cold(table: pa.Table, cutoffs: list[int]) -> metrics.Evaluation:
 class ColdPart:
     """Ranks of the cold targets of a part of the users."""
 
-    def __init__(self, run: RunDir, domain: str, settings: Ranking, latest: int) -> None:
+    def __init__(self, run: RunDir, domain: str, settings: Ranking, latest: int, modalities: Sequence[str]) -> None:
         self.run, self.domain, self.latest = run, domain, latest
         self.ranker = load_catalog_ranker(run, domain, settings, own_device())
         self.item_ids = item_ids(run, domain).to_pylist()
         self.warm = self.ranker.trained
-        self.text = modality_vectors(run, domain, "text")
+        vectors = {name: modality_vectors(run, domain, name) for name in modalities}
+        self.contents = {name: each for name, each in vectors.items() if each is not None}
 
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:
@@ -69,7 +72,7 @@ class ColdPart:
         users, targets = table[columns.USER_ID].to_pylist(), table["target"].to_numpy()
         histories = [np.array(history, dtype=np.int64) for history in table["history"].to_pylist()]
         rows = []
-        for batch in batches(len(users), len(SCORE_FEATURES) * len(self.item_ids)):
+        for batch in batches(len(users), self.ranker.num_features * len(self.item_ids)):
             target = torch.from_numpy(targets[batch].astype(np.int64))
             for model, scores in self._scores(histories[batch]).items():
                 pair = (ranks(scores, target, seen=histories[batch]), ranks(scores[:, self.warm :], target - self.warm))
@@ -80,10 +83,10 @@ class ColdPart:
     def _scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
         scores = self.ranker.scores(histories)
         scores = {name: each for name, each in scores.items() if name not in WITHOUT_COLD}
-        if self.text is not None:
-            latest = [self.text[history[-self.latest :]] for history in histories]
-            scores["text_mean"] = F.normalize(torch.stack([vectors.mean(0) for vectors in latest]), dim=-1) @ self.text.T
-            scores["text_nearest"] = torch.stack([(vectors @ self.text.T).amax(0) for vectors in latest])
+        for name, vectors in self.contents.items():
+            latest = [vectors[history[-self.latest :]] for history in histories]
+            scores[f"{name}_mean"] = F.normalize(torch.stack([each.mean(0) for each in latest]), dim=-1) @ vectors.T
+            scores[f"{name}_nearest"] = torch.stack([(each @ vectors.T).amax(0) for each in latest])
         return scores
 
     def _table(

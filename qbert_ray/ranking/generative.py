@@ -27,6 +27,7 @@ class CatalogRanker(Protocol):
     """Protocol of a ranker of a catalog, which evaluation, scoring and the recommender use."""
 
     trained: int  # number of items with training interactions
+    num_features: int  # numbers that an item's score is made of
     available: np.ndarray | None  # [N] booleans, items that `best` may give; None: all
 
     def best(self, histories: list[np.ndarray], k: int, remove_seen: bool = True, only: Filter = EVERYTHING) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ class GenerativeRanker:
 
     def __init__(self, model: Generator, codes: np.ndarray, trained: int, beam: int) -> None:
         self.model, self.codes, self.trained, self.beam = model, codes, trained, beam
-        self.num_items = len(codes)
+        self.num_items, self.num_features = len(codes), 1
         self.device = model.table.weight.device
         rows = torch.from_numpy(codes).to(self.device)
         self.trie = Trie.build(rows)

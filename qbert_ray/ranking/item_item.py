@@ -14,7 +14,7 @@ from scipy import sparse
 from torch import Tensor
 
 from qbert_ray.features.structure import gram
-from qbert_ray.ranking.score_features import CONTENTS, SCORE_FEATURES, Content, ScoreFeatures
+from qbert_ray.ranking.score_features import SCORE_FEATURES, Content, ScoreFeatures
 from qbert_ray.sequence.item_table import ColdItems
 
 MOST_PAIRS = 2**26  # of a catalog whose products of content vectors are kept: 256 MiB for each kind
@@ -161,9 +161,10 @@ class ItemItem:
         decays: weight of each further step back in a history, for either.
         scale: weights far below it do not count, since features are log(1 + weight / scale).
         latest: most items of a history that are read.
-        contents: some of `CONTENTS` -> [N, D] vectors of length 1.
+        contents: score feature -> [N, D] vectors of length 1, by whose cosines it is.
         popularity: [N] training interactions of each item.
         cold: items without weights, and their nearest trained items.
+        names: of the score features of the run.
     """
 
     def __init__(
@@ -176,8 +177,9 @@ class ItemItem:
         contents: dict[str, Tensor] | None = None,
         popularity: Tensor | None = None,
         cold: ColdItems | None = None,
+        names: tuple[str, ...] = SCORE_FEATURES,
     ) -> None:
-        self.contents = contents or {}
+        self.contents, self.names = contents or {}, names
         self.popularity = torch.zeros(ridge.shape[0]) if popularity is None else popularity
         self.weights = (ridge.T.tocsr(), transitions.T.tocsr())
         self.decays, self.scale, self.latest = decays, scale, latest
@@ -190,8 +192,8 @@ class ItemItem:
 
     @property
     def available(self) -> list[int]:
-        """Indices in `SCORE_FEATURES` of the scores that rank items here, the sequence model's first."""
-        return [0, 1, 2, *(SCORE_FEATURES.index(name) for name in CONTENTS if name in self.contents)]
+        """Indices of the score features that rank items here, the sequence model's first."""
+        return [0, 1, 2, *(number for number, name in enumerate(self.names) if name in self.contents)]
 
     def with_cold_items(self, cold: ColdItems) -> ItemItem:
         """A copy in which these items, and no others, are cold."""
@@ -199,22 +201,24 @@ class ItemItem:
         other._averaging = averaging_matrix(cold, self.num_items)
         return other
 
-    def features(self, histories: list[np.ndarray], used: Collection[str] = SCORE_FEATURES) -> ScoreFeatures:
+    def features(self, histories: list[np.ndarray], used: Collection[str] | None = None) -> ScoreFeatures:
         """Score features of the whole catalog for each history.
 
         Args:
             histories: item_index in time order, the latest last.
-            used: some of `SCORE_FEATURES`; cosines of other contents are not computed.
+            used: names of score features; cosines of other contents are not computed. None: all.
         """
-        return ScoreFeatures(*self._summed(histories), self._contents(used), histories)
+        return ScoreFeatures(*self._summed(histories), self._contents(used), histories, self.names)
 
-    def features_and_last(self, histories: list[np.ndarray], used: Collection[str] = SCORE_FEATURES) -> tuple[ScoreFeatures, ScoreFeatures]:
+    def features_and_last(self, histories: list[np.ndarray], used: Collection[str] | None = None) -> tuple[ScoreFeatures, ScoreFeatures]:
         """`features` of the whole histories and of their last items alone, by one product with the item-item weights."""
         both, size = [*histories, *(history[-1:] for history in histories)], len(histories)
         sums, weights = self._summed(both)
         contents = self._contents(used)
         whole, last = (
-            ScoreFeatures([_rows(each, *rows) for each in sums], [_rows(each, *rows) for each in weights], contents, both[slice(*rows)])
+            ScoreFeatures(
+                [_rows(each, *rows) for each in sums], [_rows(each, *rows) for each in weights], contents, both[slice(*rows)], self.names
+            )
             for rows in ((0, size), (size, 2 * size))
         )
         return whole, last
@@ -232,8 +236,9 @@ class ItemItem:
         result.data = np.log1p(np.maximum(sums.data, 0) / self.scale)
         return result
 
-    def _contents(self, used: Collection[str]) -> dict[int, Content]:
-        return {SCORE_FEATURES.index(name): Content(vectors, self._kept(name)) for name, vectors in self.contents.items() if name in used}
+    def _contents(self, used: Collection[str] | None) -> dict[int, Content]:
+        wanted = {name: vectors for name, vectors in self.contents.items() if used is None or name in used}
+        return {self.names.index(name): Content(vectors, self._kept(name)) for name, vectors in wanted.items()}
 
     def _kept(self, name: str) -> np.ndarray | None:
         """[N, N] products of content vectors, kept by CPUs where the catalog is small: the same few items are in many histories."""

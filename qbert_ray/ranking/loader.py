@@ -14,10 +14,19 @@ from qbert_ray.ranking.blend import Blend
 from qbert_ray.ranking.item_item import ItemItem
 from qbert_ray.ranking.ranker import Ranker
 from qbert_ray.ranking.reranker import Reranker
-from qbert_ray.ranking.score_features import SCORE_FEATURES
+from qbert_ray.ranking.score_features import score_features
 from qbert_ray.sequence.item_table import ColdItems, ItemTable, nearest_trained_items
 from qbert_ray.sequence.model import Sequencer
-from qbert_ray.storage.catalog import catalog_codes, content_vectors, item_content, modality_vectors, run_config, warm_items
+from qbert_ray.storage.catalog import (
+    catalog_codes,
+    content_modalities,
+    content_vectors,
+    item_content,
+    modalities_there,
+    modality_vectors,
+    run_config,
+    warm_items,
+)
 from qbert_ray.storage.directory import ArtifactError, RunDir
 
 WEIGHTS, BLEND, RERANKER = "ranking/weights", "ranking/blend", "ranking/reranker"
@@ -45,16 +54,18 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
     if fused is not None and trained < len(fused):
         cold = nearest_trained_items(fused, torch.arange(trained, len(fused)), torch.arange(trained))
     model = run.load_module(Sequencer, f"finetune/{domain}/model").to(device)
-    content = item_content(run, domain, run_config(run).sequencer.content) if model.content is not None else None
+    config = run_config(run)
+    content = item_content(run, domain, config) if model.content is not None else None
     items = _item_table(run, domain, model, content, cold).to(device)
     if not settings.enabled:
         return Ranker(model, items, trained)
-    blend = _load_blend(run, domain) if blended else None
-    baseline = _load_blend(run, domain, ITEM_ITEM_TEXT) if baselines and run.exists(f"{ITEM_ITEM_TEXT}/{domain}/model.json") else None
-    used = [name for each in (blend, baseline) if each is not None for name in each.used()] if blend else SCORE_FEATURES
-    contents = _contents(run, domain, fused, used)
-    contents = {name: vectors.to(device) for name, vectors in contents.items()}
-    item_item = _load_item_item(run, domain, settings, model.max_items, contents, cold, len(items.codes))
+    names = score_features(content_modalities(run, domain, config))
+    blend = _load_blend(run, domain, names) if blended else None
+    without_network = baselines and run.exists(f"{ITEM_ITEM_TEXT}/{domain}/model.json")
+    baseline = _load_blend(run, domain, names, ITEM_ITEM_TEXT) if without_network else None
+    used = [name for each in (blend, baseline) if each is not None for name in each.used(names)] if blend else names
+    contents = {name: vectors.to(device) for name, vectors in _contents(run, domain, fused, used).items()}
+    item_item = _load_item_item(run, domain, settings, model.max_items, contents, cold, len(items.codes), names)
     ranker = Ranker(model, items, trained, item_item, settings.rerank, settings.new_item_bonus)
     if not settings.sequence_scores:
         ranker.vectors, ranker.bias = torch.zeros_like(ranker.vectors), torch.zeros_like(ranker.bias)
@@ -74,7 +85,7 @@ def _item_table(run: RunDir, domain: str, model: Sequencer, content: Tensor | No
 
 def _contents(run: RunDir, domain: str, content: Tensor | None, used: list[str] | tuple[str, ...]) -> dict[str, Tensor]:
     """[N, D] vectors of length 1 of the kinds of content that are used and there."""
-    vectors = {name: modality_vectors(run, domain, name) for name in ("text", "image") if name in used}
+    vectors = {name: modality_vectors(run, domain, name) for name in modalities_there(run, domain) if name in used}
     if "content" in used:
         vectors["content"] = F.normalize(content, dim=-1) if content is not None else None
     return {name: each for name, each in vectors.items() if each is not None}
@@ -88,6 +99,7 @@ def _load_item_item(
     contents: dict[str, Tensor],
     cold: ColdItems | None,
     num_items: int,
+    names: tuple[str, ...],
 ) -> ItemItem:
     """The item-item model of a domain; items that came after the stage have no weights in its table."""
     table = run.read(WEIGHTS, domain)
@@ -96,12 +108,12 @@ def _load_item_item(
     popularity[: table.num_rows] = torch.from_numpy(table["popularity"].to_numpy().copy())
     decay = run.read_json(f"{RIDGE}/{domain}.json")["decay"] if settings.decay == "auto" else settings.decay
     decays = (float(decay), settings.following_decay)
-    return ItemItem(ridge, transitions, decays, settings.scale, latest, contents, popularity, cold)
+    return ItemItem(ridge, transitions, decays, settings.scale, latest, contents, popularity, cold, names)
 
 
-def _load_blend(run: RunDir, domain: str, folder: str = BLEND) -> Blend:
+def _load_blend(run: RunDir, domain: str, names: tuple[str, ...], folder: str = BLEND) -> Blend:
     blend = Blend(**run.load_model(f"{folder}/{domain}")[0])
-    if blend.weights.shape[1] != 2 * len(SCORE_FEATURES) + 1:
+    if blend.num_features != len(names):
         raise ArtifactError(f"the blend in {run.uri}/{folder}/{domain} has other score features; fit it again: qbert-ray ranking --redo")
     return blend
 

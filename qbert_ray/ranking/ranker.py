@@ -22,8 +22,8 @@ from qbert_ray.ranking.blocks import add, by_block, catalog_blocks
 from qbert_ray.ranking.filters import EVERYTHING, Filter, HiddenItems, own_lists
 from qbert_ray.ranking.item_item import ItemItem
 from qbert_ray.ranking.prefix_search import PER_HISTORY, PrefixIndex, laid_out, linked
-from qbert_ray.ranking.reranker import INPUTS, CandidateLists, Reranker, candidate_inputs, reorder
-from qbert_ray.ranking.score_features import SCORE_FEATURES, ScoreFeatures
+from qbert_ray.ranking.reranker import CandidateLists, Reranker, candidate_inputs, inputs_of, reorder
+from qbert_ray.ranking.score_features import ScoreFeatures
 from qbert_ray.sequence.item_table import ItemTable, nearest_trained_items
 from qbert_ray.sequence.model import Sequencer, next_item_queries
 from qbert_ray.top_k import better, pairs, top_k
@@ -64,6 +64,7 @@ class Ranker:
         cold_item_bonus: float = 0.0,
     ) -> None:
         self.model, self.items, self.trained, self.item_item = model, items, trained, item_item
+        self.num_features = len(item_item.names) if item_item is not None else 1  # F
         self.candidates, self.cold_item_bonus = candidates, cold_item_bonus
         self.device, self.num_items = items.codes.device, len(items.codes)
         with torch.inference_mode():
@@ -232,10 +233,11 @@ class Ranker:
 
     def candidate_lists(self, histories: list[np.ndarray], target: Tensor) -> CandidateLists:
         """The best candidates of each history and what the reranker reads of them, on the CPU; target is [B] item_index."""
+        assert self.item_item is not None
         batch = self._read(histories, last_item=True)
         values, items = self._top(batch, self.candidates)
         inputs = self._inputs(batch, values, items)
-        seen = inputs[..., INPUTS.index("seen")] > 0
+        seen = inputs[..., inputs_of(self.item_item.names).index("seen")] > 0
         assert batch.description is not None
         found = (values, inputs, batch.description, items == target[:, None].to(items.device), seen, items < self.trained)
         return CandidateLists(*(tensor.cpu() for tensor in found))
@@ -261,7 +263,7 @@ class Ranker:
         if self.item_item is None:
             return HistoryBatch(histories, queries)
         blends = [blend for blend in (self.blend, self.item_item_text) if blend is not None]
-        used = [name for blend in blends for name in blend.used()] if self.blend else SCORE_FEATURES
+        used = [name for blend in blends for name in blend.used(self.item_item.names)] if self.blend else None
         if last_item:
             features, last = self.item_item.features_and_last(histories, used)
         else:

@@ -10,6 +10,7 @@ Shapes: B histories, C candidates, R inputs per candidate, P numbers that descri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,13 @@ from torch import Tensor, nn
 from qbert_ray.products import Linear
 from qbert_ray.ranking.score_features import SCORE_FEATURES, ScoreFeatures
 
-# Of a candidate: its blended score, its features for the whole history, those for the last item alone. Nothing of the other candidates:
-# the order of two items must not depend on a third.
-INPUTS = ("blended", *SCORE_FEATURES, *(f"last {name}" for name in SCORE_FEATURES[1:-1]), "popularity")
+
+def inputs_of(names: Sequence[str]) -> tuple[str, ...]:
+    """[R] names of what is read of a candidate, from those of the score features."""
+    return ("blended", *names, *(f"last {name}" for name in names[1:-1]), "popularity")
+
+
+INPUTS = inputs_of(SCORE_FEATURES)
 DESCRIBED = 2  # numbers of a description that are read: the logarithm of the length, the largest ridge feature
 BATCH, EPOCHS, LEARNING_RATE, WEIGHT_DECAY = 64, 16, 5e-3, 1e-2
 FEWEST = 100  # histories below which no gain can be shown
@@ -30,17 +35,22 @@ FEWEST = 100  # histories below which no gain can be shown
 class Reranker(nn.Module):
     """Corrections of the blended scores of candidates.
 
+    Of a candidate it reads the blended score, its features for the whole history and those for the last item alone. Nothing of the other
+    candidates: the order of two items must not depend on a third.
+
     Args:
         width: of both hidden layers.
         dropout: rate after each of them.
+        num_features: F.
     """
 
     centre: Tensor
     spread: Tensor
 
-    def __init__(self, width: int = 32, dropout: float = 0.2) -> None:
+    def __init__(self, width: int = 32, dropout: float = 0.2, num_features: int = len(SCORE_FEATURES)) -> None:
         super().__init__()
-        inputs = len(INPUTS) + DESCRIBED
+        self.num_features = num_features
+        inputs = 2 * num_features + DESCRIBED
         self.register_buffer("centre", torch.zeros(inputs))
         self.register_buffer("spread", torch.ones(inputs))
         hidden = [Linear(inputs, width), nn.GELU(), nn.Dropout(dropout), Linear(width, width), nn.GELU(), nn.Dropout(dropout)]
@@ -75,7 +85,7 @@ class CandidateLists(NamedTuple):
 def candidate_inputs(
     blended: Tensor, sequence: Tensor, features: ScoreFeatures, last_item: ScoreFeatures, popularity: Tensor, items: Tensor
 ) -> Tensor:
-    """[B, C, R] what a reranker reads of each candidate: the `INPUTS`.
+    """[B, C, R] what a reranker reads of each candidate, in the order of `inputs_of`.
 
     Args:
         blended: [B, C] scores by the blend.
@@ -130,7 +140,7 @@ def fit_reranker(lists: CandidateLists, seed: int) -> tuple[Reranker | None, dic
 def _fit(lists: CandidateLists) -> Reranker:
     lists = CandidateLists(*(tensor[lists.is_target.any(1)] for tensor in lists))
     target = lists.is_target.int().argmax(1)
-    model = Reranker()
+    model = Reranker(num_features=lists.inputs.shape[2] // 2)
     if not len(target):
         return model.eval()
     joined = _joined(lists.inputs, lists.description)

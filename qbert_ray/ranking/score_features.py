@@ -6,6 +6,7 @@ F score features.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +14,19 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-CONTENTS = ("content", "text", "image")  # fused embedding, mean text vector, mean image vector
-# score of the sequence model; item-item weights of the ridge regression and of the transitions, log(1 + weight / scale);
-# cosine to the nearest item of the history by each kind of content; 1 for an item of the history
-SCORE_FEATURES = ("sequencer", "ridge", "following", *CONTENTS, "seen")
+ALWAYS = ("text", "image")  # have a score feature also where a run lacks them, so that what was fitted keeps its shape
+
+
+def score_features(modalities: Iterable[str] = ()) -> tuple[str, ...]:
+    """Names of the score features of a run, in order.
+
+    Score of the sequence model; item-item weights of the ridge regression and of the transitions, log(1 + weight / scale); cosine to the
+    nearest item of the history by the fused embedding ("content") and by the mean vector in each modality; 1 for an item of the history.
+    """
+    return ("sequencer", "ridge", "following", "content", *dict.fromkeys([*ALWAYS, *modalities]), "seen")
+
+
+SCORE_FEATURES = score_features()  # of a run with texts and images alone
 SCRATCH = 2**22  # numbers laid out at once where entries of sparse rows are looked up
 CONTENT_HISTORY = 20  # latest items of a history that candidates are compared with by content
 
@@ -29,21 +39,27 @@ class Content(NamedTuple):
 
 
 class ScoreFeatures:
-    """All `SCORE_FEATURES` but the sequence model's score, for a batch of histories.
+    """All score features but the sequence model's score, for a batch of histories.
 
     Item-item weights and seen items are sparse matrices; the dense cosines are computed block by block or for some items.
 
     Args:
         sums: [B, N] scores of the ridge regression and of the transitions, each by itself.
         weights: [B, N] features of the ridge regression and of the transitions.
-        contents: index in `SCORE_FEATURES` -> content whose cosines are features.
+        contents: index of a score feature -> content whose cosines it is.
         histories: item_index in time order, the latest last.
+        names: of the F score features.
     """
 
     def __init__(
-        self, sums: list[sparse.csr_matrix], weights: list[sparse.csr_matrix], contents: dict[int, Content], histories: list[np.ndarray]
+        self,
+        sums: list[sparse.csr_matrix],
+        weights: list[sparse.csr_matrix],
+        contents: dict[int, Content],
+        histories: list[np.ndarray],
+        names: tuple[str, ...] = SCORE_FEATURES,
     ) -> None:
-        self.sums, self.weights, self.contents = sums, weights, contents
+        self.sums, self.weights, self.contents, self.names = sums, weights, contents, names
         self.size, self.num_items = weights[0].shape
         self.lengths = torch.tensor([len(history) for history in histories], dtype=torch.int64)
         seen = sparse.csr_matrix(
@@ -56,7 +72,7 @@ class ScoreFeatures:
         )
         seen.sum_duplicates()
         seen.data[:] = 1  # an item that is in the history twice is still seen once
-        self.sparse = {1: weights[0], 2: weights[1], len(SCORE_FEATURES) - 1: seen}
+        self.sparse = {1: weights[0], 2: weights[1], len(names) - 1: seen}
         self._latest = latest = [history[-CONTENT_HISTORY:] for history in histories]
         lengths = np.array([len(items) for items in latest], dtype=np.int64)
         self._order = np.argsort(-lengths)
@@ -77,7 +93,7 @@ class ScoreFeatures:
         """[B, n] cosine of each item of a block to the nearest of the history's latest items; 0 for an empty history.
 
         Args:
-            number: index in `SCORE_FEATURES` of the content.
+            number: index of the score feature.
             block: of the catalog.
         """
         vectors, products = self.contents[number]
@@ -104,7 +120,7 @@ class ScoreFeatures:
             [B, C, F - 1].
         """
         items = items.cpu()
-        result = torch.zeros(*items.shape, len(SCORE_FEATURES) - 1)
+        result = torch.zeros(*items.shape, len(self.names) - 1)
         for number, matrix in self.sparse.items():
             result[..., number - 1] = torch.from_numpy(_entries(matrix, items.numpy()))
         for number, content in self.contents.items():
@@ -131,7 +147,7 @@ class ScoreFeatures:
 
     def dense(self) -> Tensor:
         """[F - 1, B, N] features of the whole catalog; zeros for features that are not used."""
-        result = torch.zeros(len(SCORE_FEATURES) - 1, self.size, self.num_items)
+        result = torch.zeros(len(self.names) - 1, self.size, self.num_items)
         for number, matrix in self.sparse.items():
             result[number - 1] = torch.from_numpy(matrix.toarray())
         for number in self.contents:

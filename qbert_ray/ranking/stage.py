@@ -18,7 +18,9 @@ from qbert_ray.ranking.blend import (
     WITHOUT_NETWORK,
     Blend,
     Candidates,
+    Shrinkage,
     candidates,
+    choose_shrinkage,
     fit_blend,
     join_candidates,
     no_candidates,
@@ -28,7 +30,6 @@ from qbert_ray.ranking.blend import (
 from qbert_ray.ranking.loader import BLEND, ITEM_ITEM_TEXT, RERANKER, load_ranker
 from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.ranking.reranker import CandidateLists, Reranker, fit_reranker
-from qbert_ray.ranking.score_features import SCORE_FEATURES
 from qbert_ray.ranking.weights import write_weights
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import RunDir
@@ -65,6 +66,7 @@ RankingCounts = TypedDict(
         "ridge": NotRequired[dict[str, object]],  # settings of the ridge regression that were chosen, where one is "auto"
         "users": int,
         "fitted_on": int,  # validation histories whose target is among the candidates
+        "shrinkage": dict[str, float],  # the penalties of the blend that were chosen
         "blend_weights": dict[str, float],  # score feature -> weight, for a history of average description
         "blend_weights_of_cold_items": dict[str, float],
         "model_ndcg@10": float,  # of validation items among unseen ones, by the blend of users of the other half, if it is kept
@@ -101,23 +103,31 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
     users = everybody[: settings.validation_users]
     halves = [ValidationUsers.of(sequences, users[part::2]) for part in (0, 1)]
     found = [_candidates(ranker, *half, settings.candidates) for half in halves]
-    ndcg = _cross_fitted(ranker, halves, found)
+    own, without = [both[0] for both in found], [both[1] for both in found if both[1] is not None]
+    shrinkages = choose_shrinkage(own), choose_shrinkage(without)
+    ndcg = _cross_fitted(ranker, halves, found, shrinkages)
     blending = _blend_gain(ndcg, settings)
-    everything = join_candidates([both[0] for both in found])
-    without = [both[1] for both in found if both[1] is not None]
-    blend = fit_blend(everything) if blending["kept"] else sequence_alone()
-    baseline = fit_blend(join_candidates(without)) if without else None
+    everything = join_candidates(own)
+    assert ranker.item_item is not None
+    names = ranker.item_item.names
+    blend = fit_blend(everything, shrinkages[0]) if blending["kept"] else sequence_alone(len(names))
+    baseline = fit_blend(join_candidates(without), shrinkages[1]) if without else None
     for folder, each in ((BLEND, blend), (ITEM_ITEM_TEXT, baseline)):
         if each is not None:
-            run.save_model(f"{folder}/{domain}", each._asdict(), {"score_features": list(SCORE_FEATURES)})
+            run.save_model(f"{folder}/{domain}", each._asdict(), {"score_features": list(names)})
     ranker.use(blend, item_item_text=baseline)
-    result: dict[str, object] = {"users": len(users), "fitted_on": len(everything.target), **_average_weights(blend)}
+    result: dict[str, object] = {
+        "users": len(users),
+        "fitted_on": len(everything.target),
+        "shrinkage": shrinkages[0]._asdict(),
+        **_average_weights(blend, names),
+    }
     result |= {f"{name}_ndcg@10": metrics.interval(values)["value"] for name, values in ndcg.items()}
     result |= {"model_ndcg@10": blending["blended" if blending["kept"] else "alone"], "blending": blending}
     if settings.rerank:
         reranker, gain = _fit_reranker(ranker, sequences, everybody[: settings.rerank_users])
         if reranker is not None:
-            run.save_model(f"{RERANKER}/{domain}", reranker.state_dict(), {})
+            run.save_model(f"{RERANKER}/{domain}", reranker.state_dict(), {"num_features": reranker.num_features})
         result["reranking"] = {"kept": reranker is not None} | gain
     return result
 
@@ -129,7 +139,7 @@ def _candidates(ranker: Ranker, histories: list[np.ndarray], target: Tensor, cou
         The candidates by all score features; and those of the baseline, by features without a network; None where there are no texts.
     """
     assert ranker.item_item is not None
-    trained, available = ranker.trained, ranker.item_item.available
+    trained, available, names = ranker.trained, ranker.item_item.available, ranker.item_item.names
     cold = torch.zeros(trained, dtype=torch.bool)
     if "content" in ranker.item_item.contents:
         drawn = torch.from_numpy(uniform(COLD_STREAM, 0, np.arange(trained), 1)[:, 0] < COLD_SHARE)
@@ -137,31 +147,35 @@ def _candidates(ranker: Ranker, histories: list[np.ndarray], target: Tensor, cou
     simulating = ranker.with_simulated_cold_items(cold.nonzero()[:, 0]) if cold.any() else ranker
     kinds = [available]
     if "text" in ranker.item_item.contents:
-        kinds.append([number for number in available if SCORE_FEATURES[number] in WITHOUT_NETWORK])
+        kinds.append([number for number in available if names[number] in WITHOUT_NETWORK])
     samples: list[list[Candidates]] = [[] for _ in kinds]
     with torch.inference_mode():
-        for rows in batches(len(histories), len(SCORE_FEATURES) * ranker.num_items):
+        for rows in batches(len(histories), ranker.num_features * ranker.num_items):
             sequence, features, lengths = simulating.score_features(histories[rows])
             warm = sequence[:, :trained], features[:, :, :trained]
             for found, scores in zip(samples, kinds, strict=True):
                 found.append(candidates(*warm, lengths, target[rows], cold, scores, count))
     everything, *others = (
-        Candidates(*(torch.cat(pieces).clone() for pieces in zip(*found, strict=True))) if found else no_candidates() for found in samples
+        Candidates(*(torch.cat(pieces).clone() for pieces in zip(*found, strict=True))) if found else no_candidates(len(names))
+        for found in samples
     )
-    return everything, without_network(others[0]) if others else None
+    return everything, without_network(others[0], names) if others else None
 
 
-def _average_weights(blend: Blend) -> dict[str, dict[str, float]]:
+def _average_weights(blend: Blend, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Blend weights for a history of average description, by score feature."""
     weights = blend.weights_for(blend.centre[None] + torch.tensor([[1.0, 0, 0]]))[0].tolist()
     return {
-        "blend_weights": dict(zip(SCORE_FEATURES, weights, strict=False)),
-        "blend_weights_of_cold_items": dict(zip((*SCORE_FEATURES, "cold"), weights[len(SCORE_FEATURES) :], strict=True)),
+        "blend_weights": dict(zip(names, weights, strict=False)),
+        "blend_weights_of_cold_items": dict(zip((*names, "cold"), weights[len(names) :], strict=True)),
     }
 
 
 def _cross_fitted(
-    ranker: Ranker, halves: list[ValidationUsers], found: list[tuple[Candidates, Candidates | None]]
+    ranker: Ranker,
+    halves: list[ValidationUsers],
+    found: list[tuple[Candidates, Candidates | None]],
+    shrinkages: tuple[Shrinkage, Shrinkage],
 ) -> dict[str, np.ndarray]:
     """Ranking -> [V] ndcg@10 of validation items among unseen ones, as fine-tuning is judged, each half ranked by blends of the other half.
 
@@ -169,12 +183,14 @@ def _cross_fitted(
         ranker: without a blend; it has one afterwards.
         halves: the validation users.
         found: candidates of either half, as `_candidates` gives them.
+        shrinkages: of the blend and of the baseline.
     """
     gained: dict[str, list[np.ndarray]] = {"model": [np.zeros(0)], "sequencer": [np.zeros(0)]}
     for (own, without), (histories, target) in zip(found[::-1], halves, strict=True):
-        ranker.use(fit_blend(own), item_item_text=fit_blend(without) if without is not None else None)
+        baseline = fit_blend(without, shrinkages[1]) if without is not None else None
+        ranker.use(fit_blend(own, shrinkages[0]), item_item_text=baseline)
         with torch.inference_mode():
-            for rows in batches(len(histories), len(SCORE_FEATURES) * ranker.num_items):
+            for rows in batches(len(histories), ranker.num_features * ranker.num_items):
                 for name, scores in ranker.scores(histories[rows]).items():
                     values = metrics.ndcg(ranks(scores, target[rows], histories[rows]).numpy(), 10)
                     gained.setdefault(name, []).append(values)

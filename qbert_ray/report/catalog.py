@@ -14,9 +14,10 @@ import numpy as np
 import polars as pl
 
 from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
+from qbert_ray.report.players import Player, players, within_budget
 from qbert_ray.semantic_ids.collisions import to_tokens
 from qbert_ray.semantic_ids.lookup import IDS, Ids, read_ids, read_titles
-from qbert_ray.storage.columns import ITEM_ID, ITEM_INDEX, to_sequences
+from qbert_ray.storage.columns import BYTES_PREFIX, ITEM_ID, ITEM_INDEX, PATH_PREFIX, to_sequences
 from qbert_ray.storage.directory import ArtifactError, RunDir
 
 SIDE, QUALITY = 88, 68  # pixels and JPEG quality of a thumbnail
@@ -104,13 +105,38 @@ class Album:
         self.left_out = len(self.wanted) - len(wanted) + sum(found.get(key) is not None for key in wanted) - len(result)
         return result
 
+    def players(self, catalogs: dict[str, Catalog]) -> dict[str, list[Player]]:
+        """{"<domain>/<item_index>": sounds and clips} of the requested items, those requested first as far as a budget reaches."""
+        found: dict[str, list[Player]] = {}
+        for domain in dict.fromkeys(domain for domain, _ in self.wanted):
+            rows = [row for name, row in self.wanted if name == domain]
+            catalog = catalogs[domain]
+            for row, made in players(catalog.run, catalog.parts, rows, _addresses(catalog.run)):
+                found.setdefault(f"{domain}/{row}", []).append(made)
+        keys = ["/".join(map(str, key)) for key in self.wanted]
+        return within_budget((key, made) for key in keys for made in found.get(key, []))
+
+
+def _addresses(run: RunDir) -> Addresses:
+    return replace(ANYWHERE, queries=("?" + run.uri.partition("?")[2],))  # an untrusted run's rows must not choose the store
+
 
 def _thumbnails(run: RunDir, part: str, rows: list[int]) -> list[tuple[int, bytes | None]]:
-    if not {"image_path", "image_bytes"} <= set(run.column_names("ingest/items", part)):
+    """item_index and thumbnail of some items of a part: of the image, or of the first file that is one."""
+    names = run.column_names("ingest/items", part)
+    if not {"image_path", "image_bytes"} <= set(names):
         return []
-    table = pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, "image_path", "image_bytes"]))
-    given = table.filter(pl.col(ITEM_INDEX).is_in(rows) & (pl.col("image_path").is_not_null() | pl.col("image_bytes").is_not_null()))
-    addresses = replace(ANYWHERE, queries=("?" + run.uri.partition("?")[2],))  # an untrusted run's rows must not choose the store
+    several = sorted(name for name in names if name.startswith((PATH_PREFIX, BYTES_PREFIX)))
+    table = pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, "image_path", "image_bytes", *several]))
+    first = {"path": ["image_path"], "content": ["image_bytes"]}
+    for name in several:
+        first["path" if name.startswith(PATH_PREFIX) else "content"].append(name)
+    columns = [
+        pl.coalesce(pl.col(names[0]), *(pl.col(name).list.first() for name in names[1:])).alias(kind) for kind, names in first.items()
+    ]
+    given = table.filter(pl.col(ITEM_INDEX).is_in(rows)).select(ITEM_INDEX, *columns)
+    given = given.filter(pl.col("path").is_not_null() | pl.col("content").is_not_null())
+    addresses = _addresses(run)
     with ThreadPoolExecutor(READERS) as threads:
         return list(threads.map(lambda row: (row[0], thumbnail(row[1], row[2], addresses)), given.rows()))
 

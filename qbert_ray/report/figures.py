@@ -25,7 +25,7 @@ SHADES = {
     "model": BLUE, "sequencer": GREEN, "ridge": ORANGE, "co_occurrence": PURPLE, "popularity": GREY,
     "transitions": AMBER, "item_item_text": BROWN,
     "text_nearest": AMBER, "text_mean": BROWN, "random": GREY,
-    "fused": BLUE, "text": ORANGE, "image": GREEN, "structure": PURPLE,
+    "fused": BLUE,  # the other views of an item take theirs by position
     "pretrain": AMBER, "finetune": BLUE, "items": BLUE, "shuffled": GREY,
 }  # fmt: skip
 OTHERS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, BROWN, GREY)

@@ -60,7 +60,7 @@ def training(epochs: list[dict[str, Any]]) -> list[Figure]:
     unrelated = {"line": {"color": colour("shuffled"), "width": 1.5, "dash": "dot"}, "xref": "paper", "x0": 0, "x1": 1, "y0": 2, "y1": 2}
     note = "Between the unit vectors of an item's views; the dotted line, 2, is the distance of unrelated ones. It should fall well below."
     return [
-        by_epoch("Do the fused, text and image vectors of an item agree?", note, "mean squared distance",
+        by_epoch("Do the fused vector of an item and those of its modalities agree?", note, "mean squared distance",
                  [Series("view distance", x, distance, colour="fused")], yaxis={"range": [0, 2.2]}, shapes=[unrelated]),
         by_epoch("Is stage 1 trained to the end?", "A curve that still falls at its right end asks for more epochs.", "training loss",
                  [Series("training loss", x, loss, colour="fused")]),
@@ -73,7 +73,7 @@ def views(run: RunDir, facts: Facts, catalog: Catalog) -> tuple[list[dict[str, A
     if found is None:
         return [], []
     rows, arrays, there = found
-    agreement = []
+    agreement, position = [], {name: number for number, name in enumerate(arrays)}
     for a, b in combinations(arrays, 2):
         both = there[a] & there[b]
         cosine = arrays[a][both] @ arrays[b][both].T
@@ -81,7 +81,14 @@ def views(run: RunDir, facts: Facts, catalog: Catalog) -> tuple[list[dict[str, A
             others = (cosine.sum() - np.trace(cosine)) / (cosine.size - len(cosine))
             nearest = float((cosine.argmax(1) == np.arange(len(cosine))).mean())
             agreement.append(
-                {"a": a, "b": b, "own": float(np.trace(cosine) / len(cosine)), "others": round(float(others), 2) + 0.0, "nearest": nearest}
+                {
+                    "a": a,
+                    "b": b,
+                    "views": (position[a], position[b]),
+                    "own": float(np.trace(cosine) / len(cosine)),
+                    "others": round(float(others), 2) + 0.0,
+                    "nearest": nearest,
+                }
             )
     return agreement, [_map(catalog, rows, arrays, there)] if len(rows) > 2 else []
 
@@ -146,7 +153,7 @@ def _map(catalog: Catalog, rows: np.ndarray, arrays: dict[str, np.ndarray], ther
         traces.append(
             go.Scatter(
                 x=place[here, 0].tolist(), y=place[here, 1].tolist(), mode="markers", name=name,
-                marker={"color": colour(name), "size": 6, "symbol": SYMBOLS[number], "opacity": 0.9},
+                marker={"color": colour(name, number), "size": 6, "symbol": SYMBOLS[number % len(SYMBOLS)], "opacity": 0.9},
                 text=[title for title, has in zip(titles, here, strict=True) if has], hovertemplate=f"%{{text}}<br>{name}<extra></extra>",
             )
         )  # fmt: skip

@@ -74,9 +74,11 @@ def gather(run: RunDir) -> dict[str, Any]:
         "sequences": attempt("Stage 3", evaluation.gather, run, facts, ranked),
     }
     images = attempt("The images", album.images, catalogs)
+    players = attempt("The sounds and clips", album.players, catalogs)
     return content | {
         "facts": facts,
         "images": {} if "missing" in images else images,
+        "players": {} if "missing" in players else players,
         "left_out": album.left_out,
         "problems": problems,
     }

@@ -89,7 +89,8 @@ def rejected(facts: Facts) -> list[dict[str, Any]]:
                 table, marker, reason = name.partition("_rejected.")
                 if marker:
                     read = counts.get(table, 0) + counts.get(f"{table}_rejected", 0)
-                    rows.append(_rejected("all", table if table == "images" else f"{modality} {table}", reason, number, read or None))
+                    files = f"{table}_missing" in counts
+                    rows.append(_rejected("all", table if files else f"{modality} {table}", reason, number, read or None))
     return rows
 
 
@@ -146,8 +147,9 @@ def _work(facts: Facts, stage: str) -> tuple[int, str]:
         case "ingest":
             return sum(figures.get("interactions_read", 0) for figures in per_domain), "interactions"
         case "features":
-            made = [figures.get(name, 0) for figures in per_domain for name in ("images", "text_vectors", "structure_vectors")]
-            return sum(made), "images and vectors"
+            units = [name.removesuffix("_missing") for figures in per_domain for name in figures if name.endswith("_missing")]
+            made = [count for figures in per_domain for name, count in figures.items() if name in units or name.endswith("_vectors")]
+            return sum(made), "files and vectors"
         case "fusion":
             return counts["items"] * (counts["metrics"]["epoch"] + 1), "items × epochs"
         case "quantizer":

@@ -10,8 +10,8 @@ import polars as pl
 from qbert_ray import metrics
 from qbert_ray.semantic_ids.collisions import to_tokens
 from qbert_ray.semantic_ids.lookup import IDS, Ids, domains, open_ids, read_codebooks, read_ids, read_titles
-from qbert_ray.semantic_ids.quality import NEIGHBOURS, NeighbourRecall, prefix_figures, prefixes, typical
-from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, ITEM_INDEX, to_numpy
+from qbert_ray.semantic_ids.quality import NEIGHBOURS, NeighbourRecall, prefix_agreement, prefix_figures, prefixes, typical
+from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, ITEM_INDEX, to_numpy, to_sequences
 from qbert_ray.storage.directory import Manifest, RunDir
 
 QUERIES = 2_000  # items whose neighbours are compared
@@ -59,6 +59,7 @@ class DomainQuality(TypedDict):
     levels: list[dict[str, float]]  # usage, perplexity, entropy and gini of the codes
     neighbours: dict[str, float] | None  # of `NeighbourRecall`, by how many items and neighbours
     attributes: dict[str, Attribute]
+    following: list[dict[str, float]]  # of `prefix_agreement`, of training items that follow each other; empty where none do
     examples: list[Example]
 
 
@@ -106,6 +107,7 @@ def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> DomainQua
         "levels": [dict(zip(spread, values, strict=True)) for values in zip(*spread.values(), strict=True)],
         "neighbours": _neighbours(run, parts, ids),
         "attributes": _meaning(codes, attributes),
+        "following": _following(run, domain, codes),
         "examples": _examples(ids, titles, attributes, _popularity(run, domain, ids)),
     }
 
@@ -150,6 +152,17 @@ def _meaning(codes: np.ndarray, attributes: pl.DataFrame) -> dict[str, Attribute
             figures = prefix_figures(codes[sample][rows], values)
             result[column.name] = {"items": len(values), "values": int(values.max()) + 1, "lengths": figures}
     return result
+
+
+def _following(run: RunDir, domain: str, codes: np.ndarray) -> list[dict[str, float]]:
+    """Agreement of prefixes between different training items that follow each other in a history."""
+    if not run.parts("ingest/sequences", domain):
+        return []
+    sequences = to_sequences(run.read("ingest/sequences", domain))
+    user = np.repeat(np.arange(len(sequences.indptr) - 1), np.diff(sequences.indptr))
+    first, second = sequences.items[:-1], sequences.items[1:]
+    kept = (user[:-1] == user[1:]) & (first != second)
+    return prefix_agreement(codes, first[kept], second[kept]) if kept.any() else []
 
 
 def _popularity(run: RunDir, domain: str, ids: Ids) -> np.ndarray:

@@ -103,6 +103,28 @@ def prefix_figures(codes: np.ndarray, values: np.ndarray, seed: int = 0) -> list
     return result
 
 
+def prefix_agreement(codes: np.ndarray, first: np.ndarray, second: np.ndarray) -> list[dict[str, float]]:
+    """How often two items that belong together share a prefix.
+
+    Args:
+        codes: [N, K].
+        first: [P] rows of items, P at least 1.
+        second: [P] rows of the items that belong to them, different ones.
+
+    Returns:
+        For lengths 1 to K: "same", the share of the pairs with the same prefix; and "chance", the same if every first item were paired
+        with every second one but itself.
+    """
+    result = []
+    of_items = [np.bincount(rows, minlength=len(codes)) / len(rows) for rows in (first, second)]
+    itself = of_items[0] @ of_items[1]
+    for prefix in prefixes(codes):
+        size = int(prefix.max()) + 1
+        left, right = (np.bincount(prefix[rows], minlength=size) / len(rows) for rows in (first, second))
+        result.append({"same": float((prefix[first] == prefix[second]).mean()), "chance": float((left @ right - itself) / (1 - itself))})
+    return result
+
+
 def prefixes(codes: np.ndarray) -> Iterable[np.ndarray]:
     """For lengths 1 to K: [N] number of the prefix of each item, dense from 0."""
     prefix = np.zeros(len(codes), dtype=np.int64)

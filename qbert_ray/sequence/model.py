@@ -45,6 +45,7 @@ class Sequencer(nn.Module):
         max_items: longest sequence that can be read.
         tokens: "item", "flat" or "word".
         loss: "catalog" or "tokens" (Eq. 11).
+        token_weight: of the loss "tokens" that is added to the loss "catalog"; not with K = 0.
         logits: "dot" or "cosine".
         temperature: of cosine logits.
         item_embeddings: domain -> number of items that have an embedding of their own in addition to their codes; none by default.
@@ -66,6 +67,7 @@ class Sequencer(nn.Module):
         max_items: int = 50,
         tokens: str = "item",
         loss: str = "catalog",
+        token_weight: float = 0.0,
         logits: str = "dot",
         temperature: float = 0.07,
         item_embeddings: dict[str, int] | None = None,
@@ -77,6 +79,7 @@ class Sequencer(nn.Module):
         super().__init__()
         self.num_levels, self.codebook_size, self.max_items = num_levels, codebook_size, max_items
         self.tokens, self.loss_kind, self.logits_kind, self.temperature = tokens, loss, logits, temperature
+        self.token_weight = token_weight if num_levels else 0.0
         self.code_embedding = nn.Embedding(num_levels * codebook_size, width)
         self.code_bias = nn.Parameter(torch.zeros(num_levels * codebook_size))
         # prefixed, since a module's name must not be that of a method of ModuleDict, and a lone domain is called "items"
@@ -202,7 +205,7 @@ class Sequencer(nn.Module):
     def loss(
         self, query: Tensor, target: Tensor, table: ItemTable, sampled: SampledItems | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        """Cross-entropy of the targets, summed over the P positions.
+        """Cross-entropy of the targets, over the catalog, by level of the semantic ID (Eq. 11) or both, summed over the P positions.
 
         Args:
             query: [P, D or K * D].
@@ -211,20 +214,32 @@ class Sequencer(nn.Module):
             sampled: items that the softmax runs over instead of the catalog, the targets among them; loss "catalog" alone.
             weight: [P] of the targets; None: all are 1.
         """
-        if self.loss_kind == "catalog":
-            query = self.scaled(query)
-            if sampled is None:
-                return catalog_cross_entropy(query, *self.catalog_vectors(table), target, weight=weight)
-            vectors, bias = self.catalog_vectors(table, sampled.rows)
-            place = torch.searchsorted(sampled.rows, target)
-            return catalog_cross_entropy(query, vectors, bias - sampled.log_probability, place, sampled.log_probability[place], weight)
-        # Eq. 11 level by level. A flat query has a state of its own for each level.
-        size, codes = self.codebook_size, table.codes[target]  # [P, K]
+        if self.loss_kind == "tokens":
+            return self._token_loss(query, table.codes[target], weight)
+        loss = self._catalog_loss(self.scaled(query), target, table, sampled, weight)
+        return loss + self.token_weight * self._token_loss(query, table.codes[target], weight) if self.token_weight else loss
+
+    def _catalog_loss(self, query: Tensor, target: Tensor, table: ItemTable, sampled: SampledItems | None, weight: Tensor | None) -> Tensor:
+        if sampled is None:
+            return catalog_cross_entropy(query, *self.catalog_vectors(table), target, weight=weight)
+        vectors, bias = self.catalog_vectors(table, sampled.rows)
+        place = torch.searchsorted(sampled.rows, target)
+        return catalog_cross_entropy(query, vectors, bias - sampled.log_probability, place, sampled.log_probability[place], weight)
+
+    def _token_loss(self, query: Tensor, codes: Tensor, weight: Tensor | None) -> Tensor:
+        """Eq. 11, of codes [P, K]: cross-entropy at each level, their mean. A flat query has a state of its own for each level.
+
+        Next to a softmax over items it goes without the codes' biases, whose sum is an item's bias: fitted level by level, they would
+        count popularity K times.
+        """
+        size = self.codebook_size
         queries = query.view(len(query), self.num_levels, -1) if self.tokens == "flat" else query[:, None].expand(-1, self.num_levels, -1)
         books = self.code_embedding.weight.view(self.num_levels, size, -1)
         if self.logits_kind == "cosine":
             queries, books = F.normalize(queries, dim=-1) / self.temperature, F.normalize(books, dim=-1)
-        logits = torch.einsum("pkd,kmd->pkm", queries, books) + self.code_bias.view(self.num_levels, size)
+        logits = torch.einsum("pkd,kmd->pkm", queries, books)
+        if self.loss_kind == "tokens":
+            logits = logits + self.code_bias.view(self.num_levels, size)
         if weight is None:
             return F.cross_entropy(logits.reshape(-1, size), codes.reshape(-1), reduction="sum") / self.num_levels
         each = F.cross_entropy(logits.reshape(-1, size), codes.reshape(-1), reduction="none").view(-1, self.num_levels)

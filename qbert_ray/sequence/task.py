@@ -52,7 +52,7 @@ class SequencerTask:
 
     def _table(self, name: str, levels: int | None) -> ItemTable:
         codes = torch.from_numpy(catalog_codes(self.run, name)[: warm_items(self.run, name), :levels])
-        content = item_content(self.run, name, self.config.sequencer.content) if self.config.sequencer.tokens != "flat" else None
+        content = item_content(self.run, name, self.config) if self.config.sequencer.tokens != "flat" else None
         content = None if content is None else content[: len(codes)]
         counts = torch.from_numpy(np.bincount(self.sequences[name].items, minlength=len(codes)))
         self.frequency[name] = counts / max(int(counts.sum()), 1)
@@ -60,7 +60,19 @@ class SequencerTask:
 
     def description(self) -> dict[str, Any]:
         s = self.config.sequencer
-        names = ["width", "num_layers", "num_heads", "ffn_width", "dropout", "max_items", "tokens", "loss", "logits", "temperature"]
+        names = [
+            "width",
+            "num_layers",
+            "num_heads",
+            "ffn_width",
+            "dropout",
+            "max_items",
+            "tokens",
+            "loss",
+            "token_weight",
+            "logits",
+            "temperature",
+        ]
         names.append("code_dropout")
         codes, content = self.tables[self.domains[0]][:2]
         return {

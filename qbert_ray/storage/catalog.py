@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qbert_ray.config.features_section import in_order
 from qbert_ray.config.loading import read_config
 from qbert_ray.config.schema import Config
 from qbert_ray.storage import columns
@@ -73,23 +74,35 @@ def content_vectors(run: RunDir, domain: str) -> Tensor:
     return F.normalize(centred, dim=-1) * embedding.shape[1] ** 0.5
 
 
-def item_content(run: RunDir, domain: str, kind: str) -> Tensor | None:
+def modalities_there(run: RunDir, domain: str | None = None) -> list[str]:
+    """The modalities that a run has vectors of, in the order in which models take them."""
+    return in_order(name for name in run.folders("features") if name != "rejected" and run.parts(f"features/{name}", domain))
+
+
+def content_modalities(run: RunDir, domain: str, config: Config) -> list[str]:
+    """The modalities of a run that say what an item is, rather than who had it."""
+    return [name for name in modalities_there(run, domain) if not config.features.is_from_interactions(name)]
+
+
+def item_content(run: RunDir, domain: str, config: Config) -> Tensor | None:
     """Content vectors of a domain's items as the sequence model reads them; None if the run has none.
 
     Args:
         run: a run whose fusion is done.
         domain: one of its domains.
-        kind: "modalities": the mean text and image vectors of each item, concatenated, each of length 1 and zeros where it is
-            missing (collaborative vectors where there is neither); "fused": the fused embeddings; "none".
+        config: of the run. Its `sequencer.content` is "modalities": the mean vectors of each item in each modality, concatenated, each
+            of length 1 and zeros where it is missing (collaborative vectors alone where there is nothing else); "fused": the fused
+            embeddings; "none".
 
     Returns:
         [N, F], of about length sqrt(width of the first modality).
     """
+    kind = config.sequencer.content
     if kind == "none" or not run.parts("fusion/embeddings", domain):
         return None
     if kind == "fused":
         return content_vectors(run, domain)
-    names = [name for name in ("text", "image") if run.parts(f"features/{name}", domain)] or ["structure"]
+    names = content_modalities(run, domain, config) or modalities_there(run, domain)
     vectors = [_zeros_if_none(run, domain, name) for name in names]
     return torch.cat(vectors, dim=1) * vectors[0].shape[1] ** 0.5
 

@@ -26,7 +26,9 @@ KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]  # columns that identify an item in every t
 
 # ingest/items: item_index is dense within a domain and permuted by a hash, so that it is independent of time. Items that no
 # training may see, because they are held out or came later, are cold; their indices are the last.
-# Text fields are strings under `text.<field>`, attributes under `attribute.<field>`.
+# Text fields are strings under `text.<field>`, attributes under `attribute.<field>`, values under `value.<field>` as JSON lists of strings.
+# Files of a modality are two lists of equal length, `path.<modality>` (an absolute path or URI; null: refused, or bytes) and
+# `bytes.<modality>`.
 ITEMS = pa.schema(
     [
         (DOMAIN, pa.string()),
@@ -39,6 +41,8 @@ ITEMS = pa.schema(
 )
 TEXT_PREFIX = "text."
 ATTRIBUTE_PREFIX = "attribute."
+VALUE_PREFIX = "value."
+PATH_PREFIX, BYTES_PREFIX = "path.", "bytes."
 
 INTERACTIONS = pa.schema(
     [
@@ -167,6 +171,13 @@ RECOMMENDATIONS = pa.schema(
 def label(name: str) -> str:
     """The name of a ranking, or of any other row, in tables and figures."""
     return LABELS.get(name, name.replace("_", "-"))
+
+
+def input_type(column: str) -> pa.DataType:
+    """Type of a column of ingest/items with a prefix."""
+    if column.startswith(PATH_PREFIX):
+        return pa.list_(pa.string())
+    return pa.list_(pa.binary()) if column.startswith(BYTES_PREFIX) else pa.string()
 
 
 def features_schema(num_vectors: int, width: int) -> pa.Schema:

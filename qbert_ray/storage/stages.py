@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qbert_ray.config.features_section import KINDS
 from qbert_ray.config.loading import flatten
 from qbert_ray.config.schema import Config
 from qbert_ray.config.section import Values
@@ -63,6 +64,13 @@ def _unread_by_ingest(config: Config) -> tuple[str, ...]:
     return ("data.split", "data.split_cuts") if config.data.split == "leave_one_out" else ()
 
 
+def _unread_by_features(config: Config) -> tuple[str, ...]:
+    """Sections of kinds without a modality; that of structure is also read by stage 3."""
+    kinds = [config.features.kind(name) for name in config.modalities]
+    used = {"structure", *kinds, *(other for kind in kinds for other in KINDS[kind].uses)}
+    return tuple(f"features.{kind}" for kind in KINDS if kind not in used)
+
+
 def _given_ids(config: Config) -> str | None:
     return "semantic IDs are given" if config.data.semantic_ids else None
 
@@ -85,11 +93,12 @@ STAGES = (
     Stage(
         "features",
         "qbert_ray.features.stage:extract_features",
-        "Encode texts and images; collaborative vectors from training interactions.",
+        "Encode texts, images and other modalities; collaborative vectors from training interactions.",
         _INPUT,
         ("features",),
         ("ingest",),
         ("features",),
+        unread=_unread_by_features,
         skipped=_given_ids,
     ),
     Stage(

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.code_vectors published_text_semantic_ids.parquet text.parquet
 
 `codes` (K per item) become `vector`, whose products count the codes that two items share, level k by WEIGHTS[k]; for
-`data.domains.<name>.text_features` or `image_features`.
+`data.domains.<name>.vectors`.
 """
 
 from __future__ import annotations

@@ -27,13 +27,13 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from qbert_ray.config.schema import Actors, Features
+from qbert_ray.config.schema import Actors, Config
 from qbert_ray.execution import ray_data as sharding
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_data import map_parts
 from qbert_ray.execution.ray_session import session
 from qbert_ray.features.encoders import decode_image
-from qbert_ray.features.encoding import ImagePart, TextPart
+from qbert_ray.features.stage import EncodePart
 from qbert_ray.storage.columns import ITEMS
 from qbert_ray.storage.directory import RunDir
 from tests.benchmarks.table import Figure, main
@@ -105,17 +105,18 @@ def write_items(run: RunDir, scale: int) -> tuple[str, dict[str, list[str]]]:
 
 def bare(run: RunDir, kind: str, worker: Any, parts: list[str]) -> float:
     """Seconds of a loop over the parts: read, decode, encode."""
+    encoder = worker.encoder.encoder
     started = time.monotonic()
     for part in parts:
         items = run.read_part("ingest/items", part)
         if kind == "text":
-            worker.encoder([text for name in FIELDS for text in items[name].to_pylist()])
+            encoder([text for name in FIELDS for text in items[name].to_pylist()])
             continue
-        settings = worker.settings
+        settings = worker.encoder.settings
         decoded = (decode_image(content, settings.max_bytes, settings.max_pixels) for content in items["image_bytes"].to_pylist())
-        pixels = [worker.encoder.preprocess(image) for image in decoded]
+        pixels = [encoder.preprocess(image) for image in decoded]
         for begin in range(0, len(pixels), settings.batch_size):
-            worker.encoder(torch.stack(pixels[begin : begin + settings.batch_size]))
+            encoder(torch.stack(pixels[begin : begin + settings.batch_size]))
     return time.monotonic() - started
 
 
@@ -133,11 +134,10 @@ def on_ray(run: RunDir, kind: str, worker: type, arguments: dict[str, Any], part
 
 
 def arguments_of(run: RunDir, kind: str) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"run": run, "settings": getattr(Features(), kind), "num_vectors": 4 if kind == "image" else len(FIELDS)}
-    return arguments | ({"fields": {"text": FIELDS}} if kind == "text" else {})
-
-
-WORKERS = {"text": TextPart, "image": ImagePart}
+    fields = [name.removeprefix("text.") for name in FIELDS]
+    domain = {"text_fields": fields, "image_column": "image"}
+    config = Config.model_validate({"data": {"domains": {kind: domain}}})
+    return {"run": run, "config": config, "modality": kind, "num_vectors": 4 if kind == "image" else len(FIELDS)}
 
 
 def side_by_side(run: RunDir, kind: str, parts: list[str]) -> float:
@@ -167,7 +167,7 @@ def bare_process(folder: str, kind: str, core: str, *parts: str) -> None:
     torch.set_num_threads(1)
     os.sched_setaffinity(0, [int(core)])
     run = RunDir(folder)
-    worker = WORKERS[kind](**arguments_of(run, kind))
+    worker = EncodePart(**arguments_of(run, kind))
     bare(run, kind, worker, list(parts[:1]))
     print("ready", flush=True)
     sys.stdin.readline()
@@ -176,7 +176,7 @@ def bare_process(folder: str, kind: str, core: str, *parts: str) -> None:
 
 
 def measure(run: RunDir, kind: str, what: str, parts: list[str], full: bool) -> Iterator[Figure]:
-    worker, arguments = WORKERS[kind], arguments_of(run, kind)
+    worker, arguments = EncodePart, arguments_of(run, kind)
     everywhere = os.sched_getaffinity(0)
     with session():
         os.sched_setaffinity(0, [0])

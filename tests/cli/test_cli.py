@@ -82,7 +82,7 @@ def test_a_signal_ends_a_run_with_a_word_and_its_status(capsys, tmp_path, monkey
 
 def test_demo_data_is_generated_once(capsys, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("qbert_ray.inputs.demo_shop.generate", lambda folder, seed: made.append(seed) or {"items": 1})
+    monkeypatch.setattr("qbert_ray.inputs.demo_shop.generate", lambda folder, seed, media: made.append(seed) or {"items": 1})
     call(capsys, "demo-data", str(tmp_path))
     (tmp_path / "interactions.parquet").touch()
     _, text = call(capsys, "demo-data", str(tmp_path))

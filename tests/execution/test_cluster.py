@@ -196,15 +196,14 @@ def test_stopped_and_killed_in_every_way_the_vectors_are_those_of_one_process(no
 
 def assert_vectors_are_those_of_one_process(run: RunDir, shop: Path, tmp_path: Path) -> None:
     from qbert_ray.config.loading import load_config
-    from qbert_ray.features import stage as features
-    from qbert_ray.features.encoding import TextPart
+    from qbert_ray.features.stage import EncodePart
 
     config = load_config([ROOT / "configs" / "demo.yaml"], [f"data.root={shop}", *SMALL])
-    fields = {"demo": features._text_columns(config.data.domains["demo"])}
     alone = RunDir(str(tmp_path / "alone"))
     for part in run.parts("ingest/items"):
         alone.write_part("ingest/items", part, run.read_part("ingest/items", part))
-    work = TextPart(run=alone, settings=config.features.text, num_vectors=len(fields["demo"]), fields=fields)
+    demo = config.data.domains["demo"]
+    work = EncodePart(alone, config, "text", num_vectors=len(demo.text_fields) + len(demo.attributes))
     for part in alone.parts("ingest/items"):
         work(part)
     assert run.parts("features/text") == alone.parts("features/text")

@@ -13,8 +13,7 @@ from qbert_ray.config.loading import load_config
 from qbert_ray.execution import ray_data as sharding
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
-from qbert_ray.features.encoding import ImagePart
-from qbert_ray.features.stage import extract_features
+from qbert_ray.features.stage import EncodePart, extract_features
 from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.storage.columns import features_schema, to_numpy
 from qbert_ray.storage.directory import RunDir
@@ -132,8 +131,8 @@ def test_images_come_back_in_order_whatever_the_batch(run):
     write_items(run, "shop", rows_per_part=6, image_bytes=[image(colour) for colour in ("red", "green", "blue", "white", "black", "gray")])
     results = []
     for batch_size in (2, 4):
-        settings = configure(f"features.image.batch_size={batch_size}").features.image
-        ImagePart(run, settings, num_vectors=4, addresses={"shop": Addresses()})("shop-00000.parquet")
+        config = configure(f"features.image.batch_size={batch_size}", domains="{shop: {image_column: image}}")
+        EncodePart(run, config, "image", num_vectors=4)("shop-00000.parquet")
         results.append(vectors_of(run, "image")[0])
     assert results[0] == pytest.approx(results[1], abs=1e-5)
 
@@ -170,7 +169,7 @@ def test_own_vectors_are_joined_and_what_does_not_fit_is_rejected(run, tmp_path)
     ids = ["i4", "i0", "nobody", "i1", "i2", "i3", "i0"]
     own = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [float("nan"), 1.0], [1.0, 2.0, 3.0], None, [0.0, 0.0]]
     write_own(tmp_path / "own" / "a.parquet", item_id=ids, vector=own)
-    config = configure("features.modalities=[text]", f"data.root={tmp_path}", domains="{shop: {text_features: own}}")
+    config = configure("features.modalities=[text]", f"data.root={tmp_path}", domains="{shop: {vectors: {text: own}}}")
     counts = extract_features(config, run, RayExecutor(), Quiet())["text"]
     vectors, present = vectors_of(run, "text")
     assert vectors[:, 0].tolist() == [[3, 4], [0, 0], [0, 0], [0, 0], [1, 2], [0, 0]]
@@ -183,7 +182,7 @@ def test_own_vectors_are_joined_and_what_does_not_fit_is_rejected(run, tmp_path)
 def test_several_own_vectors_per_item_and_a_domain_without_any(run, tmp_path):
     write_items(run, "books")
     path = write_own(tmp_path / "own.parquet", item_id=["i5", "i1"], vectors=[[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], [[4.0, 0.0]]])
-    config = configure("features.modalities=[image]", domains=f"{{shop: {{image_features: {path}}}, books: {{}}}}")
+    config = configure("features.modalities=[image]", domains=f"{{shop: {{vectors: {{image: {path}}}}}, books: {{}}}}")
     extract_features(config, run, RayExecutor(), Quiet())
     vectors, present = vectors_of(run, "image", "shop")
     assert vectors[5, :, 0].tolist() == [1, 2, 3] and vectors[1, :, 0].tolist() == [4, 0, 0]
@@ -195,7 +194,7 @@ def test_several_own_vectors_per_item_and_a_domain_without_any(run, tmp_path):
 def test_vectors_of_two_widths_are_refused(run, tmp_path):
     write_items(run, "books")
     path = write_own(tmp_path / "own.parquet", item_id=["i0"], vector=[[1.0, 2.0]])
-    config = configure("features.modalities=[text]", domains=f"{{shop: {{}}, books: {{text_features: {path}}}}}")
+    config = configure("features.modalities=[text]", domains=f"{{shop: {{}}, books: {{vectors: {{text: {path}}}}}}}")
     with pytest.raises(ValueError, match="text vectors must have one width .* 2 of books .*; 384 of shop"):
         extract_features(config, run, RayExecutor(), Quiet())
 
@@ -203,7 +202,7 @@ def test_vectors_of_two_widths_are_refused(run, tmp_path):
 def test_own_vectors_that_are_not_there_are_one_clear_error(run, tmp_path):
     path = write_own(tmp_path / "own.parquet", item_id=["i0"], embedding=[[1.0]])
     for location, message in ((path, "must have the columns item_id and vector"), ("none.parquet", "no file or folder with vectors")):
-        config = configure("features.modalities=[text]", domains=f"{{shop: {{text_features: {location}}}}}")
+        config = configure("features.modalities=[text]", domains=f"{{shop: {{vectors: {{text: {location}}}}}}}")
         with pytest.raises(ValueError, match=message):
             extract_features(config, run, RayExecutor(), Quiet())
 

@@ -10,7 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, UnidentifiedImageError
 
+from qbert_ray.features.sound import LogMel
 from qbert_ray.inputs import demo_shop as demo
+from qbert_ray.inputs import demo_users as users
+from qbert_ray.inputs.demo_media import RATE, TUNES, TURNS, draw_clip, draw_sound, with_tunes_and_turns
 
 NUM_ITEMS, NUM_USERS = 120, 80
 
@@ -77,7 +80,7 @@ def test_items_have_texts_that_fit_their_attributes(catalog):
 
 
 def test_histories_repeat_no_item_and_are_long_enough(catalog):
-    histories = demo.simulate_histories(catalog, np.random.default_rng(0), 400)
+    histories = users.simulate_histories(catalog, np.random.default_rng(0), 400)
     lengths = (histories >= 0).sum(axis=1)
     assert all(len(set(row[:length])) == length for row, length in zip(histories, lengths, strict=True))
     assert lengths.min() >= 5
@@ -85,9 +88,9 @@ def test_histories_repeat_no_item_and_are_long_enough(catalog):
 
 
 def test_complements_follow_purchases_and_share_their_look(catalog):
-    histories = demo.simulate_histories(catalog, np.random.default_rng(0), 400)
+    histories = users.simulate_histories(catalog, np.random.default_rng(0), 400)
     before, after = histories[:, :-1][histories[:, 1:] >= 0], histories[:, 1:][histories[:, 1:] >= 0]
-    complements = demo.complement_weights(catalog) > 0
+    complements = users.complement_weights(catalog) > 0
     forward, backward, chance = complements[before, after].mean(), complements[after, before].mean(), complements.mean()
     assert forward > 5 * chance
     assert forward > 5 * backward  # one way, so that order matters
@@ -98,7 +101,7 @@ def test_complements_follow_purchases_and_share_their_look(catalog):
 
 
 def test_new_items_are_hardly_bought(catalog):
-    histories = demo.simulate_histories(catalog, np.random.default_rng(0), 400)
+    histories = users.simulate_histories(catalog, np.random.default_rng(0), 400)
     counts, new = np.bincount(histories[histories >= 0], minlength=1200), catalog.availability < 1
     assert new.sum() == 10
     assert counts[new].mean() < 0.3 * counts[~new].mean()
@@ -150,3 +153,49 @@ def test_an_unfinished_folder_has_no_interactions(tmp_path, monkeypatch):
 def test_too_small_a_shop_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least 24 items"):
         demo.generate(tmp_path, num_items=10)
+
+
+# sounds and clips
+
+
+@pytest.fixture(scope="module")
+def loud_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loud")
+    demo.generate(folder, seed=3, num_items=NUM_ITEMS, num_users=NUM_USERS, media=True)
+    return folder
+
+
+def test_the_shop_with_media_has_the_texts_and_images_of_the_one_without(shop, loud_shop):
+    plain, loud = (pq.read_table(folder / "items.parquet") for folder in (shop[0], loud_shop))
+    assert loud.select([name for name in plain.column_names if name != "image"]).equals(plain.drop_columns("image"))
+    assert loud.column_names == [*plain.column_names, "sound", "clip"]
+    for name in ("sound", "clip"):
+        files = [file for file in loud[name].to_pylist() if file]
+        assert 0.5 < len(files) / NUM_ITEMS < 0.9 and len({Path(file).suffix for file in files}) >= 3
+        assert all((loud_shop / file).stat().st_size > 500 for file in files)
+
+
+def test_sounds_of_one_tune_are_more_alike_than_of_others_and_clips_move_as_they_say():
+    rng, encoder = np.random.default_rng(0), LogMel(RATE, 32)
+    alike, other = [], []
+    for tune in range(len(TUNES)):
+        same = [encoder(draw_sound(3, 2, tune, rng)[None])[0] for _ in range(2)]
+        different = encoder(draw_sound(3, 2, (tune + 1) % len(TUNES), rng)[None])[0]
+        alike.append(np.linalg.norm(same[0] - same[1]))
+        other.append(np.linalg.norm(same[0] - different))
+    assert np.mean(alike) < 0.7 * np.mean(other)
+    image = demo.draw_image(np.array([2, 3, 4, 5]), rng)
+    moves = {
+        turn: np.std([np.asarray(frame, float) for frame in draw_clip(image, number)], axis=0).mean() for number, turn in enumerate(TURNS)
+    }
+    assert moves.pop("still") == 0 and min(moves.values()) > 3
+
+
+def test_purchases_depend_on_tunes_and_turns():
+    catalog = with_tunes_and_turns(demo.build_catalog(np.random.default_rng(0), 1200), np.random.default_rng(1))
+    histories = users.simulate_histories(catalog, np.random.default_rng(0), 300)
+    pairs = np.concatenate([histories[:, :-1].ravel()[:, None], histories[:, 1:].ravel()[:, None]], axis=1)
+    pairs = pairs[(pairs >= 0).all(1)]
+    for attribute in (4, 5):
+        values = catalog.attributes[:, attribute]
+        assert (values[pairs[:, 0]] == values[pairs[:, 1]]).mean() > 2 / 6, "twice what chance gives"

@@ -112,7 +112,7 @@ def test_parts_become_a_glob_that_names_only_them(tmp_path):
     config, text = made(tmp_path)
     assert config.data.domains["shop"].interactions == "sales-*.parquet"
     assert "3 files" not in text.split("interactions:")[0]
-    assert "data.semantic_ids can name it" in text and "text_features can name it" in text and "broken.json" in text
+    assert "data.semantic_ids can name it" in text and "vectors.text can name it" in text and "broken.json" in text
 
 
 def test_parts_that_no_pattern_names_alone_are_separated_by_a_folder(tmp_path):

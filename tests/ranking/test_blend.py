@@ -4,8 +4,24 @@ import numpy as np
 import pytest
 import torch
 
+from qbert_ray.ranking import blend as blend_module
 from qbert_ray.ranking import item_item
-from qbert_ray.ranking.blend import START, Blend, BlendedScores, Candidates, candidates, describe, fit_blend, no_candidates, without_network
+from qbert_ray.ranking.blend import (
+    SHRINKAGES,
+    START,
+    Blend,
+    BlendedScores,
+    Candidates,
+    Shrinkage,
+    _ndcg,
+    candidates,
+    choose_shrinkage,
+    describe,
+    fit_blend,
+    no_candidates,
+    sequence_alone,
+    without_network,
+)
 from qbert_ray.ranking.score_features import SCORE_FEATURES
 from qbert_ray.top_k import hide
 from tests.ranking.test_item_item import make_item_item, means_of_two
@@ -93,6 +109,51 @@ def test_a_fit_is_where_the_gradient_of_its_objective_is_zero():
     (gradient,) = torch.autograd.grad(objective, weights)
     assert (gradient / unit).abs().max() < 0.01
     assert (blend.weights - start).abs().max() > 0.1 and found.cold[torch.arange(users), found.target].any()
+
+
+def test_targets_are_ranked_among_candidates_that_the_history_does_not_hold():
+    """By the sequence model's score alone the target, of score 1, comes after 3 and 2; 5 is in the history, and 4 stands there twice."""
+    scores = torch.tensor([[3.0, 1.0, 5.0, 2.0, 4.0]])
+    features = torch.zeros(1, 5, len(SCORE_FEATURES))
+    features[..., 0], features[0, 2, -1] = scores, 1
+    rows = torch.zeros(1, 5, dtype=torch.bool)
+    found = Candidates(features, rows, rows.clone(), torch.tensor([1]), torch.tensor([[1.0, 0.0, 0.0]]))
+    found.repeated[0, 4] = True
+    assert _ndcg(sequence_alone(), found) == pytest.approx([1 / np.log2(4)])
+
+
+def test_shrinkage_is_what_ranks_the_targets_of_the_other_half_best(monkeypatch):
+    """The blend of a shrinkage ranks as the value that is given here: the largest sum over both halves wins, of equal ones the first."""
+    given = {SHRINKAGES[1]: (0.1, 0.4), SHRINKAGES[2]: (0.4, 0.2), SHRINKAGES[4]: (0.2, 0.4)}
+    halves = [only(sample(np.random.default_rng(3), by("text")), 20) for _ in range(2)]
+    monkeypatch.setattr(blend_module, "fit_blend", lambda half, shrinkage: (shrinkage, half is halves[0]))
+    asked = []
+
+    def ndcg(blend, half):
+        shrinkage, of_first = blend
+        asked.append(of_first != (half is halves[0]))
+        return np.full(2, given.get(shrinkage, (0.0, 0.0))[half is halves[0]])
+
+    monkeypatch.setattr(blend_module, "_ndcg", ndcg)
+    assert choose_shrinkage(halves) == SHRINKAGES[2]
+    assert all(asked) and len(asked) == 2 * len(SHRINKAGES)
+
+
+def test_without_targets_in_both_halves_the_first_shrinkage_is_taken():
+    half = only(sample(np.random.default_rng(3), by("text")), 20)
+    assert choose_shrinkage([half, no_candidates()]) == choose_shrinkage([]) == SHRINKAGES[0]
+
+
+def test_a_stronger_shrinkage_keeps_the_blend_nearer_to_the_start():
+    found = sample(np.random.default_rng(3), by("text"))
+    start = fit_blend(no_candidates()).weights
+    unit = found.features[~found.repeated].std(0, unbiased=False)
+    unit = torch.cat([unit, unit, torch.ones(1)])
+    blends = [fit_blend(found, Shrinkage(constant, dependence)) for constant, dependence in ((1, 1), (1, 1000), (100, 1000), (1e7, 1e7))]
+    constant = [float(((blend.weights - start) * unit)[0].norm()) for blend in blends]
+    dependence = [float((blend.weights * unit)[1:].norm()) for blend in blends]
+    assert dependence[0] > 5 * dependence[1] and constant[1] > 2 * constant[2] > constant[3]
+    assert constant[3] < 1e-3
 
 
 def plainly_blended(blend, sequence, features, lengths, trained):

@@ -9,7 +9,7 @@ from qbert_ray.config.schema import Ranking
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.ranking import stage
-from qbert_ray.ranking.blend import fit_blend, join_candidates, no_candidates, sequence_alone
+from qbert_ray.ranking.blend import SHRINKAGES, fit_blend, join_candidates, no_candidates, sequence_alone
 from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import run_config
@@ -61,7 +61,7 @@ def test_a_blend_that_does_not_help_is_left_out(tmp_path):
 class Recorder:
     """Stands for a ranker: its scores follow from the blend that it was given last."""
 
-    num_items = 4
+    num_items, num_features = 4, 7
 
     def __init__(self):
         self.used = []
@@ -75,13 +75,13 @@ class Recorder:
 
 
 def test_each_half_is_ranked_by_the_blend_of_the_other(monkeypatch):
-    monkeypatch.setattr(stage, "fit_blend", lambda found: found)
+    monkeypatch.setattr(stage, "fit_blend", lambda found, shrinkage: found)
     halves = [
         stage.ValidationUsers([np.array([0]), np.array([0])], torch.tensor([1, 3])),
         stage.ValidationUsers([np.array([0])], torch.tensor([3])),
     ]
     ranker = Recorder()
-    ndcg = stage._cross_fitted(ranker, halves, [("first", None), ("second", "baseline")])
+    ndcg = stage._cross_fitted(ranker, halves, [("first", None), ("second", "baseline")], SHRINKAGES[:2])
     gain = stage._blend_gain(ndcg, Ranking())
     assert ranker.used == [("second", "baseline"), ("first", None)]
     third = 1 / np.log2(4)  # targets 1 and 3 are first and third by the first blend, 3 is first by the second; alone second, third, third

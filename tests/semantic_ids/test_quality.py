@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbert_ray.metrics import entropy, gini
-from qbert_ray.semantic_ids.quality import NEIGHBOURS, NeighbourRecall, decode, prefix_figures, prefixes, typical
+from qbert_ray.semantic_ids.quality import NEIGHBOURS, NeighbourRecall, decode, prefix_agreement, prefix_figures, prefixes, typical
 
 
 def catalog(num_items=60, seed=0):
@@ -82,6 +82,17 @@ def test_purity_counts_items_with_siblings_only():
     assert figures["items"] == 3 and figures["prefixes"] == 3 and figures["purity"] == pytest.approx(2 / 3)
     (alone,) = prefix_figures(np.array([[0], [1]]), np.array([0, 1]))
     assert alone["items"] == 0 and alone["purity"] == 0
+
+
+def test_pairs_that_share_a_prefix_by_hand():
+    """Items 0 and 1 share <0>, items 2 and 3 <1, 0>; of the pairs (0, 1), (2, 3), (0, 3) two share the first code and one both."""
+    codes, first, second = np.array([[0, 0], [0, 1], [1, 0], [1, 0]]), np.array([0, 2, 0]), np.array([1, 3, 3])
+    one, both = prefix_agreement(codes, first, second)
+    assert one == {"same": pytest.approx(2 / 3), "chance": pytest.approx(2 / 3 * 1 / 3 + 1 / 3 * 2 / 3)}
+    assert both == {"same": pytest.approx(1 / 3), "chance": pytest.approx(1 / 3 * 2 / 3)}
+    either_way = prefix_agreement(codes[:3], np.array([0, 1, 0]), np.array([1, 0, 2]))  # half of 0 and 1 meet themselves by chance
+    assert either_way[0] == {"same": pytest.approx(2 / 3), "chance": pytest.approx((2 / 3 - 1 / 3) / (1 - 1 / 3))}
+    assert either_way[1] == {"same": 0, "chance": 0}
 
 
 def test_the_typical_value_is_more_common_here_than_elsewhere():

@@ -81,6 +81,27 @@ def test_eq_11_over_tokens_is_the_mean_log_probability_of_the_codes(tokens, logi
 
 
 @pytest.mark.parametrize("logits", ["dot", "cosine"])
+@pytest.mark.parametrize(
+    "sampled", [None, SampledItems(torch.tensor([1, 2, 5, 7]), torch.full((4,), -1.0, dtype=torch.float64))], ids=["all", "sampled"]
+)
+def test_the_loss_over_tokens_is_added_with_its_weight_and_without_biases(sampled, logits):
+    query, target, table = queries(), torch.tensor([7, 2]), ItemTable(CODES)
+    alone, both, tokens = (build(logits=logits, temperature=0.3, **more) for more in ({}, {"token_weight": 0.25}, {"loss": "tokens"}))
+    with torch.no_grad():
+        tokens.code_bias.zero_()
+    expected = alone.loss(query, target, table, sampled) + 0.25 * tokens.loss(query, target, table)
+    assert both.loss(query, target, table, sampled).item() == pytest.approx(expected.item())
+    weight = torch.tensor([3.0, 0.5], dtype=torch.float64)
+    expected = alone.loss(query, target, table, sampled, weight) + 0.25 * tokens.loss(query, target, table, weight=weight)
+    assert both.loss(query, target, table, sampled, weight).item() == pytest.approx(expected.item())
+
+
+def test_a_model_of_words_has_no_loss_over_tokens():
+    words = Sequencer(0, M, width=D, num_layers=1, num_heads=2, tokens="word", item_embeddings={"items": N}, token_weight=1.0)
+    assert words.token_weight == 0
+
+
+@pytest.mark.parametrize("logits", ["dot", "cosine"])
 def test_a_sampled_softmax_takes_the_log_probability_of_being_sampled_off_every_item_but_the_target(logits):
     model, query, target = build(logits=logits, temperature=0.3), queries(), [7, 2]
     rows, logp = [1, 2, 5, 7], [-0.5, -1.0, -0.25, -2.0]
@@ -95,9 +116,9 @@ def test_a_sampled_softmax_takes_the_log_probability_of_being_sampled_off_every_
     assert model.loss(query, torch.tensor(target), ItemTable(CODES), sampled).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("loss", ["catalog", "tokens"])
-def test_gradients_of_eq_11_are_those_of_finite_differences(loss):
-    model, target, table = build(loss=loss), torch.tensor([7, 2]), ItemTable(CODES)
+@pytest.mark.parametrize(("loss", "token_weight"), [("catalog", 0.0), ("tokens", 0.0), ("catalog", 0.5)])
+def test_gradients_of_eq_11_are_those_of_finite_differences(loss, token_weight):
+    model, target, table = build(loss=loss, token_weight=token_weight), torch.tensor([7, 2]), ItemTable(CODES)
     names = ["code_embedding.weight", "code_bias"]
 
     def value(query, *parameters):

@@ -27,6 +27,24 @@
   };
   document.querySelectorAll(".thumb").forEach(fill);
 
+  // Sounds and clips, which start when the reader says so; an animated image plays by itself
+
+  const players = json(document.getElementById("players"));
+  const play = (place) => (players[place.dataset.item] || []).forEach(({ element, source, modality }) => {
+    const label = modality + " of " + place.dataset.title;
+    const player = make(element, "player", element === "a" ? modality : undefined);
+    if (element === "a") {
+      player.href = source;
+      player.rel = "noreferrer";
+    } else {
+      player.src = source;
+    }
+    if (element === "img") player.alt = label; else player.setAttribute("aria-label", label);
+    if (element === "audio" || element === "video") Object.assign(player, { controls: true, preload: "metadata", loop: element === "video" });
+    place.append(player);
+  });
+  document.querySelectorAll(".players").forEach(play);
+
   // Theme: the system's until the reader chooses; figures change with it
 
   const system = window.matchMedia("(prefers-color-scheme: dark)");
