@@ -17,6 +17,9 @@ class Actors(Section):
     num_cpus: PositiveFloat = Field(1, description="CPUs of each actor, and its threads")
     num_gpus: NonNegativeFloat | None = Field(None, description="None: 1 where the cluster has GPUs, else 0")
     accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
+    label_selector: dict[str, str] = Field(
+        {}, description="only on nodes with these Ray labels, such as {pool: encoders}; values may be !other, in(a, b) or !in(a, b)"
+    )
 
 
 class Workers(Section):
@@ -36,6 +39,9 @@ class Workers(Section):
         "PACK", description="workers on few nodes or on many"
     )
     accelerator_type: str | None = Field(None, description="only on nodes with this kind of GPU, such as A100")
+    label_selector: dict[str, str] = Field(
+        {}, description="only on nodes with these Ray labels, such as {pool: encoders}; values may be !other, in(a, b) or !in(a, b)"
+    )
 
     @field_validator("num_workers")
     @classmethod

@@ -31,7 +31,7 @@ class CapacityError(ValueError):
 
 def nodes() -> list[Resources]:
     """Resources of each live node; for a cluster that autoscales, of all the nodes it may have."""
-    living = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    living = [node["Resources"] | _labels(node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
     growing = state.get_cluster_config()
     groups = growing.node_group_configs if growing else ()
     most = [dict(group.resources) for group in groups for _ in range(group.max_count if group.max_count >= 0 else MOST_NODES)]
@@ -46,8 +46,8 @@ def count_fitting(there: list[Resources], bundle: Resources) -> int:
 
 def actor_bundle(actors: Actors, there: list[Resources]) -> Resources:
     """Resources of one actor."""
-    gpus = actors.num_gpus if actors.num_gpus is not None else float(count_fitting(there, {"GPU": 1}) > 0)
-    return {"CPU": actors.num_cpus, "GPU": gpus} | _accelerator(actors.accelerator_type)
+    gpus = actors.num_gpus if actors.num_gpus is not None else float(count_fitting(there, {"GPU": 1} | _place(actors)) > 0)
+    return {"CPU": actors.num_cpus, "GPU": gpus} | _place(actors)
 
 
 def pool(actors: Actors, tasks: int) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def pool(actors: Actors, tasks: int) -> dict[str, Any]:
     bundle = actor_bundle(actors, there)
     most = max(actors.min_size, min(actors.max_size or tasks, tasks))
     size = max(actors.min_size, min(count_fitting(there, bundle), most))
-    options = {"num_cpus": bundle["CPU"], "num_gpus": bundle["GPU"]}
+    options = {"num_cpus": bundle["CPU"], "num_gpus": bundle["GPU"], "label_selector": actors.label_selector or None}
     return (
         {"min_size": size, "max_size": most} | options | ({"accelerator_type": actors.accelerator_type} if actors.accelerator_type else {})
     )
@@ -71,7 +71,7 @@ def sized(workers: Workers, there: list[Resources], microbatches: int = MOST_NOD
     if isinstance(workers.num_workers, int):
         return workers
     fewest, most = workers.num_workers if isinstance(workers.num_workers, tuple) else (1, microbatches)
-    bundle = {"CPU": workers.cpus_per_worker or 1.0} | _accelerator(workers.accelerator_type)
+    bundle = {"CPU": workers.cpus_per_worker or 1.0} | _place(workers)
     gpus = 0 if workers.use_gpu is False else _room(workers, bundle | {"GPU": 1.0}, there)
     on_cpus = [node for node in there if count_fitting([node], bundle)]
     number = gpus or (1 if workers.placement_strategy == "STRICT_PACK" else len(on_cpus))
@@ -81,10 +81,10 @@ def sized(workers: Workers, there: list[Resources], microbatches: int = MOST_NOD
 def worker_bundle(workers: Workers, there: list[Resources]) -> Resources:
     """Resources of one training worker."""
     workers = sized(workers, there)
-    accelerator = _accelerator(workers.accelerator_type)
-    gpu = {"GPU": 1.0} | accelerator
+    place = _place(workers)
+    gpu = {"GPU": 1.0} | place
     with_gpu = workers.use_gpu if workers.use_gpu is not None else _fit(workers, gpu, there)
-    rest = gpu if with_gpu else {"GPU": 0.0} | accelerator
+    rest = gpu if with_gpu else {"GPU": 0.0} | place
     most = (cpus for cpus in range(MOST_THREADS, 0, -1) if _fit(workers, {"CPU": cpus} | rest, there))
     return {"CPU": workers.cpus_per_worker or next(most, 1)} | rest
 
@@ -121,6 +121,11 @@ def _lacking(config: Config, name: str, there: list[Resources]) -> str:
     if fits or config.compute.autoscaling:
         return ""
     kind = f", of accelerator type {asked.accelerator_type}" if asked.accelerator_type else ""
+    kind += (
+        f", on nodes labelled {', '.join(f'{label}: {value}' for label, value in asked.label_selector.items())}"
+        if asked.label_selector
+        else ""
+    )
     strategy = f", {asked.placement_strategy}" if isinstance(asked, Workers) and asked.placement_strategy.startswith("STRICT") else ""
     return (
         f"compute.{name} asks for {count} {what}{'s' * (count > 1)} of {_amount(bundle)}{kind}{strategy}; the cluster has "
@@ -145,8 +150,20 @@ def _room(workers: Workers, bundle: Resources, there: list[Resources]) -> int:
     return sum(each)
 
 
-def _accelerator(kind: str | None) -> Resources:
-    return {f"accelerator_type:{kind}": 0.001} if kind else {}
+def plain(bundle: Resources) -> Resources:
+    """A bundle without what stands for a kind of node."""
+    return {name: amount for name, amount in bundle.items() if not name.startswith(("accelerator_type:", "label:"))}
+
+
+def _place(asked: Actors | Workers) -> Resources:
+    """The kind of node that is asked for, as resources that every such node has plenty of."""
+    kind = {f"accelerator_type:{asked.accelerator_type}": 0.001} if asked.accelerator_type else {}
+    wanted = {label: value for label, value in asked.label_selector.items() if not value.startswith(("!", "in("))}
+    return kind | dict.fromkeys(_labels(wanted), 0.001)
+
+
+def _labels(labels: dict[str, str]) -> Resources:
+    return {f"label:{label}={value}": 1e6 for label, value in labels.items()}
 
 
 def _amount(node: Resources) -> str:

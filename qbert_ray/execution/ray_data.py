@@ -52,7 +52,8 @@ def map_parts(
             work = {"fn": _publish, "fn_args": (uuid.uuid4().hex, worker, arguments, run, output)}
             work["compute"] = ray.data.TaskPoolStrategy(size=most)
         else:
-            work = {"fn": _Publisher, "fn_constructor_args": (worker, arguments, run, output)}
+            named = type(worker.__name__, (_Publisher,), {})  # what the dashboard calls the actors
+            work = {"fn": named, "fn_constructor_args": (worker, arguments, run, output)}
             work["compute"] = ray.data.ActorPoolStrategy(min_size=size, max_size=most)
         dataset = ray.data.from_items([{PART: name} for name in missing], override_num_blocks=len(missing))
         results = dataset.map_batches(batch_size=None, **work, **resources)

@@ -58,6 +58,7 @@ class RayExecutor:
         if workers is not None:
             bundle = ray_capacity.worker_bundle(workers, ray_capacity.nodes())
             options |= {"num_cpus": bundle["CPU"], "num_gpus": bundle["GPU"]}
+            options |= {"label_selector": workers.label_selector} if workers.label_selector else {}
             threads = max(1, int(bundle["CPU"]))
         return _call.options(**options).remote(threads, function, *arguments)
 

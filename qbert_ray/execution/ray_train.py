@@ -24,7 +24,7 @@ from qbert_ray.execution import ray_metrics, tracking
 from qbert_ray.execution.determinism import set_threads
 from qbert_ray.execution.progress import Progress
 from qbert_ray.execution.ray_board import Watch, start_board
-from qbert_ray.execution.ray_capacity import nodes, sized, worker_bundle
+from qbert_ray.execution.ray_capacity import nodes, plain, sized, worker_bundle
 from qbert_ray.execution.ray_trainers import SingleWorker, WorkerGroup, fit_with_retries
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.training import EpochMetrics, Loop, M, Task, last_metrics, publish, trained
@@ -76,9 +76,10 @@ def scaling_config(workers: Workers) -> ScalingConfig:
     return ScalingConfig(
         num_workers=number if isinstance(number, tuple) else workers.fewest,  # type: ignore[arg-type]  # its annotation is of an earlier class without pairs
         use_gpu=bool(bundle["GPU"]),
-        resources_per_worker={name: amount for name, amount in bundle.items() if amount and not name.startswith("accelerator_type")},
+        resources_per_worker={name: amount for name, amount in plain(bundle).items() if amount},
         placement_strategy=workers.placement_strategy,
         accelerator_type=workers.accelerator_type,
+        label_selector=workers.label_selector or None,  # type: ignore[call-arg]  # likewise
     )
 
 

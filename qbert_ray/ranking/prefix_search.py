@@ -15,6 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 PER_HISTORY, LINKED = 128, 256  # candidates by the sequence model, and by item-item weights
+GATHERING = 16  # cost of comparing a query with a vector of its own list, next to one of all queries' common product
 MOST_GATHERED = 2**25  # numbers of item vectors laid out at once: 128 MiB
 
 
@@ -25,7 +26,7 @@ class PrefixIndex:
         codes: [N, K] codes of the semantic IDs.
         vectors: [N, D] of the items, whose product with a query, plus the bias, is the score.
         bias: [N].
-        prefixes: how many are searched for a history; the length of the prefixes is chosen so that fewest vectors are compared.
+        prefixes: how many are searched for a history; the length of the prefixes is chosen so that comparisons cost least.
     """
 
     def __init__(self, codes: Tensor, vectors: Tensor, bias: Tensor, prefixes: int) -> None:
@@ -76,12 +77,12 @@ class PrefixIndex:
 
 
 def _groups(codes: np.ndarray, prefixes: int) -> tuple[np.ndarray, int]:
-    """[N] number of each item's prefix, and how many there are, for the length of prefix with which fewest vectors are compared."""
+    """[N] number of each item's prefix, and how many there are, for the length of prefix with which comparisons cost least."""
     group, best = np.zeros(len(codes), np.int64), None
     for level in codes.T:
         _, group = np.unique(group * (int(codes.max()) + 1) + level, return_inverse=True)
         count = int(group.max()) + 1
-        compared = count + prefixes * len(codes) / count
+        compared = count + GATHERING * prefixes * len(codes) / count
         if best is None or compared < best[0]:
             best = (compared, group, count)
     assert best is not None, "an ID has at least one code"

@@ -14,7 +14,7 @@ import time
 
 from tests.benchmarks.table import Figure, markdown
 
-NAMES = ["scoring", "products", "training", "beam", "encoding", "depth", "codes", "ingesting", "overhead", "growth"]
+NAMES = ["scoring", "products", "training", "beam", "encoding", "depth", "codes", "ingesting", "overhead", "growth", "step_cost"]
 
 
 def main() -> int:

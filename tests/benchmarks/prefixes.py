@@ -23,7 +23,7 @@ from qbert_ray.storage.directory import RunDir
 from tests.benchmarks.table import Figure, markdown
 
 K, BATCH = 10, 128
-TRIED = (4, 16, 64, 256)
+TRIED = (16, 64, 256, 1024)
 
 
 def ranked(ranker: Ranker, histories: list[np.ndarray]) -> tuple[np.ndarray, float]:

@@ -114,11 +114,27 @@ def test_the_defaults_fit_everywhere(monkeypatch, there):
         (SMALL_PAIR, "compute.quantizer={cpus_per_worker: 2}", "compute.quantizer asks for 1 worker of 2 CPU and 0 GPU; the cluster has 2 nodes of 1 CPU"),
         (MIXED, "compute.finetune={num_workers: 2, use_gpu: true, placement_strategy: STRICT_PACK}", "STRICT_PACK"),
         (MIXED, "compute.fusion.accelerator_type=A100", "of accelerator type A100; the cluster has 1 node of 32 CPU and 0 GPU, 2 nodes of 8 CPU and 1 GPU, room for 0"),
+        (MIXED, "compute.score.label_selector={pool: rankers}", "1 actor of 1 CPU and 0 GPU, on nodes labelled pool: rankers; the cluster has"),
+        (MIXED, "compute.finetune.label_selector={pool: rankers}", "on nodes labelled pool: rankers"),
         (MIXED, "compute.pretrain.num_workers=3", "3 workers share 2 microbatches of a batch; raise pretrain.microbatches"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_with_what_there_is(monkeypatch, there, override, said):
     assert said in refused(monkeypatch, there, override)
+
+
+def test_labels_choose_the_nodes_that_count(monkeypatch):
+    found = [{"Alive": True, "Resources": node, "Labels": {"pool": pool}} for node, pool in zip(MIXED, ("data", "gpu", "gpu"), strict=True)]
+    monkeypatch.setattr(capacity.ray, "nodes", lambda: found)
+    monkeypatch.setattr(capacity.state, "get_cluster_config", lambda: None)
+    there = capacity.nodes()
+    assert capacity.count_fitting(there, capacity.actor_bundle(Actors(label_selector={"pool": "data"}, num_gpus=0), there)) == 32
+    assert capacity.count_fitting(there, capacity.actor_bundle(Actors(label_selector={"pool": "gpu"}, num_gpus=0), there)) == 16
+    assert bundle(there, num_workers=2, label_selector={"pool": "data"}) == (16, 0)
+    assert bundle(there, num_workers=2, label_selector={"pool": "gpu"}) == (8, 1)
+    assert capacity.plain(capacity.worker_bundle(Workers(label_selector={"pool": "gpu"}), there)) == {"CPU": 8, "GPU": 1}
+    for selector in ("!gpu", "in(gpu, data)"):  # Ray understands these, and what they leave is not counted
+        capacity.check(load_config([], [f"compute.score.label_selector={{pool: '{selector}'}}"]), ["score"])
 
 
 def test_all_that_does_not_fit_is_said_at_once(monkeypatch):
