@@ -7,15 +7,14 @@ from typing import Annotated
 
 import typer
 import yaml
-from rich.console import Console
 from rich.padding import Padding
 
 from qbert_ray.cli import completion
-from qbert_ray.cli.terminal import shown
+from qbert_ray.cli.terminal import open_console, shown
 from qbert_ray.config import reference
 from qbert_ray.config.loading import ConfigError, load_config
 
-console = Console(highlight=False)
+console = open_console()
 
 
 def _values(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from qbert_ray.cli.terminal import printable, shown
+from qbert_ray.cli.terminal import open_console, printable, shown
 from qbert_ray.config.loading import with_values
 from qbert_ray.config.schema import Config
 
-console = Console(highlight=False)
+console = open_console()
 
 
 def fetch(

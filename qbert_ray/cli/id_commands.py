@@ -6,17 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from qbert_ray.cli.terminal import shown
+from qbert_ray.cli.terminal import open_console, shown
 
 if TYPE_CHECKING:  # they import polars and scipy, which other commands do not need
     from qbert_ray.semantic_ids.id_report import Attribute, DomainQuality, Example
     from qbert_ray.semantic_ids.lookup import Move
 
 app = typer.Typer(name="ids", help="Look at the semantic IDs of a finished run.", no_args_is_help=True)
-console = Console(highlight=False)
+console = open_console()
 
 Run = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory, or RUN_DIR@VERSION for an earlier version of its IDs.")]
 

@@ -62,7 +62,7 @@ class Terminal:
         self.console = console
 
     def begin(self, what: str) -> None:
-        self.console.print(f"[dim]{shown(what)}; starting Ray[/dim]", soft_wrap=True)
+        self.console.print(f"[dim]{shown(what)}[/dim]", soft_wrap=True)
 
     def stage(self, name: str) -> StageBar:
         return StageBar(self.console, name)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from qbert_ray import __version__
 from qbert_ray.cli import config_commands, data_commands, id_commands, stage_commands
@@ -16,7 +15,7 @@ from qbert_ray.cli.arguments import Files, Overrides
 from qbert_ray.cli.console import trials_table
 from qbert_ray.cli.journal import Journal, Terminal
 from qbert_ray.cli.stage_commands import journal_of, run_stages, show_metrics
-from qbert_ray.cli.terminal import shown
+from qbert_ray.cli.terminal import open_console, shown
 from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials, with_values
 from qbert_ray.execution.failures import root_cause, stoppable
 from qbert_ray.storage.directory import ArtifactError, RunDir
@@ -35,8 +34,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = open_console()
+errors = open_console(stderr=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -121,7 +120,7 @@ def sweep(
 
     plan = Plan(settings)
     journal = journal_of(settings, plan.folder.uri)
-    journal.begin(f"sweep {settings.sweep.name} in {settings.run.dir}")
+    journal.begin(f"sweep {settings.sweep.name} in {settings.run.dir}; starting Ray")
     tuning.check_base(plan)
     if resume and not plan.folder.exists(tuning.SWEEP):
         raise ConfigError(f"--resume: no sweep {settings.sweep.name} in {settings.run.dir}; begin it without --resume")
@@ -162,7 +161,7 @@ def reproduce(
 
     plan = Plan(settings)
     journal = journal_of(settings, plan.folder.uri)
-    journal.begin(f"{what.title} in {settings.run.dir}")
+    journal.begin(f"{what.title} in {settings.run.dir}; starting Ray")
     tuning.check_base(plan)
     _search(plan, journal)
     tables.collect(folder, tuning.ranks(plan, what), what)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from qbert_ray.cli.arguments import Files, Overrides
 from qbert_ray.cli.journal import Journal, open_journal
+from qbert_ray.cli.terminal import open_console
 from qbert_ray.config.loading import ConfigError, load_config, with_values
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.failures import stoppable
@@ -19,8 +19,8 @@ from qbert_ray.storage.directory import ArtifactError, RunDir
 from qbert_ray.storage.lock import locked
 from qbert_ray.storage.stages import BY_NAME, REQUESTED, STAGES, Stage
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = open_console()
+errors = open_console(stderr=True)
 
 Redo = Annotated[bool, typer.Option("--redo", help="Forget this stage and all after it first.")]
 
@@ -156,7 +156,7 @@ def run_stages(config: Config, journal: Journal, only: Stage | None, redo: str |
     Raises:
         ArtifactError: existing outputs were made with another config or from other data.
     """
-    journal.begin(f"run directory {config.run.dir}")
+    journal.begin(f"run directory {config.run.dir}{'; starting Ray' * (config.compute.executor == 'ray')}")
     from qbert_ray.execution.executor import open_executor
     from qbert_ray.inputs.sources import check_root
     from qbert_ray.pipeline import preflight, redo_from, run_stage, status
@@ -214,7 +214,7 @@ def _is_other(stage: Stage, config: Config, directory: RunDir) -> bool:
 
 def _append(config: Config, everything: bool) -> None:
     journal = journal_of(config, config.run.dir)
-    journal.begin(f"run directory {config.run.dir}")
+    journal.begin(f"run directory {config.run.dir}{'; starting Ray' * (config.compute.executor == 'ray')}")
     from qbert_ray.append import append_ids
     from qbert_ray.execution.executor import open_executor
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qbert_ray.cli import id_commands, main
+from qbert_ray.cli import id_commands, main, terminal
 from qbert_ray.cli.journal import JsonLines, Terminal
 from qbert_ray.cli.terminal import json_safe, printable, shown
 from qbert_ray.semantic_ids import lookup
@@ -88,3 +88,10 @@ def test_an_error_that_quotes_a_file_is_printed_as_text(capsys, tmp_path):
         main.main(["validate", "-c", str(tmp_path / "c.yaml")])
     err = capsys.readouterr().err
     assert "owned" in err and not obeyed(err)
+
+
+def test_a_file_or_a_pipe_is_wide_enough_for_every_table_and_a_terminal_has_its_own_width(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert terminal.open_console().width == terminal.open_console(stderr=True).width == terminal.WIDTH
+    monkeypatch.setenv("COLUMNS", "72")
+    assert terminal.open_console().width == 72
