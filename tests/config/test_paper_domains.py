@@ -7,7 +7,14 @@ from qbert_ray.inputs.public_data import find
 from tests import ROOT
 
 FILE = ROOT / "configs" / "paper_domains.yaml"
-SOURCES = ["Pet_Supplies", "Cell_Phones_and_Accessories", "Automotive", "Tools_and_Home_Improvement", "Toys_and_Games", "Sports_and_Outdoors"]
+SOURCES = [
+    "Pet_Supplies",
+    "Cell_Phones_and_Accessories",
+    "Automotive",
+    "Tools_and_Home_Improvement",
+    "Toys_and_Games",
+    "Sports_and_Outdoors",
+]
 TARGETS = ["Musical_Instruments", "Arts_Crafts_and_Sewing", "Video_Games"]
 
 
