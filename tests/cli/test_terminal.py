@@ -104,7 +104,10 @@ def test_a_piped_table_is_cut_nowhere_and_text_wraps(monkeypatch, capsys):
 
 def test_a_domain_without_test_items_is_said_in_words(console):
     Terminal(console).metrics("shop", {"users": 0, "protocols": {"all": {}, "unseen": {}}})
-    assert "shop: no user has a test item, so nothing could be ranked" in console.file.getvalue()
+    counts = {"shop": {"users": 200, "ranked": 0, "without_target": 200}}
+    Terminal(console).done("evaluate", Manifest("evaluate", {}, {}, "0", counts=counts), 1.0)
+    said = console.file.getvalue()
+    assert "shop: no user has a test item, so nothing could be ranked" in said and "shop: 0 of 200 users" in said
 
 
 def test_a_file_or_a_pipe_is_wide_enough_for_every_table_and_a_terminal_has_its_own_width(monkeypatch):
