@@ -158,8 +158,14 @@ def _summary(manifest: Manifest) -> str:
                 for name, figures in counts.items()
             )
         case "evaluate" | "score" | "score_histories":
-            return "; ".join(f"{name}: {figures['users']:,} users" for name, figures in counts.items() if isinstance(figures, dict))
+            return "; ".join(f"{name}: {_users(figures)} users" for name, figures in counts.items() if isinstance(figures, dict))
     return ", ".join(f"{value:,} {name}" for name, value in counts.items() if isinstance(value, int))
+
+
+def _users(figures: dict[str, Any]) -> str:
+    """How many users were scored or ranked, and of how many where some had no test item or were not drawn."""
+    users, ranked = figures["users"], figures.get("ranked", figures["users"])
+    return f"{users:,}" if ranked == users else f"{ranked:,} of {users:,}"
 
 
 def _ingested(domain: str, figures: dict[str, Any]) -> str:

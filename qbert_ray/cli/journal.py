@@ -74,6 +74,9 @@ class Terminal:
         self.console.print(f"[yellow]! {shown(text)}[/yellow]", soft_wrap=True)
 
     def metrics(self, domain: str, content: Evaluation) -> None:
+        if not content["users"]:
+            self.warn(f"{domain}: no user has a test item, so nothing could be ranked")
+            return
         self.console.print()
         self.console.print(metrics_table(domain, content))
         if "cold" in content:

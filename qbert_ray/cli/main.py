@@ -154,7 +154,9 @@ def reproduce(
     folder.exists(tables.RANKS)  # a location that cannot be opened is reported before hours of training
     settings = load_config(list(config), list(overrides or []))
     seeds = settings.sweep.seeds or what.seeds
-    compared = {"name": table.stem, "stage": "evaluate", "search": "variants", "variants": what.variants, "seeds": seeds}
+    skipped = tables.impossible_rows(settings, what)
+    variants = {name: overlay for name, overlay in what.variants.items() if name not in skipped}
+    compared = {"name": table.stem, "stage": "evaluate", "search": "variants", "variants": variants, "seeds": seeds}
     settings = with_values(settings, {"sweep": compared})
     from qbert_ray.sweeps import tuning
     from qbert_ray.sweeps.trials import Plan
@@ -162,9 +164,11 @@ def reproduce(
     plan = Plan(settings)
     journal = journal_of(settings, plan.folder.uri)
     journal.begin(f"{what.title} in {settings.run.dir}; starting Ray")
+    for name, why in skipped.items():
+        journal.warn(f"row {name!r} is left out: {why}")
     tuning.check_base(plan)
     _search(plan, journal)
-    tables.collect(folder, tuning.ranks(plan, what), what)
+    tables.collect(folder, tuning.ranks(plan, what), what, skipped)
     journal.files({"table": folder.inside(tables.MARKDOWN).uri, "ranks": folder.inside(tables.RANKS).uri})
     failed = [plan.names[trial.name] for trial in plan.trials if plan.result(trial).get("status") != "done"]
     if failed:

@@ -5,22 +5,36 @@ from __future__ import annotations
 import os
 import re
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 # Characters that move the cursor, change colours or titles, make the terminal reply, or change the direction of writing.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
-WIDTH = 120  # of a file or a pipe, which has no width of its own: the widest table
+WIDTH = 120  # of text in a file or a pipe, which has no width of its own
+WIDEST = 10_000  # of a table there
+
+
+class Piped(Console):
+    """A console that is no terminal: its tables are as wide as their content."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        wide = self.options.update(width=WIDEST)
+        self.width = max([WIDTH, *(self.measure(each, options=wide).maximum for each in objects if isinstance(each, Table))])
+        super().print(*objects, **options)
+        self.width = WIDTH
 
 
 def open_console(stderr: bool = False) -> Console:
     """A console for the output, or for errors; where it is no terminal, tables keep all their columns."""
     stream = sys.stderr if stderr else sys.stdout
-    narrow = stream.isatty() or "COLUMNS" in os.environ
-    return Console(stderr=stderr, highlight=False, width=None if narrow else WIDTH)
+    if stream.isatty() or "COLUMNS" in os.environ:
+        return Console(stderr=stderr, highlight=False)
+    return Piped(stderr=stderr, highlight=False, width=WIDTH)
 
 
 def printable(text: object) -> str:

@@ -43,11 +43,26 @@ def load_text_model(model: str, gguf_file: str | None, dtype: torch.dtype) -> tu
     source = str(packaged[model]()) if model in packaged else model
     with explained(model, source, "features.text.model=minilm or smollm2 (packages), or the path of a model folder"):
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
-        network = AutoModel.from_pretrained(source, gguf_file=gguf_file, dtype=dtype)
+        with _without_bars():
+            network = AutoModel.from_pretrained(source, gguf_file=gguf_file, dtype=dtype)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:  # any token will do: the mask hides it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer, network.get_encoder() if network.config.is_encoder_decoder else network
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of `transformers`, which would break into the lines of the log."""
+    from transformers.utils import logging
+
+    there = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if there:
+            logging.enable_progress_bar()
 
 
 def load_image_tower(model: str, pretrained: str | None, image_size: int | None) -> tuple[nn.Module, Callable[..., torch.Tensor]]:

@@ -63,8 +63,10 @@ def training(name: str, epochs: list[dict[str, Any]]) -> list[Figure]:
 
 
 def comparison(content: dict[str, Any]) -> list[Figure]:
-    """The model compared with the baselines, for both protocols."""
-    first = next(iter(next(iter(content["protocols"].values())).values()))
+    """The model compared with the baselines, for both protocols; nothing where no user could be evaluated."""
+    first = next(iter(next(iter(content["protocols"].values())).values()), None)
+    if first is None:
+        return []
     shown = [name for name in ("ndcg@10", "hr@10") if name in first] or list(first)[-2:]
     sampled = f" drawn from {content['sampled_from']:,}" if "sampled_from" in content else ""
     result = []

@@ -15,12 +15,14 @@ from pydantic import Field, ValidationError, model_validator
 from scipy import stats
 
 from qbert_ray import metrics
-from qbert_ray.config.loading import ConfigError, read_layer
+from qbert_ray.config.loading import ConfigError, read_layer, settings_of, with_values
+from qbert_ray.config.schema import Config
 from qbert_ray.config.section import Section, Tree
 from qbert_ray.storage.columns import label
 from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.stages import BY_NAME
 
-RANKS, MARKDOWN = "ranks.parquet", "table.md"
+RANKS, SKIPPED, MARKDOWN = "ranks.parquet", "skipped.json", "table.md"
 ALONE = ", sequencer"  # suffix of the row of a variant whose sequence model ranks without the blend
 PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
 RESAMPLES, BATCH = 2000, 50
@@ -37,7 +39,7 @@ class Table(Section):
     )
     sequencers: bool = Field(False, description="rows also for the sequence model alone of every variant, compared with the reference's")
     seeds: list[int] = [0, 1, 2, 3, 4]
-    metrics: list[Annotated[str, Field(pattern=r"^(hr|ndcg)@[1-9]\d*$")]] = ["hr@10", "ndcg@10"]
+    metrics: list[Annotated[str, Field(pattern=r"^(hr|ndcg)@[1-9]\d*$")]] = ["hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10"]
     paper: dict[str, dict[str, dict[str, float]]] = Field({}, description="domain -> row -> metric -> published value")
 
     @model_validator(mode="after")
@@ -66,6 +68,32 @@ def load_table(file: Path) -> Table:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'table'}: {problem['msg']}" for problem in error.errors())
         raise ConfigError(f"{file}: {problems}") from None
+
+
+def impossible_rows(config: Config, table: Table) -> dict[str, str]:
+    """Row -> why a data set cannot have it: stage 1 is asked for modalities that no domain has input for.
+
+    Args:
+        config: of the data set.
+        table: whose variants are overlays on it.
+
+    Raises:
+        ConfigError: the data set can have no row, or not the reference.
+    """
+    found = {}
+    for name, overlay in table.variants.items():
+        varied = with_values(config, settings_of(overlay))
+        if BY_NAME["features"].skipped(varied):
+            continue
+        domains, features = varied.data.domains.values(), varied.features
+        if not any(features.is_from_interactions(each) or any(domain.describes(each) for domain in domains) for each in varied.modalities):
+            found[name] = f"no domain has input for features.modalities={varied.modalities}"
+    if table.reference in found:
+        raise ConfigError(
+            f"the table compares with the row {table.reference!r}, which these data cannot have: {found[table.reference]}; "
+            "set data.domains.<name>.text_fields, image_column, inputs or vectors, or reproduce it on other data"
+        )
+    return found
 
 
 def ranks_of(evaluated: pl.DataFrame, variant: str, seed: int, table: Table) -> pl.DataFrame:
@@ -163,8 +191,12 @@ def _difference(users: pl.DataFrame, reference: pl.DataFrame | None) -> tuple[fl
     return float(apart.mean()), float(drawn.low), float(drawn.high)
 
 
-def markdown(summary: list[Line], table: Table) -> str:
-    """The table as Markdown: one line for each row, per domain and protocol."""
+def markdown(summary: list[Line], table: Table, skipped: dict[str, dict[str, str]] | None = None) -> str:
+    """The table as Markdown: one line for each row, per domain and protocol.
+
+    Args:
+        skipped: domain -> row that it cannot have -> why.
+    """
     lines = [f"# {table.title}", ""]
     for domain in dict.fromkeys(line["domain"] for line in summary):
         for protocol in PROTOCOLS:
@@ -178,6 +210,7 @@ def markdown(summary: list[Line], table: Table) -> str:
                 cells = [cell for line in chosen if line["row"] == name for cell in _cells(line, published)]
                 lines.append("| " + " | ".join([f"**{name}**" if name == table.reference else label(name), *cells]) + " |")
             lines.append("")
+            lines += [f"Not run, {label(row)}: {label(why)}.\n" for row, why in (skipped or {}).get(domain, {}).items()]
     lines += [
         "±: half of the 95 % interval of the mean, over seeds (Student's t) or, with one seed, over users. Against the reference: the difference of",
         f"means with its 95 % interval by a bootstrap over users, {RESAMPLES:,} times; bold where it does not hold 0.",
@@ -195,12 +228,19 @@ def _cells(line: Line, published: bool) -> list[str]:
     return [f"{line['mean']:.4f} ± {line['half']:.4f}", apart, *paper]
 
 
-def collect(folder: RunDir, ranks: pl.DataFrame, table: Table) -> None:
-    """Add ranks to those of other domains and rows in a folder, and write the table of all of them."""
+def collect(folder: RunDir, ranks: pl.DataFrame, table: Table, skipped: dict[str, str] | None = None) -> None:
+    """Add ranks to those of other domains and rows in a folder, and write the table of all of them.
+
+    Args:
+        skipped: row that the domains of the ranks cannot have -> why.
+    """
+    left_out = folder.read_json(SKIPPED) if folder.exists(SKIPPED) else {}
+    left_out |= dict.fromkeys(ranks["domain"].unique(maintain_order=True), skipped or {})
+    folder.write_json(SKIPPED, left_out)
     if folder.exists(RANKS):
         before = pl.read_parquet(folder.read_bytes(RANKS))
         ranks = pl.concat([before.join(ranks.select("domain", "row").unique(), on=["domain", "row"], how="anti"), ranks])
     content = io.BytesIO()
     ranks.write_parquet(content)
     folder.write_bytes(RANKS, content.getvalue())
-    folder.write_bytes(MARKDOWN, markdown(summarise(ranks, table), table).encode())
+    folder.write_bytes(MARKDOWN, markdown(summarise(ranks, table), table, left_out).encode())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qbert_ray.cli import id_commands, main, terminal
+from qbert_ray.cli.console import trials_table
 from qbert_ray.cli.journal import JsonLines, Terminal
 from qbert_ray.cli.terminal import json_safe, printable, shown
 from qbert_ray.semantic_ids import lookup
@@ -88,6 +89,25 @@ def test_an_error_that_quotes_a_file_is_printed_as_text(capsys, tmp_path):
         main.main(["validate", "-c", str(tmp_path / "c.yaml")])
     err = capsys.readouterr().err
     assert "owned" in err and not obeyed(err)
+
+
+def test_a_piped_table_is_cut_nowhere_and_text_wraps(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    values = {f"sequencer.a_setting_with_a_long_name_{number}": "a long value" for number in range(12)}
+    console = terminal.open_console()
+    console.print(trials_table([("0a1b2c3d", values, 7)], ["fusion"], [90.0]))
+    console.print("word " * 60)
+    table, text = capsys.readouterr().out.split("0a1b2c3d")
+    assert "…" not in table and all(name.partition(".")[2] in table for name in values) and "minutes" in table
+    assert text.count("a long value") == 12 and max(map(len, text.splitlines()[-3:])) <= terminal.WIDTH
+
+
+def test_a_domain_without_test_items_is_said_in_words(console):
+    Terminal(console).metrics("shop", {"users": 0, "protocols": {"all": {}, "unseen": {}}})
+    counts = {"shop": {"users": 200, "ranked": 0, "without_target": 200}}
+    Terminal(console).done("evaluate", Manifest("evaluate", {}, {}, "0", counts=counts), 1.0)
+    said = console.file.getvalue()
+    assert "shop: no user has a test item, so nothing could be ranked" in said and "shop: 0 of 200 users" in said
 
 
 def test_a_file_or_a_pipe_is_wide_enough_for_every_table_and_a_terminal_has_its_own_width(monkeypatch):

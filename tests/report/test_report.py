@@ -93,6 +93,13 @@ def test_given_semantic_ids_leave_stages_one_and_two_out(tmp_path):
     write(run.uri)
 
 
+def test_a_run_without_a_test_item_says_so(tmp_path):
+    run = write_run(tmp_path)
+    run.write_json("evaluate/metrics.json", {"shop": {"users": 0, "protocols": {"all": {}, "unseen": {}}}})
+    path, problems = write(run.uri)
+    assert problems == [] and "No user has a test item" in Path(path).read_text(encoding="utf-8")
+
+
 def test_a_damaged_table_costs_its_section_alone(tmp_path):
     run = write_run(tmp_path)
     run.write_bytes(f"score/{NAME}", b"torn")

@@ -203,3 +203,10 @@ def test_a_prefix_ends_at_its_draw():
     half = draw_lengths(lengths, samples, 3, 1, last_item_share=1.0, prefix_share=0.5)
     assert (half < 5).mean() == pytest.approx(0.5 * 0.75, abs=0.03)
     assert (draw_lengths(np.ones(9, int), np.arange(9), 3, 1, 1.0, 1.0) == 1).all()
+
+
+@pytest.mark.parametrize(("length", "share"), [(4, 1 / 2), (6, 1 / 3), (8, 1 / 4), (20, 0.15)])
+def test_two_regions_at_least_mask_more_of_a_short_sequence(length, share):
+    rng, lengths = np.random.default_rng(0), np.full(500, length)
+    mask = mask_by("multi_region", lengths, 0.15, rng.random((500, 3)), rng.random((500, length)), length)
+    assert mask.sum() / lengths.sum() == pytest.approx(share)

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from qbert_ray.cli.main import main
-from qbert_ray.config.loading import ConfigError
+from qbert_ray.config.loading import ConfigError, load_config
 from qbert_ray.storage.directory import RunDir
-from qbert_ray.sweeps.tables import MARKDOWN, RANKS, Table, collect, load_table, markdown, ranks_of, summarise
+from qbert_ray.sweeps.tables import MARKDOWN, RANKS, Table, collect, impossible_rows, load_table, markdown, ranks_of, summarise
 from tests import ROOT
 
 TABLE = Table(title="T", reference="base", variants={"base": {}, "better": {}}, rankings=["ridge"], seeds=[0, 1])
@@ -127,6 +127,64 @@ def test_every_table_that_comes_with_the_project_is_one_a_sweep_accepts(file, tm
     assert len(plan.trials) == 2 * len(table.variants) and set(plan.names.values()) == set(table.variants)
     assert "ingest" in plan.shared(plan.trials[-1])
     assert all(row in [*table.variants, *table.rankings] for rows in table.paper.values() for row in rows)
+
+
+MODALITIES = {
+    "instruments": {"image", "text"},  # structure only
+    "games": {"image"},  # titles
+    "movielens": set(),
+}
+
+
+@pytest.mark.parametrize(("data", "lacking"), MODALITIES.items())
+def test_rows_of_modalities_that_a_data_set_lacks_are_left_out(data, lacking):
+    config = load_config([ROOT / "configs" / f"{data}.yaml"])
+    left_out = impossible_rows(config, load_table(ROOT / "configs" / "tables" / "modalities.yaml"))
+    assert set(left_out) == lacking
+    assert all(f"no domain has input for features.modalities=['{name}']" in why for name, why in left_out.items())
+    recipe = impossible_rows(config, load_table(ROOT / "configs" / "tables" / "comparison.yaml"))
+    assert list(recipe) == ["paper's recipe"] * (lacking >= {"image", "text"})
+
+
+def test_rows_stay_where_semantic_ids_are_given():
+    config = load_config([ROOT / "configs" / "instruments.yaml"], ["data.semantic_ids=ids.parquet"])
+    assert impossible_rows(config, load_table(ROOT / "configs" / "tables" / "readings.yaml")) == {}
+
+
+def test_a_reference_that_the_data_cannot_have_is_refused():
+    config = load_config([ROOT / "configs" / "instruments.yaml"])
+    table = Table(title="T", reference="image", variants={"image": {"features": {"modalities": ["image"]}}, "all": {}})
+    with pytest.raises(ConfigError, match="compares with the row 'image', which these data cannot have: no domain has input"):
+        impossible_rows(config, table)
+
+
+def test_the_command_runs_the_other_rows_and_says_which_it_left_out(monkeypatch, tmp_path, capsys):
+    from qbert_ray.cli import main as cli
+    from qbert_ray.sweeps import tuning
+
+    ran, users = [], np.arange(1, 31)
+
+    def search(plan, journal):
+        ran.extend(plan.names.values())
+
+    monkeypatch.setattr(cli, "_search", search)
+    monkeypatch.setattr(tuning, "ranks", lambda plan, table: pl.concat([ranks_of(evaluated(users), name, 0, table) for name in ran]))
+    table, config = ROOT / "configs" / "tables" / "modalities.yaml", ROOT / "configs" / "instruments.yaml"
+    with pytest.raises(SystemExit):  # no trial was run
+        main(["reproduce", str(table), "-c", str(config), "-o", str(tmp_path / "out"), f"run.dir={tmp_path / 'run'}", "sweep.seeds=[0]"])
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert ran == ["all", "structure", "id"] and "row 'image' is left out: no domain has input" in told
+    page = (tmp_path / "out" / MARKDOWN).read_text()
+    assert "Not run, text: no domain has input for features.modalities=['text']." in page and "| structure |" in page
+    more = pl.concat([ranks_of(evaluated(users, "books"), name, 0, load_table(table)) for name in ("all", "text")])
+    collect(RunDir(str(tmp_path / "out")), more, load_table(table))
+    page = (tmp_path / "out" / MARKDOWN).read_text()
+    assert page.count("Not run, text") == 2  # under both protocols of the first data set alone
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "tables").glob("*.yaml")), ids=lambda file: file.stem)
+def test_tables_show_the_five_metrics(file):
+    assert load_table(file).metrics == ["hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10"]
 
 
 @pytest.mark.parametrize(
