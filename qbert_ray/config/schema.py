@@ -163,7 +163,7 @@ class Sequencer(Section):
     recall: bool = Field(True, description="add a recency-weighted mean of the history's item vectors to the query; not with tokens: flat")
     repeats: bool = Field(
         True,
-        description="where the sequence model ranks alone and what a user had is not left out: add a number to the scores of these items, calibrated on validation items; needs loss: catalog",
+        description="add a number, calibrated on validation items, to scores of items of the history where a sequence model alone ranks them; needs loss: catalog",
         json_schema_extra=paper("none"),
     )
     item_embedding: bool = Field(
