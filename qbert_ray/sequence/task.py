@@ -11,7 +11,7 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from qbert_ray import metrics
-from qbert_ray.config.schema import Config, MaskStrategy, SequenceTraining
+from qbert_ray.config.schema import Config, Finetune, MaskStrategy, SequenceTraining
 from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.random_streams import VALIDATION_STREAM, WINDOW_STREAM, uniform
 from qbert_ray.semantic_ids.quantizers import load_quantizers
@@ -211,12 +211,13 @@ class SequencerTask:
         return mean_metrics(found)
 
     def complete(self, model: Sequencer, device: torch.device) -> None:
-        """Choose what is added to the scores of items of the history by the validation items of the first domain that has any."""
-        for name in self.domains if model.repeats is not None else []:
-            histories, targets = validation_items(self.sequences[name], MOST_FOR_REPEATS)
-            if len(targets):
-                model.repeats.fill_(calibrated_repeats(*repeat_odds(model, self._table_on(name, device), histories, targets)))
-                return
+        """Choose what a fine-tuned model adds to the scores of items of the history, by validation items."""
+        if model.repeats is None or not isinstance(self.settings, Finetune):
+            return
+        (name,) = self.domains
+        histories, targets = validation_items(self.sequences[name], MOST_FOR_REPEATS)
+        if len(targets):
+            model.repeats.fill_(calibrated_repeats(*repeat_odds(model, self._table_on(name, device), histories, targets)))
 
     def _table_on(self, name: str, device: torch.device) -> ItemTable:
         """A domain's table on a device, where it stays."""
