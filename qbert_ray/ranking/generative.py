@@ -30,6 +30,10 @@ class CatalogRanker(Protocol):
     num_features: int  # numbers that an item's score is made of
     available: np.ndarray | None  # [N] booleans, items that `best` may give; None: all
 
+    def repeats(self, name: str = "model") -> float:
+        """Nothing is added to the scores of items of the history."""
+        return 0.0
+
     def best(self, histories: list[np.ndarray], k: int, remove_seen: bool = True, only: Filter = EVERYTHING) -> tuple[Tensor, Tensor]:
         """Scores and item_index [B, min(k, N)] of the best items that a filter lets pass, best first."""
         ...

@@ -73,6 +73,9 @@ class QuantizerTask:
         batch = self.embeddings[torch.from_numpy(samples)].to(device)
         return model(batch, quantize=epoch >= self.settings.warmup_epochs)["loss"] * len(samples), float(len(samples))
 
+    def complete(self, model: Any, device: torch.device) -> None:
+        """Nothing: all weights are trained."""
+
     def evaluate(self, model: Any, device: torch.device) -> QuantizerMetrics:
         pieces = [piece.to(device) for piece in self.embeddings.split(SAMPLE)]
         codes = torch.cat([model.quantizer.codes(model.encode(piece)) for piece in pieces]).cpu().numpy()

@@ -51,6 +51,7 @@ class Sequencer(nn.Module):
         item_embeddings: domain -> number of items that have an embedding of their own in addition to their codes; none by default.
         content_width: F of the content vectors whose projection is part of an item's vector; 0: codes alone.
         code_dropout: fraction of items whose codes are hidden in training, so that they have to be placed by content alone.
+        repeats: hold a number for `Ranker` to add to the scores of items of the history.
         causal: each position reads only those before it and predicts the next item; needs tokens="item".
         recall: add the recency-weighted mean of the history's item vectors to the query (`recency_weighted_mean`).
     """
@@ -74,6 +75,7 @@ class Sequencer(nn.Module):
         content_width: int = 0,
         code_dropout: float = 0.0,
         recall: bool = False,
+        repeats: bool = False,
         causal: bool = False,
     ) -> None:
         super().__init__()
@@ -87,6 +89,7 @@ class Sequencer(nn.Module):
         self.content = Linear(content_width, width, bias=False) if content_width else None
         self.code_dropout, self.causal = code_dropout, causal
         self.recall = nn.Parameter(torch.tensor([RECALL_START, 0.0])) if recall else None  # weight, and logit of the decay per step
+        self.register_buffer("repeats", torch.zeros(()) if repeats else None)  # no gradient trains it: `calibrated_repeats` sets it
         if not causal:
             self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
             self.position_embedding = nn.Embedding(max_items * (num_levels if tokens == "flat" else 1), width)
