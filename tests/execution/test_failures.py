@@ -1,7 +1,6 @@
 """What a worker raised is reported, and a run that is stopped ends with the usual status."""
 
 import io
-import os
 import signal
 
 import pytest
@@ -49,12 +48,19 @@ def test_an_error_that_names_itself_ends_the_search():
     assert root_cause(error) is error
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, as in a terminal; a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_command_with_one_line_and_its_status(number, status):
+def test_a_signal_ends_the_command_with_one_line_and_its_status(interruptible, number, status):
     console, before = Console(file=io.StringIO()), signal.getsignal(signal.SIGTERM)
     with pytest.raises(typer.Exit) as end, stoppable(console):
-        os.kill(os.getpid(), number)
-        signal.sigtimedwait([], 5)  # a signal ends the wait
+        signal.raise_signal(number)
     assert end.value.exit_code == status
     assert console.file.getvalue() == "stopped; run the same command again to resume\n"
     assert signal.getsignal(signal.SIGTERM) is before
