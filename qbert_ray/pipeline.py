@@ -161,7 +161,7 @@ def _input_fingerprints(stage: Stage, config: Config, run: RunDir) -> dict[str, 
 
 
 FILTERED = ("score", "score_histories")  # stages that leave out what score.exclude and score.allow say
-_FILES = {"ingest": ("items", "interactions")}
+_FILES = {"ingest": ("items", "interactions", "validation", "test")}
 
 
 def file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:

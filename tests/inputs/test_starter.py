@@ -254,3 +254,27 @@ def test_the_command_shows_what_it_wrote(tmp_path, capsys):
         main(["init", str(tmp_path / "*.csv"), "-o", str(tmp_path / "shop.yaml")])
     text = capsys.readouterr().out
     assert end.value.code == 0 and (tmp_path / "shop.yaml").read_text() in text and "qbert-ray validate -c" in text
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "valid", "test"), ("log.train", "log.dev", "log.test"), ("X_training", "X_validation", "X_test")], ids="-".join
+)
+def test_three_files_named_after_a_split_are_one(tmp_path, names):
+    catalog().write_parquet(tmp_path / "items.parquet")
+    place = pl.int_range(pl.len()).over("user_id")
+    for name, rows in zip(names, (place < 18, place == 18, place == 19), strict=True):
+        sales().filter(rows).write_csv(tmp_path / f"{name}.csv")
+    config, text = made(tmp_path)
+    shop = config.data.domains["shop"]
+    assert (shop.interactions, shop.validation, shop.test) == tuple(f"{name}.csv" for name in names)
+    assert config.data.split == "given" and config.data.min_interactions == 0 and "used as they are" in text
+
+
+def test_a_column_that_names_parts_of_a_split_is_pointed_out(tmp_path):
+    catalog().write_parquet(tmp_path / "items.parquet")
+    sales().with_columns(pl.when(pl.col("timestamp") % 3 > 0).then(pl.lit("Train")).otherwise(pl.lit("test")).alias("part")).write_csv(
+        tmp_path / "sales.csv"
+    )
+    config, text = made(tmp_path)
+    assert config.data.split == "leave_one_out"
+    assert "part (a split of your own? data.split: given, interaction_columns: {split: part} uses it)" in text
