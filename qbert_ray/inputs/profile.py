@@ -19,7 +19,7 @@ from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError
 from qbert_ray.inputs.sources import SPLIT_NAMES, detect_format
 from qbert_ray.inputs.times import TimeStyle, as_timestamp, detect_style
-from qbert_ray.inputs.values import as_text
+from qbert_ray.inputs.values import AMOUNT, as_text
 from qbert_ray.storage.directory import resolve
 
 SAMPLED_ROWS = 20_000  # by which a column is profiled
@@ -248,7 +248,7 @@ def _kind(values: pl.Series, text: pl.Series) -> str:
         return "text"
     if text.str.contains(r"^\s*[{].*[}]\s*$").mean() > 0.95:  # type: ignore[operator]
         return "mapping"
-    if text.cast(pl.Float64, strict=False).is_not_null().mean() > 0.95:  # type: ignore[operator]
+    if (text.cast(pl.Float64, strict=False).is_not_null() | text.str.contains(AMOUNT)).mean() > 0.95:  # type: ignore[operator]
         return "number"
     times = text.to_frame().select(as_timestamp(pl.col(text.name), pl.String())).to_series()
     return "time" if times.is_not_null().mean() > 0.95 else "text"  # type: ignore[operator]
