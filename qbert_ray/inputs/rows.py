@@ -19,7 +19,7 @@ from qbert_ray.inputs.image_columns import from_template, image_bytes, image_pat
 from qbert_ray.inputs.input_columns import as_values, file_lists, several_files
 from qbert_ray.inputs.markup import strip_markup
 from qbert_ray.inputs.readers import REASON, ROW, ROW_LENGTH
-from qbert_ray.inputs.sources import EVENT, GIVEN_WEIGHT, POSITION, Source
+from qbert_ray.inputs.sources import EVENT, GIVEN_WEIGHT, PERIOD, POSITION, SPLIT, SPLIT_NAMES, Source, file_of
 from qbert_ray.inputs.times import as_timestamp
 from qbert_ray.inputs.values import Kind, as_id, as_rating, as_text, is_given
 from qbert_ray.random_streams import splitmix64
@@ -64,7 +64,10 @@ Converter = Callable[[pl.Expr, Kind], pl.Expr]
 
 
 def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float | None) -> pl.DataFrame:
-    """user_id, item_id, timestamp, rating, weight, position, reason (null: kept) and row (as JSON, of rejected ones)."""
+    """user_id, item_id, timestamp, rating, weight, position, reason (null: kept) and row (as JSON, of rejected ones).
+
+    With a split of the user's own also the number of its part, null where it is not understood.
+    """
     rows = raw.select(
         _pick(raw, source, USER_ID, as_id),
         _pick(raw, source, ITEM_ID, as_id),
@@ -75,9 +78,17 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
         _pick(raw, source, EVENT, as_text),
         _pick(raw, source, GIVEN_WEIGHT, as_rating),
         _pick(raw, source, GIVEN_WEIGHT, is_given).alias(_GIVEN_WEIGHT),
+        _pick(raw, source, SPLIT, as_text),
         *(POSITION, REASON, ROW),
     )
     reasons = [pl.when(pl.col(name).is_null()).then(pl.lit(f"missing {name}")) for name in (USER_ID, ITEM_ID)]
+    periods = []
+    if source.parts:
+        periods = [file_of(pl.col(POSITION)).replace_strict(dict(enumerate(source.parts)), return_dtype=pl.Int8).alias(PERIOD)]
+    elif SPLIT in source.columns:
+        part = pl.col(SPLIT).str.to_lowercase().replace_strict(SPLIT_NAMES, default=None, return_dtype=pl.Int8)
+        periods = [part.alias(PERIOD)]
+        reasons += [pl.when(pl.col(SPLIT).is_null()).then(pl.lit(f"missing {SPLIT}")), pl.when(part.is_null()).then(pl.lit(f"bad {SPLIT}"))]
     reasons.append(pl.when(pl.col(_GIVEN_TIME).is_null()).then(pl.lit(f"missing {TIMESTAMP}")))
     reasons.append(pl.when(pl.col(TIMESTAMP).is_null()).then(pl.lit(f"bad {TIMESTAMP}")))
     if min_rating is not None:
@@ -91,8 +102,8 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
     bad = number.is_null() | number.is_infinite() | (number < 0)
     reasons.append(pl.when(pl.col(_GIVEN_WEIGHT) & bad).then(pl.lit(f"bad {GIVEN_WEIGHT}")))
     reasons.append(pl.when(number == 0).then(pl.lit(f"{GIVEN_WEIGHT} is 0")))
-    rows = _explain(rows.with_columns((of_event * number.fill_null(1.0)).alias(WEIGHT)), reasons, raw)
-    return rows.select(USER_ID, ITEM_ID, TIMESTAMP, RATING, WEIGHT, POSITION, REASON, ROW)
+    rows = _explain(rows.with_columns((of_event * number.fill_null(1.0)).alias(WEIGHT), *periods), reasons, raw)
+    return rows.select(USER_ID, ITEM_ID, TIMESTAMP, RATING, WEIGHT, POSITION, REASON, ROW, *([PERIOD] if periods else []))
 
 
 def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain, root: str) -> pl.DataFrame:

@@ -35,6 +35,13 @@ from qbert_ray.storage.directory import join, resolve
 
 Table = Literal["items", "interactions"]
 EVENT, GIVEN_WEIGHT = "event_type", "interaction_weight"  # optional columns of interactions
+SPLIT = "split"  # optional column of interactions
+PERIOD, PERIODS = "_period", ("train", "validation", "test")  # which part of a split of one's own a row is in, as a number
+SPLIT_NAMES = {  # how a column spells the parts of a split, in small letters -> number of the part
+    **dict.fromkeys(["train", "training"], 0),
+    **dict.fromkeys(["valid", "validation", "val", "dev", "eval"], 1),
+    **dict.fromkeys(["test", "testing"], 2),
+}
 POSITION = "<position>"  # a name that columns of files do not have
 _FILE_BITS = 40  # rows of a file that positions can count
 
@@ -66,6 +73,7 @@ class Source:
     template: str | None = None  # of image paths, such as covers/{item_id}.jpg
     times: TimeStyle = TimeStyle()
     events: Mapping[str, float] = field(default_factory=dict)  # event type -> weight; empty: types are not read
+    parts: tuple[int, ...] = ()  # of a split by files: number of the part in PERIODS of each file
     lists: frozenset[str] = frozenset()  # contract names of columns of which every element of a list is read
 
     @property
@@ -105,7 +113,14 @@ class Source:
             raise SourceError(f"{self.label}: {error}") from None
 
 
-def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating: bool = False, key: str = "") -> Source:
+def file_of(position: pl.Expr) -> pl.Expr:
+    """Number of the file, among those of its source, that a row is of."""
+    return position // (1 << _FILE_BITS)
+
+
+def open_source(
+    root: str, name: str, table: Table, domain: Domain, needs_rating: bool = False, key: str = "", with_split: bool = False
+) -> Source:
     """The files that a domain's `items` or `interactions` names, with their columns; rows are not read yet.
 
     Args:
@@ -115,22 +130,52 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
         domain: names the files and their columns.
         needs_rating: the rating column must be there.
         key: of the config that named the files, for errors, where it is another than that of the table.
+        with_split: of interactions, also the files for validation and test, or the column that says what is.
 
     Raises:
         SourceError: no such file, one that is empty or unreadable, or one without a column that the config names.
     """
     label, key = f"domain {name}: {key or table}", key or f"data.domains.{name}.{table}"
     follow = f"data.domains.{name}.follow_links"
-    uri, filesystem, files = open_files(root, getattr(domain, table), label, key, None if domain.follow_links else follow)
+    inside = None if domain.follow_links else follow
+    uri, filesystem, files = open_files(root, getattr(domain, table), label, key, inside)
+    parts: tuple[int, ...] = ()
+    if with_split and table == "interactions" and domain.validation and domain.test:
+        files, parts = _with_held_out(root, name, domain, files, inside)
     form = domain.format if domain.format != "auto" else detect_format(files)
-    columns = _choose_columns(label, name, table, domain, form, files, needs_rating)
+    columns = _choose_columns(label, name, table, domain, form, files, needs_rating, with_split and not parts)
     if table == "interactions":
         source = Source(label, uri, filesystem, files, form, columns, None)
-        return replace(source, times=_time_style(source), events=dict(domain.event_weights))
+        return replace(source, times=_time_style(source), events=dict(domain.event_weights), parts=parts)
     lists = frozenset(name for inputs in domain.inputs.values() for name in (*inputs.files, *inputs.values))
     source = Source(label, uri, filesystem, files, form, columns, domain.image_column, domain.image_template, lists=lists)
     _check_images(source, name)
     return source
+
+
+def _with_held_out(
+    root: str, name: str, domain: Domain, train: tuple[File, ...], inside: str | None
+) -> tuple[tuple[File, ...], tuple[int, ...]]:
+    """The files for training, validation and test, and which of the three each is for.
+
+    Raises:
+        SourceError: one of them is not there, or one is in two of the three.
+    """
+    found = [train]
+    for part in ("validation", "test"):
+        location, key = getattr(domain, part), f"data.domains.{name}.{part}"
+        found.append(open_files(root, location, f"domain {name}: {part}", key, inside)[2])
+    owner: dict[str, str] = {}
+    for part, files in zip(("interactions", "validation", "test"), found, strict=True):
+        for file in files:
+            if owner.setdefault(file.path, part) != part:
+                raise SourceError(
+                    f"domain {name}: {file.path} is among the files of both {owner[file.path]} and {part}; narrow data.domains.{name}.{owner[file.path]} "
+                    f"(given: {getattr(domain, owner[file.path])}), so that it holds those for training alone"
+                    if owner[file.path] == "interactions"
+                    else f"domain {name}: {file.path} is among the files of both {owner[file.path]} and {part}; give each files of its own"
+                )
+    return tuple(itertools.chain.from_iterable(found)), tuple(number for number, files in enumerate(found) for _ in files)
 
 
 def open_files(root: str, location: str, label: str, key: str, inside: str | None = None) -> tuple[str, fs.FileSystem, tuple[File, ...]]:
@@ -264,12 +309,12 @@ def detect_format(files: tuple[File, ...]) -> str:
 
 
 def _choose_columns(
-    label: str, name: str, table: Table, domain: Domain, form: str, files: tuple[File, ...], needs_rating: bool
+    label: str, name: str, table: Table, domain: Domain, form: str, files: tuple[File, ...], needs_rating: bool, needs_split: bool
 ) -> dict[str, tuple[str, ...]]:
     """Contract name -> columns of the files; raises if a wanted column is missing."""
-    required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP]
+    required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP, *([SPLIT] if needs_split else [])]
     given: dict[str, str] = dict(domain.item_columns.items() if table == "items" else domain.interaction_columns.items())
-    wanted = _wanted(name, table, domain, needs_rating)
+    wanted = _wanted(name, table, domain, needs_rating, needs_split)
     anywhere = {column for file in files for column in file.columns}
     chosen = {}
     for column, key in wanted.items():
@@ -287,22 +332,23 @@ def _choose_columns(
 
 def _advice(name: str, table: Table, column: str, found: tuple[str, ...]) -> str:
     """Advice on how to map a column of the contract that has another name in the file."""
-    if column == EVENT:
-        return f"say what the file calls it: data.domains.{name}.interaction_columns.{EVENT}=<column>, or "
+    if column in (EVENT, SPLIT):
+        return f"say what the file calls it: data.domains.{name}.interaction_columns.{column}=<column>, or "
     if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
         return "rename it there, or "
     likely = next(iter(named(found, column)), "<column>")
     return f"say what the file calls it: data.domains.{name}.{table.removesuffix('s')}_columns.{column}={likely}, or "
 
 
-def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool) -> dict[str, str]:
+def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool, needs_split: bool) -> dict[str, str]:
     """Column -> config key that asks for it; empty if the column may be absent."""
     here = f"data.domains.{name}"
     if table == "interactions":
         rating = "data.min_rating" if needs_rating else ""
         optional = {RATING: rating, GIVEN_WEIGHT: f"{here}.interaction_columns" if GIVEN_WEIGHT in domain.interaction_columns else ""}
         event = {EVENT: f"{here}.event_weights"} if domain.event_weights else {}
-        return dict.fromkeys([USER_ID, ITEM_ID, TIMESTAMP], f"{here}.interactions or {here}.format") | optional | event
+        split = {SPLIT: f"data.split, or name files: {here}.validation and {here}.test"} if needs_split else {}
+        return dict.fromkeys([USER_ID, ITEM_ID, TIMESTAMP], f"{here}.interactions or {here}.format") | optional | event | split
     wanted = {ITEM_ID: f"{here}.items or {here}.format"}
     wanted |= dict.fromkeys(domain.text_fields, f"{here}.text_fields") | dict.fromkeys(domain.attributes, f"{here}.attributes")
     for modality, inputs in domain.inputs.items():

@@ -14,6 +14,9 @@ NOTHING = [
     *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN", "NaT", "\\N", "undefined"),
 ]
 NO_ID = [*NOTHING, "none", "NONE", "na", "Na", "nil", "NIL", "<null>", "<none>", "(null)", "#n/a", "nat"]  # in a text these could be words
+_SIGN = r"(?:[€$£¥₹₽₩₺%]|(?i:eur|usd|gbp|chf|jpy|cny|sek|nok|dkk|pln|czk|huf|kr|zł|rs|us\$))"
+# A number with a currency or a percent sign and with thousands separators, such as 1.234,50 € or USD 1,234.50.
+AMOUNT = rf"^[+-]?(?:{_SIGN}\s*)?[+-]?(?:\d{{1,3}}(?:[.,'’\s]\d{{3}})+|\d+)(?:[.,]\d+)?(?:\s*{_SIGN}\.?)?$"
 _WHOLE = 2.0**53  # below it, floats represent whole numbers exactly
 
 
