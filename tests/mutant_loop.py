@@ -25,6 +25,11 @@ PLAN, RESULTS = "plan.json", "results.json"
 CPU_SECONDS, CPU_FACTOR = 5, 10  # a mutant's tests may take so much more than they do without it
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out tests with fixtures of conftest.py, which is not loaded: those run whole stages, most of them on Ray."""
+    items[:] = [item for item in items if set(item.fixturenames) <= {"request", *item._fixtureinfo.name2fixturedefs}]
+
+
 def pytest_runtestloop(session: pytest.Session) -> bool:
     """Writes what became of every mutant of the plan: "survived", "noticed", "took too long", "crashed", "no test"."""
     if session.testsfailed:
