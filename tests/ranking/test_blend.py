@@ -281,17 +281,10 @@ def test_candidates_of_groups_of_histories_are_joined():
     joined = join_candidates([only(found, 10), no_candidates(), Candidates(*(each[10:] for each in found))])
     assert all(torch.equal(own, whole) for own, whole in zip(joined, found, strict=True))
     nothing = join_candidates([no_candidates(9), no_candidates(9)])
-    assert nothing.features.shape == (0, 0, 9) and len(nothing.target) == 0
+    assert nothing.features.shape == (0, 0, 9) and nothing.description.shape == (0, 3) and len(nothing.target) == 0
 
 
 def test_score_features_that_are_further_than_the_known_ones_start_at_zero():
     blend = fit_blend(no_candidates(9))
     assert blend.weights[0].tolist() == pytest.approx([*START, 0, 0, *START, 0, 0, 0]) and not blend.weights[1:].any()
     assert blend.num_features == 9 and blend.centre.tolist() == [0] * 3 and blend.spread.tolist() == [1] * 3
-
-
-def test_without_targets_in_both_halves_the_first_shrinkage_is_taken(monkeypatch):
-    monkeypatch.setattr(blend_module, "fit_blend", None)  # nothing is fitted
-    half = only(sample(np.random.default_rng(3), by("text")), 5)
-    for halves in ([], [half, only(half, 0)], [only(half, 0), half]):
-        assert choose_shrinkage(halves) == SHRINKAGES[0] == Shrinkage(1, 1)
