@@ -39,7 +39,7 @@ TESTS = {
     "qbert_ray/sequence/masking.py": ["tests/sequence/test_masking.py"],
     "qbert_ray/sequence/recency.py": ["tests/sequence/test_model.py", "tests/sequence/test_causal.py"],
     "qbert_ray/sequence/catalog_softmax.py": ["tests/sequence/test_causal.py"],
-    "qbert_ray/sequence/decoder.py": ["tests/sequence/test_decoder.py"],
+    "qbert_ray/sequence/decoder.py": ["tests/sequence/test_decoder.py", "tests/sequence/test_beam_search.py"],
     "qbert_ray/sequence/beam_search.py": ["tests/sequence/test_beam_search.py"],
     "qbert_ray/metrics.py": ["tests/test_metrics.py"],
     "qbert_ray/top_k.py": ["tests/test_top_k.py"],
