@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from qbert_ray.sequence.complexity import complexity
 from qbert_ray.sequence.item_table import ColdItems, ItemTable, nearest_trained_items
 from qbert_ray.sequence.model import Sequencer, next_item_queries
 from qbert_ray.sequence.packing import pack
@@ -259,19 +258,6 @@ def test_recall_is_the_recency_weighted_mean_of_the_items_that_are_not_masked():
     assert torch.allclose(recency_weighted_mean(vectors, packed, model.recall)[0], expected, atol=1e-5)
     alone, _ = pack(np.arange(1), np.array([1]), np.array([[True]]))
     assert not recency_weighted_mean(vectors[:1], alone, model.recall).any()
-
-
-@pytest.mark.parametrize(("items", "parameters", "multiply_adds"), [(6250, 3.71, 185.36), (9416, 4.51, 225.68), (13839, 5.64, 282.14)])
-def test_complexity_agrees_with_table_6_within_one_percent(items, parameters, multiply_adds):
-    paper = complexity(items, 256, 4, 512, 50, 4, 256)["paper"]
-    assert sum(paper["parameters"].values()) / 1e6 == pytest.approx(parameters, rel=0.01)
-    assert sum(paper["multiply_adds"].values()) / 1e6 == pytest.approx(multiply_adds, rel=0.01)
-
-
-def test_the_real_count_is_the_models_own():
-    model = Sequencer(num_levels=4, codebook_size=256)
-    real = complexity(6250, 256, 4, 512, 50, 4, 256)["real"]["parameters"]
-    assert sum(real.values()) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.inference_mode()
