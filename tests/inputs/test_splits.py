@@ -12,6 +12,7 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import open_executor
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
+from qbert_ray.inputs.k_core import CODE
 from qbert_ray.inputs.sources import SourceError
 from qbert_ray.inputs.splits import TemporalSplit, _cut, as_date, leave_one_out, quantile, temporal
 from qbert_ray.inputs.stage import ingest_domain
@@ -129,6 +130,22 @@ def test_the_first_interaction_of_each_period_is_a_target_where_others_came_befo
     assert places.valid.tolist() == [1, -1, -1, -1, -1, 1, -1]
     assert places.test.tolist() == [2, -1, 1, -1, -1, 3, -1]
     assert places.later.tolist() == [2, 0, 1, 2, 0, 3, 0]
+
+
+def test_what_becomes_of_users_is_counted_by_hand():
+    """The second item has no interaction before the validation period: one of its three is a target."""
+    split = TemporalSplit(10, 20, "s", np.array([True, False]), np.array([False, True]))
+    sequences = pl.DataFrame({"train": [[0, 0], [], []], "valid": [0, None, None]})
+    rows = pl.DataFrame({"split": ["train", "train", "valid", "test", "further", "further", "test"], CODE: [0, 0, 0, 1, 1, 1, 0]})
+    counts = split.counts(sequences, rows)
+    assert counts == {"users_validated": 1, "users_only_later": 2, "further_interactions": 2, "untrained_targets": 1}
+    of_all = counts | {"users_evaluated": 2}
+    dates = {"validation_from": "1970-01-01T00:00:10", "test_from": "1970-01-01T00:00:20"}
+    assert split.summary(of_all, "shop") == dates | counts | {"items_only_later": 1}
+    assert of_all == {"users_evaluated": 2}  # the others are taken out
+    nobody = {"users_validated": 1, "users_evaluated": 0}
+    with pytest.raises(SourceError, match="domain shop: no user with interactions in the test period has any before it"):
+        split.summary(nobody, "shop")
 
 
 def test_a_date_is_the_first_time_of_its_period_in_every_unit():

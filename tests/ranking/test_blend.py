@@ -90,10 +90,9 @@ def test_a_blend_without_network_reads_item_item_weights_text_and_seen_items_alo
     assert found.features[..., networks[0]].any()  # the candidates of the model's own blend are not changed
 
 
-def test_a_fit_is_where_the_gradient_of_its_objective_is_zero():
+def gradient_of_objective(found, blend):
     """The objective again: mean cross-entropy of targets among candidates that come once, and the squared distance from the start."""
-    found, count = sample(np.random.default_rng(6), by("text"), users=80, cold=10), len(SCORE_FEATURES)
-    blend, users = fit_blend(found), len(found.target)
+    count, users = len(SCORE_FEATURES), len(found.target)
     weights = blend.weights.double().requires_grad_()
     unit = found.features[~found.repeated].double().std(0, unbiased=False)
     unit = torch.where(unit > 1e-6, unit, 1.0)
@@ -109,8 +108,28 @@ def test_a_fit_is_where_the_gradient_of_its_objective_is_zero():
         place = int(once[: found.target[row]].sum())
         objective = objective - scores.log_softmax(0)[place] / users
     (gradient,) = torch.autograd.grad(objective, weights)
-    assert (gradient / unit).abs().max() < 0.01
-    assert (blend.weights - start).abs().max() > 0.1 and found.cold[torch.arange(users), found.target].any()
+    assert (blend.weights - start).abs().max() > 0.1
+    return gradient / unit
+
+
+def test_a_fit_is_where_the_gradient_of_its_objective_is_zero():
+    found = sample(np.random.default_rng(6), by("text"), users=80, cold=10)
+    assert gradient_of_objective(found, fit_blend(found)).abs().max() < 0.01
+    assert found.cold[torch.arange(len(found.target)), found.target].any()
+
+
+def test_a_fit_to_a_handful_of_candidates_has_that_objective_too():
+    """Six candidates: how their spread is estimated matters here."""
+    features = torch.randn(2, 3, len(SCORE_FEATURES), generator=torch.Generator().manual_seed(1))
+    rows, description = torch.zeros(2, 3, dtype=torch.bool), torch.tensor([[1.0, 0.5, 0.2], [1.0, 1.5, 0.1]])
+    found = Candidates(features, rows, rows.clone(), torch.tensor([2, 0]), description)
+    assert gradient_of_objective(found, fit_blend(found)).abs().max() < 0.001
+
+
+def test_without_cold_candidates_the_weights_of_cold_items_are_those_of_the_start():
+    """To the last digit: what is not read must not look as if it had been fitted."""
+    blend, count = fit_blend(sample(np.random.default_rng(3), by("text"), users=60)), len(SCORE_FEATURES)
+    assert torch.equal(blend.weights[0, count:-1], torch.tensor(START)) and not blend.weights[1:, count:].any()
 
 
 def test_targets_are_ranked_among_candidates_that_the_history_does_not_hold():
