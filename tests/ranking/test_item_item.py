@@ -120,6 +120,11 @@ def test_the_strongest_transitions_of_an_item_are_kept_and_the_first_of_equal_on
     assert following(*histories, **settings, neighbours=1)[[3, 4]].toarray().tolist() == [[1, 0, 0, 0, 0], [0, 0.5, 0, 0, 0]]
 
 
+def test_of_many_equal_transitions_the_first_items_are_kept():
+    settings = {"num_items": 61, "window": 1, "decay": 1.0, "shrinkage": 0.0}
+    assert following(*ragged(*([item, 60] for item in range(60))), **settings, neighbours=5)[[60]].indices.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_an_item_never_follows_itself():
     shares = following(*ragged([0, 0, 1]), num_items=2, window=2, decay=1.0, shrinkage=0.0, neighbours=9)
     assert shares.toarray().tolist() == [[0, 0], [1, 0]] and shares.nnz == 1

@@ -115,6 +115,19 @@ def test_the_learned_rotation_lowers_the_error(monkeypatch):
     assert torch.allclose(rotated @ rotated.T, torch.eye(DIM), atol=1e-4)
 
 
+def test_every_round_but_the_last_ends_with_a_new_rotation(monkeypatch):
+    """After the last one the centres are fitted to the rotation as it is: one round leaves the axes, two turn them once."""
+    found = []
+    for rounds in (1, 2, 3):
+        monkeypatch.setattr("qbert_ray.semantic_ids.kmeans.ROUNDS", rounds)
+        found.append(trained("opq", embeddings()))
+    axes = RQVAE(16, [], num_levels=3, codebook_size=SIZE, codebook_dim=DIM)
+    axes.start(embeddings())
+    turned = [(model.encoder.linear.weight @ axes.encoder.linear.weight.T).abs() for model in found]
+    assert torch.allclose(turned[0].sort(dim=1).values[:, -1], torch.ones(DIM), atol=1e-4)  # the axes, in another order
+    assert turned[1].max(1).values.min() < 0.999 and not torch.allclose(turned[1], turned[2], atol=1e-3)
+
+
 def test_more_levels_than_dimensions_cannot_be_independent():
     with pytest.raises(ValueError, match="3 independent codes"):
         trained("opq", embeddings(), dim=2)
@@ -124,6 +137,7 @@ def test_more_levels_than_dimensions_cannot_be_independent():
     ("variance", "sizes", "expected"),
     [
         ([8.0, 4, 2, 1], [2, 2], [0, 3, 1, 2]),  # products 8 * 1 and 4 * 2
+        ([0.08, 0.04, 0.02, 0.01], [2, 2], [0, 3, 1, 2]),  # the size of the embeddings does not matter
         ([1.0, 2, 4, 8], [2, 2], [3, 0, 2, 1]),
         ([9.0, 3, 3, 3, 1], [3, 2], [0, 3, 4, 1, 2]),  # a block that is full takes no more
         ([5.0, 0, 0], [1, 1, 1], [0, 1, 2]),
