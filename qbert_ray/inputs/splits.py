@@ -316,7 +316,7 @@ def _cut(executor: Executor, times: list[Handle], cut: float | str, total: int, 
     if isinstance(cut, str):
         given = datetime.fromisoformat(cut)
         since = (given if given.tzinfo else given.replace(tzinfo=UTC)) - EPOCH
-        return since // timedelta(microseconds=1) * int(UNITS[unit][1]) // 1_000_000
+        return -(-(since // timedelta(microseconds=1) * int(UNITS[unit][1])) // 1_000_000)  # no time before the date is of the period
     return quantile(executor, times, int(cut * total), *bounds)
 
 

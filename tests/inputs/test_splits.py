@@ -12,8 +12,9 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import open_executor
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
+from qbert_ray.inputs.k_core import CODE
 from qbert_ray.inputs.sources import SourceError
-from qbert_ray.inputs.splits import as_date, leave_one_out, quantile
+from qbert_ray.inputs.splits import TemporalSplit, _cut, as_date, leave_one_out, quantile, temporal
 from qbert_ray.inputs.stage import ingest_domain
 from qbert_ray.pipeline import run_stage
 from qbert_ray.storage import columns
@@ -118,6 +119,55 @@ def test_leave_one_out_by_hand():
     places = leave_one_out(np.array([0, 2, 3, 5]))
     assert [each.tolist() for each in places] == [[0, 2, 1, 3], [-1, -1, 1, 3], [-1, -1, 2, 4], [0, 2, 2, 4]]
     assert as_date(START + 3600, "s") == "2020-01-01T01:00:00"
+
+
+def test_the_first_interaction_of_each_period_is_a_target_where_others_came_before_it():
+    """Validation from 10, test from 20; the second and the last user have no interactions."""
+    times = np.array([1, 12, 25, 11, 21, 3, 4, 21, 22, 9, 10, 19, 20])
+    split = TemporalSplit(10, 20, "s", np.ones(1, bool), np.zeros(1, bool))
+    places = temporal(times, np.array([3, 0, 2, 2, 2, 4, 0]), split)
+    assert places.train.tolist() == [1, 0, 0, 2, 0, 1, 0]
+    assert places.valid.tolist() == [1, -1, -1, -1, -1, 1, -1]
+    assert places.test.tolist() == [2, -1, 1, -1, -1, 3, -1]
+    assert places.later.tolist() == [2, 0, 1, 2, 0, 3, 0]
+
+
+def test_what_becomes_of_users_is_counted_by_hand():
+    """The second item has no interaction before the validation period: one of its three is a target."""
+    split = TemporalSplit(10, 20, "s", np.array([True, False]), np.array([False, True]))
+    sequences = pl.DataFrame({"train": [[0, 0], [], []], "valid": [0, None, None]})
+    rows = pl.DataFrame({"split": ["train", "train", "valid", "test", "further", "further", "test"], CODE: [0, 0, 0, 1, 1, 1, 0]})
+    counts = split.counts(sequences, rows)
+    assert counts == {"users_validated": 1, "users_only_later": 2, "further_interactions": 2, "untrained_targets": 1}
+    of_all = counts | {"users_evaluated": 2}
+    dates = {"validation_from": "1970-01-01T00:00:10", "test_from": "1970-01-01T00:00:20"}
+    assert split.summary(of_all, "shop") == dates | counts | {"items_only_later": 1}
+    assert of_all == {"users_evaluated": 2}  # the others are taken out
+    nobody = {"users_validated": 1, "users_evaluated": 0}
+    with pytest.raises(SourceError, match="domain shop: no user with interactions in the test period has any before it"):
+        split.summary(nobody, "shop")
+
+
+def test_a_date_is_the_first_time_of_its_period_in_every_unit():
+    """A fraction of a second begins a period at the next whole second, and nanoseconds are exact."""
+    first = {unit: _cut(LocalExecutor(), [], "2020-01-01T00:00:00.000001", 0, (0, 0), unit) for unit in ("s", "ms", "us", "ns")}
+    assert first == {"s": START + 1, "ms": START * 1000 + 1, "us": START * 10**6 + 1, "ns": START * 10**9 + 1000}
+    assert _cut(LocalExecutor(), [], "2020-01-01", 0, (0, 0), "s") == START
+    assert all(type(time) is int for time in first.values())
+
+
+def test_a_date_is_that_of_the_second_in_which_a_time_lies():
+    assert as_date(START * 10**9 + 999_999_999, "ns") == "2020-01-01"
+    assert as_date(START * 1000 - 1, "ms") == "2019-12-31T23:59:59"
+
+
+def test_interactions_that_the_core_leaves_out_are_no_training(tmp_path):
+    """The early buyer of d bought nothing else and is left out, so training has never seen d, the test item of another user."""
+    ingested_log = LOG | {"left out": [(1, "d")], "late": [(2, "a"), (21, "d")]}
+    counts, _ = ingested(write(tmp_path, ingested_log), min_interactions=2)
+    assert counts["split"]["items_only_later"] == 1  # d; e was bought once and is left out
+    assert counts["split"]["untrained_targets"] == 1  # d
+    assert counts["interactions_read"] - counts["interactions"] == 2
 
 
 def test_positions_are_no_times(tmp_path):
