@@ -140,7 +140,7 @@ class Sequencer(Section):
         "catalog", description="softmax over the domain's items, or per-level cross-entropy", json_schema_extra=paper("Eq. 11")
     )
     token_weight: NonNegativeFloat = Field(
-        0.0,
+        1.0,
         description="loss catalog: weight of the per-level cross-entropy that is added to the softmax over items; not with tokens: word",
         json_schema_extra=paper("Eq. 11 alone"),
     )
