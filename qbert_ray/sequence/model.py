@@ -56,6 +56,8 @@ class Sequencer(nn.Module):
         recall: add the recency-weighted mean of the history's item vectors to the query (`recency_weighted_mean`).
     """
 
+    repeats: Tensor | None  # a number, added to the scores of items of the history
+
     def __init__(
         self,
         num_levels: int,
