@@ -237,12 +237,14 @@ class Sequencer(nn.Module):
         Next to a softmax over items it goes without the codes' biases, whose sum is an item's bias: fitted level by level, they would
         count popularity K times.
         """
-        size = self.codebook_size
-        queries = query.view(len(query), self.num_levels, -1) if self.tokens == "flat" else query[:, None].expand(-1, self.num_levels, -1)
-        books = self.code_embedding.weight.view(self.num_levels, size, -1)
-        if self.logits_kind == "cosine":
-            queries, books = F.normalize(queries, dim=-1) / self.temperature, F.normalize(books, dim=-1)
-        logits = torch.einsum("pkd,kmd->pkm", queries, books)
+        size, flat = self.codebook_size, self.tokens == "flat"
+        queries = self.scaled(query.view(len(query), self.num_levels, -1) if flat else query)
+        books = self.code_embedding.weight
+        books = F.normalize(books, dim=-1) if self.logits_kind == "cosine" else books
+        if flat:
+            logits = torch.einsum("pkd,kmd->pkm", queries, books.view(self.num_levels, size, -1))
+        else:
+            logits = product(queries, books).view(-1, self.num_levels, size)
         if self.loss_kind == "tokens":
             logits = logits + self.code_bias.view(self.num_levels, size)
         if weight is None:
