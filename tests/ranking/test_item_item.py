@@ -120,9 +120,12 @@ def test_the_strongest_transitions_of_an_item_are_kept_and_the_first_of_equal_on
     assert following(*histories, **settings, neighbours=1)[[3, 4]].toarray().tolist() == [[1, 0, 0, 0, 0], [0, 0.5, 0, 0, 0]]
 
 
-def test_of_many_equal_transitions_the_first_items_are_kept():
-    settings = {"num_items": 61, "window": 1, "decay": 1.0, "shrinkage": 0.0}
-    assert following(*ragged(*([item, 60] for item in range(60))), **settings, neighbours=5)[[60]].indices.tolist() == [0, 1, 2, 3, 4]
+def test_of_many_equal_transitions_those_of_the_first_items_are_kept():
+    """60 is all that comes after the even items, and half of what comes after the odd ones: 30 and the first 10 of these."""
+    histories = ragged(*([item, after] for item in range(60) for after in ((60, 61) if item % 2 else (60,))))
+    kept = following(*histories, num_items=62, window=1, decay=1.0, shrinkage=0.0, neighbours=40)[[60]]
+    assert sorted(kept.indices.tolist()) == sorted([*range(0, 60, 2), *range(1, 21, 2)])
+    assert sorted(set(kept.data.tolist())) == [0.5, 1]
 
 
 def test_an_item_never_follows_itself():
