@@ -199,6 +199,9 @@ def open_files(root: str, location: str, label: str, key: str, inside: str | Non
     paths = find_files(filesystem, path)
     if not paths:
         others = find_files(filesystem, path, lambda name: True)
+        if root == "." and location in (Domain.model_fields[field].default for field in ("items", "interactions")):
+            hint = "does the config name your data? one such as configs/paper.yaml names none: -c shop.yaml -c configs/paper.yaml"
+            raise SourceError(f"{label}: no {location} here, and neither {key} nor data.root is set; {hint}")
         seen = f"; there is {os.path.basename(others[0])}, which is none of these" if others else ""
         raise SourceError(
             f"{label}: no Parquet, CSV or JSONL file at {uri}{seen}; set {key} (given: {location}) or data.root (given: {root})"
