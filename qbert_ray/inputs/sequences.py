@@ -7,7 +7,7 @@ import polars as pl
 import pyarrow as pa
 
 from qbert_ray.inputs.k_core import USER
-from qbert_ray.inputs.reasons import time_units
+from qbert_ray.inputs.reasons import implausible_times, time_units
 from qbert_ray.inputs.splits import Places, Split, by_period, leave_one_out
 from qbert_ray.storage.columns import COLD, DOMAIN, FURTHER, ITEM_INDEX, TRAIN_WEIGHTS, USER_ID, WEIGHT
 
@@ -84,7 +84,7 @@ def _lists(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> pl.Se
 
 
 def times_seen(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
-    """Number of users whose interactions all have one time, and how many times look like seconds, milliseconds, ...
+    """Number of users whose interactions all have one time, how many times are no plausible dates, and how many look like seconds, ...
 
     Args:
         times: in order of user and time.
@@ -92,4 +92,6 @@ def times_seen(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
     """
     first, last = ends[:-1], ends[1:]
     same = (last - first > 1) & (times[first] == times[last - 1]) if len(times) else np.zeros(0, bool)
-    return {"users_at_one_time": int(same.sum())} | {f"time_{unit}": count for unit, count in time_units(times).items()}
+    return {"users_at_one_time": int(same.sum()), "implausible_times": implausible_times(times)} | {
+        f"time_{unit}": count for unit, count in time_units(times).items()
+    }

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Literal
 
 import polars as pl
+import pyarrow as pa
 from pyarrow import fs
 
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs import readers
 from qbert_ray.inputs.arrow_types import plain_table
+from qbert_ray.inputs.column_advice import advice, shown
 from qbert_ray.inputs.image_columns import can_hold_images, from_template
 from qbert_ray.inputs.json_files import first_image, json_list, plain_text
 from qbert_ray.inputs.limits import leading_outside
-from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
 from qbert_ray.inputs.times import TimeStyle, detect_style
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
@@ -144,6 +145,7 @@ def open_source(
         files, parts = _with_held_out(root, name, domain, files, inside)
     form = domain.format if domain.format != "auto" else detect_format(files)
     columns = _choose_columns(label, name, table, domain, form, files, needs_rating, with_split and not parts)
+    _check_single(label, files, columns)
     if table == "interactions":
         source = Source(label, uri, filesystem, files, form, columns, None)
         return replace(source, times=_time_style(source), events=dict(domain.event_weights), parts=parts)
@@ -196,7 +198,14 @@ def open_files(root: str, location: str, label: str, key: str, inside: str | Non
     check_root(root)
     paths = find_files(filesystem, path)
     if not paths:
-        raise SourceError(f"{label}: no Parquet, CSV or JSONL file at {uri}; set {key} (given: {location}) or data.root (given: {root})")
+        others = find_files(filesystem, path, lambda name: True)
+        if root == "." and location in (Domain.model_fields[field].default for field in ("items", "interactions")):
+            hint = "does the config name your data? one such as configs/paper.yaml names none: -c shop.yaml -c configs/paper.yaml"
+            raise SourceError(f"{label}: no {location} here, and neither {key} nor data.root is set; {hint}")
+        seen = f"; there is {os.path.basename(others[0])}, which is none of these" if others else ""
+        raise SourceError(
+            f"{label}: no Parquet, CSV or JSONL file at {uri}{seen}; set {key} (given: {location}) or data.root (given: {root})"
+        )
     folder = os.path.dirname(re.split(r"[*?\[]", path)[0]) if filesystem.get_file_info(path).type != fs.FileType.Directory else path
     away = leading_outside(filesystem, paths, (folder, "" if "://" in root else resolve(root)[1])) if inside else []
     if away:
@@ -249,6 +258,18 @@ def _check_images(source: Source, name: str) -> None:
             raise SourceError(f"data.domains.{name}.image_template: {error}") from None
 
 
+def _check_single(label: str, files: tuple[File, ...], columns: dict[str, tuple[str, ...]]) -> None:
+    """Raise if a column that holds one value a row is a list."""
+    for file, name in itertools.product(files, (USER_ID, ITEM_ID, TIMESTAMP)):
+        for column in columns.get(name, ()):
+            kind = file.schema.field(column).type if file.schema is not None and file.schema.names.count(column) == 1 else None
+            if kind is not None and pa.types.is_nested(kind) and not pa.types.is_struct(kind):
+                raise SourceError(
+                    f"{label}: the column {column} of {file.path} has the type {kind}, and {name} is one value a row; write a row for each: "
+                    f'pl.read_parquet(...).explode("{column}")'
+                )
+
+
 def _time_style(source: Source) -> TimeStyle:
     """How times are written, judged by the first values of the first file that has them, or by more if these are ambiguous."""
     try:
@@ -280,7 +301,10 @@ def find_files(filesystem: fs.FileSystem, path: str, wanted: Callable[[str], obj
         fixed = _first_glob(filesystem, parts)
     selector = fs.FileSelector("/".join(parts[:fixed]), recursive=True, allow_not_found=True)
     infos = (info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File)
-    return sorted(info.path for info in infos if wanted(info.path) and _matches(info.path.split("/"), parts, fixed))
+    found = sorted(info.path for info in infos if wanted(info.path) and _matches(info.path.split("/"), parts, fixed))
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        return found
+    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]  # a link to a folder above it repeats all files
 
 
 def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
@@ -296,7 +320,7 @@ def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
 
 def _matches(found: list[str], wanted: list[str], fixed: int) -> bool:
     """Whether a path is inside the wanted folder, or matches the wanted glob; hidden files never do."""
-    hidden = any(part.startswith((".", "_")) and "=" not in part for part in found[fixed:])
+    hidden = any(part.startswith((".", "_", "~$")) and "=" not in part for part in found[fixed:])  # ~$ are the locks of office programs
     return not hidden and len(found) >= len(wanted) and all(map(fnmatch.fnmatchcase, found[fixed:], wanted[fixed:]))
 
 
@@ -325,19 +349,15 @@ def _choose_columns(
             file = (lacking or files)[0]
             raise SourceError(
                 f"{label}: {file.path} has no column {' or '.join(candidates)}, wanted for {column}; "
-                f"columns found: {', '.join(file.columns)}; {_advice(name, table, column, file.columns)}change {key}"
+                f"columns found: {shown(file.columns)}; {advice(name, table, [column, *_others(column, required, given, form, file)], file)}change {key}"
             )
     return chosen
 
 
-def _advice(name: str, table: Table, column: str, found: tuple[str, ...]) -> str:
-    """Advice on how to map a column of the contract that has another name in the file."""
-    if column in (EVENT, SPLIT):
-        return f"say what the file calls it: data.domains.{name}.interaction_columns.{column}=<column>, or "
-    if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
-        return "rename it there, or "
-    likely = next(iter(named(found, column)), "<column>")
-    return f"say what the file calls it: data.domains.{name}.{table.removesuffix('s')}_columns.{column}={likely}, or "
+def _others(column: str, required: list[str], given: dict[str, str], form: str, file: File) -> list[str]:
+    """Further columns that a file lacks, so that all can be named at once."""
+    known = {name: [given[name]] if name in given else AMAZON.get(form, {}).get(name, [name]) for name in required if name != column}
+    return [name for name, candidates in known.items() if not set(candidates) & set(file.columns)]
 
 
 def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool, needs_split: bool) -> dict[str, str]:

@@ -24,7 +24,7 @@ from qbert_ray.execution.executor import Executor, Handle, Rows
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, Core, Partition, core, partition, survivors
 from qbert_ray.inputs.readers import REASON, ROW, Fragment
-from qbert_ray.inputs.reasons import UNITS, nothing_left, rejected, suspicions
+from qbert_ray.inputs.reasons import UNITS, nothing_left, odd_ids, rejected, suspicions
 from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sequences import sequences_of, times_seen
 from qbert_ray.inputs.sources import GIVEN_WEIGHT, PERIOD, PERIODS, POSITION, Source, SourceError, open_source
@@ -103,7 +103,14 @@ def ingest_domain(
     if split is not None:
         counts["split"] = split.summary(counts, name)
     seen = {unit: counts.pop(f"time_{unit}", 0) for unit in UNITS}
-    counts["warnings"] = suspicions(counts["users"], counts["users_evaluated"], counts.pop("users_at_one_time", 0), seen)
+    at_one_time, implausible = counts.pop("users_at_one_time", 0), counts.pop("implausible_times", 0)
+    counts["warnings"] = suspicions(counts["users"], counts["users_evaluated"], at_one_time, seen, implausible, counts["interactions"])
+    counts["warnings"] += [
+        f"{file.path} is not in UTF-8 and was read as Windows-1252 (Latin-1), in which its texts make no sense: write it in UTF-8"
+        for file in (*items.files, *interactions.files)
+        if file.text.doubtful
+    ]
+    counts["warnings"] += _odd_ids(executor, partitions, catalog)
     counts["warnings"] += remarks(counts.get("split", {}), counts["users"])
     for table in ("items", "interactions"):
         assert counts[f"{table}_read"] == counts[table] + sum(counts[f"{table}_rejected"].values()), f"{table} lost rows: {counts}"
@@ -168,6 +175,21 @@ def _ids(block: pa.Table) -> pa.Table:
 def _held_out(catalog: pa.Table, share: float) -> np.ndarray:
     """[catalog] whether an item is cold; it depends on its ID alone, so another catalog or seed holds out the same items."""
     return stable_hash(pl.DataFrame(catalog)[ITEM_ID], COLD_SALT) < np.uint64(share * 2**64)
+
+
+def _odd_ids(executor: Executor, partitions: list[Partition], catalog: pa.Table) -> list[str]:
+    """Warnings about IDs that are used as they are, and may be others than meant."""
+    items = odd_ids(pl.DataFrame(catalog)[ITEM_ID])
+    found = {("items", what): (count, example) for what, (count, example) in items.items()}
+    for handle in [executor.submit(_odd_users, part.kept) for part in partitions]:
+        for what, (count, example) in executor.get(handle).items():
+            before, first = found.get(("users", what), (0, example))
+            found["users", what] = (before + count, first)
+    return [f"IDs of {count:,} {of}, such as {example!a}, {what}" for (of, what), (count, example) in found.items()]
+
+
+def _odd_users(kept: pa.Table) -> dict[str, tuple[int, str]]:
+    return odd_ids(pl.DataFrame(kept)[USER_ID].unique(maintain_order=True))
 
 
 def _nothing_left(executor: Executor, partitions: list[Partition], items: Rows, catalog: pa.Table, num_rows: int) -> str:
