@@ -84,7 +84,7 @@ class QuantizerTask:
             "reconstruction_error": float(normalised_error(model, pieces[0])),
             "collision_rate": metrics.collision_rate(codes),
             "codebook_usage": metrics.codebook_usage(codes, self.settings.codebook_size),
-            "perplexity": metrics.perplexity(codes, self.settings.codebook_size),
+            "perplexity": metrics.perplexity(codes),
         }
 
 

@@ -241,10 +241,8 @@ class Sequencer(nn.Module):
         queries = self.scaled(query.view(len(query), self.num_levels, -1) if flat else query)
         books = self.code_embedding.weight
         books = F.normalize(books, dim=-1) if self.logits_kind == "cosine" else books
-        if flat:
-            logits = torch.einsum("pkd,kmd->pkm", queries, books.view(self.num_levels, size, -1))
-        else:
-            logits = product(queries, books).view(-1, self.num_levels, size)
+        by_level = books.view(self.num_levels, size, -1)
+        logits = torch.einsum("pkd,kmd->pkm", queries, by_level) if flat else product(queries, books).view(-1, self.num_levels, size)
         if self.loss_kind == "tokens":
             logits = logits + self.code_bias.view(self.num_levels, size)
         if weight is None:
