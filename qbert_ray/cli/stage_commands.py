@@ -145,9 +145,13 @@ def show_metrics(directory: RunDir, journal: Journal) -> None:
         journal.metrics(domain, content)
 
 
-def of_ray(config: Config) -> str:
-    """What a run does with Ray before its first stage, after a semicolon; empty where it uses none."""
-    if config.compute.executor != "ray":
+def of_ray(config: Config, always: bool = False) -> str:
+    """What a command does with Ray before anything else, after a semicolon; empty where it uses none.
+
+    Args:
+        always: whether it uses Ray whatever `compute.executor` says, as sweeps do.
+    """
+    if config.compute.executor != "ray" and not always:
         return ""
     address = config.compute.address or os.environ.get("RAY_ADDRESS")
     return f"; connecting to Ray at {address}" if address else "; starting Ray"

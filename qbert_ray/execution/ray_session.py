@@ -40,6 +40,7 @@ TOKEN_NEEDED = (
     "Ray at {where} asks for a token ({reason}); set RAY_AUTH_MODE=token, and let ~/.ray/auth_token, RAY_AUTH_TOKEN_PATH or "
     "RAY_AUTH_TOKEN hold what `ray get-auth-token` prints on the cluster's head"
 )
+SLOW = ("timed out during startup", "Timed out waiting for file")  # how Ray says that its processes are not ready in time
 TRIES = 3  # at starting Ray on this machine
 ANSWER_SECONDS = 10.0  # in which a cluster must accept a connection
 ANYWHERE = "DEFAULT"  # strategy of tasks that a sweep's trial starts: else they would wait inside the trial's own placement group, which has no CPU
@@ -62,7 +63,7 @@ def _init(**arguments: Any) -> None:
             return
         except Exception as error:
             ray.shutdown()
-            if "timed out during startup" not in str(error):
+            if not any(said in str(error) for said in SLOW):
                 raise
             if attempt == TRIES - 1:
                 raise ValueError(

@@ -182,3 +182,4 @@ def test_the_first_line_says_what_becomes_of_ray(monkeypatch, settings, environm
     if environment:
         monkeypatch.setenv("RAY_ADDRESS", environment)
     assert of_ray(load_config([], settings)) == said
+    assert of_ray(load_config([], settings), always=True) == (said or "; starting Ray")
