@@ -21,7 +21,7 @@ GIVEN = Namespace(epochs=30, patience=30, minutes=None)
 
 def circle():
     """Users who go round in a circle of items: what comes next is certain."""
-    walks = [[(first + step) % ITEMS for step in range(4 + first % 3)] for first in range(ITEMS) for _ in range(3)]
+    walks = [[(first + step) % ITEMS for step in range(length)] for first in range(ITEMS) for length in (3, 4, 5, 6, 9)]
     valid = [(walk[-1] + 1) % ITEMS for walk in walks]
     return SimpleNamespace(num_items=ITEMS, every=walks, train=walks, valid=valid, test=[(item + 1) % ITEMS for item in valid])
 
@@ -30,10 +30,15 @@ def codes_of_items():
     return np.stack(np.divmod(np.arange(ITEMS), 4), axis=1)
 
 
+def product_codes():
+    """Eight codes of four codewords: two items share some of them."""
+    return np.random.default_rng(0).integers(0, 4, (ITEMS, 8))
+
+
 ENCODERS = {
     "sasrec": lambda: sasrec.SASRec(ITEMS, sasrec.DEFAULTS | SMALL),
     "bsarec": lambda: bsarec.BSARec(ITEMS, bsarec.DEFAULTS | SMALL),
-    "vq_rec": lambda: vq_rec.VQRec(codes_of_items(), vq_rec.DEFAULTS | SMALL | {"codebook_size": 4}),
+    "vq_rec": lambda: vq_rec.VQRec(product_codes(), vq_rec.DEFAULTS | SMALL | {"codebook_size": 4}),
 }
 
 
@@ -42,9 +47,9 @@ def test_an_encoder_learns_what_is_certain(name):
     torch.manual_seed(0)
     split = circle()
     found = fit_encoder(ENCODERS[name](), split, SMALL | {"weight_decay": 0.0}, GIVEN, 0, prefixes=name == "bsarec")
-    assert found.value > 0.95
+    assert found.value > 0.9
     histories = [[*history, item] for history, item in zip(split.train, split.valid, strict=True)]
-    assert (ranks(found.scores, histories, split.test)[0] == 1).mean() > 0.9
+    assert (ranks(found.scores, histories, split.test)[0] == 1).mean() > 0.8
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -110,7 +115,9 @@ def test_the_setting_that_validates_best_alone_ranks_test_items(monkeypatch, tmp
             return ranks(scores, [[1]], [2])
 
     monkeypatch.setattr("tests.benchmarks.rivals.training.Split", Given)
-    given = Namespace(run="", domain="shop", out=tmp_path / "ranks.parquet", settings=[{"which": 1}, {"which": 3}, {"which": 2}], seeds=[0, 1])
+    given = Namespace(
+        run="", domain="shop", out=tmp_path / "ranks.parquet", settings=[{"which": 1}, {"which": 3}, {"which": 2}], seeds=[0, 1]
+    )
     compare(given, "name", {}, train)
     assert set(asked) == {(3, 0), (3, 1)}
 

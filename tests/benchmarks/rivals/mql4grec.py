@@ -33,7 +33,7 @@ from tests.benchmarks.rivals.generative import SMALL, Sample, allowed, cut, gene
 from tests.benchmarks.rivals.training import Scores, Settings, Trained, compare, fit, parser
 
 DEFAULTS: Settings = SMALL | {"longest": 20, "beam": 20, "learning_rate": 0.001, "weight_decay": 0.01, "batch_size": 256}
-DEFAULTS |= {"schedule": "cosine", "warmup_steps": 500}
+DEFAULTS |= {"schedule": "cosine", "warmup_steps": 500, "samples_per_epoch": None}  # None: all
 TO_IMAGE, TO_TEXT, ACROSS = range(3)  # tasks that have a prompt
 
 
@@ -110,7 +110,8 @@ def train(split: Split, settings: Settings, given: argparse.Namespace, seed: int
     def batches(epoch: int) -> list[np.ndarray]:
         random = np.random.default_rng([seed, epoch])
         samples[:] = languages.samples(split.every, longest, random)
-        return np.array_split(random.permutation(len(samples)), -(-len(samples) // settings["batch_size"]))
+        drawn = random.permutation(len(samples))[: settings["samples_per_epoch"]]
+        return np.array_split(drawn, -(-len(drawn) // settings["batch_size"]))
 
     def scorer() -> Scores:
         return languages.scorer(model, longest, settings["beam"])

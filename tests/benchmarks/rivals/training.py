@@ -14,7 +14,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +164,10 @@ def fit(
         if found > best[1]:
             best, weights = (epoch, found), copy.deepcopy(model.state_dict())
         seconds = time.process_time() - begin
-        print(f"epoch {epoch}: loss {total / len(samples):.4f}, validation ndcg@10 {found:.4f}, best {best[1]:.4f}, {seconds:.0f} s", flush=True)
+        print(
+            f"epoch {epoch}: loss {total / len(samples):.4f}, validation ndcg@10 {found:.4f}, best {best[1]:.4f}, {seconds:.0f} s",
+            flush=True,
+        )
         if epoch - best[0] >= given.patience or (given.minutes and seconds > 60 * given.minutes):
             break
     model.load_state_dict(weights)
@@ -189,17 +192,21 @@ def parser(about: str) -> argparse.ArgumentParser:
 def compare(given: argparse.Namespace, model: str, defaults: Settings, train: Fit) -> None:
     """Train with each of the settings, choose by validation, and write the test ranks of the chosen one, for every seed."""
     split = Split(given.run, given.domain)
-    tried = [(defaults | more, {}) for more in given.settings or [{}]]
-    first = [_announced(train, split, settings, given, given.seeds[0]) for settings, _ in tried]
+    tried = [defaults | more for more in given.settings or [{}]]
+    first = [_announced(train, split, settings, given, given.seeds[0]) for settings in tried]
     chosen = max(range(len(tried)), key=lambda number: first[number].value)
     for seed in given.seeds:
-        trained = first[chosen] if seed == given.seeds[0] else _announced(train, split, tried[chosen][0], given, seed)
-        told = argparse.Namespace(**vars(given) | {"model": model, "settings": tried[chosen][0], "seed": seed, "started": time.monotonic()})
-        write(told, "here", split, split.test_ranks(trained.scores), (trained.epoch, trained.value))
+        trained = first[chosen] if seed == given.seeds[0] else _announced(train, split, tried[chosen], given, seed)
+        found = split.test_ranks(trained.scores)
+        told = vars(given) | {"model": model, "settings": tried[chosen], "seed": seed, "started": time.monotonic() - trained.seconds}
+        write(argparse.Namespace(**told), "here", split, found, (trained.epoch, trained.value))
 
 
 def _announced(train: Fit, split: Split, settings: Settings, given: argparse.Namespace, seed: int) -> Trained:
     torch.manual_seed(seed)
     trained = train(split, settings, given, seed)
-    print(f"{json.dumps(settings)}, seed {seed}: epoch {trained.epoch}, validation ndcg@10 {trained.value:.4f}, {trained.seconds:.0f} s", flush=True)
+    print(
+        f"{json.dumps(settings)}, seed {seed}: epoch {trained.epoch}, validation ndcg@10 {trained.value:.4f}, {trained.seconds:.0f} s",
+        flush=True,
+    )
     return trained
