@@ -4,6 +4,7 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
+import polars
 import pytest
 import torch
 
@@ -190,3 +191,25 @@ def test_collaborative_ids_are_unique_and_put_what_is_bought_together_together()
     deeper = cid.collaborative_ids(affinity, 2, 2, 8, 0)
     assert len(np.unique(deeper, axis=0)) == 8 and deeper.shape[1] > 2
     assert len(prefixes(histories, 20)) == 21
+
+
+def test_codes_and_vectors_are_read_in_the_order_of_the_items(tmp_path):
+    for folder in ("ingest/items", "features/text", "semantic_ids"):
+        (tmp_path / folder).mkdir(parents=True)
+    for part, rows in enumerate(([1, 3], [0, 2])):
+        items = polars.DataFrame({"item_id": [f"i{row}" for row in rows], "item_index": rows})
+        items.write_parquet(tmp_path / f"ingest/items/shop-{part:05d}.parquet")
+        codes = polars.Series([[row, row + 1] for row in rows])
+        items.with_columns(codes=codes).write_parquet(tmp_path / f"semantic_ids/shop-{part:05d}.parquet")
+        vectors = polars.Series([[[row, 1.0], [row + 2, 1.0]] for row in rows])
+        present = polars.Series([[True, row != 3] for row in rows])
+        items.with_columns(vectors=vectors, present=present).write_parquet(tmp_path / f"features/text/shop-{part:05d}.parquet")
+    given = polars.DataFrame({"item_id": ["i2", "i0", "i3", "i1"], "codes": [[2, 3], [0, 1], [3, 4], [1, 2]]})
+    given.write_parquet(tmp_path / "codes.parquet")
+    expected = [[0, 1], [1, 2], [2, 3], [3, 4]]
+    assert mql4grec.read_codes(tmp_path, "shop", tmp_path / "codes.parquet").tolist() == expected
+    assert cid.run_ids(tmp_path, "shop").tolist() == expected
+    assert vq_rec.text_vectors(tmp_path, "shop").tolist() == [[1, 1], [2, 1], [3, 1], [3, 1]]
+    given[:3].write_parquet(tmp_path / "codes.parquet")
+    with pytest.raises(SystemExit, match="lacks 1 items"):
+        mql4grec.read_codes(tmp_path, "shop", tmp_path / "codes.parquet")
