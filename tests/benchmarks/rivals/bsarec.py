@@ -1,7 +1,7 @@
 """BSARec on a run's sequences: SASRec whose layers mix attention with a low-pass filter along the history.
 
-    python -m tests.benchmarks.rivals.bsarec runs/scientific scientific results/rivals/ranks.parquet \\
-        --set '{"mixing": 0.3}' --set '{"mixing": 0.7}' --set '{"mixing": 0.7, "cutoff": 3}'
+    python -m tests.benchmarks.rivals.bsarec runs/scientific scientific results/rivals/ranks.parquet --epochs 60 --patience 4 \\
+        --minutes 0.75 --set '{"mixing": 0.7}' --set '{"mixing": 0.3}'
 
 BSARec (Shin et al., arXiv 2312.10325). The filter sees the whole history, so every prefix of a training history is a sample of its own.
 Positions count from the last item, as with the published left padding.

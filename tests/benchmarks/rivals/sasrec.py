@@ -1,7 +1,7 @@
 """SASRec with a softmax over the whole catalog, on a run's sequences.
 
-    python -m tests.benchmarks.rivals.sasrec runs/scientific scientific results/rivals/ranks.parquet \\
-        --set '{"dropout": 0.5}' --set '{"width": 128}' --set '{"dropout": 0.2}'
+    python -m tests.benchmarks.rivals.sasrec runs/scientific scientific results/rivals/ranks.parquet --epochs 60 --patience 5 \\
+        --set '{"dropout": 0.5}' --set '{"dropout": 0.5, "width": 128}' --set '{"dropout": 0.2}'
 
 SASRec (Kang and McAuley, arXiv 1808.09781) as sequence toolkits train it today: post-norm layers, tied item embeddings, cross-entropy
 over all items in place of one sampled negative (Klenitskiy and Vasilev, arXiv 2309.07602).

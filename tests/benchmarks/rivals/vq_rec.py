@@ -1,7 +1,7 @@
 """VQ-Rec from scratch on a run's sequences and text vectors.
 
-    python -m tests.benchmarks.rivals.vq_rec runs/scientific scientific results/rivals/ranks.parquet \\
-        --set '{"learning_rate": 0.001}' --set '{"learning_rate": 0.003}' --seeds 0 1 2
+    python -m tests.benchmarks.rivals.vq_rec runs/scientific scientific results/rivals/ranks.parquet --epochs 40 --patience 4 \\
+        --minutes 1.5
 
 VQ-Rec (Hou et al., arXiv 2210.12316) without its pre-training: 32 codes of a product quantizer of the text vectors, an item is the mean
 of their learned embeddings, a causal encoder reads it, and the last state is compared with all items by cosine. The published
