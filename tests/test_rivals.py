@@ -201,7 +201,7 @@ def test_codes_and_vectors_are_read_in_the_order_of_the_items(tmp_path):
         items.write_parquet(tmp_path / f"ingest/items/shop-{part:05d}.parquet")
         codes = polars.Series([[row, row + 1] for row in rows])
         items.with_columns(codes=codes).write_parquet(tmp_path / f"semantic_ids/shop-{part:05d}.parquet")
-        vectors = polars.Series([[[row, 1.0], [row + 2, 1.0]] for row in rows])
+        vectors = polars.Series([[[float(row), 1.0], [row + 2.0, 1.0]] for row in rows])
         present = polars.Series([[True, row != 3] for row in rows])
         items.with_columns(vectors=vectors, present=present).write_parquet(tmp_path / f"features/text/shop-{part:05d}.parquet")
     given = polars.DataFrame({"item_id": ["i2", "i0", "i3", "i1"], "codes": [[2, 3], [0, 1], [3, 4], [1, 2]]})
