@@ -32,7 +32,7 @@ class Split:
 
     def valid_ndcg(self, scores):
         """ndcg@10 of the validation items among all; `scores` gives [users, num_items] of histories, batch by batch."""
-        return ndcg(ranks(scores, self.train, self.valid)[0])
+        return ndcg(ranks(scores, self.train, self.valid, 1)[0])
 
     def test_ranks(self, scores):
         return ranks(scores, [[*history, item] for history, item in zip(self.train, self.valid, strict=True)], self.test)
@@ -43,14 +43,14 @@ def _read(run, pattern):
 
 
 @torch.no_grad()
-def ranks(scores, histories, targets):
-    """[2, users] 1-based ranks, ties at their mean: among all items, and among those that are not in the history."""
-    result = np.zeros((2, len(histories)))
+def ranks(scores, histories, targets, protocols=2):
+    """[protocols, users] 1-based ranks, ties at their mean: among all items, and among those that are not in the history."""
+    result = np.zeros((protocols, len(histories)))
     for begin in range(0, len(histories), BATCH):
         users = slice(begin, begin + BATCH)
         found, target = scores(histories[users]), torch.tensor(targets[users])
         own = found.gather(1, target[:, None])
-        for protocol in range(2):
+        for protocol in range(protocols):
             if protocol:
                 for row, history in enumerate(histories[users]):
                     found[row, [item for item in history if item != target[row]]] = -torch.inf

@@ -1,0 +1,215 @@
+"""The rivals of `tests/benchmarks/rivals` on small data: what their parts compute, and that what is predictable is learned."""
+
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
+import polars
+import pytest
+import torch
+
+from qbert_ray.sequence.beam_search import Trie
+from tests.benchmarks.peers_table import ranks
+from tests.benchmarks.rivals import bsarec, cid, mql4grec, sasrec, vq_rec
+from tests.benchmarks.rivals.encoders import Frequencies
+from tests.benchmarks.rivals.generative import generator, listed, prefixes
+from tests.benchmarks.rivals.training import by_length, compare, fit_encoder, padded
+
+ITEMS, WIDTH = 12, 16
+SMALL = {"width": WIDTH, "num_heads": 2, "ffn_width": 16, "dropout": 0.0, "batch_size": 8, "learning_rate": 0.01}
+GIVEN = Namespace(epochs=30, patience=30, minutes=None)
+
+
+def circle():
+    """Users who go round in a circle of items: what comes next is certain."""
+    walks = [[(first + step) % ITEMS for step in range(length)] for first in range(ITEMS) for length in (3, 4, 5, 6, 9)]
+    valid = [(walk[-1] + 1) % ITEMS for walk in walks]
+    return SimpleNamespace(num_items=ITEMS, every=walks, train=walks, valid=valid, test=[(item + 1) % ITEMS for item in valid])
+
+
+def codes_of_items():
+    return np.stack(np.divmod(np.arange(ITEMS), 4), axis=1)
+
+
+def product_codes():
+    """Eight codes of four codewords: two items share some of them."""
+    return np.random.default_rng(0).integers(0, 4, (ITEMS, 8))
+
+
+ENCODERS = {
+    "sasrec": lambda: sasrec.SASRec(ITEMS, sasrec.DEFAULTS | SMALL),
+    "bsarec": lambda: bsarec.BSARec(ITEMS, bsarec.DEFAULTS | SMALL),
+    "vq_rec": lambda: vq_rec.VQRec(product_codes(), vq_rec.DEFAULTS | SMALL | {"codebook_size": 4}),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_learns_what_is_certain(name):
+    torch.manual_seed(0)
+    split = circle()
+    found = fit_encoder(ENCODERS[name](), split, SMALL | {"weight_decay": 0.0}, GIVEN, 0, prefixes=name == "bsarec")
+    assert found.value > 0.9
+    histories = [[*history, item] for history, item in zip(split.train, split.valid, strict=True)]
+    assert (ranks(found.scores, histories, split.test)[0] == 1).mean() > 0.8
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_neither_padding_nor_other_histories_of_a_batch_matter(name):
+    torch.manual_seed(0)
+    scores = ENCODERS[name]().scorer()
+    histories = [[3, 4, 5, 6, 7, 8], [1, 2], [5]]
+    together = scores(histories)
+    for row, history in enumerate(histories):
+        torch.testing.assert_close(scores([history])[0], together[row], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sasrec", "vq_rec"])
+def test_states_do_not_see_later_items(name):
+    torch.manual_seed(0)
+    model = ENCODERS[name]().eval()
+    catalog = model.catalog()
+    states = model(torch.tensor([[1, 2, 3, 4], [1, 2, 9, 9]]), catalog)
+    torch.testing.assert_close(states[0, :2], states[1, :2])
+    assert not torch.allclose(states[0, 2], states[1, 2])
+
+
+def test_the_low_pass_is_that_of_a_fourier_transform():
+    model = Frequencies(3, 5, 10, 0.0)
+    x = torch.randn(2, 10, 3)
+    spectrum = torch.fft.rfft(x, dim=1, norm="ortho")
+    spectrum[:, 3:] = 0
+    torch.testing.assert_close(model.low @ x, torch.fft.irfft(spectrum, n=10, dim=1, norm="ortho"), atol=1e-5, rtol=1e-5)
+
+
+def test_batches_hold_every_sample_once_and_are_of_about_one_length():
+    lengths = np.random.default_rng(0).integers(1, 20, 100)
+    batches = by_length(lengths, 8, 0, 1)
+    assert sorted(np.concatenate(batches)) == list(range(100))
+    assert max(int(np.ptp(lengths[rows])) for rows in batches) <= 4
+    assert padded([[1, 2, 3], [4], []], 2, 9).tolist() == [[2, 3], [9, 4], [9, 9]]
+
+
+def test_product_codes_tell_vectors_apart():
+    vectors = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    codes = vq_rec.product_codes(vectors, np.arange(50), 4, 8, 0)
+    assert codes.shape == (60, 4) and codes.min() >= 0 and codes.max() < 8
+    assert len(np.unique(codes, axis=0)) > 50
+
+
+def test_the_setting_that_validates_best_alone_ranks_test_items(monkeypatch, tmp_path):
+    asked = []
+
+    def train(split, settings, given, seed):
+        def scores(histories):
+            asked.append((settings["which"], seed))
+            return torch.zeros(len(histories), ITEMS)
+
+        return SimpleNamespace(scores=scores, epoch=0, value=settings["which"], seconds=0.0)
+
+    class Given:
+        users, num_items = ["a"], ITEMS
+
+        def __init__(self, run, domain):
+            pass
+
+        def test_ranks(self, scores):
+            return ranks(scores, [[1]], [2])
+
+    monkeypatch.setattr("tests.benchmarks.rivals.training.Split", Given)
+    given = Namespace(
+        run="", domain="shop", out=tmp_path / "ranks.parquet", settings=[{"which": 1}, {"which": 3}, {"which": 2}], seeds=[0, 1]
+    )
+    compare(given, "name", {}, train)
+    assert set(asked) == {(3, 0), (3, 1)}
+
+
+def languages():
+    text = codes_of_items()
+    return mql4grec.Languages(text, text[::-1].copy())
+
+
+def test_the_two_languages_share_a_catalog_and_nothing_else():
+    found = languages()
+    assert found.catalog.shape == (2 * ITEMS + 3, 2) and found.codebook_size == 4 + 4 + 3
+    text, image, prompts = found.catalog[:ITEMS], found.catalog[ITEMS : 2 * ITEMS], found.catalog[2 * ITEMS :]
+    assert text.max() < 4 <= image.min() and image.max() < 8 <= prompts.min()
+    for trie, rows in zip(found.tries, found.rows, strict=True):
+        assert sorted(trie.items.tolist()) == list(rows)
+
+
+def test_samples_are_of_all_five_tasks():
+    found = languages()
+    samples = found.samples([[0, 1, 2], [5, 4]], 20, np.random.default_rng(0))
+    told = [(tuple(sample.read), sample.target) for sample in samples]
+    assert len(told) == 3 * 3 + 2 * ITEMS
+    assert told[:3] == [((0,), 1), ((0, 1), 2), ((5,), 4)]
+    assert told[3:6] == [((12,), 13), ((12, 13), 14), ((17,), 16)]
+    for (read, target), (text, after) in zip(told[6:9], told[:3], strict=True):
+        assert read[0] == 2 * ITEMS + mql4grec.ACROSS
+        turned = read[1] >= ITEMS
+        assert (read[1:], target) == (tuple(item + turned * ITEMS for item in text), after + (not turned) * ITEMS)
+    assert told[9] == ((2 * ITEMS + mql4grec.TO_IMAGE, 0), ITEMS) and told[-1] == ((2 * ITEMS + mql4grec.TO_TEXT, 2 * ITEMS - 1), ITEMS - 1)
+
+
+def test_items_of_both_lists_come_first():
+    nothing = -torch.inf
+    found = mql4grec.merged(torch.tensor([[-1.0, -2.0, nothing, nothing]]), torch.tensor([[nothing, -4.0, -0.5, nothing]]))
+    assert found.tolist() == [[-1.0, -2.0, -0.5, nothing]]
+
+
+def test_a_list_holds_the_log_probabilities_of_its_items():
+    torch.manual_seed(0)
+    codes = codes_of_items()
+    model = generator(2, 4, 5, mql4grec.DEFAULTS | {"width": 16, "ffn_width": 16}).eval()
+    trie = Trie.build(torch.from_numpy(codes))
+    histories = [np.array([1, 2, 3]), np.array([4])]
+    full, short = (listed(model, codes, trie, histories, beam, range(ITEMS)) for beam in (ITEMS, 5))
+    with torch.no_grad():
+        memory = model.encode(model.read(np.concatenate(histories), np.array([3, 1]), codes))
+        torch.testing.assert_close(full * 3, model.score_all(memory, torch.from_numpy(codes)), atol=1e-5, rtol=1e-5)
+    assert ((short > -torch.inf).sum(1) == 5).all()
+
+
+def test_both_generative_rivals_learn_what_is_certain(tmp_path, monkeypatch):
+    split = circle()
+    sizes = {"width": 32, "num_heads": 2, "head_width": 16, "ffn_width": 32, "dropout": 0.0, "batch_size": 16, "warmup_steps": 5}
+    given = Namespace(epochs=15, patience=15, minutes=None, run="", domain="", text="text", image="image", ids="cid")
+    monkeypatch.setattr(mql4grec, "read_codes", lambda run, domain, codes: codes_of_items()[:: 1 if codes == "text" else -1].copy())
+    torch.manual_seed(0)
+    assert mql4grec.train(split, mql4grec.DEFAULTS | sizes | {"learning_rate": 0.005}, given, 0).value > 0.9
+    settings = cid.DEFAULTS | sizes | {"clusters": 3, "largest": 4, "learning_rate": 0.005}
+    assert cid.train(split, settings, given, 0).value > 0.9
+
+
+def test_collaborative_ids_are_unique_and_put_what_is_bought_together_together():
+    histories = [[0, 1, 2]] * 4 + [[3, 4, 5]] * 4 + [[6, 7]] * 4 + [[2, 3]]
+    affinity = cid.co_occurrence([*histories, [0, 0, 1]], 8)
+    assert affinity[0, 1] == 5 and affinity[0, 0] == 0 and affinity[2, 3] == 1
+    ids = cid.collaborative_ids(affinity, 3, 4, 8, 0)
+    assert len(np.unique(ids, axis=0)) == 8
+    assert [len(set(ids[group, 0])) for group in ([0, 1, 2], [3, 4, 5], [6, 7])] == [1, 1, 1] and len(set(ids[:, 0])) == 3
+    deeper = cid.collaborative_ids(affinity, 2, 2, 8, 0)
+    assert len(np.unique(deeper, axis=0)) == 8 and deeper.shape[1] > 2
+    assert len(prefixes(histories, 20)) == 21
+
+
+def test_codes_and_vectors_are_read_in_the_order_of_the_items(tmp_path):
+    for folder in ("ingest/items", "features/text", "semantic_ids"):
+        (tmp_path / folder).mkdir(parents=True)
+    for part, rows in enumerate(([1, 3], [0, 2])):
+        items = polars.DataFrame({"item_id": [f"i{row}" for row in rows], "item_index": rows})
+        items.write_parquet(tmp_path / f"ingest/items/shop-{part:05d}.parquet")
+        codes = polars.Series([[row, row + 1] for row in rows])
+        items.with_columns(codes=codes).write_parquet(tmp_path / f"semantic_ids/shop-{part:05d}.parquet")
+        vectors = polars.Series([[[float(row), 1.0], [row + 2.0, 1.0]] for row in rows])
+        present = polars.Series([[True, row != 3] for row in rows])
+        items.with_columns(vectors=vectors, present=present).write_parquet(tmp_path / f"features/text/shop-{part:05d}.parquet")
+    given = polars.DataFrame({"item_id": ["i2", "i0", "i3", "i1"], "codes": [[2, 3], [0, 1], [3, 4], [1, 2]]})
+    given.write_parquet(tmp_path / "codes.parquet")
+    expected = [[0, 1], [1, 2], [2, 3], [3, 4]]
+    assert mql4grec.read_codes(tmp_path, "shop", tmp_path / "codes.parquet").tolist() == expected
+    assert cid.run_ids(tmp_path, "shop").tolist() == expected
+    assert vq_rec.text_vectors(tmp_path, "shop").tolist() == [[1, 1], [2, 1], [3, 1], [3, 1]]
+    given[:3].write_parquet(tmp_path / "codes.parquet")
+    with pytest.raises(SystemExit, match="lacks 1 items"):
+        mql4grec.read_codes(tmp_path, "shop", tmp_path / "codes.parquet")
