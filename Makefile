@@ -21,11 +21,11 @@ demo: .venv/.installed ## every stage on a generated shop; outputs in runs/demo
 	$(BIN)/qbert-ray demo runs/demo
 	@echo "The command is in $(BIN): run 'source $(BIN)/activate', then qbert-ray works by name."
 
-test: .venv/.installed ## the tests; QBERT_REAL_DATA=<folder> adds those on real data
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --durations 15
+test: .venv/.installed ## the tests, and that they cover enough of the package; QBERT_REAL_DATA=<folder> adds those on real data
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --durations 15 --cov --cov-report=
 
-coverage: .venv/.installed ## the same tests with branch coverage and its lower bound; takes longer
-	$(BIN)/python -m pytest --cov --cov-report=term
+coverage: .venv/.installed ## lines and branches that the last make test left out
+	$(BIN)/coverage report --show-missing --sort=miss --fail-under=0
 
 test-slow: .venv/.installed ## also the tests that take minutes
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1800

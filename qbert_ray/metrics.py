@@ -86,16 +86,16 @@ def codebook_usage(codes: np.ndarray, codebook_size: int) -> list[float]:
     return [np.count_nonzero(np.bincount(level)) / codebook_size for level in codes.T]
 
 
-def perplexity(codes: np.ndarray, codebook_size: int) -> list[float]:
-    """Perplexity (2 ** entropy) of the codes per level: codebook_size if all are used equally, 1 if only one is."""
-    return [2**bits for bits in entropy(codes, codebook_size)]
+def perplexity(codes: np.ndarray) -> list[float]:
+    """Perplexity (2 ** entropy) of the codes per level: M if all codewords are used equally, 1 if only one is."""
+    return [2**bits for bits in entropy(codes)]
 
 
-def entropy(codes: np.ndarray, codebook_size: int) -> list[float]:
-    """Entropy in bits of the codes per level: log2(codebook_size) where all are used equally, 0 where one is."""
+def entropy(codes: np.ndarray) -> list[float]:
+    """Entropy in bits of the codes per level: log2 M where all M codewords are used equally, 0 where one is."""
     result = []
     for level in codes.T:
-        share = np.bincount(level, minlength=codebook_size) / max(len(level), 1)
+        share = np.bincount(level) / max(len(level), 1)
         used = share[share > 0]
         result.append(float(-(used * np.log2(used)).sum()) + 0.0)
     return result

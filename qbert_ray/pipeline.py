@@ -55,8 +55,9 @@ def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Man
     changed = [path for path in sorted(set(wanted) | set(done.config)) if wanted.get(path) != done.config.get(path)]
     if changed:
         lines = "\n".join(f"  {path}: made with {done.config.get(path)!r}, now {wanted.get(path)!r}" for path in changed[:5])
+        own = "" if "://" in run.uri else f", use its own settings with -c {run.uri}/config.yaml"
         raise ArtifactError(
-            f"{run.uri}/{stage.name} was made with another config:\n{lines}\nredo it with --from {stage.command}, or choose another run.dir"
+            f"{run.uri}/{stage.name} was made with another config:\n{lines}\nredo it with --from {stage.command}{own}, or choose another run.dir"
         )
     inputs = _input_fingerprints(stage, config, run)
     stale = [name for name, fingerprint in inputs.items() if done.inputs.get(name) != fingerprint]
@@ -161,7 +162,7 @@ def _input_fingerprints(stage: Stage, config: Config, run: RunDir) -> dict[str, 
 
 
 FILTERED = ("score", "score_histories")  # stages that leave out what score.exclude and score.allow say
-_FILES = {"ingest": ("items", "interactions")}
+_FILES = {"ingest": ("items", "interactions", "validation", "test")}
 
 
 def file_fingerprints(stage: Stage, config: Config) -> dict[str, str]:

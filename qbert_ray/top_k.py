@@ -31,10 +31,21 @@ def ranks(scores: Tensor, target: Tensor, seen: list[np.ndarray] | None = None) 
     return better + 1 if seen is None else better + 1 - _better_among(scores, own, target, seen)
 
 
-def rank_pairs(scores: Tensor, target: Tensor, seen: list[np.ndarray]) -> Tensor:
-    """[B, 2] 1-based rank of each target among all items, and among the unseen ones."""
+def rank_pairs(scores: Tensor, target: Tensor, seen: list[np.ndarray], repeats: float = 0.0) -> Tensor:
+    """[B, 2] 1-based rank of each target among all items, and among the unseen ones.
+
+    Args:
+        scores: [B, N].
+        target: [B] item_index.
+        seen: item indices that each user had.
+        repeats: added to the scores of seen items where all are ranked.
+    """
     rank = ranks(scores, target)
-    return torch.stack([rank, rank - _better_among(scores, scores.gather(1, target[:, None]), target, seen)], dim=1)
+    unseen = rank - _better_among(scores, scores.gather(1, target[:, None]), target, seen)
+    if repeats:
+        rows, items = (torch.from_numpy(each).to(scores.device) for each in pairs(seen, scores.shape[1]))
+        rank = ranks(scores.index_put((rows, items), scores.new_tensor(repeats), accumulate=True), target)
+    return torch.stack([rank, unseen], dim=1)
 
 
 def _better_among(scores: Tensor, own: Tensor, target: Tensor, seen: list[np.ndarray]) -> Tensor:

@@ -76,6 +76,10 @@ class Task(Protocol[M]):
         """Metrics after an epoch, computed on rank 0."""
         ...
 
+    def complete(self, model: Any, device: torch.device) -> None:
+        """Set what no gradient trains in the model that is kept, on rank 0."""
+        ...
+
 
 class Loop:
     """Trains one task on one worker, epoch by epoch, without Ray."""
@@ -273,7 +277,11 @@ class Loop:
 def publish(loop: Loop, run: RunDir, folder: str) -> None:
     """Write the trained model and the log of its epochs to the run directory."""
     run.write_bytes(f"{folder}/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in loop.log).encode())
-    run.save_model(f"{folder}/model", loop.best or loop.weights(), loop.task.description())
+    loop.model.load_state_dict(loop.best or loop.weights())
+    loop.model.eval()
+    with torch.inference_mode():
+        loop.task.complete(loop.model, loop.device)
+    run.save_model(f"{folder}/model", loop.model.state_dict(), loop.task.description())
 
 
 def last_metrics(run: RunDir, folder: str) -> Any:

@@ -10,6 +10,7 @@ import yaml
 
 from qbert_ray import __version__
 from qbert_ray.config.loading import load_config
+from qbert_ray.storage.stages import STAGES
 from tests import ROOT
 
 KUBERAY, LAUNCHER = ["rayjob", "raycluster"], ["aws", "hosts"]
@@ -137,6 +138,12 @@ def test_each_file_opens_with_how_to_use_it_and_names_what_exists(file):
     for line in re.findall(r"python -m jobs\.\w+ -c (.*)", re.sub(r"(\\\n#|\n)\s+(?=data\.root|compute)", " ", text)):
         config, *overrides = line.split()
         load_config([ROOT / config], overrides)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_groups_of_nodes_name_stages_that_exist(file):
+    for said in re.findall(r"# ((?:\w+, )+)and whatever needs no GPU", file.read_text()):
+        assert set(said.removesuffix(", ").split(", ")) <= {stage.name for stage in STAGES}
 
 
 def test_the_image_holds_what_the_package_needs():

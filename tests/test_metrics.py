@@ -55,8 +55,8 @@ def test_quality_of_codes():
     codes = np.array([[0, 0], [0, 1], [0, 1], [1, 2]])
     assert collision_rate(codes) == 1 / 4
     assert codebook_usage(codes, 4) == [2 / 4, 3 / 4]
-    assert np.isclose(perplexity(np.array([[0], [1], [2], [3]]), 4)[0], 4)
-    assert np.isclose(perplexity(np.array([[2], [2]]), 4)[0], 1)
+    assert np.isclose(perplexity(np.array([[0], [1], [2], [3]]))[0], 4)
+    assert np.isclose(perplexity(np.array([[2], [2]]))[0], 1)
 
 
 def test_an_interval_is_that_of_the_normal_distribution():
@@ -105,13 +105,13 @@ def test_a_random_order_of_few_candidates_by_hand():
 
 def test_spread_of_codes_by_hand():
     codes = np.array([[0, 3], [0, 3], [1, 3], [2, 3]])
-    assert entropy(codes, 4) == [1.5, 0]  # shares 1/2, 1/4, 1/4
-    assert perplexity(codes, 4) == pytest.approx([2**1.5, 1])
+    assert entropy(codes) == [1.5, 0]  # shares 1/2, 1/4, 1/4
+    assert perplexity(codes) == pytest.approx([2**1.5, 1])
     # counts 0, 1, 1, 2 in order: 2 (2 + 3 + 8) / (4 * 4) - 5 / 4
     assert gini(codes, 4) == pytest.approx([26 / 16 - 5 / 4, 3 / 4])
     assert codebook_usage(codes, 8) == [3 / 8, 1 / 8]
     assert collision_rate(codes) == 1 / 4 and collision_rate(codes[:0]) == 0
     assert collision_rate(np.array([[1, 0], [0, 1], [1, 0], [0, 0]])) == 1 / 4
     nothing = codes[:0]
-    assert entropy(nothing, 4) == [0, 0] and str(entropy(nothing, 4)[0]) == "0.0"
+    assert entropy(nothing) == [0, 0] and str(entropy(nothing)[0]) == "0.0"
     assert gini(nothing, 4) == pytest.approx([-5 / 4] * 2)

@@ -31,6 +31,12 @@ def test_top_k_equals_a_plain_sort(rows, k):
         assert values[row].tolist() == [scores[item] for item in order]
 
 
+def test_what_is_added_to_repeats_counts_where_they_are_ranked():
+    scores, target, seen = torch.tensor([[5.0, 4.0, 3.0, 2.0]] * 2), torch.tensor([2, 1]), [np.array([0, 0, 3]), np.array([0, 1])]
+    assert rank_pairs(scores, target, seen).tolist() == [[3, 2], [2, 1]]
+    assert rank_pairs(scores, target, seen, repeats=-2.5).tolist() == [[2, 2], [4, 1]]  # of 2.5, 4, 3, -.5, and of 2.5, 1.5, 3, 2
+
+
 def test_seen_items_leave_the_ranking_but_a_seen_target_stays():
     scores = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
     assert ranks(scores, torch.tensor([2])).tolist() == [3]

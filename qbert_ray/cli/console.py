@@ -175,8 +175,9 @@ def _ingested(domain: str, figures: dict[str, Any]) -> str:
     split = figures.get("split")
     if split is None:
         return said
+    validation, test = (f" from {split[name]}" if name in split else "" for name in ("validation_from", "test_from"))
     return (
-        f"{said}; validation from {split['validation_from']} ({split['users_validated']:,} users), test from {split['test_from']} "
+        f"{said}; validation{validation} ({split['users_validated']:,} users), test{test} "
         f"({figures['users_evaluated']:,}); only later: {split['users_only_later']:,} users, {split['items_only_later']:,} items; "
         f"{split['further_interactions']:,} further interactions"
     )

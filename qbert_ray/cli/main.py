@@ -14,9 +14,10 @@ from qbert_ray.cli import config_commands, data_commands, id_commands, stage_com
 from qbert_ray.cli.arguments import Files, Overrides
 from qbert_ray.cli.console import trials_table
 from qbert_ray.cli.journal import Journal, Terminal
-from qbert_ray.cli.stage_commands import journal_of, run_stages, show_metrics
+from qbert_ray.cli.stage_commands import journal_of, of_ray, run_stages, show_metrics
 from qbert_ray.cli.terminal import open_console, shown
 from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials, with_values
+from qbert_ray.config.schema import Config
 from qbert_ray.execution.failures import root_cause, stoppable
 from qbert_ray.storage.directory import ArtifactError, RunDir
 from qbert_ray.storage.lock import locked
@@ -120,7 +121,8 @@ def sweep(
 
     plan = Plan(settings)
     journal = journal_of(settings, plan.folder.uri)
-    journal.begin(f"sweep {settings.sweep.name} in {settings.run.dir}; starting Ray")
+    journal.begin(f"sweep {settings.sweep.name} in {settings.run.dir}{of_ray(settings, always=True)}")
+    _warn_of_local(settings, journal)
     tuning.check_base(plan)
     if resume and not plan.folder.exists(tuning.SWEEP):
         raise ConfigError(f"--resume: no sweep {settings.sweep.name} in {settings.run.dir}; begin it without --resume")
@@ -163,7 +165,8 @@ def reproduce(
 
     plan = Plan(settings)
     journal = journal_of(settings, plan.folder.uri)
-    journal.begin(f"{what.title} in {settings.run.dir}; starting Ray")
+    journal.begin(f"{what.title} in {settings.run.dir}{of_ray(settings, always=True)}")
+    _warn_of_local(settings, journal)
     for name, why in skipped.items():
         journal.warn(f"row {name!r} is left out: {why}")
     tuning.check_base(plan)
@@ -173,6 +176,11 @@ def reproduce(
     failed = [plan.names[trial.name] for trial in plan.trials if plan.result(trial).get("status") != "done"]
     if failed:
         raise ArtifactError(f"the table lacks trials of {', '.join(sorted(set(failed)))}; the same command tries them again")
+
+
+def _warn_of_local(settings: Config, journal: Journal) -> None:
+    if settings.compute.executor == "local":
+        journal.warn("compute.executor=local is for single runs; the trials of sweeps and tables run on Ray Tune")
 
 
 def _search(plan: Plan, journal: Journal) -> Best | None:

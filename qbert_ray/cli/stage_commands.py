@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +145,18 @@ def show_metrics(directory: RunDir, journal: Journal) -> None:
         journal.metrics(domain, content)
 
 
+def of_ray(config: Config, always: bool = False) -> str:
+    """What a command does with Ray before anything else, after a semicolon; empty where it uses none.
+
+    Args:
+        always: whether it uses Ray whatever `compute.executor` says, as sweeps do.
+    """
+    if config.compute.executor != "ray" and not always:
+        return ""
+    address = config.compute.address or os.environ.get("RAY_ADDRESS")
+    return f"; connecting to Ray at {address}" if address else "; starting Ray"
+
+
 def run_stages(config: Config, journal: Journal, only: Stage | None, redo: str | None) -> None:
     """Run every stage that is not done yet.
 
@@ -156,7 +169,7 @@ def run_stages(config: Config, journal: Journal, only: Stage | None, redo: str |
     Raises:
         ArtifactError: existing outputs were made with another config or from other data.
     """
-    journal.begin(f"run directory {config.run.dir}{'; starting Ray' * (config.compute.executor == 'ray')}")
+    journal.begin(f"run directory {config.run.dir}{of_ray(config)}")
     from qbert_ray.execution.executor import open_executor
     from qbert_ray.inputs.sources import check_root
     from qbert_ray.pipeline import preflight, redo_from, run_stage, status
@@ -214,7 +227,7 @@ def _is_other(stage: Stage, config: Config, directory: RunDir) -> bool:
 
 def _append(config: Config, everything: bool) -> None:
     journal = journal_of(config, config.run.dir)
-    journal.begin(f"run directory {config.run.dir}{'; starting Ray' * (config.compute.executor == 'ray')}")
+    journal.begin(f"run directory {config.run.dir}{of_ray(config)}")
     from qbert_ray.append import append_ids
     from qbert_ray.execution.executor import open_executor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,11 @@ class Inputs(Section):
 class Domain(Section):
     items: str = Field("items.parquet", description="catalog: file, folder or glob (Parquet, CSV, JSONL), under data.root")
     interactions: str = Field("interactions.parquet", description="histories: file, folder or glob, under data.root")
+    validation: str | None = Field(
+        None,
+        description="with data.split=given: your validation interactions, file, folder or glob; interactions then are those for training",
+    )
+    test: str | None = Field(None, description="with data.split=given: your test interactions")
     role: Literal["target", "source"] = Field(
         "target", description="source: only pre-trained on; target: also fine-tuned", json_schema_extra=paper("§4.1")
     )
@@ -33,8 +38,8 @@ class Domain(Section):
         "auto", description="raw Amazon review and metadata files, or the input contract"
     )
     item_columns: dict[Literal["item_id"], str] = Field({}, description="name of the column in the items file, where it is not item_id")
-    interaction_columns: dict[Literal["user_id", "item_id", "timestamp", "rating", "event_type", "interaction_weight"], str] = Field(
-        {}, description="names of the columns in the interactions file, where they differ"
+    interaction_columns: dict[Literal["user_id", "item_id", "timestamp", "rating", "event_type", "interaction_weight", "split"], str] = (
+        Field({}, description="names of the columns in the interactions file, where they differ")
     )
     event_weights: dict[str, PositiveFloat] = Field(
         {},
@@ -89,7 +94,9 @@ class Data(Section):
     domains: dict[str, Domain] = Field({"items": Domain()}, description="name -> one catalog with its interactions")
     semantic_ids: str | None = Field(None, description="semantic IDs made elsewhere (item_id, codes[, domain]): stages 1 and 2 are skipped")
     min_interactions: NonNegativeInt = Field(
-        5, description="k of the iterative k-core over users and items", json_schema_extra=paper("§4.1: 5-core sets")
+        5,
+        description="k of the iterative k-core over users and items; 0 if not set and data.split is given, so that a split of your own is used as it is",
+        json_schema_extra=paper("§4.1: 5-core sets"),
     )
     min_item_interactions: NonNegativeInt | None = Field(
         None, description="k for items, where it differs; 0 keeps every item of the catalog"
@@ -99,10 +106,11 @@ class Data(Section):
         0.0,
         description="share of the target domains' items, chosen by a hash, that is held out of all training to measure cold-start ranking",
     )
-    split: Literal["leave_one_out", "temporal"] = Field(
+    split: Literal["leave_one_out", "last_n", "temporal", "given"] = Field(
         "leave_one_out",
-        description="leave_one_out: the last item of each user is the test target, the one before it the validation target; temporal: all users are "
-        "cut at the same two times, and the first item of each period is a target; needs real timestamps",
+        description="leave_one_out: the last item of each user is the test target, the one before it the validation target; last_n: the last "
+        "split_last of each user are the two periods; temporal: all users are cut at the same two times, needs real timestamps; given: your own, by the "
+        "files validation and test of each domain or the column split of its interactions. The first item of each period is a target",
         json_schema_extra=paper("§4.1: leave-one-out"),
     )
     split_cuts: list[float | str] = Field(
@@ -112,7 +120,42 @@ class Data(Section):
         description="of a temporal split, where the validation and the test period begin: two dates such as '1998-03-01' (UTC), or shares of a "
         "domain's interactions that come before",
     )
+    split_last: list[PositiveInt] = Field(
+        [1, 1],
+        min_length=2,
+        max_length=2,
+        description="of last_n: how many of each user's last interactions are for validation and for test",
+    )
     rows_per_part: PositiveInt | None = Field(None, description="rows per Parquet part, the unit of work; None: follows from the row count")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_as_it_is(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("split") == "given":
+            return {"min_interactions": 0} | values
+        return values
+
+    @model_validator(mode="after")
+    def _own_files(self) -> Data:
+        for name, domain in self.domains.items():
+            own = [field for field in ("validation", "test") if getattr(domain, field) is not None]
+            where = f"data.domains.{name}"
+            if own and self.split != "given":
+                raise ValueError(f"{where}.{own[0]} is only read with data.split=given, and data.split is {self.split}")
+            if len(own) == 1:
+                other = "test" if own == ["validation"] else "validation"
+                raise ValueError(
+                    f"{where}.{own[0]} is set and {where}.{other} is not: give both. Validation chooses the epoch and the blend, so it cannot be left "
+                    "out; without such a file, data.split=leave_one_out holds out the last two interactions of each user"
+                )
+            if own and "split" in domain.interaction_columns:
+                raise ValueError(f"{where} has files for validation and test, and interaction_columns.split as well: choose one of the two")
+            files = [domain.interactions, domain.validation, domain.test]
+            if own and len(set(files)) < len(files):
+                raise ValueError(
+                    f"{where}: interactions, validation and test are {', '.join(map(str, files))}: each needs files of its own"
+                )
+        return self
 
     @model_validator(mode="after")
     def _some_domain(self) -> Data:

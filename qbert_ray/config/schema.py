@@ -140,7 +140,7 @@ class Sequencer(Section):
         "catalog", description="softmax over the domain's items, or per-level cross-entropy", json_schema_extra=paper("Eq. 11")
     )
     token_weight: NonNegativeFloat = Field(
-        0.0,
+        1.0,
         description="loss catalog: weight of the per-level cross-entropy that is added to the softmax over items; not with tokens: word",
         json_schema_extra=paper("Eq. 11 alone"),
     )
@@ -161,6 +161,11 @@ class Sequencer(Section):
         0.2, description="share of items whose codes are hidden in training, as a cold item's codes are new; needs content"
     )
     recall: bool = Field(True, description="add a recency-weighted mean of the history's item vectors to the query; not with tokens: flat")
+    repeats: bool = Field(
+        True,
+        description="add a number, calibrated on validation items, to scores of items of the history where a sequence model alone ranks them; needs loss: catalog",
+        json_schema_extra=paper("none"),
+    )
     item_embedding: bool = Field(
         True, description="add an embedding per item to its composed vector; zero for cold items; needs loss: catalog, and not tokens: flat"
     )

@@ -14,3 +14,12 @@ def shipped(path: Path) -> Path | None:
         return None
     found = (folder / Path(*path.parts[1:]) for folder in _FOLDERS)
     return next((file for file in found if file.is_file()), None)
+
+
+def beside(path: Path) -> list[str]:
+    """Shipped configs in the folder of a path such as configs/tables/mine.yaml, as paths of the same form."""
+    if path.parts[:1] != ("configs",):
+        return []
+    inside = Path(*path.parts[1:]).parent
+    files = next((found for folder in _FOLDERS if (found := sorted((folder / inside).glob("*.yaml")))), [])
+    return [str(path.parent / file.name) for file in files]

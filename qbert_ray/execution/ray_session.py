@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # Read by Ray when it is imported. A training costs 12 s less to start with these, and each worker's line prints once.
 for _name, _value in {
@@ -38,12 +40,53 @@ TOKEN_NEEDED = (
     "Ray at {where} asks for a token ({reason}); set RAY_AUTH_MODE=token, and let ~/.ray/auth_token, RAY_AUTH_TOKEN_PATH or "
     "RAY_AUTH_TOKEN hold what `ray get-auth-token` prints on the cluster's head"
 )
+SLOW = ("timed out during startup", "Timed out waiting for file")  # how Ray says that its processes are not ready in time
+TRIES = 3  # at starting Ray on this machine
+ANSWER_SECONDS = 10.0  # in which a cluster must accept a connection
 ANYWHERE = "DEFAULT"  # strategy of tasks that a sweep's trial starts: else they would wait inside the trial's own placement group, which has no CPU
 
 
 def started_locally() -> bool:
     """Whether this process started Ray by itself, so that Ray ends with it."""
     return _started_here
+
+
+def _init(**arguments: Any) -> None:
+    """`ray.init`, again if a node does not start in the 30 s that Ray gives it, as on a busy machine.
+
+    Raises:
+        ValueError: it does not start in several tries.
+    """
+    for attempt in range(TRIES):
+        try:
+            ray.init(**arguments)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not any(said in str(error) for said in SLOW):
+                raise
+            if attempt == TRIES - 1:
+                raise ValueError(
+                    f"Ray did not start on this machine: {TRIES} times its processes were not ready within 30 s. The machine is too busy or its "
+                    "memory is used up; free it, or run without Ray: compute.executor=local"
+                ) from None
+
+
+def _check_reachable(address: str) -> None:
+    """Raise if nothing answers at a host and port; Ray itself would wait for minutes.
+
+    Raises:
+        ValueError: with the reason of the operating system.
+    """
+    host, colon, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"no cluster answers at {address} ({error}); compute.address and RAY_ADDRESS take what `ray start --head` prints, such as 10.0.0.1:6379"
+        ) from None
 
 
 @contextmanager
@@ -54,7 +97,8 @@ def session(address: str | None = None) -> Iterator[None]:
         address: of the cluster; None: RAY_ADDRESS, or a Ray of the run's own, whatever else runs on this machine.
 
     Raises:
-        ValueError: the cluster asks for a token, and this process has none or another cluster's.
+        ValueError: nothing answers at the address, the cluster asks for a token, and this process has none or another cluster's, or
+            a Ray of the run's own does not start in time.
     """
     global _started_here
     owner = not ray.is_initialized()
@@ -66,8 +110,10 @@ def session(address: str | None = None) -> Iterator[None]:
     if owner:
         before = signal.getsignal(signal.SIGTERM)
         strict = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(MARK)}
+        if not starts:
+            _check_reachable(address or os.environ["RAY_ADDRESS"])
         try:
-            ray.init(
+            _init(
                 address="local" if starts else address,  # without an address Ray joins whatever cluster runs on this machine
                 runtime_env={"env_vars": strict} if strict and not starts else None,  # processes that are started here inherit it
                 include_dashboard=False if starts else None,

@@ -69,6 +69,9 @@ class FusionTask:
         others = [there[samples].any(1) for name, there in self.features.present.items() if name not in learnt]
         return dict.fromkeys(learnt, torch.from_numpy(hidden & np.any(others, axis=0)).to(device)) if others else {}
 
+    def complete(self, model: Any, device: torch.device) -> None:
+        """Nothing: all weights are trained."""
+
     def evaluate(self, model: Any, device: torch.device) -> FusionMetrics:
         rows = np.arange(min(self.num_items, SAMPLE))
         fused = model(torch.from_numpy(rows).to(device), *self.features.batch(rows, device))

@@ -26,6 +26,7 @@ DELIMITERS = ",;\t|"
 OPEN_QUOTE, WRONG_CELLS, LONG_LINE = "open quotation mark", "invalid CSV row", "line too long"  # why a row is rejected
 MOST_QUOTED = 1 << 20  # bytes of one cell: a quotation mark that is not closed within them is taken for a stray one
 SHOWN_LINE = 1 << 14  # bytes of a line past the bound that are kept
+_BLANKS = " \t\r\n\f\v\u00a0\ufeff\u200b\u200c\u200d\u2060\u200e\u200f"  # around names, the invisible ones included
 _QUOTE, _NEWLINE, _RETURN = b'"'[0], b"\n"[0], b"\r"[0]
 
 
@@ -77,7 +78,7 @@ def header(content: bytes, kind: str) -> tuple[Dialect, tuple[str, ...]]:
     delimiter = max(choices, key=lambda sign: len(_first_row(text, sign)[0]))  # the first of equals
     names, lines = _first_row(text, delimiter)
     quoted = kind != "tsv" or text.startswith('"') and text.partition("\n")[0].rstrip("\r").endswith('"')
-    return Dialect(delimiter, quoted, skipped + lines), _distinct([name.strip().strip('"').strip() for name in names])
+    return Dialect(delimiter, quoted, skipped + lines), _distinct([name.strip(_BLANKS).strip('"').strip(_BLANKS) for name in names])
 
 
 def read(stream: BinaryIO, text: Text, dialect: Dialect, names: Sequence[str], wanted: Sequence[str]) -> Iterator[pa.Table | Rejected]:

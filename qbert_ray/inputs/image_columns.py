@@ -164,6 +164,7 @@ def safe_paths(paths: pl.Series, folder: str, query: str, root: str, addresses: 
 def _inside(path: str, folder: str, query: str, root: str) -> str | None:
     """An unusual path made absolute, if it stays inside the folder (or, being absolute, inside the root)."""
     scheme, mark, base = folder.rpartition("://")
+    path = path.replace("\\", "/")  # as Windows writes paths
     if "\x00" in path or path.startswith("~") or (mark and ("?" in path or "#" in path)):
         return None
     full = posixpath.normpath(path if path.startswith("/") and not mark else f"{base}/{path}")

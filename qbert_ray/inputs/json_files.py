@@ -29,6 +29,8 @@ IMAGE_KEYS = (  # of mappings, the best first
     *("large", "hi_res", "path", "url", "src", "href", "link", "uri", "image", "original", "full", "medium", "small", "thumb", "thumbnail"),
     *("image_url", "imageUrl", "contentUrl", "file_name", "filename", "file", "filepath"),
 )
+# How MongoDB's exports write values with a type, such as {"$oid": "65a1"}.
+MONGO = {"$oid", "$date", "$numberLong", "$numberInt", "$numberDouble", "$numberDecimal", "$uuid"}
 _COLUMN_NAMES = {USER_ID, ITEM_ID, TIMESTAMP, "title", "name", "id", "rating", "index", "columns", "data"}
 
 Converters = Mapping[str, Callable[[Any], str | None]]
@@ -51,6 +53,8 @@ def plain_text(value: Any) -> str | None:
         if math.isnan(value):
             return None
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in MONGO:
+        return plain_text(next(iter(value.values())))
     if isinstance(value, list):
         texts = (text.strip() for text in map(plain_text, value) if text)
         return ", ".join(text for text in texts if text)
@@ -122,8 +126,17 @@ def describe(content: bytes, whole: bool) -> tuple[str, tuple[str, ...]]:
             return (LINES, tuple(one)) if len(lines) == 1 else (ARRAY, tuple(one))
     names = _names(filter(None, map(_parse, lines[:SAMPLED_LINES])))
     if not names:
-        raise JsonError(f"none of the first {SAMPLED_LINES:,} lines is a JSON object (Python literals are not JSON)")
+        raise JsonError(f"none of the first {SAMPLED_LINES:,} lines is a JSON object {_why_none(content)}")
     return LINES, names
+
+
+def _why_none(content: bytes) -> str:
+    """Why no line is an object, and what to do."""
+    try:
+        json.JSONDecoder().raw_decode(content.decode(errors="replace").lstrip())
+    except (ValueError, RecursionError):
+        return "(Python literals are not JSON)"
+    return "by itself: objects span several lines, or stand one after the other on one; write one a line: jq -c . <file>"
 
 
 def read(stream: BinaryIO, text: Text, layout: str, converters: Converters) -> Iterator[pl.DataFrame]:
@@ -226,6 +239,16 @@ def _layout(value: dict[str, Any]) -> str | None:
         JsonError: it holds columns, or something else.
     """
     kinds = {type(inner) for inner in value.values()}
+    rows = next(
+        (
+            name
+            for name, inner in value.items()
+            if isinstance(inner, list) and len(inner) > 1 and all(isinstance(row, dict) for row in inner)
+        ),
+        None,
+    )
+    if rows is not None and not set(value) & (_COLUMN_NAMES - {"data", "index", "columns"}) and ("data" in value or kinds != {list}):
+        raise JsonError(f"its rows are the list under {rows!r}; write them alone, one a line: jq -c '.{rows}[]' <file>")
     if kinds not in ({dict}, {list}) and not {"columns", "data"} <= set(value):
         return None
     if len(value) > 1 and (set(value) & _COLUMN_NAMES or (kinds == {dict} and _numbered(next(iter(value.values()))))):

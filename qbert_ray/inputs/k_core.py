@@ -16,7 +16,7 @@ import pyarrow as pa
 from qbert_ray.execution.executor import Executor, Handle
 from qbert_ray.inputs.readers import REASON, ROW
 from qbert_ray.inputs.rows import as_json, mix, stable_hash
-from qbert_ray.inputs.sources import POSITION
+from qbert_ray.inputs.sources import PERIOD, POSITION
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID, WEIGHT
 
 CODE, USER, HASH = "_code", "_user", "_hash"
@@ -107,24 +107,42 @@ def merge_rows(catalog: pa.Table, *blocks: pa.Table) -> tuple[pa.Table, pa.Table
     rows = pl.concat([pl.DataFrame(block) for block in blocks]).join(codes, on=ITEM_ID, how="left")
     unknown = pl.when(pl.col(CODE).is_null()).then(pl.lit("item not in items table"))
     rows = rows.with_columns(pl.coalesce(REASON, unknown).alias(REASON))
+    own = [PERIOD] if PERIOD in rows.columns else []
+    if own:  # an interaction of several parts counts in the last of them, so that nothing that is tested is trained on
+        last = pl.col(PERIOD).filter(pl.col(REASON).is_null()).max().over(USER_ID, CODE, TIMESTAMP)
+        rows = rows.with_columns(pl.coalesce(REASON, pl.when(pl.col(PERIOD) < last).then(pl.lit("also in a later part"))).alias(REASON))
     kept = _in_order(rows.filter(pl.col(REASON).is_null()), items[HASH].to_numpy())
     same = pl.all_horizontal(pl.col(name) == pl.col(name).shift() for name in (USER, CODE, TIMESTAMP)).fill_null(False)
     repeated = kept.filter(same).with_columns(pl.lit("duplicate interaction").alias(REASON))
-    rejected = pl.concat([table.select(*GIVEN, POSITION, REASON, ROW) for table in (rows.filter(pl.col(REASON).is_not_null()), repeated)])
-    rejected = rejected.with_columns(pl.coalesce(ROW, as_json(rejected.select(GIVEN))).alias(ROW)).select(POSITION, REASON, ROW)
+    rejected = pl.concat(
+        [table.select(*GIVEN, POSITION, REASON, ROW, *own) for table in (rows.filter(pl.col(REASON).is_not_null()), repeated)]
+    )
+    rejected = rejected.with_columns(pl.coalesce(ROW, as_json(rejected.select(GIVEN))).alias(ROW)).select(POSITION, REASON, ROW, *own)
     return kept.filter(~same).drop(ITEM_ID, REASON, ROW).to_arrow(), rejected.to_arrow()
 
 
 def _in_order(rows: pl.DataFrame, items: np.ndarray) -> pl.DataFrame:
-    """Rows sorted by user and time. Ties in time are broken by a hash, since file order would leak how the file was made; of
-    interactions with one item at one time, the one of the largest weight comes first.
+    """Rows sorted by user and time, of a split of one's own by its parts before the time.
+
+    Ties in time are broken by a hash, since file order would leak how the file was made; of interactions with one item at one time, the
+    one of the largest weight comes first.
 
     Args:
         items: [catalog] hash of each item.
     """
     ties = mix(rows[HASH].to_numpy() ^ mix(items[rows[CODE].to_numpy()]), TIE_SALT)
     rows = rows.with_columns(pl.Series("_tie", ties))
-    order = {HASH: False, USER_ID: False, TIMESTAMP: False, "_tie": False, CODE: False, WEIGHT: True, POSITION: False}  # descending
+    period = {PERIOD: False} if PERIOD in rows.columns else {}
+    order = {
+        HASH: False,
+        USER_ID: False,
+        **period,
+        TIMESTAMP: False,
+        "_tie": False,
+        CODE: False,
+        WEIGHT: True,
+        POSITION: False,
+    }  # descending
     rows = rows.sort(list(order), descending=list(order.values())).drop(HASH, "_tie")
     return rows.with_columns(pl.col(USER_ID).rle_id().alias(USER))
 

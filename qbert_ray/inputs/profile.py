@@ -17,9 +17,9 @@ from qbert_ray.inputs.json_files import plain_text
 from qbert_ray.inputs.layouts import MIND
 from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError
-from qbert_ray.inputs.sources import detect_format
+from qbert_ray.inputs.sources import SPLIT_NAMES, detect_format
 from qbert_ray.inputs.times import TimeStyle, as_timestamp, detect_style
-from qbert_ray.inputs.values import as_text
+from qbert_ray.inputs.values import AMOUNT, as_text
 from qbert_ray.storage.directory import resolve
 
 SAMPLED_ROWS = 20_000  # by which a column is profiled
@@ -51,6 +51,7 @@ class Files:
     file: File  # the first one, of which columns and a sample are read
     sample: pl.DataFrame
     columns: dict[str, Column]
+    held_out: tuple[Path, ...] = ()  # of a split by files: those for validation and for test; `paths` are those for training
 
     @property
     def location(self) -> Path:
@@ -100,7 +101,7 @@ def find_tables(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
         tables.setdefault((_above_partitions(path), file.kind, file.columns, part), []).append((path, file))
     found = []
     for group in tables.values():
-        files = tuple(path for path, _ in group)
+        files, held_out = _parts(tuple(path for path, _ in group))
         try:
             _check_glob(files)
             sample = _sample(files, group[0][1])
@@ -108,8 +109,17 @@ def find_tables(paths: Sequence[Path]) -> tuple[list[Files], dict[str, str]]:
             aside[str(files[0])] = str(error)
             continue
         columns = {name: _column(sample[name]) for name in group[0][1].columns}
-        found.append(Files(files, group[0][1], sample, columns))
+        found.append(Files(files, group[0][1], sample, columns, held_out))
     return found, aside
+
+
+def _parts(paths: tuple[Path, ...]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Files for training, and for validation and test, if their names say that they are such three; else all, and none."""
+    parts = [next((SPLIT_NAMES[word] for word in re.split(r"[^a-z]+", path.name.lower()) if word in SPLIT_NAMES), None) for path in paths]
+    if sorted(parts, key=str) != [0, 1, 2]:
+        return paths, ()
+    train, valid, test = (paths[parts.index(number)] for number in range(3))
+    return (train,), (valid, test)
 
 
 def _partitions(path: Path) -> list[str]:
@@ -238,7 +248,7 @@ def _kind(values: pl.Series, text: pl.Series) -> str:
         return "text"
     if text.str.contains(r"^\s*[{].*[}]\s*$").mean() > 0.95:  # type: ignore[operator]
         return "mapping"
-    if text.cast(pl.Float64, strict=False).is_not_null().mean() > 0.95:  # type: ignore[operator]
+    if (text.cast(pl.Float64, strict=False).is_not_null() | text.str.contains(AMOUNT)).mean() > 0.95:  # type: ignore[operator]
         return "number"
     times = text.to_frame().select(as_timestamp(pl.col(text.name), pl.String())).to_series()
     return "time" if times.is_not_null().mean() > 0.95 else "text"  # type: ignore[operator]

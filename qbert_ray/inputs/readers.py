@@ -6,6 +6,7 @@ the reason and does not stop the file. Folders such as date=2026-01-31 are a col
 
 from __future__ import annotations
 
+import gzip
 import json
 import zlib
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from qbert_ray.inputs import csv_files, json_files, layouts, limits
+from qbert_ray.inputs import csv_files, json_files, layouts, limits, signatures
 from qbert_ray.inputs.arrow_types import plain_table
 from qbert_ray.inputs.csv_files import Dialect, Rejected
 from qbert_ray.inputs.json_files import REASON, ROW, ROW_LENGTH, Converters, JsonError, as_line
@@ -63,7 +64,7 @@ class File:
         """Unusual properties of how the file is written; empty if there are none."""
         said = []
         if self.text.encoding == LATIN:
-            said.append("not UTF-8: read as Windows-1252 (Latin-1)")
+            said.append("not UTF-8: read as Windows-1252 (Latin-1)" + (", which seems wrong" if self.text.doubtful else ""))
         elif self.text.encoding != UTF8:
             said.append(self.text.encoding.upper())
         if self.kind in ("csv", "tsv") and self.dialect.delimiter != ("\t" if self.kind == "tsv" else ","):
@@ -99,10 +100,13 @@ def describe(filesystem: fs.FileSystem, path: str) -> File:
     """
     kind = kind_of(path)
     if kind is None:
-        raise FileError(f"{path} is none of {', '.join(KINDS)} (those of text also with .gz)")
+        what = _foreign(filesystem, path, kind)
+        raise FileError(f"{path} is {what}" if what else f"{path} is none of {', '.join(KINDS)} (those of text also with .gz)")
     if filesystem.get_file_info(path).size == 0:
         return File(path, kind, ())
     try:
+        if what := _foreign(filesystem, path, kind):
+            raise FileError(f"{path} cannot be read as {kind}; it is {what}")
         if kind == "parquet":
             return _describe_parquet(filesystem, path)
         text, content, whole = detect_encoding(filesystem, path)
@@ -118,10 +122,21 @@ def describe(filesystem: fs.FileSystem, path: str) -> File:
         return _with_folders(File(path, kind, names, text=text, dialect=dialect))
     except JsonError as error:
         raise FileError(f"{path}: {error}") from None
+    except gzip.BadGzipFile as error:
+        raise FileError(f"{path} cannot be read as {kind}: {signatures.explained(error)}") from None
     except (EOFError, zlib.error) as error:
         raise FileError(f"{path} is damaged: {_brief(error)}") from None
     except (*BROKEN, limits.LimitError) as error:
         raise FileError(f"{path} cannot be read as {kind}: {_brief(error)}") from None
+
+
+def _foreign(filesystem: fs.FileSystem, path: str, kind: str | None) -> str:
+    """What a file is, if it is of another kind than its name says."""
+    if kind is None or kind == "parquet":
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            return signatures.foreign(stream.read(signatures.HEAD), kind)
+    with open_text(filesystem, path) as stream:
+        return signatures.foreign(stream.read(signatures.HEAD), kind)
 
 
 def fragments(file: File) -> Iterator[Fragment]:
@@ -223,4 +238,6 @@ def _read_jsonl(filesystem: fs.FileSystem, fragment: Fragment, converters: Conve
 
 
 def _brief(error: BaseException) -> str:
+    if why := signatures.explained(error):
+        return why
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

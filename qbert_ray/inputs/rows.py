@@ -19,9 +19,9 @@ from qbert_ray.inputs.image_columns import from_template, image_bytes, image_pat
 from qbert_ray.inputs.input_columns import as_values, file_lists, several_files
 from qbert_ray.inputs.markup import strip_markup
 from qbert_ray.inputs.readers import REASON, ROW, ROW_LENGTH
-from qbert_ray.inputs.sources import EVENT, GIVEN_WEIGHT, POSITION, Source
+from qbert_ray.inputs.sources import EVENT, GIVEN_WEIGHT, PERIOD, POSITION, SPLIT, SPLIT_NAMES, Source, file_of
 from qbert_ray.inputs.times import as_timestamp
-from qbert_ray.inputs.values import Kind, as_id, as_rating, as_text, is_given
+from qbert_ray.inputs.values import Kind, as_id, as_rating, as_text, inexact, is_given
 from qbert_ray.random_streams import splitmix64
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, RATING, TEXT_PREFIX, TIMESTAMP, USER_ID, VALUE_PREFIX, WEIGHT
 
@@ -60,11 +60,15 @@ def mix(values: np.ndarray, salt: int = 0) -> np.ndarray:
 
 # rows of the two tables
 
+MOST_WEIGHT = 1e6  # of an interaction; sums of larger ones are no numbers any more
 Converter = Callable[[pl.Expr, Kind], pl.Expr]
 
 
 def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float | None) -> pl.DataFrame:
-    """user_id, item_id, timestamp, rating, weight, position, reason (null: kept) and row (as JSON, of rejected ones)."""
+    """user_id, item_id, timestamp, rating, weight, position, reason (null: kept) and row (as JSON, of rejected ones).
+
+    With a split of the user's own also the number of its part, null where it is not understood.
+    """
     rows = raw.select(
         _pick(raw, source, USER_ID, as_id),
         _pick(raw, source, ITEM_ID, as_id),
@@ -75,9 +79,19 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
         _pick(raw, source, EVENT, as_text),
         _pick(raw, source, GIVEN_WEIGHT, as_rating),
         _pick(raw, source, GIVEN_WEIGHT, is_given).alias(_GIVEN_WEIGHT),
+        _pick(raw, source, SPLIT, as_text),
+        *(_pick(raw, source, name, inexact).alias(f"<inexact {name}>") for name in (USER_ID, ITEM_ID)),
         *(POSITION, REASON, ROW),
     )
     reasons = [pl.when(pl.col(name).is_null()).then(pl.lit(f"missing {name}")) for name in (USER_ID, ITEM_ID)]
+    reasons += [pl.when(f"<inexact {name}>").then(pl.lit(f"inexact {name}")) for name in (USER_ID, ITEM_ID)]
+    periods = []
+    if source.parts:
+        periods = [file_of(pl.col(POSITION)).replace_strict(dict(enumerate(source.parts)), return_dtype=pl.Int8).alias(PERIOD)]
+    elif SPLIT in source.columns:
+        part = pl.col(SPLIT).str.to_lowercase().replace_strict(SPLIT_NAMES, default=None, return_dtype=pl.Int8)
+        periods = [part.alias(PERIOD)]
+        reasons += [pl.when(pl.col(SPLIT).is_null()).then(pl.lit(f"missing {SPLIT}")), pl.when(part.is_null()).then(pl.lit(f"bad {SPLIT}"))]
     reasons.append(pl.when(pl.col(_GIVEN_TIME).is_null()).then(pl.lit(f"missing {TIMESTAMP}")))
     reasons.append(pl.when(pl.col(TIMESTAMP).is_null()).then(pl.lit(f"bad {TIMESTAMP}")))
     if min_rating is not None:
@@ -88,11 +102,11 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
         of_event = pl.col(EVENT).replace_strict(dict(source.events), default=None, return_dtype=pl.Float32)
         reasons.append(pl.when(pl.col(EVENT).is_null()).then(pl.lit(f"missing {EVENT}")))
         reasons.append(pl.when(of_event.is_null()).then(pl.lit(f"{EVENT} left out")))
-    bad = number.is_null() | number.is_infinite() | (number < 0)
+    bad = number.is_null() | number.is_infinite() | (number < 0) | (number > MOST_WEIGHT)
     reasons.append(pl.when(pl.col(_GIVEN_WEIGHT) & bad).then(pl.lit(f"bad {GIVEN_WEIGHT}")))
     reasons.append(pl.when(number == 0).then(pl.lit(f"{GIVEN_WEIGHT} is 0")))
-    rows = _explain(rows.with_columns((of_event * number.fill_null(1.0)).alias(WEIGHT)), reasons, raw)
-    return rows.select(USER_ID, ITEM_ID, TIMESTAMP, RATING, WEIGHT, POSITION, REASON, ROW)
+    rows = _explain(rows.with_columns((of_event * number.fill_null(1.0)).alias(WEIGHT), *periods), reasons, raw)
+    return rows.select(USER_ID, ITEM_ID, TIMESTAMP, RATING, WEIGHT, POSITION, REASON, ROW, *([PERIOD] if periods else []))
 
 
 def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain, root: str) -> pl.DataFrame:
@@ -108,6 +122,7 @@ def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain
     values = {f"{VALUE_PREFIX}{name}": name for inputs in domain.inputs.values() for name in inputs.values}
     rows = raw.select(
         _pick(raw, source, ITEM_ID, as_id),
+        _pick(raw, source, ITEM_ID, inexact).alias("<inexact>"),
         _pick(raw, source, source.image, image_path).alias(_GIVEN_PATH),
         _pick(raw, source, source.image, image_bytes).alias("image_bytes"),
         _pick(raw, source, source.image, unread_image).alias(UNREAD),
@@ -128,8 +143,11 @@ def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain
             several = file_lists(raw.select(*(pl.col(name) for field in inputs.files for name in source.columns.get(field, ()))))
             rows = rows.with_columns(*several_files(modality, *several, safe))
     refused = pl.when(pl.col("image_path").is_null()).then(_GIVEN_PATH).alias(UNSAFE)
-    reasons = [pl.when(pl.col(ITEM_ID).is_null()).then(pl.lit(f"missing {ITEM_ID}"))]
-    return _explain(rows.with_columns(refused).drop(_GIVEN_PATH), reasons, raw)
+    reasons = [
+        pl.when(pl.col(ITEM_ID).is_null()).then(pl.lit(f"missing {ITEM_ID}")),
+        pl.when("<inexact>").then(pl.lit(f"inexact {ITEM_ID}")),
+    ]
+    return _explain(rows.with_columns(refused).drop(_GIVEN_PATH), reasons, raw).drop("<inexact>")
 
 
 def _pick(raw: pl.DataFrame, source: Source, name: str | None, convert: Converter) -> pl.Expr:

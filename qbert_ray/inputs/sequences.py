@@ -1,4 +1,4 @@
-"""One row per user: training items, targets, and what a temporal split leaves between and after them."""
+"""One row per user: training items, targets, and what a split into periods leaves between and after them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import polars as pl
 import pyarrow as pa
 
 from qbert_ray.inputs.k_core import USER
-from qbert_ray.inputs.reasons import time_units
-from qbert_ray.inputs.splits import Places, TemporalSplit, leave_one_out, temporal
-from qbert_ray.storage.columns import COLD, DOMAIN, FURTHER, ITEM_INDEX, TIMESTAMP, TRAIN_WEIGHTS, USER_ID, WEIGHT
+from qbert_ray.inputs.reasons import implausible_times, time_units
+from qbert_ray.inputs.splits import Places, Split, by_period, leave_one_out
+from qbert_ray.storage.columns import COLD, DOMAIN, FURTHER, ITEM_INDEX, TRAIN_WEIGHTS, USER_ID, WEIGHT
 
 
-def sequences_of(rows: pl.DataFrame, split: TemporalSplit | None) -> tuple[pl.DataFrame, pl.DataFrame]:
+def sequences_of(rows: pl.DataFrame, split: Split | None) -> tuple[pl.DataFrame, pl.DataFrame]:
     """One row per user with train, valid, test and the last cold target with its history; and the rows with their split.
 
     Args:
         rows: in order of user and time.
-        split: cuts of a temporal split; None: leave-one-out.
+        split: into periods; None: leave-one-out.
 
     Returns:
-        The users, also with "between" and "after" of a temporal split; the rows.
+        The users, also with "between" and "after" of a split into periods; the rows.
     """
     users, cold, items = rows[USER].to_numpy(), rows[COLD].to_numpy(), rows[ITEM_INDEX].to_numpy()
     starts = np.flatnonzero(np.diff(users.astype(np.int64), prepend=-1))  # [U] first row of each user
@@ -29,7 +29,7 @@ def sequences_of(rows: pl.DataFrame, split: TemporalSplit | None) -> tuple[pl.Da
     first = above[starts]
     length = np.diff(first, append=np.count_nonzero(~cold))  # [U] warm rows
     warm = items[~cold]
-    places = leave_one_out(length) if split is None else temporal(rows[TIMESTAMP].to_numpy()[~cold], length, split)
+    places = leave_one_out(length) if split is None else by_period(split.periods(rows.filter(~cold)), length)
     place = above - np.repeat(first, sizes)  # [rows] warm ones above of the same user
     sequences = (
         rows[starts]
@@ -85,7 +85,7 @@ def _lists(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> pl.Se
 
 
 def times_seen(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
-    """Number of users whose interactions all have one time, and how many times look like seconds, milliseconds, ...
+    """Number of users whose interactions all have one time, how many times are no plausible dates, and how many look like seconds, ...
 
     Args:
         times: in order of user and time.
@@ -93,4 +93,6 @@ def times_seen(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
     """
     first, last = ends[:-1], ends[1:]
     same = (last - first > 1) & (times[first] == times[last - 1]) if len(times) else np.zeros(0, bool)
-    return {"users_at_one_time": int(same.sum())} | {f"time_{unit}": count for unit, count in time_units(times).items()}
+    return {"users_at_one_time": int(same.sum()), "implausible_times": implausible_times(times)} | {
+        f"time_{unit}": count for unit, count in time_units(times).items()
+    }

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Literal
 
 import polars as pl
+import pyarrow as pa
 from pyarrow import fs
 
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs import readers
 from qbert_ray.inputs.arrow_types import plain_table
+from qbert_ray.inputs.column_advice import advice, shown
 from qbert_ray.inputs.image_columns import can_hold_images, from_template
 from qbert_ray.inputs.json_files import first_image, json_list, plain_text
 from qbert_ray.inputs.limits import leading_outside
-from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
 from qbert_ray.inputs.times import TimeStyle, detect_style
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
@@ -35,6 +36,13 @@ from qbert_ray.storage.directory import join, resolve
 
 Table = Literal["items", "interactions"]
 EVENT, GIVEN_WEIGHT = "event_type", "interaction_weight"  # optional columns of interactions
+SPLIT = "split"  # optional column of interactions
+PERIOD, PERIODS = "_period", ("train", "validation", "test")  # which part of a split of one's own a row is in, as a number
+SPLIT_NAMES = {  # how a column spells the parts of a split, in small letters -> number of the part
+    **dict.fromkeys(["train", "training"], 0),
+    **dict.fromkeys(["valid", "validation", "val", "dev", "eval"], 1),
+    **dict.fromkeys(["test", "testing"], 2),
+}
 POSITION = "<position>"  # a name that columns of files do not have
 _FILE_BITS = 40  # rows of a file that positions can count
 
@@ -66,6 +74,7 @@ class Source:
     template: str | None = None  # of image paths, such as covers/{item_id}.jpg
     times: TimeStyle = TimeStyle()
     events: Mapping[str, float] = field(default_factory=dict)  # event type -> weight; empty: types are not read
+    parts: tuple[int, ...] = ()  # of a split by files: number of the part in PERIODS of each file
     lists: frozenset[str] = frozenset()  # contract names of columns of which every element of a list is read
 
     @property
@@ -105,7 +114,14 @@ class Source:
             raise SourceError(f"{self.label}: {error}") from None
 
 
-def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating: bool = False, key: str = "") -> Source:
+def file_of(position: pl.Expr) -> pl.Expr:
+    """Number of the file, among those of its source, that a row is of."""
+    return position // (1 << _FILE_BITS)
+
+
+def open_source(
+    root: str, name: str, table: Table, domain: Domain, needs_rating: bool = False, key: str = "", with_split: bool = False
+) -> Source:
     """The files that a domain's `items` or `interactions` names, with their columns; rows are not read yet.
 
     Args:
@@ -115,22 +131,53 @@ def open_source(root: str, name: str, table: Table, domain: Domain, needs_rating
         domain: names the files and their columns.
         needs_rating: the rating column must be there.
         key: of the config that named the files, for errors, where it is another than that of the table.
+        with_split: of interactions, also the files for validation and test, or the column that says what is.
 
     Raises:
         SourceError: no such file, one that is empty or unreadable, or one without a column that the config names.
     """
     label, key = f"domain {name}: {key or table}", key or f"data.domains.{name}.{table}"
     follow = f"data.domains.{name}.follow_links"
-    uri, filesystem, files = open_files(root, getattr(domain, table), label, key, None if domain.follow_links else follow)
+    inside = None if domain.follow_links else follow
+    uri, filesystem, files = open_files(root, getattr(domain, table), label, key, inside)
+    parts: tuple[int, ...] = ()
+    if with_split and table == "interactions" and domain.validation and domain.test:
+        files, parts = _with_held_out(root, name, domain, files, inside)
     form = domain.format if domain.format != "auto" else detect_format(files)
-    columns = _choose_columns(label, name, table, domain, form, files, needs_rating)
+    columns = _choose_columns(label, name, table, domain, form, files, needs_rating, with_split and not parts)
+    _check_single(label, files, columns)
     if table == "interactions":
         source = Source(label, uri, filesystem, files, form, columns, None)
-        return replace(source, times=_time_style(source), events=dict(domain.event_weights))
+        return replace(source, times=_time_style(source), events=dict(domain.event_weights), parts=parts)
     lists = frozenset(name for inputs in domain.inputs.values() for name in (*inputs.files, *inputs.values))
     source = Source(label, uri, filesystem, files, form, columns, domain.image_column, domain.image_template, lists=lists)
     _check_images(source, name)
     return source
+
+
+def _with_held_out(
+    root: str, name: str, domain: Domain, train: tuple[File, ...], inside: str | None
+) -> tuple[tuple[File, ...], tuple[int, ...]]:
+    """The files for training, validation and test, and which of the three each is for.
+
+    Raises:
+        SourceError: one of them is not there, or one is in two of the three.
+    """
+    found = [train]
+    for part in ("validation", "test"):
+        location, key = getattr(domain, part), f"data.domains.{name}.{part}"
+        found.append(open_files(root, location, f"domain {name}: {part}", key, inside)[2])
+    owner: dict[str, str] = {}
+    for part, files in zip(("interactions", "validation", "test"), found, strict=True):
+        for file in files:
+            if owner.setdefault(file.path, part) != part:
+                raise SourceError(
+                    f"domain {name}: {file.path} is among the files of both {owner[file.path]} and {part}; narrow data.domains.{name}.{owner[file.path]} "
+                    f"(given: {getattr(domain, owner[file.path])}), so that it holds those for training alone"
+                    if owner[file.path] == "interactions"
+                    else f"domain {name}: {file.path} is among the files of both {owner[file.path]} and {part}; give each files of its own"
+                )
+    return tuple(itertools.chain.from_iterable(found)), tuple(number for number, files in enumerate(found) for _ in files)
 
 
 def open_files(root: str, location: str, label: str, key: str, inside: str | None = None) -> tuple[str, fs.FileSystem, tuple[File, ...]]:
@@ -151,7 +198,14 @@ def open_files(root: str, location: str, label: str, key: str, inside: str | Non
     check_root(root)
     paths = find_files(filesystem, path)
     if not paths:
-        raise SourceError(f"{label}: no Parquet, CSV or JSONL file at {uri}; set {key} (given: {location}) or data.root (given: {root})")
+        others = find_files(filesystem, path, lambda name: True)
+        if root == "." and location in (Domain.model_fields[field].default for field in ("items", "interactions")):
+            hint = "does the config name your data? one such as configs/paper.yaml names none: -c shop.yaml -c configs/paper.yaml"
+            raise SourceError(f"{label}: no {location} here, and neither {key} nor data.root is set; {hint}")
+        seen = f"; there is {os.path.basename(others[0])}, which is none of these" if others else ""
+        raise SourceError(
+            f"{label}: no Parquet, CSV or JSONL file at {uri}{seen}; set {key} (given: {location}) or data.root (given: {root})"
+        )
     folder = os.path.dirname(re.split(r"[*?\[]", path)[0]) if filesystem.get_file_info(path).type != fs.FileType.Directory else path
     away = leading_outside(filesystem, paths, (folder, "" if "://" in root else resolve(root)[1])) if inside else []
     if away:
@@ -204,6 +258,18 @@ def _check_images(source: Source, name: str) -> None:
             raise SourceError(f"data.domains.{name}.image_template: {error}") from None
 
 
+def _check_single(label: str, files: tuple[File, ...], columns: dict[str, tuple[str, ...]]) -> None:
+    """Raise if a column that holds one value a row is a list."""
+    for file, name in itertools.product(files, (USER_ID, ITEM_ID, TIMESTAMP)):
+        for column in columns.get(name, ()):
+            kind = file.schema.field(column).type if file.schema is not None and file.schema.names.count(column) == 1 else None
+            if kind is not None and pa.types.is_nested(kind) and not pa.types.is_struct(kind):
+                raise SourceError(
+                    f"{label}: the column {column} of {file.path} has the type {kind}, and {name} is one value a row; write a row for each: "
+                    f'pl.read_parquet(...).explode("{column}")'
+                )
+
+
 def _time_style(source: Source) -> TimeStyle:
     """How times are written, judged by the first values of the first file that has them, or by more if these are ambiguous."""
     try:
@@ -235,7 +301,10 @@ def find_files(filesystem: fs.FileSystem, path: str, wanted: Callable[[str], obj
         fixed = _first_glob(filesystem, parts)
     selector = fs.FileSelector("/".join(parts[:fixed]), recursive=True, allow_not_found=True)
     infos = (info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File)
-    return sorted(info.path for info in infos if wanted(info.path) and _matches(info.path.split("/"), parts, fixed))
+    found = sorted(info.path for info in infos if wanted(info.path) and _matches(info.path.split("/"), parts, fixed))
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        return found
+    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]  # a link to a folder above it repeats all files
 
 
 def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
@@ -251,7 +320,7 @@ def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
 
 def _matches(found: list[str], wanted: list[str], fixed: int) -> bool:
     """Whether a path is inside the wanted folder, or matches the wanted glob; hidden files never do."""
-    hidden = any(part.startswith((".", "_")) and "=" not in part for part in found[fixed:])
+    hidden = any(part.startswith((".", "_", "~$")) and "=" not in part for part in found[fixed:])  # ~$ are the locks of office programs
     return not hidden and len(found) >= len(wanted) and all(map(fnmatch.fnmatchcase, found[fixed:], wanted[fixed:]))
 
 
@@ -264,12 +333,12 @@ def detect_format(files: tuple[File, ...]) -> str:
 
 
 def _choose_columns(
-    label: str, name: str, table: Table, domain: Domain, form: str, files: tuple[File, ...], needs_rating: bool
+    label: str, name: str, table: Table, domain: Domain, form: str, files: tuple[File, ...], needs_rating: bool, needs_split: bool
 ) -> dict[str, tuple[str, ...]]:
     """Contract name -> columns of the files; raises if a wanted column is missing."""
-    required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP]
+    required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP, *([SPLIT] if needs_split else [])]
     given: dict[str, str] = dict(domain.item_columns.items() if table == "items" else domain.interaction_columns.items())
-    wanted = _wanted(name, table, domain, needs_rating)
+    wanted = _wanted(name, table, domain, needs_rating, needs_split)
     anywhere = {column for file in files for column in file.columns}
     chosen = {}
     for column, key in wanted.items():
@@ -280,29 +349,26 @@ def _choose_columns(
             file = (lacking or files)[0]
             raise SourceError(
                 f"{label}: {file.path} has no column {' or '.join(candidates)}, wanted for {column}; "
-                f"columns found: {', '.join(file.columns)}; {_advice(name, table, column, file.columns)}change {key}"
+                f"columns found: {shown(file.columns)}; {advice(name, table, [column, *_others(column, required, given, form, file)], file)}change {key}"
             )
     return chosen
 
 
-def _advice(name: str, table: Table, column: str, found: tuple[str, ...]) -> str:
-    """Advice on how to map a column of the contract that has another name in the file."""
-    if column == EVENT:
-        return f"say what the file calls it: data.domains.{name}.interaction_columns.{EVENT}=<column>, or "
-    if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
-        return "rename it there, or "
-    likely = next(iter(named(found, column)), "<column>")
-    return f"say what the file calls it: data.domains.{name}.{table.removesuffix('s')}_columns.{column}={likely}, or "
+def _others(column: str, required: list[str], given: dict[str, str], form: str, file: File) -> list[str]:
+    """Further columns that a file lacks, so that all can be named at once."""
+    known = {name: [given[name]] if name in given else AMAZON.get(form, {}).get(name, [name]) for name in required if name != column}
+    return [name for name, candidates in known.items() if not set(candidates) & set(file.columns)]
 
 
-def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool) -> dict[str, str]:
+def _wanted(name: str, table: Table, domain: Domain, needs_rating: bool, needs_split: bool) -> dict[str, str]:
     """Column -> config key that asks for it; empty if the column may be absent."""
     here = f"data.domains.{name}"
     if table == "interactions":
         rating = "data.min_rating" if needs_rating else ""
         optional = {RATING: rating, GIVEN_WEIGHT: f"{here}.interaction_columns" if GIVEN_WEIGHT in domain.interaction_columns else ""}
         event = {EVENT: f"{here}.event_weights"} if domain.event_weights else {}
-        return dict.fromkeys([USER_ID, ITEM_ID, TIMESTAMP], f"{here}.interactions or {here}.format") | optional | event
+        split = {SPLIT: f"data.split, or name files: {here}.validation and {here}.test"} if needs_split else {}
+        return dict.fromkeys([USER_ID, ITEM_ID, TIMESTAMP], f"{here}.interactions or {here}.format") | optional | event | split
     wanted = {ITEM_ID: f"{here}.items or {here}.format"}
     wanted |= dict.fromkeys(domain.text_fields, f"{here}.text_fields") | dict.fromkeys(domain.attributes, f"{here}.attributes")
     for modality, inputs in domain.inputs.items():

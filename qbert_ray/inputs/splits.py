@@ -1,17 +1,19 @@
-"""Which interactions of each user are trained on and which are targets: leave-one-out, or a global temporal split.
+"""Which interactions of each user are trained on and which are targets: leave-one-out, or a split into three periods.
 
 Leave-one-out takes the last two interactions of each user. A temporal split cuts all users at the same two times, so that no training
-interaction is later than a target; each user's first interaction of the validation and of the test period is a target, and further
-ones are neither trained on nor targets, but part of the histories that come after them.
+interaction is later than a target; `last_n` gives the last interactions of each user to the validation and the test period; a split that
+the user brings along says of every interaction which of the three it belongs to. Each user's first interaction of the validation and of
+the test period is a target, and further ones are neither trained on nor targets, but part of the histories that come after them.
 
 Shapes: U users, N catalog.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from itertools import combinations
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -19,13 +21,19 @@ import pyarrow as pa
 
 from qbert_ray.config.schema import Data
 from qbert_ray.execution.executor import Executor, Handle
-from qbert_ray.inputs.k_core import CODE, Core, Partition, survivors
+from qbert_ray.inputs.k_core import CODE, USER, Core, Partition, survivors
 from qbert_ray.inputs.reasons import MIXED, UNITS, time_units
-from qbert_ray.inputs.sources import SourceError
+from qbert_ray.inputs.sources import PERIOD, PERIODS, SourceError
 from qbert_ray.storage.columns import FURTHER, TIMESTAMP
 
 THRESHOLDS = 1024  # times that each round of a search for a quantile counts up to
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_OF_ALL = ("users_validated", "users_only_later", "further_interactions", "untrained_targets")  # numbers that are summed over users
+_OF_GIVEN = (
+    *("users_without_validation", "users_without_test", "users_trained_on_later"),
+    *(f"in_{one}_and_{other}" for one, other in combinations(PERIODS, 2)),
+    *(f"{name}_rejected" for name in PERIODS),
+)
 
 
 class Places(NamedTuple):
@@ -38,14 +46,20 @@ class Places(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TemporalSplit:
-    """The cuts of one domain, and which of its items training sees."""
+class Split:
+    """The three periods of one domain's interactions, and which of its items training sees."""
 
-    valid: int  # first time of the validation period, in the unit of the domain's times
-    test: int  # first time of the test period
-    unit: str  # of the times, one of `reasons.UNITS`
-    trained: np.ndarray  # [catalog] whether an item has interactions before the validation period
-    only_later: np.ndarray  # [catalog] whether all of an item's interactions are after its beginning
+    trained: np.ndarray  # [catalog] whether an item has training interactions
+    only_later: np.ndarray  # [catalog] whether an item has interactions, but no training ones
+    summed: ClassVar[tuple[str, ...]] = _OF_ALL
+
+    def periods(self, rows: pl.DataFrame) -> np.ndarray:
+        """[rows] 0 for training, 1 for validation, 2 for test; within a user they never decrease.
+
+        Args:
+            rows: with warm items, in order of user and period.
+        """
+        raise NotImplementedError
 
     def counts(self, sequences: pl.DataFrame, rows: pl.DataFrame) -> dict[str, int]:
         """What becomes of some users: numbers that add up over users.
@@ -63,20 +77,134 @@ class TemporalSplit:
         }
 
     def summary(self, counts: dict[str, Any], domain: str) -> dict[str, Any]:
-        """The cuts as dates and the numbers of all users, which are taken out of the domain's counts.
+        """What the split is and the numbers of all users, which are taken out of the domain's counts.
 
         Raises:
             SourceError: there is no validation or no test target.
         """
-        cuts = {"validation_from": as_date(self.valid, self.unit), "test_from": as_date(self.test, self.unit)}
-        found = {name: counts.pop(name, 0) for name in ("users_validated", "users_only_later", "further_interactions", "untrained_targets")}
+        found = {name: counts.pop(name, 0) for name in self.summed}
         for targets, period in ((found["users_validated"], "validation"), (counts["users_evaluated"], "test")):
             if not targets:
-                raise SourceError(
-                    f"domain {domain}: no user with interactions in the {period} period has any before it, so nothing can be predicted from a "
-                    f"history (validation from {cuts['validation_from']}, test from {cuts['test_from']}): choose other data.split_cuts"
-                )
-        return cuts | found | {"items_only_later": int(self.only_later.sum())}
+                raise SourceError(f"domain {domain}: {self._no_target(period)}")
+        return found | {"items_only_later": int(self.only_later.sum())}
+
+    def _no_target(self, period: str) -> str:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TemporalSplit(Split):
+    """All users cut at the same two times."""
+
+    valid: int  # first time of the validation period, in the unit of the domain's times
+    test: int  # first time of the test period
+    unit: str  # of the times, one of `reasons.UNITS`
+
+    def periods(self, rows: pl.DataFrame) -> np.ndarray:
+        times = rows[TIMESTAMP].to_numpy()
+        return (times >= self.valid).astype(np.int8) + (times >= self.test)
+
+    def summary(self, counts: dict[str, Any], domain: str) -> dict[str, Any]:
+        return self._cuts() | super().summary(counts, domain)
+
+    def _cuts(self) -> dict[str, str]:
+        return {"validation_from": as_date(self.valid, self.unit), "test_from": as_date(self.test, self.unit)}
+
+    def _no_target(self, period: str) -> str:
+        cuts = self._cuts()
+        return (
+            f"no user with interactions in the {period} period has any before it, so nothing can be predicted from a history (validation "
+            f"from {cuts['validation_from']}, test from {cuts['test_from']}): choose other data.split_cuts"
+        )
+
+
+@dataclass(frozen=True)
+class LastSplit(Split):
+    """The last interactions of each user, as many for everyone; users with too few for all three periods are trained on."""
+
+    valid: int  # number of interactions of the validation period
+    test: int
+
+    def periods(self, rows: pl.DataFrame) -> np.ndarray:
+        users = rows[USER].to_numpy()
+        starts = np.flatnonzero(np.diff(users.astype(np.int64), prepend=-1))
+        sizes = np.diff(starts, append=len(users))
+        left = np.repeat(starts + sizes, sizes) - np.arange(len(users))  # interactions of the user from this one on, itself included
+        held_out = np.repeat(sizes > self.valid + self.test, sizes)
+        return np.where(held_out, (left <= self.valid + self.test).astype(np.int8) + (left <= self.test), 0)
+
+    def summary(self, counts: dict[str, Any], domain: str) -> dict[str, Any]:
+        return {"last": [self.valid, self.test]} | super().summary(counts, domain)
+
+    def _no_target(self, period: str) -> str:
+        held_out = self.valid + self.test
+        return (
+            f"data.split_last={[self.valid, self.test]} holds out {held_out} interactions of each user, and no user has more than that: "
+            "choose a smaller data.split_last or data.split=leave_one_out"
+        )
+
+
+@dataclass(frozen=True)
+class GivenSplit(Split):
+    """The split that the user's files say; interactions have the column `PERIOD`."""
+
+    summed: ClassVar[tuple[str, ...]] = (*_OF_ALL, *_OF_GIVEN)
+
+    def periods(self, rows: pl.DataFrame) -> np.ndarray:
+        return rows[PERIOD].to_numpy()
+
+    def counts(self, sequences: pl.DataFrame, rows: pl.DataFrame) -> dict[str, int]:
+        """Also of how many users a target is missing, and what of the three files overlaps or is out of order."""
+        pairs = rows.group_by(USER, CODE).agg(*((pl.col(PERIOD) == number).any().alias(name) for number, name in enumerate(PERIODS)))
+        both = {f"in_{one}_and_{other}": int((pairs[one] & pairs[other]).sum()) for one, other in combinations(PERIODS, 2)}
+        first, last = (pl.col(TIMESTAMP).filter(condition) for condition in (pl.col(PERIOD) > 0, pl.col(PERIOD) == 0))
+        order = rows.group_by(USER).agg(first.min().alias("first"), last.max().alias("last"))
+        missing = {
+            f"users_without_{name}": len(sequences) - sequences[column].count()
+            for name, column in (("validation", "valid"), ("test", "test"))
+        }
+        return super().counts(sequences, rows) | missing | both | {"users_trained_on_later": int((order["last"] > order["first"]).sum())}
+
+    def _no_target(self, period: str) -> str:
+        return (
+            f"no user has both interactions for training and one of {period}, so nothing can be predicted from a history. A split that gives each "
+            "user to one part alone cannot be evaluated: a user's training interactions are the history of the targets"
+        )
+
+
+def remarks(split: dict[str, Any], users: int) -> list[str]:
+    """Warnings about a split that the user's files say.
+
+    Args:
+        split: of `GivenSplit.summary`.
+        users: of the domain.
+    """
+    if "in_train_and_test" not in split:
+        return []
+    said = []
+    for name in ("validation", "test"):
+        if split[f"users_without_{name}"]:
+            said.append(f"{split[f'users_without_{name}']:,} of {users:,} users have no {name} target")
+    both = {f"{one} and {other}": split[f"in_{one}_and_{other}"] for one, other in combinations(PERIODS, 2)}
+    if any(both.values()):
+        shares = ", ".join(f"{count:,} in {name}" for name, count in both.items() if count)
+        said.append(
+            f"the same user and item are in several parts of the split: {shares}; if they are no repeated purchases, the split leaks"
+        )
+    if split["users_trained_on_later"]:
+        said.append(
+            f"{split['users_trained_on_later']:,} of {users:,} users have training interactions later than those of validation or test, so the future "
+            "is trained on"
+        )
+    if split["further_interactions"]:
+        said.append(
+            f"{split['further_interactions']:,} interactions of validation and test are no targets: of each user the first of either is one, and it "
+            "needs training interactions before it"
+        )
+    lost = {name: split[f"{name}_rejected"] for name in PERIODS[1:] if split[f"{name}_rejected"]}
+    if lost:
+        said.append(f"rows rejected: {', '.join(f'{count:,} of {name}' for name, count in lost.items())}; ingest/rejected says why")
+    return said
 
 
 def leave_one_out(length: np.ndarray) -> Places:
@@ -90,22 +218,21 @@ def leave_one_out(length: np.ndarray) -> Places:
     return Places(np.where(enough, length - 2, length), valid, test, np.where(enough, test, length))
 
 
-def temporal(times: np.ndarray, length: np.ndarray, split: TemporalSplit) -> Places:
+def by_period(periods: np.ndarray, length: np.ndarray) -> Places:
     """The first interaction of each period is a target, where the user has had others before it.
 
     Args:
-        times: of all users' interactions end to end, in order of time within each user.
+        periods: of all users' interactions end to end, in order within each user.
         length: [U] interactions of each user.
-        split: the cuts.
     """
     user = np.repeat(np.arange(len(length)), length)
-    train, later = (np.bincount(user[times < cut], minlength=len(length)) for cut in (split.valid, split.test))
+    train, later = (np.bincount(user[periods <= last], minlength=len(length)) for last in (0, 1))
     valid = np.where((train > 0) & (later > train), train, -1)
     return Places(train, valid, np.where((later > 0) & (length > later), later, -1), later)
 
 
-def find_split(executor: Executor, partitions: list[Partition], left: Core, data: Data, domain: str) -> TemporalSplit | None:
-    """The cuts of a temporal split in the unit of a domain's times; None for leave-one-out.
+def find_split(executor: Executor, partitions: list[Partition], left: Core, data: Data, domain: str) -> Split | None:
+    """The split of a domain; None for leave-one-out.
 
     Args:
         executor: runs the counting.
@@ -115,10 +242,27 @@ def find_split(executor: Executor, partitions: list[Partition], left: Core, data
         domain: for messages.
 
     Raises:
-        SourceError: the times are none, or a period has no interactions.
+        SourceError: of a temporal split, the times are none, or a period has no interactions.
     """
-    if data.split != "temporal":
-        return None
+    nothing = np.zeros(len(left.items), bool)
+    split: Split
+    match data.split:
+        case "leave_one_out":
+            return None
+        case "temporal":
+            split = _temporal(executor, partitions, left, data, domain)
+        case "last_n":
+            split = LastSplit(nothing, nothing, *data.split_last)
+        case "given":
+            split = GivenSplit(nothing, nothing)
+    given = executor.put((split, left.items))
+    seen = [executor.submit(_seen, part.kept, given, data.min_interactions) for part in partitions]
+    before, later = np.logical_or.reduce([executor.get(each) for each in seen])
+    return replace(split, trained=before, only_later=later & ~before)
+
+
+def _temporal(executor: Executor, partitions: list[Partition], left: Core, data: Data, domain: str) -> TemporalSplit:
+    """The cuts of a temporal split in the unit of a domain's times."""
     masks = executor.put((left.items, left.cold))
     times = [executor.submit(_times, part.kept, masks, data.min_interactions) for part in partitions]
     total, of_units, first, last = _overview(executor, times)
@@ -136,9 +280,8 @@ def find_split(executor: Executor, partitions: list[Partition], left: Core, data
                 f"{as_date(valid, unit)}, the test period at {as_date(test, unit)}, and the interactions are from {as_date(first, unit)} "
                 f"to {as_date(last, unit)}"
             )
-    seen = [executor.submit(_seen, part.kept, masks, data.min_interactions, valid) for part in partitions]
-    before, later = np.logical_or.reduce([executor.get(each) for each in seen])
-    return TemporalSplit(valid, test, unit, before, later & ~before)
+    nothing = np.zeros(len(left.items), bool)
+    return TemporalSplit(nothing, nothing, valid, test, unit)
 
 
 def as_date(time: int, unit: str) -> str:
@@ -173,7 +316,7 @@ def _cut(executor: Executor, times: list[Handle], cut: float | str, total: int, 
     if isinstance(cut, str):
         given = datetime.fromisoformat(cut)
         since = (given if given.tzinfo else given.replace(tzinfo=UTC)) - EPOCH
-        return since // timedelta(microseconds=1) * int(UNITS[unit][1]) // 1_000_000
+        return -(-(since // timedelta(microseconds=1) * int(UNITS[unit][1])) // 1_000_000)  # no time before the date is of the period
     return quantile(executor, times, int(cut * total), *bounds)
 
 
@@ -224,8 +367,9 @@ def _up_to(times: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return np.searchsorted(times, thresholds, side="right")
 
 
-def _seen(kept: pa.Table, masks: tuple[np.ndarray, np.ndarray], min_user: int, cut: int) -> np.ndarray:
-    """[2, catalog] whether an item has remaining interactions before a time, and from then on."""
-    left = survivors(kept, *masks, min_user)
-    before, codes = kept[TIMESTAMP].to_numpy()[left] < cut, kept[CODE].to_numpy()[left]
-    return np.stack([np.bincount(codes[rows], minlength=len(masks[0])) > 0 for rows in (before, ~before)])
+def _seen(kept: pa.Table, given: tuple[Split, np.ndarray], min_user: int) -> np.ndarray:
+    """[2, catalog] whether an item has remaining training interactions, and later ones."""
+    split, items = given
+    rows = pl.DataFrame(kept).filter(survivors(kept, items, np.zeros_like(items), min_user))
+    trained, codes = split.periods(rows) == 0, rows[CODE].to_numpy()
+    return np.stack([np.bincount(codes[found], minlength=len(items)) > 0 for found in (trained, ~trained)])

@@ -24,11 +24,11 @@ from qbert_ray.execution.executor import Executor, Handle, Rows
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, Core, Partition, core, partition, survivors
 from qbert_ray.inputs.readers import REASON, ROW, Fragment
-from qbert_ray.inputs.reasons import UNITS, nothing_left, rejected, suspicions
+from qbert_ray.inputs.reasons import UNITS, nothing_left, odd_ids, rejected, suspicions
 from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sequences import sequences_of, times_seen
-from qbert_ray.inputs.sources import GIVEN_WEIGHT, POSITION, Source, SourceError, open_source
-from qbert_ray.inputs.splits import TemporalSplit, find_split
+from qbert_ray.inputs.sources import GIVEN_WEIGHT, PERIOD, PERIODS, POSITION, Source, SourceError, open_source
+from qbert_ray.inputs.splits import Split, find_split, remarks
 from qbert_ray.storage.columns import (
     COLD,
     COLD_SEQUENCES,
@@ -73,7 +73,9 @@ def ingest_domain(
     """Ingest one domain; the number of partitions changes where parts of the users' tables end, never rows or their order."""
     data, domain = config.data, config.data.domains[name]
     items = open_source(data.root, name, "items", domain)
-    interactions = open_source(data.root, name, "interactions", domain, needs_rating=data.min_rating is not None)
+    interactions = open_source(
+        data.root, name, "interactions", domain, needs_rating=data.min_rating is not None, with_split=data.split == "given"
+    )
     item_rows, catalog = read_catalog(config, name, items, executor)
     progress.advance()
 
@@ -101,7 +103,15 @@ def ingest_domain(
     if split is not None:
         counts["split"] = split.summary(counts, name)
     seen = {unit: counts.pop(f"time_{unit}", 0) for unit in UNITS}
-    counts["warnings"] = suspicions(counts["users"], counts["users_evaluated"], counts.pop("users_at_one_time", 0), seen)
+    at_one_time, implausible = counts.pop("users_at_one_time", 0), counts.pop("implausible_times", 0)
+    counts["warnings"] = suspicions(counts["users"], counts["users_evaluated"], at_one_time, seen, implausible, counts["interactions"])
+    counts["warnings"] += [
+        f"{file.path} is not in UTF-8 and was read as Windows-1252 (Latin-1), in which its texts make no sense: write it in UTF-8"
+        for file in (*items.files, *interactions.files)
+        if file.text.doubtful
+    ]
+    counts["warnings"] += _odd_ids(executor, partitions, catalog)
+    counts["warnings"] += remarks(counts.get("split", {}), counts["users"])
     for table in ("items", "interactions"):
         assert counts[f"{table}_read"] == counts[table] + sum(counts[f"{table}_rejected"].values()), f"{table} lost rows: {counts}"
     return counts
@@ -167,6 +177,21 @@ def _held_out(catalog: pa.Table, share: float) -> np.ndarray:
     return stable_hash(pl.DataFrame(catalog)[ITEM_ID], COLD_SALT) < np.uint64(share * 2**64)
 
 
+def _odd_ids(executor: Executor, partitions: list[Partition], catalog: pa.Table) -> list[str]:
+    """Warnings about IDs that are used as they are, and may be others than meant."""
+    items = odd_ids(pl.DataFrame(catalog)[ITEM_ID])
+    found = {("items", what): (count, example) for what, (count, example) in items.items()}
+    for handle in [executor.submit(_odd_users, part.kept) for part in partitions]:
+        for what, (count, example) in executor.get(handle).items():
+            before, first = found.get(("users", what), (0, example))
+            found["users", what] = (before + count, first)
+    return [f"IDs of {count:,} {of}, such as {example!a}, {what}" for (of, what), (count, example) in found.items()]
+
+
+def _odd_users(kept: pa.Table) -> dict[str, tuple[int, str]]:
+    return odd_ids(pl.DataFrame(kept)[USER_ID].unique(maintain_order=True))
+
+
 def _nothing_left(executor: Executor, partitions: list[Partition], items: Rows, catalog: pa.Table, num_rows: int) -> str:
     found = _reasons(executor, [part.rejected for part in partitions])
     left = num_rows - sum(count for count, _ in found.values())
@@ -216,7 +241,7 @@ class Writer:
     rows_per_part: int | None
     min_user: int
     weighted: bool  # interactions have weights
-    split: TemporalSplit | None = None  # None: leave-one-out
+    split: Split | None = None  # None: leave-one-out
 
     def write(self, items: Rows, partitions: list[Partition]) -> Counts:
         """Write all tables; returns the counts of kept rows, and of rejected rows by reason."""
@@ -308,7 +333,7 @@ def _write_users(
     size: int,
     min_user: int,
     weighted: bool,
-    split: TemporalSplit | None,
+    split: Split | None,
     catalog: pa.Table,
     kept: pa.Table,
     rejected: pa.Table,
@@ -337,9 +362,12 @@ def _write_users(
         .then(pl.lit("item below min_item_interactions"))
         .otherwise(pl.lit("user below min_interactions"))
     )
-    lost = lost.select(POSITION, reason.alias(REASON), as_json(lost.select(USER_ID, ITEM_ID, TIMESTAMP, RATING)).alias(ROW))
+    own = [PERIOD] if PERIOD in lost.columns else []
+    lost = lost.select(POSITION, reason.alias(REASON), as_json(lost.select(USER_ID, ITEM_ID, TIMESTAMP, RATING)).alias(ROW), *own)
     everything = pl.concat([pl.DataFrame(rejected), lost]).with_columns(pl.lit("interactions").alias("table"))
     counts = Counter({("interactions", ""): len(left), ("users", ""): len(sequences), ("cold_interactions", ""): int(left[COLD].sum())})
+    if own:
+        counts.update({(f"{name}_rejected", ""): int((everything[PERIOD] == number).sum()) for number, name in enumerate(PERIODS)})
     counts["users_evaluated", ""] = int(sequences["test"].is_not_null().sum())
     if split is not None:
         counts.update({(name, ""): count for name, count in split.counts(sequences, left).items()})

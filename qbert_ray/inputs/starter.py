@@ -8,6 +8,7 @@ from pathlib import Path
 
 import polars as pl
 
+from qbert_ray.inputs import starter_joins
 from qbert_ray.inputs.names import plain_name
 from qbert_ray.inputs.profile import Files
 from qbert_ray.inputs.sources import AMAZON, detect_format
@@ -43,10 +44,11 @@ def guess(tables: list[Files], aside: dict[str, str], paths: Sequence[Path]) -> 
         sales = [table for table in plain if _time(table) and _best(table, catalogs)[0].share > 0.5]
         catalogs = [table for table in catalogs if table not in sales]
     if not sales:
-        raise StarterError(_none_found(tables, aside, paths, "interactions", _without_time(plain, catalogs)))
+        raise StarterError(_none_found(tables, aside, paths, "interactions", _in_two_tables(plain) or _without_time(plain, catalogs)))
     found = [guessed for table in sales if (guessed := _pair(table, catalogs, plain))]
     if not found:
-        raise StarterError(_none_found(tables, aside, paths, "items that the interactions name" if catalogs else "items"))
+        what = "items that the interactions name" if catalogs else "items"
+        raise StarterError(_none_found(tables, aside, paths, what, _in_two_tables(plain)))
     chosen = _one_for_each_catalog(found, aside)
     for domain in chosen:
         read_catalog(domain, [path for path in paths if path.is_dir()])
@@ -198,6 +200,11 @@ def _is_order(table: Files, name: str, time: str | None = None) -> bool:
     rows = table.sample.select(pl.col(name).alias("value"), pl.col(time).alias("time")).drop_nulls()
     groups = rows.group_by("value").agg(pl.len(), pl.col("time").n_unique().alias("times")).filter(pl.col("len") > 1)
     return len(groups) > 0 and float((groups["times"] == 1).mean() or 0) > 0.9  # type: ignore[arg-type]
+
+
+def _in_two_tables(plain: list[Files]) -> str:
+    """Advice on orders whose customers and articles are in two tables."""
+    return starter_joins.advice(plain, _users, _time, _best)
 
 
 def _without_time(plain: list[Files], catalogs: list[Files]) -> str:

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import yaml
 
 from qbert_ray.config.schema import Config
 from qbert_ray.inputs.profile import Files, find_tables
-from qbert_ray.inputs.sources import open_source
+from qbert_ray.inputs.sources import SPLIT, SPLIT_NAMES, open_source
 from qbert_ray.inputs.starter import StarterError, given_features, guess
 from qbert_ray.inputs.starter_columns import Guess
 from qbert_ray.storage.columns import ITEM_ID
@@ -33,7 +34,7 @@ def write_config(paths: Sequence[Path], output: Path, force: bool = False) -> st
     config = Config.model_validate(yaml.safe_load(text))
     for name, domain in config.data.domains.items():
         open_source(config.data.root, name, "items", domain)
-        open_source(config.data.root, name, "interactions", domain)
+        open_source(config.data.root, name, "interactions", domain, with_split=config.data.split == "given")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text)
     return text
@@ -53,10 +54,17 @@ def _page(guesses: list[Guess], tables: list[Files], aside: dict[str, str], outp
         "data:",
         f"  root: {_yaml(root)}",
     ]
-    core, why = min((found.core for found in guesses), key=lambda core: core[0])
-    lines += [f"  min_interactions: {core} # {why}", "  domains:"]
+    given = all(found.interactions.held_out for found in guesses)
+    if given:
+        lines += [
+            "  split: given # the names of the files say train, validation and test; they are used as they are, without a k-core",
+            "  domains:",
+        ]
+    else:
+        core, why = min((found.core for found in guesses), key=lambda core: core[0])
+        lines += [f"  min_interactions: {core} # {why}", "  domains:"]
     for name, found in zip(names, guesses, strict=True):
-        lines += [f"    {name}:", *(f"      {line}" for line in _domain(found, Path(root)))]
+        lines += [f"    {name}:", *(f"      {line}" for line in _domain(found, Path(root), given))]
     used = {id(table) for found in guesses for table in (found.items, found.interactions)}
     for table in tables:
         if id(table) not in used and str(table.location) not in aside:
@@ -65,9 +73,11 @@ def _page(guesses: list[Guess], tables: list[Files], aside: dict[str, str], outp
     return "\n".join([*lines, *(f"# not used: {why}" for why in aside.values())]) + "\n"
 
 
-def _domain(found: Guess, root: Path) -> Iterator[str]:
+def _domain(found: Guess, root: Path, given: bool) -> Iterator[str]:
     yield f"items: {_yaml(_relative(found.items, root))} # {_columns(found.items)}"
     yield f"interactions: {_yaml(_relative(found.interactions, root))} # the catalog knows {found.match.share:.0%} of its items"
+    for key, path in zip(("validation", "test"), found.interactions.held_out, strict=False):
+        yield f"{'' if given else '# with data.split=given in all domains: '}{key}: {_yaml(os.path.relpath(path, root))}"
     if found.form != "contract":
         yield f"format: {found.form} # by its columns"
     else:
@@ -85,7 +95,16 @@ def _domain(found: Guess, root: Path) -> Iterator[str]:
         yield f"# left aside: {name} ({why})"
     if found.items is not found.interactions:
         unread = [name for name in found.interactions.columns if name not in found.names.values()]
-        yield from (f"# left aside of the interactions: {name} (neither user, item, time nor rating)" for name in unread)
+        yield from (f"# left aside of the interactions: {name} ({_unread(found.interactions, name)})" for name in unread)
+
+
+def _unread(table: Files, name: str) -> str:
+    """Why a column of the interactions is not read."""
+    values = table.sample[name].drop_nulls()
+    if values.dtype == pl.String and len(values) and values.str.to_lowercase().is_in(list(SPLIT_NAMES)).all():
+        key = "" if name == SPLIT else f", interaction_columns: {{{SPLIT}: {_yaml(name)}}}"
+        return f"a split of your own? data.split: given{key} uses it"
+    return "neither user, item, time nor rating"
 
 
 def _columns(table: Files) -> str:

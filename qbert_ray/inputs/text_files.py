@@ -21,6 +21,7 @@ from qbert_ray.inputs.limits import MOST_LINE
 SAMPLE_BYTES = 1 << 20  # by which encoding, columns and delimiter of a file are judged
 BLOCK_BYTES = 16 << 20
 UTF8, LATIN = "utf-8", "windows-1252"
+MOST_ACCENTS = 0.5  # share of letters outside of ASCII in a text of a Western language
 MARKS = {codecs.BOM_UTF8: UTF8, codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _ERRORS = "qbert-ray-windows-1252"  # the name under which `_as_latin` is registered with `codecs`
 
@@ -35,6 +36,7 @@ class Text:
 
     encoding: str = UTF8  # utf-8, windows-1252, utf-16-le or utf-16-be
     returns: bool = False  # lines end in carriage returns alone, as old spreadsheets write them
+    doubtful: bool = False  # windows-1252, and yet most letters are outside of ASCII, which no Western language writes
 
 
 def open_text(filesystem: fs.FileSystem, path: str) -> BinaryIO:
@@ -119,12 +121,21 @@ def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES, *, most_line: 
 
 def _encoding_of(sample: bytes) -> Text:
     encoding = next((name for mark, name in MARKS.items() if sample.startswith(mark)), None) or _without_mark(sample)
-    return Text(encoding, returns=_find("\n", sample, encoding) < 0 <= _find("\r", sample, encoding))
+    doubtful = encoding == LATIN and _foreign_letters(sample) > MOST_ACCENTS
+    return Text(encoding, _find("\n", sample, encoding) < 0 <= _find("\r", sample, encoding), doubtful)
+
+
+def _foreign_letters(sample: bytes) -> float:
+    """Share of the letters of a text that are outside of ASCII, of the lines that hold any."""
+    text = b"".join(line for line in sample.split(b"\n") if not line.isascii())
+    outside = sum(byte >= 128 for byte in text)
+    return outside / max(outside + sum(bytes([byte]).isalpha() for byte in text), 1)
 
 
 def _without_mark(sample: bytes) -> str:
-    zeros = np.flatnonzero(np.frombuffer(sample[:4096], np.uint8) == 0)
-    if len(zeros) > min(len(sample), 4096) / 4:  # every second byte of text that is mostly ASCII
+    head = sample[:4096].rstrip(b"\0")  # a file that was not closed may end in many
+    zeros = np.flatnonzero(np.frombuffer(head, np.uint8) == 0)
+    if len(zeros) > len(head) / 4:  # every second byte of text that is mostly ASCII
         return "utf-16-le" if (zeros % 2).mean() > 0.5 else "utf-16-be"
     try:
         codecs.getincrementaldecoder(UTF8)().decode(sample)  # a character cut off at the end is no error

@@ -16,7 +16,7 @@ import polars as pl
 MICROSECONDS = 1_000_000
 FORMATS = (
     "whole numbers, Unix times with fractions, 2026-01-31, 2026-01-31 12:00[:30[.5]] with or without T, Z, UTC, +01:00 or a zone's name, "
-    "31.01.2026 12:00, 1/31/2026 9:05:58 AM, 31 Jan 2026, Jan 31, 2026"
+    "31.01.2026 12:00, 1/31/2026 9:05:58 AM, 31 Jan 2026, Jan 31, 2026; of 1900 to 2200"
 )
 ZONES = {  # minutes east of Greenwich
     "UTC": 0, "GMT": 0, "Z": 0, "UT": 0, "WET": 0, "WEST": 60, "BST": 60, "CET": 60, "MEZ": 60, "CEST": 120, "MESZ": 120, "EET": 120, "EEST": 180,
@@ -24,6 +24,7 @@ ZONES = {  # minutes east of Greenwich
     "EDT": -240, "CST": -360, "CDT": -300, "MST": -420, "MDT": -360, "PST": -480, "PDT": -420,
 }  # fmt: skip
 _LARGEST = 9.2e18
+_EARLIEST, _LATEST = -2_208_988_800 * MICROSECONDS, 7_258_118_400 * MICROSECONDS  # 1900-01-01 and 2200-01-01
 # Digits are written as [0-9] and not as \d, whose digits of all scripts make matching a hundred times slower.
 _BY_NUMBERS = r"^([0-9]{1,2})([/-])([0-9]{1,2})[/-][0-9]{2,4}(?:[^0-9]|$)"  # a date whose first two numbers may be in either order
 _CLOCK = (
@@ -83,7 +84,7 @@ def as_timestamp(value: pl.Expr, kind: Any, style: TimeStyle = TimeStyle()) -> p
     if kind.is_numeric():
         return _number(value.cast(pl.Float64), style)
     if isinstance(kind, pl.Datetime | pl.Date):
-        return value.cast(pl.Datetime("us")).dt.epoch("us")
+        return _plausible(value.cast(pl.Datetime("us")).dt.epoch("us"))
     if kind not in (pl.String, pl.Categorical, pl.Enum):
         return pl.lit(None, pl.Int64)
     return value.cast(pl.String).map_batches(partial(_read, style=style), return_dtype=pl.Int64)
@@ -92,6 +93,11 @@ def as_timestamp(value: pl.Expr, kind: Any, style: TimeStyle = TimeStyle()) -> p
 def _has_fractions(values: pl.Series) -> bool:
     values = values.drop_nulls().drop_nans()
     return bool(((values - values.floor()) != 0).any())
+
+
+def _plausible(time: pl.Expr) -> pl.Expr:
+    """Microseconds since 1970 of a date that can be meant; dates such as 0001-01-01 and 9999-12-31 stand for none."""
+    return pl.when(time.is_between(_EARLIEST, _LATEST)).then(time)
 
 
 def _number(value: pl.Expr, style: TimeStyle) -> pl.Expr:
@@ -117,7 +123,8 @@ def _read(values: pl.Series, style: TimeStyle) -> pl.Series:
         left = (times.is_null() & text.is_not_null()).arg_true()
         if not len(left):
             break
-        times = times.scatter(left, step(text[left].alias("text")))
+        found = step(text[left].alias("text"))
+        times = times.scatter(left, found if step is steps[0] else found.to_frame("x").select(_plausible(pl.col("x"))).to_series())
     return times
 
 

@@ -21,7 +21,7 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.inputs.reasons import HINTS, UNITS
-from qbert_ray.inputs.sources import Source, Table, check_root, open_source
+from qbert_ray.inputs.sources import PERIODS, Source, Table, check_root, open_source
 from qbert_ray.inputs.stage import ingest_domain
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, ITEM_ID, TEXT_PREFIX, TIMESTAMP, USER_ID
 from qbert_ray.storage.directory import Counts, RunDir
@@ -29,6 +29,7 @@ from qbert_ray.storage.directory import Counts, RunDir
 EXAMPLES, EXAMPLE_LENGTH = 3, 100
 IMAGES_LOOKED_FOR, IMAGES_DECODED = 200, 100
 SMALL_BYTES = 512 << 20  # total size of local input files up to which they are checked in this process
+MOST_PATHS = 6  # of validation and test files that are listed
 TABLES: tuple[Table, ...] = ("items", "interactions")
 
 
@@ -99,7 +100,8 @@ def validate(config: Config, executor: Executor, sources: Sources | None = None)
 
 def _open(config: Config, name: str, table: Table) -> Source | str:
     try:
-        return open_source(config.data.root, name, table, config.data.domains[name], config.data.min_rating is not None)
+        domain, data = config.data.domains[name], config.data
+        return open_source(data.root, name, table, domain, data.min_rating is not None, with_split=data.split == "given")
     except ValueError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - a file that breaks a reader must not hide the reports on the others
@@ -244,7 +246,9 @@ def _file_line(table: str, source: Source) -> str:
     many = f", {len(source.files)} files" if len(source.files) > 1 else ""
     remarks = "".join(f"; {remark}" for remark in sorted({file.remark for file in source.files} - {""}))
     names = dict.fromkeys(column for file in source.files for column in file.columns)
-    return f"  {table}: {source.uri} ({source.files[0].kind}{many}, {source.format}{remarks}); columns: {', '.join(names)}"
+    held_out = [(PERIODS[part], file.path) for part, file in zip(source.parts, source.files, strict=False) if part]
+    own = "".join(f"; {name}: {path}" for name, path in held_out[:MOST_PATHS]) + (", ..." if len(held_out) > MOST_PATHS else "")
+    return f"  {table}: {source.uri} ({source.files[0].kind}{many}, {source.format}{remarks}){own}; columns: {', '.join(names)}"
 
 
 def _domain_lines(name: str, domain: DomainValidation) -> Iterator[str]:
@@ -256,6 +260,8 @@ def _domain_lines(name: str, domain: DomainValidation) -> Iterator[str]:
     counts = domain["counts"]
     for table in ("items", "interactions"):
         yield f"  kept {counts[table]:,} of {counts[f'{table}_read']:,} {table}"
+    if split := counts.get("split"):
+        yield f"  targets: of {split['users_validated']:,} users for validation, of {counts['users_evaluated']:,} for test"
     low, quarter, median, upper, high = domain["per_user"]
     yield f"  {counts['users']:,} users; interactions per user: {low} to {high}, median {median}, middle half {quarter} to {upper}"
     time = domain["time"]

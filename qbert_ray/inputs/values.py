@@ -14,6 +14,10 @@ NOTHING = [
     *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN", "NaT", "\\N", "undefined"),
 ]
 NO_ID = [*NOTHING, "none", "NONE", "na", "Na", "nil", "NIL", "<null>", "<none>", "(null)", "#n/a", "nat"]  # in a text these could be words
+_SIGN = r"(?:[€$£¥₹₽₩₺%]|(?i:eur|usd|gbp|chf|jpy|cny|sek|nok|dkk|pln|czk|huf|kr|zł|rs|us\$))"
+# A number with a currency or a percent sign and with thousands separators, such as 1.234,50 € or USD 1,234.50.
+AMOUNT = rf"^[+-]?(?:{_SIGN}\s*)?[+-]?(?:\d{{1,3}}(?:[.,'’\s]\d{{3}})+|\d+)(?:[.,]\d+)?(?:\s*{_SIGN}\.?)?$"
+EXACT = {pl.Float32: 2.0**24, pl.Float64: 2.0**53}  # type -> whole numbers from here on may be other ones, rounded
 _WHOLE = 2.0**53  # below it, floats represent whole numbers exactly
 
 
@@ -34,6 +38,11 @@ def as_id(value: pl.Expr, kind: Kind) -> pl.Expr:
     text, written = _text(value, kind)
     text = text if written else as_text(value, kind)  # NO_ID holds every spelling that `as_text` leaves out
     return pl.when((text != "") & ~text.is_in(NO_ID)).then(text.map_batches(_whole_numbers, return_dtype=pl.String))
+
+
+def inexact(value: pl.Expr, kind: Kind) -> pl.Expr:
+    """True where a number is too large for its type to tell it from its neighbours, else null."""
+    return pl.when(value.abs() >= EXACT[kind]).then(True) if kind in EXACT else pl.lit(None, pl.Boolean)
 
 
 def as_rating(value: pl.Expr, kind: Kind) -> pl.Expr:

@@ -116,7 +116,7 @@ class RankPart:
             histories = [sequences.history(user, "test") for user in batch]
             target = torch.from_numpy(sequences.test[batch])
             for model, scores in self._scores(histories).items():
-                found.setdefault(model, []).append(rank_pairs(scores, target, histories).numpy())
+                found.setdefault(model, []).append(rank_pairs(scores, target, histories, self.ranker.repeats(model)).numpy())
         self._write(
             name,
             [sequences.user_ids[user] for user in users],

@@ -30,6 +30,10 @@ class CatalogRanker(Protocol):
     num_features: int  # numbers that an item's score is made of
     available: np.ndarray | None  # [N] booleans, items that `best` may give; None: all
 
+    def repeats(self, name: str = "model") -> float:
+        """What the ranking of that name adds to the scores of items of the history where it lists them too."""
+        ...
+
     def best(self, histories: list[np.ndarray], k: int, remove_seen: bool = True, only: Filter = EVERYTHING) -> tuple[Tensor, Tensor]:
         """Scores and item_index [B, min(k, N)] of the best items that a filter lets pass, best first."""
         ...
@@ -66,6 +70,10 @@ class GenerativeRanker:
         self.available: np.ndarray | None = None  # [N] booleans, items that `best` may give; None: all
         self._filtered: tuple[bytes, Trie] | None = None  # the last filter of items, and the IDs of those that it lets pass
         self.cold = Trie.build(rows, torch.arange(len(codes), device=self.device) >= trained) if trained < len(codes) else None
+
+    def repeats(self, name: str = "model") -> float:
+        """Nothing: see `CatalogRanker`."""
+        return 0.0
 
     def best(self, histories: list[np.ndarray], k: int, remove_seen: bool = True, only: Filter = EVERYTHING) -> tuple[Tensor, Tensor]:
         """The k best items of each history, best first, by at least k beams.

@@ -87,6 +87,11 @@ class Ranker:
         self.reranker = reranker.to(self.device) if reranker is not None else None
         self.item_item_text = Blend(*(tensor.to(self.device) for tensor in item_item_text)) if item_item_text is not None else None
 
+    def repeats(self, name: str = "model") -> float:
+        """What a ranking of `scores` adds to items of the history where it lists them too: a blend has a weight for them."""
+        alone = "model" if self.blend is None else "sequencer"
+        return float(self.model.repeats) if name == alone and self.model.repeats is not None else 0.0
+
     def best(self, histories: list[np.ndarray], k: int, remove_seen: bool = True, only: Filter = EVERYTHING) -> tuple[Tensor, Tensor]:
         """The k best items of each history, best first.
 
@@ -140,6 +145,9 @@ class Ranker:
     def _candidate_scores(self, batch: HistoryBatch, items: Tensor, hidden: Tensor | None) -> Tensor:
         items = items.to(self.device)
         values = self.model.scores(batch.queries, self.vectors[items], self.bias[items]).float()
+        if repeats := self.repeats():
+            seen = np.stack([np.isin(row, history) for row, history in zip(items.cpu().numpy(), batch.histories, strict=True)])
+            values += repeats * torch.from_numpy(seen).to(self.device)
         if self.blend is not None and batch.features is not None and batch.description is not None:
             each = torch.cat([values[..., None], batch.features.at(items).to(self.device)], dim=2)  # [B, C, F]
             values = blended_at(each, self.blend.weights_for(batch.description), items >= self.trained, self.cold_item_bonus)
@@ -202,7 +210,7 @@ class Ranker:
         return self.model.scaled(next_item_queries(self.model, histories, self.items)).cpu()
 
     def scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
-        """[B, N] scores of the whole catalog, on the CPU.
+        """[B, N] scores of the whole catalog, on the CPU; without what `repeats` gives.
 
         Returns:
             "model"; with a blend also the "sequencer", the "ridge" regression and the "transitions" by themselves, and
@@ -309,9 +317,11 @@ class Ranker:
                 yield block, hidden.of(blended.of(scores, block), block)
             return
         seen = {}
-        if hide_seen:
+        repeats = -np.inf if hide_seen else self.repeats()
+        if repeats:
             rows, items = pairs(batch.histories, self.num_items)
-            seen = by_block(blocks, rows, items, np.full(len(rows), -np.inf, np.float32), self.device)
+            added = np.full(len(rows), repeats, np.float32)
+            seen = by_block(blocks, rows, items, added, self.device)
         for block in blocks:
             scores = self._sequence_block(batch.queries, block, hidden.penalty)
             yield block, hidden.of(add(scores, seen[block.start]) if seen else scores, block)

@@ -92,8 +92,8 @@ def _figures(run: RunDir, domain: str, parts: list[str], size: int) -> DomainQua
     codes = ids.codes
     spread = {
         "usage": metrics.codebook_usage(codes, size),
-        "perplexity": metrics.perplexity(codes, size),
-        "entropy": metrics.entropy(codes, size),
+        "perplexity": metrics.perplexity(codes),
+        "entropy": metrics.entropy(codes),
         "gini": metrics.gini(codes, size),
     }
     return {

@@ -282,5 +282,5 @@ def count_ids(config: Config, run: RunDir, size: int) -> IdCounts:
         "num_levels": int(codes.shape[1]),
         "codebook_size": size,
         "codebook_usage": metrics.codebook_usage(codes, size),
-        "perplexity": metrics.perplexity(codes, size),
+        "perplexity": metrics.perplexity(codes),
     }

@@ -73,6 +73,9 @@ class QuantizerTask:
         batch = self.embeddings[torch.from_numpy(samples)].to(device)
         return model(batch, quantize=epoch >= self.settings.warmup_epochs)["loss"] * len(samples), float(len(samples))
 
+    def complete(self, model: Any, device: torch.device) -> None:
+        """Nothing: all weights are trained."""
+
     def evaluate(self, model: Any, device: torch.device) -> QuantizerMetrics:
         pieces = [piece.to(device) for piece in self.embeddings.split(SAMPLE)]
         codes = torch.cat([model.quantizer.codes(model.encode(piece)) for piece in pieces]).cpu().numpy()
@@ -81,7 +84,7 @@ class QuantizerTask:
             "reconstruction_error": float(normalised_error(model, pieces[0])),
             "collision_rate": metrics.collision_rate(codes),
             "codebook_usage": metrics.codebook_usage(codes, self.settings.codebook_size),
-            "perplexity": metrics.perplexity(codes, self.settings.codebook_size),
+            "perplexity": metrics.perplexity(codes),
         }
 
 

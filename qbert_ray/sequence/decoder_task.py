@@ -80,6 +80,9 @@ class GenerativeTask:
         weight = None if weights is None else torch.from_numpy(weights[places]).to(device)
         return model.loss(reading, codes, weight), float(codes.numel() if weight is None else codes.shape[1] * weight.sum())
 
+    def complete(self, model: Any, device: torch.device) -> None:
+        """Nothing: all weights are trained."""
+
     def evaluate(self, model: Any, device: torch.device) -> ValidationMetrics:
         """Hit rate and NDCG of the validation items among the beams, without what their users have had; averaged over domains."""
         found = []

@@ -51,9 +51,12 @@ class Sequencer(nn.Module):
         item_embeddings: domain -> number of items that have an embedding of their own in addition to their codes; none by default.
         content_width: F of the content vectors whose projection is part of an item's vector; 0: codes alone.
         code_dropout: fraction of items whose codes are hidden in training, so that they have to be placed by content alone.
+        repeats: hold a number for `Ranker` to add to the scores of items of the history.
         causal: each position reads only those before it and predicts the next item; needs tokens="item".
         recall: add the recency-weighted mean of the history's item vectors to the query (`recency_weighted_mean`).
     """
+
+    repeats: Tensor | None  # a number, added to the scores of items of the history
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class Sequencer(nn.Module):
         content_width: int = 0,
         code_dropout: float = 0.0,
         recall: bool = False,
+        repeats: bool = False,
         causal: bool = False,
     ) -> None:
         super().__init__()
@@ -87,6 +91,7 @@ class Sequencer(nn.Module):
         self.content = Linear(content_width, width, bias=False) if content_width else None
         self.code_dropout, self.causal = code_dropout, causal
         self.recall = nn.Parameter(torch.tensor([RECALL_START, 0.0])) if recall else None  # weight, and logit of the decay per step
+        self.register_buffer("repeats", torch.zeros(()) if repeats else None)  # no gradient trains it: `calibrated_repeats` sets it
         if not causal:
             self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
             self.position_embedding = nn.Embedding(max_items * (num_levels if tokens == "flat" else 1), width)
@@ -232,12 +237,12 @@ class Sequencer(nn.Module):
         Next to a softmax over items it goes without the codes' biases, whose sum is an item's bias: fitted level by level, they would
         count popularity K times.
         """
-        size = self.codebook_size
-        queries = query.view(len(query), self.num_levels, -1) if self.tokens == "flat" else query[:, None].expand(-1, self.num_levels, -1)
-        books = self.code_embedding.weight.view(self.num_levels, size, -1)
-        if self.logits_kind == "cosine":
-            queries, books = F.normalize(queries, dim=-1) / self.temperature, F.normalize(books, dim=-1)
-        logits = torch.einsum("pkd,kmd->pkm", queries, books)
+        size, flat = self.codebook_size, self.tokens == "flat"
+        queries = self.scaled(query.view(len(query), self.num_levels, -1) if flat else query)
+        books = self.code_embedding.weight
+        books = F.normalize(books, dim=-1) if self.logits_kind == "cosine" else books
+        by_level = books.view(self.num_levels, size, -1)
+        logits = torch.einsum("pkd,kmd->pkm", queries, by_level) if flat else product(queries, books).view(-1, self.num_levels, size)
         if self.loss_kind == "tokens":
             logits = logits + self.code_bias.view(self.num_levels, size)
         if weight is None:

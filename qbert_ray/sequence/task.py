@@ -7,10 +7,11 @@ from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
+from scipy import optimize
 from torch import Tensor, nn
 
 from qbert_ray import metrics
-from qbert_ray.config.schema import Config, MaskStrategy, SequenceTraining
+from qbert_ray.config.schema import Config, Finetune, MaskStrategy, SequenceTraining
 from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.random_streams import VALIDATION_STREAM, WINDOW_STREAM, uniform
 from qbert_ray.semantic_ids.quantizers import load_quantizers
@@ -22,9 +23,11 @@ from qbert_ray.sequence.packing import pack, to_device
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import catalog_codes, item_content, warm_items
 from qbert_ray.storage.directory import RunDir
-from qbert_ray.top_k import ranks
+from qbert_ray.top_k import pairs, ranks
 from qbert_ray.training import shuffled_batches
 
+MOST_REPEATS = 1000.0  # largest number added to repeats, and with a minus the smallest
+MOST_FOR_REPEATS = 2048  # users whose validation items the number added to repeats is chosen by
 SAMPLE = 4096  # users whose validation items are ranked, where the settings name no number
 
 
@@ -78,6 +81,7 @@ class SequencerTask:
         return {
             "causal": self.causal,
             "recall": s.recall and s.tokens != "flat",
+            "repeats": s.repeats and s.loss == "catalog",
             "content_width": content.shape[1] if content is not None else 0,
             "num_levels": codes.shape[1],
             "codebook_size": self.codebook_size,
@@ -206,6 +210,15 @@ class SequencerTask:
                 found.append(rank_targets(model, self._table_on(name, device), histories, targets))
         return mean_metrics(found)
 
+    def complete(self, model: Sequencer, device: torch.device) -> None:
+        """Choose what a fine-tuned model adds to the scores of items of the history, by validation items."""
+        if model.repeats is None or not isinstance(self.settings, Finetune):
+            return
+        (name,) = self.domains
+        histories, targets = validation_items(self.sequences[name], MOST_FOR_REPEATS)
+        if len(targets):
+            model.repeats.fill_(calibrated_repeats(*repeat_odds(model, self._table_on(name, device), histories, targets)))
+
     def _table_on(self, name: str, device: torch.device) -> ItemTable:
         """A domain's table on a device, where it stays."""
         self.tables[name] = self.tables[name].to(device)
@@ -248,3 +261,40 @@ def rank_targets(model: Sequencer, table: ItemTable, histories: list[np.ndarray]
         target = torch.from_numpy(targets[rows]).to(table.codes.device)
         result.append(ranks(model.scores(queries, vectors, bias), target, histories[rows]).cpu().numpy())
     return np.concatenate(result)
+
+
+def repeat_odds(
+    model: Sequencer, table: ItemTable, histories: list[np.ndarray], targets: np.ndarray, batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """What the model gives the items of a history together, against all others.
+
+    Returns:
+        [B] logarithm of the odds that the next item is one of the history, by a softmax over the catalog, and [B] booleans, whether it is.
+    """
+    vectors, bias = model.catalog_vectors(table)
+    odds, repeated = [], []
+    for begin in range(0, len(histories), batch_size):
+        rows = slice(begin, begin + batch_size)
+        scores = model.scores(next_item_queries(model, histories[rows], table), vectors, bias).double()
+        seen = torch.zeros_like(scores, dtype=torch.bool)
+        seen[tuple(torch.from_numpy(each) for each in pairs(histories[rows], scores.shape[1]))] = True
+        odds.append(scores.masked_fill(~seen, -torch.inf).logsumexp(1) - scores.masked_fill(seen, -torch.inf).logsumexp(1))
+        repeated.append(seen.gather(1, torch.from_numpy(targets[rows]).to(seen.device)[:, None])[:, 0])
+    return torch.cat(odds).cpu(), torch.cat(repeated).cpu()
+
+
+def calibrated_repeats(odds: Tensor, repeated: Tensor) -> float:
+    """What has to be added to the scores of items of the history so that as many repeats are expected as there are.
+
+    Args:
+        odds: [B] logarithm of the odds of a repeat without it.
+        repeated: [B] booleans; half a repeat is added, so that none at all does not give minus infinity.
+
+    Returns:
+        0 where there is no history with an item, or none without one.
+    """
+    odds, repeated = odds[odds.isfinite()], repeated[odds.isfinite()]
+    if not len(odds):
+        return 0.0
+    share = (float(repeated.sum()) + 0.5) / (len(repeated) + 1)
+    return float(optimize.brentq(lambda added: float(torch.sigmoid(odds + added).mean()) - share, -MOST_REPEATS, MOST_REPEATS))

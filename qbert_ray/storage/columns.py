@@ -20,7 +20,7 @@ RATING = "rating"
 WEIGHT = "weight"  # of an interaction: how much it counts in training and in item-item models; a column where any differs from 1
 TRAIN_WEIGHTS = "train_weights"
 COLD = "cold"
-FURTHER = "further"  # of a temporal split: interactions of the later periods that are no targets
+FURTHER = "further"  # of a split into periods: interactions of the later ones that are no targets
 EXTRA_CODES = "extra_codes"
 KEYS = [DOMAIN, ITEM_ID, ITEM_INDEX]  # columns that identify an item in every table over the catalog
 
@@ -74,7 +74,7 @@ SEQUENCES = pa.schema(
 # score/histories and score_histories/histories: whole histories from a file that `score` is given, which may be empty.
 HISTORIES = pa.schema([(DOMAIN, pa.string()), (USER_ID, pa.string()), ("history", pa.list_(pa.int32()))])  # item_index in time order
 
-# Of a temporal split: valid is the first item of the validation period, test that of the test period; null for a user without one, or
+# Of a split into periods: valid is the first item of the validation period, test that of the test period; null for a user without one, or
 # without any item before it. History of the test = train + valid + between.
 TEMPORAL_SEQUENCES = pa.schema(
     [

@@ -61,7 +61,10 @@ def _under(path: str, keys: tuple[str, ...]) -> bool:
 
 
 def _unread_by_ingest(config: Config) -> tuple[str, ...]:
-    return ("data.split", "data.split_cuts") if config.data.split == "leave_one_out" else ()
+    """Settings of the other splits; leave-one-out has none, and is what runs did that know no other."""
+    split = config.data.split
+    of_others = [key for other, key in (("temporal", "data.split_cuts"), ("last_n", "data.split_last")) if other != split]
+    return ("data.split", *of_others) if split == "leave_one_out" else tuple(of_others)
 
 
 def _unread_by_features(config: Config) -> tuple[str, ...]:
@@ -85,7 +88,7 @@ STAGES = (
         _INPUT,
         (
             *("data.root", "data.domains", "data.min_interactions", "data.min_item_interactions", "data.min_rating"),
-            *("data.cold_share", "data.rows_per_part", "data.split", "data.split_cuts"),
+            *("data.cold_share", "data.rows_per_part", "data.split", "data.split_cuts", "data.split_last"),
         ),
         keeps=False,
         unread=_unread_by_ingest,

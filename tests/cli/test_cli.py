@@ -12,6 +12,8 @@ import typer
 from qbert_ray.cli import completion
 from qbert_ray.cli import main as cli
 from qbert_ray.cli.main import main
+from qbert_ray.cli.stage_commands import of_ray
+from qbert_ray.config.loading import load_config
 from qbert_ray.storage.stages import STAGES
 
 
@@ -39,7 +41,15 @@ def test_describe_prints_the_counts_of_table_6(capsys):
     ("arguments", "said"),
     [
         (["run"], "Missing option '--config'"),
-        (["run", "-c", "nowhere.yaml"], "no config file at nowhere.yaml"),
+        (
+            ["run", "-c", "nowhere.yaml"],
+            "no config file at nowhere.yaml; the ones that come with the package are named configs/<name>.yaml",
+        ),
+        (
+            ["reproduce", "configs/tables/table3.yaml", "-c", "configs/demo.yaml", "-o", "here"],
+            "configs/tables/codes.yaml, configs/tables/comparison.yaml",
+        ),
+        (["run", "-c", "configs/demo.yaml", "compute.address=127.0.0.1:1"], "no cluster answers at 127.0.0.1:1"),
         (["run", "-c", "configs/demo.yaml", "finetune.epoch=1"], "did you mean finetune.epochs?"),
         (["run", "-c", "configs/demo.yaml", "--from", "training"], "no such stage; the stages are ingest, features"),
         (["semantic-ids", "-c", "configs/demo.yaml", "--append", "--redo"], "--append keeps every ID and --redo forgets them all"),
@@ -156,3 +166,20 @@ def test_completion_goes_into_folders_and_past_hidden_files(tmp_path, monkeypatc
     assert completion.config_files("deep/") == ["deep/b.yml", "deep/down/"]
     assert completion.config_files(str(tmp_path / "a")) == [str(tmp_path / "a.yaml")]
     assert completion.prefixes("fusion.wi") == ["fusion.width"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "said"),
+    [
+        ([], None, "; starting Ray"),
+        (["compute.address=10.0.0.1:6379"], None, "; connecting to Ray at 10.0.0.1:6379"),
+        ([], "auto", "; connecting to Ray at auto"),
+        (["compute.executor=local"], None, ""),
+    ],
+)
+def test_the_first_line_says_what_becomes_of_ray(monkeypatch, settings, environment, said):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if environment:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    assert of_ray(load_config([], settings)) == said
+    assert of_ray(load_config([], settings), always=True) == (said or "; starting Ray")

@@ -52,12 +52,20 @@ def test_masks_are_replaced_whole():
         ("data.domains.items.role=source", "nothing to fine-tune"),
         ("features.text.prompt=Title", "must contain {text}"),
         ("features.modalities=[text, text]", "at most once"),
+        ("pretrain.masks={}", "masks must name at least one strategy"),
+        ("compute.finetune.num_workers=[3, 2]", "[3, 2] must be [fewest, most]"),
+        ("data.domains.a/b.items=x", "'a/b' cannot name a domain"),
     ],
 )
 def test_errors_name_the_path_and_what_is_valid(override, said):
     with pytest.raises(ConfigError) as error:
         load_config([], [override])
     assert said in str(error.value)
+
+
+def test_a_config_without_domains_is_refused():
+    with pytest.raises(ValidationError, match="data.domains is empty: name at least one domain"):
+        Config.model_validate({"data": {"domains": {}}})
 
 
 def test_missing_and_broken_files_are_distinguished(tmp_path):

@@ -37,6 +37,16 @@ def test_random_draws_follow_the_seed_and_stay_inside():
     assert {setting["sequencer.dropout"] for setting in first} == {0.1, 0.3}
 
 
+def test_uniform_draws_fill_their_interval():
+    settings = chosen("sweep.space={sequencer.dropout: {uniform: [0.1, 0.5]}}", "sweep.search=random", "sweep.num_trials=200")
+    drawn = [setting["sequencer.dropout"] for setting in settings]
+    assert 0.1 <= min(drawn) < 0.12 and 0.48 < max(drawn) <= 0.5 and len(set(drawn)) == 200
+
+
+def test_optuna_chooses_by_itself():
+    assert chosen("sweep.space={sequencer.dropout: {uniform: [0.1, 0.5]}}", "sweep.search=optuna") == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from qbert_ray.config.loading import load_config
-from qbert_ray.execution.determinism import ENVIRONMENT
+from qbert_ray.execution.determinism import ENVIRONMENT, environment
 from qbert_ray.execution.executor import open_executor
 from tests import ROOT
 
@@ -60,3 +61,14 @@ def test_nothing_of_it_outlives_the_run(monkeypatch):
     )
     with open_executor(load_config([], ["compute.executor=local", "compute.threads=2"])):
         assert torch.get_num_threads() == 2 and "MKL_CBWR" not in os.environ
+
+
+def test_variables_that_were_set_come_back_also_after_an_error(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with pytest.raises(ValueError, match="of the run"), environment(wanted=True):
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["CUBLAS_WORKSPACE_CONFIG"]) == ("1", ":4096:8")
+        raise ValueError("of the run")
+    assert os.environ["OMP_NUM_THREADS"] == "7" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with environment(wanted=False):
+        assert os.environ["OMP_NUM_THREADS"] == "7"

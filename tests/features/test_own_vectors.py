@@ -71,6 +71,49 @@ def test_arrays_that_cannot_be_read_say_why(tmp_path, save, said):
         vectors_shape(str(tmp_path / "v.npy"))
 
 
+def csv(text):
+    return lambda folder: (folder / "v.csv").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("save", "name", "said"),
+    [
+        (csv("item_id\na\n"), "v.csv", "must have the column item_id, and vector or one column per dimension; it has item_id"),
+        (csv("id,vector\na,1 2\n"), "v.csv", "must have the column item_id.*it has id, vector"),
+        (csv("item_id,name\na,mug\nb,cup\n"), "v.csv", "numbers in all columns but item_id; name holds none"),
+        (lambda folder: np.savez(folder / "v.npz", ids=np.array(IDS), vector=MATRIX), "v.npz", r"must have the columns item_id and vector"),
+        (lambda folder: np.savez(folder / "v.npz", item_id=np.array(IDS[:2]), vector=MATRIX), "v.npz", r"item_id has the shape \(2,\)"),
+        (lambda folder: np.savez(folder / "v.npz", item_id=np.array(IDS), vector=MATRIX[:, 0]), "v.npz", r"the vectors \(3,\)"),
+        (
+            lambda folder: pl.DataFrame({"item_id": IDS, "vector": ["x"] * 3}).write_parquet(folder / "v.parquet"),
+            "v.parquet",
+            "must hold lists of numbers, or lists of such lists; it holds (large_)?string",
+        ),
+        (
+            lambda folder: pl.DataFrame(
+                {"item_id": IDS, "vector": [[]] * 3}, {"item_id": str, "vector": pl.List(pl.Float32)}
+            ).write_parquet(folder / "v.parquet"),
+            "v.parquet",
+            "holds no vector",
+        ),
+        (lambda folder: None, "none.parquet", "no file or folder with vectors at"),
+    ],
+)
+def test_tables_that_hold_no_vectors_of_items_say_what_they_hold(tmp_path, save, name, said):
+    save(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        vectors_shape(str(tmp_path / name))
+
+
+def test_ids_next_to_a_matrix_are_as_many_as_its_rows_or_have_a_header(tmp_path):
+    np.save(tmp_path / "v.npy", MATRIX)
+    (tmp_path / "v_ids.csv").write_text('item_id\n"a"\nb\n\n7\n')
+    assert read_vectors(str(tmp_path / "v.npy"), pa.array(["7", "a"]), 1, 2).vectors[:, 0].tolist() == [[4, 5], [0, 1]]
+    (tmp_path / "v_ids.csv").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="v_ids.csv has 2 IDs; .*v.npy has 3 rows"):
+        vectors_shape(str(tmp_path / "v.npy"))
+
+
 def test_ids_are_written_as_the_ingest_writes_them(tmp_path):
     pl.DataFrame({"item_id": [1.0, -7.0], "vector": [[0.0], [1.0]]}).write_parquet(tmp_path / "v.parquet")
     assert read_vectors(str(tmp_path / "v.parquet"), pa.array(["-7", "1"]), 1, 1).present.all()

@@ -65,11 +65,20 @@ def test_categories_are_equal_or_nearly_orthogonal_and_levels_are_averaged():
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("12", 12), ("-3.5", -3.5), ("$1,299.00", 1299), ("1.299,00", 1299), ("9,99 €", 9.99), ("1e3", 1000), ("", None), ("a", None), ("inf", None), ("nan", None)],
+    [("12", 12), ("-3.5", -3.5), ("$1,299.00", 1299), ("1.299,00", 1299), ("9,99 €", 9.99), ("1e3", 1000), ("", None), ("a", None), ("inf", None), ("nan", None),
+     ("393,91 €", 393.91), ("12 EUR", 12), ("1 234,50 €", 1234.5), ("CHF 1'234.50", 1234.5), ("15 %", 15), ("3 x 4", None), ("1,2,3", None)],
 )  # fmt: skip
 def test_numbers_as_shops_write_them(text, number):
-    found = tabular._number(text)
+    found = tabular._numbers([[text]])[0]
     assert np.isnan(found) if number is None else found == pytest.approx(number)
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers"),
+    [(["61,5", "1.234", "1.234,5"], [61.5, 1234, 1234.5]), (["61.5", "1,234", "1.234"], [61.5, 1234, 1.234]), (["1,234", "5"], [1234, 5])],
+)
+def test_a_column_shows_whether_commas_are_decimal(texts, numbers):
+    assert tabular._numbers([[text] for text in texts]).tolist() == pytest.approx(numbers)
 
 
 def test_a_column_is_of_numbers_where_nearly_all_cells_are():

@@ -316,3 +316,28 @@ def test_a_model_of_which_nothing_is_said_is_that_of_the_paper():
     assert {(layer.num_heads, layer.ffn[0].out_features, layer.query.in_features, layer.dropout) for layer in model.layers} == {
         (4, 512, 256, 0.1)
     }
+
+
+def test_dropout_is_of_attention_and_feed_forward_net_and_in_training_alone():
+    """Where everything is dropped, a layer has nothing to add; an evaluated one adds as if nothing ever was."""
+    torch.manual_seed(1)
+    layer, plain = FusionLayer(8, 2, 12, 1.0), FusionLayer(8, 2, 12, 0.0)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    plain.load_state_dict(layer.state_dict())
+    given = torch.randn(3, 8), torch.randn(3, 2, 8), torch.ones(3, 2, dtype=torch.bool)
+    assert torch.equal(layer.train()(*given)[0], given[0])
+    assert torch.equal(layer.eval()(*given)[0], plain.train()(*given)[0])
+    half = FusionLayer(8, 2, 12, 0.5).train()
+    half.load_state_dict(layer.state_dict())
+    spread = torch.stack([half(*given)[0] for _ in range(10)]).std(0)
+    assert (spread > 0).all()  # other draws each time
+
+
+def test_an_item_without_vectors_of_a_modality_gets_zeros_of_it():
+    model = model_with_two_vectors()
+    features = torch.randn(2, 2, 3)
+    with torch.no_grad():
+        found = model(torch.tensor([0, 1]), {"text": features}, {"text": torch.tensor([[False, False], [False, True]])})
+    assert found.aligned[0, 0].tolist() == [0] * 4 and found.present.tolist() == [[False], [True]]
+    assert torch.linalg.vector_norm(found.aligned[1, 0]).item() == pytest.approx(1)  # of one vector, and that has length 1

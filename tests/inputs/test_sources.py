@@ -184,3 +184,11 @@ def test_a_missing_column_says_how_to_name_another(tmp_path):
     pl.DataFrame({"sku": ["a"], "title": ["A"]}).write_parquet(tmp_path / "items.parquet")
     with pytest.raises(SourceError, match="data.domains.shop.item_columns.item_id=sku"):
         open_source(str(tmp_path), "shop", "items", Domain())
+
+
+def test_a_config_without_data_says_so(tmp_path, monkeypatch):
+    """Such as configs/paper.yaml by itself."""
+    monkeypatch.chdir(tmp_path)
+    said = "no items.parquet here, and neither data.domains.items.items nor data.root is set; .* -c shop.yaml -c configs/paper.yaml"
+    with pytest.raises(SourceError, match=said):
+        open_source(".", "items", "items", Domain())

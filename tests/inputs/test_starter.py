@@ -254,3 +254,64 @@ def test_the_command_shows_what_it_wrote(tmp_path, capsys):
         main(["init", str(tmp_path / "*.csv"), "-o", str(tmp_path / "shop.yaml")])
     text = capsys.readouterr().out
     assert end.value.code == 0 and (tmp_path / "shop.yaml").read_text() in text and "qbert-ray validate -c" in text
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "valid", "test"), ("log.train", "log.dev", "log.test"), ("X_training", "X_validation", "X_test")], ids="-".join
+)
+def test_three_files_named_after_a_split_are_one(tmp_path, names):
+    catalog().write_parquet(tmp_path / "items.parquet")
+    place = pl.int_range(pl.len()).over("user_id")
+    for name, rows in zip(names, (place < 18, place == 18, place == 19), strict=True):
+        sales().filter(rows).write_csv(tmp_path / f"{name}.csv")
+    config, text = made(tmp_path)
+    shop = config.data.domains["shop"]
+    assert (shop.interactions, shop.validation, shop.test) == tuple(f"{name}.csv" for name in names)
+    assert config.data.split == "given" and config.data.min_interactions == 0 and "used as they are" in text
+
+
+def test_a_column_that_names_parts_of_a_split_is_pointed_out(tmp_path):
+    catalog().write_parquet(tmp_path / "items.parquet")
+    sales().with_columns(pl.when(pl.col("timestamp") % 3 > 0).then(pl.lit("Train")).otherwise(pl.lit("test")).alias("part")).write_csv(
+        tmp_path / "sales.csv"
+    )
+    config, text = made(tmp_path)
+    assert config.data.split == "leave_one_out"
+    assert "part (a split of your own? data.split: given, interaction_columns: {split: part} uses it)" in text
+
+
+@pytest.mark.parametrize("form", ["{},5", "{},95 €", "€ {}.95", "1.{:03},00 EUR", "USD 1,{:03}.50", "{} %"])
+def test_amounts_of_money_are_numbers_and_no_texts(tmp_path, form):
+    catalog().with_columns(cost=pl.Series([form.format(number) for number in range(ITEMS)])).write_csv(tmp_path / "items.csv")
+    sales().write_csv(tmp_path / "sales.csv")
+    _, text = made(tmp_path)
+    assert "cost (numbers)" in text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("ORDER_ID", "CUSTOMER", "SKU", "DATE"), ("BESTELLNR", "KUNDENNR", "ARTNR", "DATUM"), ("no", "who", "what", "bought at")],
+    ids="-".join,
+)
+def test_orders_in_two_tables_are_joined_by_the_code_that_is_shown(tmp_path, names):
+    """One table with the customer and time of each order, one with its articles, and a catalog, in Latin-1 with semicolons."""
+    number, user, item, time = names
+    catalog(item).with_columns(title=pl.lit("Größe ") + pl.col("title")).write_csv(tmp_path / "plain.csv", separator=";")
+    (tmp_path / "goods.csv").write_bytes((tmp_path / "plain.csv").read_text().encode("latin-1"))
+    (tmp_path / "plain.csv").unlink()
+    rows = sales(user, item, time).with_columns(pl.format("0{}", (pl.int_range(pl.len()) // 2 + 500_000)).alias(number))
+    orders = rows.group_by(number, maintain_order=True).agg(pl.col(user, time).first())
+    days = pl.from_epoch(time).dt.strftime("%d.%m.%Y %H:%M")
+    orders.with_columns(days).write_csv(tmp_path / "orders.csv", separator=";")
+    rows.select(number, item).with_columns(amount=pl.lit(2)).write_csv(tmp_path / "articles.csv", separator=";")
+    with pytest.raises(StarterError, match="has the customer .* and the time .* of each order") as error:
+        made(tmp_path)
+    code = [
+        line.strip()
+        for line in str(error.value).splitlines()
+        if line.startswith("  ") and "pl" in line and " = " in line or ".join(" in line
+    ]
+    exec("import polars as pl\n" + "\n".join(code), {})
+    config, _ = made(tmp_path, "goods.csv", "interactions.parquet")
+    assert pl.read_parquet(tmp_path / "interactions.parquet").shape == (len(rows), 3)
+    assert config.data.domains["shop"].item_columns == {"item_id": item}

@@ -94,6 +94,38 @@ def test_decoded_counts_what_was_decoded(tmp_path):
     assert report["images"]["decoded"] == 13 and "looked for 20, decoded 13 of them, 7 bad" in page
 
 
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        (pl.col("timestamp") * 1000, "time: 2020-09-13 to 2020-09-13 (in ms)"),
+        (pl.int_range(pl.len()), "time: 0 to 119 (numbers, not dates)"),
+        (pl.lit(1_600_000_000), "100% of interactions share user and time"),
+    ],
+)
+def test_times_are_shown_as_dates_where_they_can_be_some(tmp_path, times, said):
+    assert said in verdict(tmp_path, log=LOG.with_columns(timestamp=times))[1]
+
+
+def test_only_small_local_files_are_read_in_this_process(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ITEMS.write_parquet(tmp_path / "items.parquet")
+    LOG.write_parquet(tmp_path / "interactions.parquet")
+
+    def here(*overrides):
+        config = load_config([], [f"data.root={tmp_path}", "data.domains={shop: {}}", *overrides])
+        return validation.in_this_process(config, validation.open_sources(config))
+
+    assert here() and not here("compute.address=auto") and here("compute.address=auto", "compute.executor=local")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert not here()
+    monkeypatch.delenv("RAY_ADDRESS")
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
+    monkeypatch.setattr(validation, "SMALL_BYTES", size)
+    assert here()
+    monkeypatch.setattr(validation, "SMALL_BYTES", size - 1)
+    assert not here() and here("compute.executor=local")
+
+
 def test_a_crash_in_one_domain_hides_no_other(tmp_path, monkeypatch):
     real = validation.ingest_domain
 

@@ -14,10 +14,12 @@ from qbert_ray.ranking.blend import (
     Candidates,
     Shrinkage,
     _ndcg,
+    blended_at,
     candidates,
     choose_shrinkage,
     describe,
     fit_blend,
+    join_candidates,
     no_candidates,
     sequence_alone,
     without_network,
@@ -88,10 +90,9 @@ def test_a_blend_without_network_reads_item_item_weights_text_and_seen_items_alo
     assert found.features[..., networks[0]].any()  # the candidates of the model's own blend are not changed
 
 
-def test_a_fit_is_where_the_gradient_of_its_objective_is_zero():
+def gradient_of_objective(found, blend):
     """The objective again: mean cross-entropy of targets among candidates that come once, and the squared distance from the start."""
-    found, count = sample(np.random.default_rng(6), by("text"), users=80, cold=10), len(SCORE_FEATURES)
-    blend, users = fit_blend(found), len(found.target)
+    count, users = len(SCORE_FEATURES), len(found.target)
     weights = blend.weights.double().requires_grad_()
     unit = found.features[~found.repeated].double().std(0, unbiased=False)
     unit = torch.where(unit > 1e-6, unit, 1.0)
@@ -107,8 +108,28 @@ def test_a_fit_is_where_the_gradient_of_its_objective_is_zero():
         place = int(once[: found.target[row]].sum())
         objective = objective - scores.log_softmax(0)[place] / users
     (gradient,) = torch.autograd.grad(objective, weights)
-    assert (gradient / unit).abs().max() < 0.01
-    assert (blend.weights - start).abs().max() > 0.1 and found.cold[torch.arange(users), found.target].any()
+    assert (blend.weights - start).abs().max() > 0.1
+    return gradient / unit
+
+
+def test_a_fit_is_where_the_gradient_of_its_objective_is_zero():
+    found = sample(np.random.default_rng(6), by("text"), users=80, cold=10)
+    assert gradient_of_objective(found, fit_blend(found)).abs().max() < 0.01
+    assert found.cold[torch.arange(len(found.target)), found.target].any()
+
+
+def test_a_fit_to_a_handful_of_candidates_has_that_objective_too():
+    """Six candidates: how their spread is estimated matters here."""
+    features = torch.randn(2, 3, len(SCORE_FEATURES), generator=torch.Generator().manual_seed(1))
+    rows, description = torch.zeros(2, 3, dtype=torch.bool), torch.tensor([[1.0, 0.5, 0.2], [1.0, 1.5, 0.1]])
+    found = Candidates(features, rows, rows.clone(), torch.tensor([2, 0]), description)
+    assert gradient_of_objective(found, fit_blend(found)).abs().max() < 0.001
+
+
+def test_without_cold_candidates_the_weights_of_cold_items_are_those_of_the_start():
+    """To the last digit: what is not read must not look as if it had been fitted."""
+    blend, count = fit_blend(sample(np.random.default_rng(3), by("text"), users=60)), len(SCORE_FEATURES)
+    assert torch.equal(blend.weights[0, count:-1], torch.tensor(START)) and not blend.weights[1:, count:].any()
 
 
 def test_targets_are_ranked_among_candidates_that_the_history_does_not_hold():
@@ -224,3 +245,65 @@ def test_descriptions_are_standardised_by_what_the_blend_was_fitted_on():
     blend = fit_blend(found._replace(description=torch.from_numpy(described).float()))
     assert blend.centre.tolist() == pytest.approx([0, *described.mean(0)[1:]], rel=1e-4)
     assert blend.spread.tolist() == pytest.approx([1, *described.std(0)[1:]], rel=1e-4)
+
+
+def test_items_are_scored_by_the_weights_of_their_kind():
+    """A trained item of features 1 and 2, a cold one of 3 and 4; the bias and the bonus are of cold items alone."""
+    features, weights = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[10.0, 1.0, 100.0, 0.5, 7.0]])
+    cold = torch.tensor([[False, True]])
+    assert blended_at(features, weights, cold).tolist() == [[10 + 2, 300 + 2 + 7]]
+    assert blended_at(features, weights, cold, bonus=0.25).tolist() == [[12, 309.25]]
+
+
+def test_the_sequence_model_alone_ranks_trained_and_cold_items_by_its_scores():
+    features = torch.randn(2, 5, 3)
+    weights = sequence_alone(3).weights_for(describe(torch.tensor([0.4, 9.0]), torch.tensor([1, 50])))
+    assert torch.equal(blended_at(features, weights, torch.tensor([[False, True, False, True, False]] * 2)), features[..., 0])
+    assert sequence_alone().weights.shape == (3, 2 * len(SCORE_FEATURES) + 1) and sequence_alone().num_features == len(SCORE_FEATURES)
+
+
+@pytest.mark.parametrize("blocks", [[40], [7, 30, 40]], ids=str)
+def test_a_penalty_is_added_to_the_scores_of_every_history(blocks):
+    rng = np.random.default_rng(4)
+    blend, histories = fit_blend(sample(rng, by("text"), users=40, cold=4)), [rng.choice(40, 5), rng.choice(40, 2)]
+    features = make_item_item(np.random.default_rng(4), cold=means_of_two(30)).features(histories)
+    weights, sequence = blend.weights_for(describe(features.strongest, torch.tensor([5, 2]))), torch.randn(2, 40)
+    penalty = torch.where(torch.arange(40) % 3 == 0, -torch.inf, 0.0)
+    penalty[4] = -0.5
+    slices = [slice(begin, end) for begin, end in pairwise([0, *blocks])]
+    plain, lowered = (
+        torch.cat([BlendedScores(features, weights, slices, 30, penalty=each).of(sequence[:, block].clone(), block) for block in slices], 1)
+        for each in (None, penalty)
+    )
+    torch.testing.assert_close(lowered, plain + penalty)
+
+
+def test_candidates_are_the_best_by_each_score_and_half_as_many_cold_ones():
+    """By the sequence model 0 and 1 and, of the cold items, 3; by ridge 5 and 4 and, of the cold ones, 5 again."""
+    sequence = torch.tensor([[5.0, 4, 3, 2, 1, 0]])
+    features = torch.zeros(len(SCORE_FEATURES) - 1, 1, 6)
+    features[0, 0] = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.9])
+    cold = torch.tensor([False] * 3 + [True] * 3)
+    found = candidates(sequence, features, torch.tensor([8]), torch.tensor([5]), cold, [0, 1], 2)
+    assert found.features[0, :, 1].tolist() == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.9, 0.9])
+    assert torch.allclose(found.features[0, :, 0], sequence.log_softmax(1)[0, [0, 1, 3, 4, 5, 5]])
+    assert found.cold.tolist() == [[False, False, True, True, True, True]]
+    assert found.repeated.tolist() == [[False] * 5 + [True]]
+    assert found.target.tolist() == [4] and found.description.tolist() == [pytest.approx([1, np.log(8), 0.9])]
+    few = candidates(sequence, features, torch.tensor([8]), torch.tensor([0]), torch.arange(6) == 5, [0], 20)  # of a catalog of six
+    assert few.features.shape[1] == 6 + 1 and few.repeated.sum() == 1
+
+
+def test_candidates_of_groups_of_histories_are_joined():
+    rng = np.random.default_rng(3)
+    found = sample(rng, by("text"), users=30)
+    joined = join_candidates([only(found, 10), no_candidates(), Candidates(*(each[10:] for each in found))])
+    assert all(torch.equal(own, whole) for own, whole in zip(joined, found, strict=True))
+    nothing = join_candidates([no_candidates(9), no_candidates(9)])
+    assert nothing.features.shape == (0, 0, 9) and nothing.description.shape == (0, 3) and len(nothing.target) == 0
+
+
+def test_score_features_that_are_further_than_the_known_ones_start_at_zero():
+    blend = fit_blend(no_candidates(9))
+    assert blend.weights[0].tolist() == pytest.approx([*START, 0, 0, *START, 0, 0, 0]) and not blend.weights[1:].any()
+    assert blend.num_features == 9 and blend.centre.tolist() == [0] * 3 and blend.spread.tolist() == [1] * 3

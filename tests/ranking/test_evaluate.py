@@ -9,7 +9,7 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.features.structure import co_occurrence
-from qbert_ray.ranking.evaluate import evaluate, summarise
+from qbert_ray.ranking.evaluate import _sample, evaluate, summarise
 from qbert_ray.ranking.item_item import popularity
 from qbert_ray.ranking.loader import load_ranker
 from qbert_ray.storage import columns
@@ -109,6 +109,22 @@ def test_a_sample_of_the_users_is_ranked_as_all_are_and_said(evaluated):
     assert figures["users"] == 4 and figures["sampled_from"] == USERS - SHORT
     assert "sampled_from" not in report["shop"]
     assert run.read_json("evaluate/metrics.json") == report
+
+
+def test_a_sample_is_of_users_with_a_test_item_and_a_larger_one_holds_it(evaluated):
+    _, _, run = evaluated
+    parts, ranked = run.parts("ingest/sequences", "shop"), USERS - SHORT
+    has = {part: run.read_part("ingest/sequences", part)["test"].to_pylist() for part in parts}
+    before = set()
+    for users in range(1, ranked):
+        count, rows = _sample(run, parts, users)
+        chosen = {(part, row) for part, each in rows.items() for row in each.tolist()}
+        assert count == ranked and len(chosen) == users and before < chosen and list(rows) == parts
+        assert all(row >= 0 and has[part][row] is not None for part, row in chosen)
+        before = chosen
+    for users in (ranked, ranked + 1, None):
+        assert _sample(run, parts, users) == (ranked, None)
+    assert _sample(run, [], 3) == (0, None)
 
 
 def test_a_domain_that_holds_items_out_has_their_figures_too(evaluated):

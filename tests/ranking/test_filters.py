@@ -108,6 +108,30 @@ def test_both_filters_are_as_one_after_the_other():
     assert EVERYTHING.also(EVERYTHING) == EVERYTHING and one.also(EVERYTHING).part(slice(1, 2)).excluded[0].tolist() == [0]
 
 
+@pytest.mark.parametrize("block", [7, 8192])
+def test_a_sequence_model_alone_adds_its_number_to_repeats_in_every_way_of_ranking(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    rank = load_ranker(make_run(tmp_path / "run", repeats=True), "shop", Ranking(enabled=False))
+    rank.model.repeats.fill_(-3.0)
+    scores = rank.scores(HISTORIES)["model"]
+    for row, history in enumerate(HISTORIES):
+        scores[row, np.unique(history)] -= 3
+    values, items = rank.best(HISTORIES, ITEMS, remove_seen=False)
+    assert items.tolist() == [plainly_best(row, range(ITEMS), ITEMS) for row in scores.tolist()]
+    torch.testing.assert_close(values, scores.gather(1, items))
+    some = torch.tensor([[4, 3, 30]] * 3)
+    torch.testing.assert_close(rank.candidate_scores(HISTORIES, some), scores.gather(1, some))
+    assert rank.repeats() == -3 and rank.repeats("sequencer") == 0
+
+
+def test_with_a_blend_the_number_is_the_sequence_models_own(tmp_path):
+    rank = load_ranker(make_run(tmp_path / "run", repeats=True), "shop", Ranking(rerank=0))
+    before = rank.best(HISTORIES, 9, remove_seen=False)
+    rank.model.repeats.fill_(-3.0)
+    assert all(torch.equal(one, other) for one, other in zip(before, rank.best(HISTORIES, 9, remove_seen=False), strict=True))
+    assert rank.repeats() == 0 and rank.repeats("sequencer") == -3
+
+
 # the recommender
 
 

@@ -120,6 +120,14 @@ def test_the_strongest_transitions_of_an_item_are_kept_and_the_first_of_equal_on
     assert following(*histories, **settings, neighbours=1)[[3, 4]].toarray().tolist() == [[1, 0, 0, 0, 0], [0, 0.5, 0, 0, 0]]
 
 
+def test_of_many_equal_transitions_those_of_the_first_items_are_kept():
+    """60 is all that comes after the even items, and half of what comes after the odd ones: 30 and the first 10 of these."""
+    histories = ragged(*([item, after] for item in range(60) for after in ((60, 61) if item % 2 else (60,))))
+    kept = following(*histories, num_items=62, window=1, decay=1.0, shrinkage=0.0, neighbours=40)[[60]]
+    assert sorted(kept.indices.tolist()) == sorted([*range(0, 60, 2), *range(1, 21, 2)])
+    assert sorted(set(kept.data.tolist())) == [0.5, 1]
+
+
 def test_an_item_never_follows_itself():
     shares = following(*ragged([0, 0, 1]), num_items=2, window=2, decay=1.0, shrinkage=0.0, neighbours=9)
     assert shares.toarray().tolist() == [[0, 0], [1, 0]] and shares.nnz == 1
@@ -249,3 +257,47 @@ def test_the_largest_ridge_feature_is_that_of_any_item():
     rng = np.random.default_rng(5)
     features = make_item_item(rng).features([rng.choice(40, 4), np.array([], int), rng.choice(40, 9)])
     assert features.strongest.tolist() == pytest.approx(features.dense()[0].amax(1).tolist()) and features.strongest[1] == 0
+
+
+def test_interactions_count_with_their_weights():
+    """After 0 come 1, with weights 2 and 3, and 2, with weights 1 and 4."""
+    indptr, items = ragged([0, 1], [0, 2])
+    weights = np.array([2.0, 3.0, 1.0, 4.0])
+    assert popularity(indptr, items, 4, weights).tolist() == [3, 3, 4, 0] and popularity(indptr, items, 4, weights).dtype == np.float32
+    settings = {"num_items": 3, "decay": 0.5, "neighbours": 9}
+    shares = following(indptr, items, window=1, shrinkage=0.0, weights=weights, **settings).toarray()
+    assert shares[:, 0].tolist() == pytest.approx([0, 0.6, 0.4])
+    # 0 and 1 with 2 * 3, of 1 with itself 3 ** 2: 6 / (9 + 1)
+    ridge = RidgeRegression(indptr, items, 3, 1.0, 9, weights).rows(np.array([0])).toarray()
+    assert ridge[0].tolist() == pytest.approx([0, 6 / 10, 4 / 17])
+    # two steps apart, 0 and 2 count half: weights 2 * 3 for the first step, 2 * 5 / 2 for the second
+    longer = following(*ragged([0, 1, 2]), window=2, shrinkage=0.0, weights=np.array([2.0, 3, 5]), **settings).toarray()
+    assert longer[:, 0].tolist() == pytest.approx([0, 6 / 11, 5 / 11])
+
+
+def test_an_item_item_model_of_which_nothing_is_said_has_no_contents_and_no_popularity():
+    model = make_item_item(np.random.default_rng(1))
+    plain = ItemItem(model.weights[0].T.tocsr(), model.weights[1].T.tocsr(), (0.8, 0.5), 0.01, latest=10)
+    assert plain.popularity.tolist() == [0] * 40 and plain.contents == {} and plain.available == [0, 1, 2]
+    assert plain.names == SCORE_FEATURES and plain.num_items == 40
+    given = ItemItem(*(each.T.tocsr() for each in model.weights), (0.8, 0.5), 0.01, 10, popularity=torch.arange(40.0))
+    assert given.popularity.tolist() == list(range(40))
+
+
+def test_products_of_content_vectors_are_kept_for_small_catalogs_alone(monkeypatch):
+    model = make_item_item(np.random.default_rng(1))
+    monkeypatch.setattr(item_item, "MOST_PAIRS", 40**2 - 1)
+    assert model._kept("text") is None
+    monkeypatch.setattr(item_item, "MOST_PAIRS", 40**2)
+    kept = model._kept("text")
+    assert np.allclose(kept, model.contents["text"] @ model.contents["text"].T) and model._kept("text") is kept
+
+
+def test_a_copy_with_cold_items_leaves_the_model_as_it_was():
+    model = make_item_item(np.random.default_rng(7))
+    history = [np.array([1, 2, 3])]
+    before = model.features(history).dense()
+    other = model.with_cold_items(means_of_two(30))
+    assert torch.equal(model.features(history).dense(), before) and not torch.equal(other.features(history).dense(), before)
+    again = other.with_cold_items(means_of_two(35))
+    assert torch.equal(again.features(history).dense()[:, :, :35], before[:, :, :35])  # those from 30 on are no longer cold

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from qbert_ray.ranking.reranker import DESCRIBED, FEWEST, INPUTS, CandidateLists, Reranker, candidate_inputs, fit_reranker, reorder
+from qbert_ray.ranking.reranker import (
+    DESCRIBED,
+    FEWEST,
+    INPUTS,
+    CandidateLists,
+    Reranker,
+    candidate_inputs,
+    fit_reranker,
+    inputs_of,
+    reorder,
+)
 from qbert_ray.ranking.score_features import SCORE_FEATURES
 from tests.ranking.test_item_item import make_item_item
 
@@ -101,6 +111,11 @@ def test_what_a_candidate_is_described_by_is_read_by_name():
     expected["popularity"] = torch.tensor([[math.log(1 + item) for item in row] for row in items.tolist()])
     for number, name in enumerate(INPUTS):
         torch.testing.assert_close(found[..., number], expected[name], msg=name)
+
+
+def test_of_the_last_item_alone_all_but_the_sequence_score_and_seen_items_are_read():
+    found = inputs_of(("sequencer", "ridge", "text", "seen"))
+    assert found == ("blended", "sequencer", "ridge", "text", "seen", "last ridge", "last text", "popularity")
 
 
 def test_the_network_has_two_hidden_layers_and_one_correction():

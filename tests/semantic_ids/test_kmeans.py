@@ -7,8 +7,8 @@ from safetensors.torch import load, save
 
 from qbert_ray.metrics import codebook_usage, collision_rate
 from qbert_ray.semantic_ids import kmeans
-from qbert_ray.semantic_ids.kmeans import fit_product, fit_residual
-from qbert_ray.semantic_ids.rqvae import RQVAE, k_means, normalised_error
+from qbert_ray.semantic_ids.kmeans import fit_product, fit_residual, fit_residual_kmeans
+from qbert_ray.semantic_ids.rqvae import RQVAE, k_means, nearest, normalised_error, sample
 from tests.semantic_ids.test_rqvae import embeddings
 
 SIZE, DIM = 16, 8
@@ -115,6 +115,19 @@ def test_the_learned_rotation_lowers_the_error(monkeypatch):
     assert torch.allclose(rotated @ rotated.T, torch.eye(DIM), atol=1e-4)
 
 
+def test_every_round_but_the_last_ends_with_a_new_rotation(monkeypatch):
+    """After the last one the centres are fitted to the rotation as it is: one round leaves the axes, two turn them once."""
+    found = []
+    for rounds in (1, 2, 3):
+        monkeypatch.setattr("qbert_ray.semantic_ids.kmeans.ROUNDS", rounds)
+        found.append(trained("opq", embeddings()))
+    axes = RQVAE(16, [], num_levels=3, codebook_size=SIZE, codebook_dim=DIM)
+    axes.start(embeddings())
+    turned = [(model.encoder.linear.weight @ axes.encoder.linear.weight.T).abs() for model in found]
+    assert torch.allclose(turned[0].sort(dim=1).values[:, -1], torch.ones(DIM), atol=1e-4)  # the axes, in another order
+    assert turned[1].max(1).values.min() < 0.999 and not torch.allclose(turned[1], turned[2], atol=1e-3)
+
+
 def test_more_levels_than_dimensions_cannot_be_independent():
     with pytest.raises(ValueError, match="3 independent codes"):
         trained("opq", embeddings(), dim=2)
@@ -124,6 +137,7 @@ def test_more_levels_than_dimensions_cannot_be_independent():
     ("variance", "sizes", "expected"),
     [
         ([8.0, 4, 2, 1], [2, 2], [0, 3, 1, 2]),  # products 8 * 1 and 4 * 2
+        ([0.08, 0.04, 0.02, 0.01], [2, 2], [0, 3, 1, 2]),  # the size of the embeddings does not matter
         ([1.0, 2, 4, 8], [2, 2], [3, 0, 2, 1]),
         ([9.0, 3, 3, 3, 1], [3, 2], [0, 3, 4, 1, 2]),  # a block that is full takes no more
         ([5.0, 0, 0], [1, 1, 1], [0, 1, 2]),
@@ -152,3 +166,29 @@ def test_residual_k_means_is_that_of_the_principal_components():
     for level, book in enumerate(model.quantizer.codebooks.detach().numpy()):
         assert book == pytest.approx(k_means(residual, SIZE, level), abs=1e-4)
         residual = residual - book[np.square(residual[:, None] - book).sum(2).argmin(1)]
+
+
+def test_residual_k_means_of_plain_rows_is_that_of_the_stage():
+    data = embeddings()
+    model = fit_residual_kmeans(data.double().numpy(), num_levels=3, codebook_size=SIZE, codebook_dim=DIM, seed=5)
+    assert torch.equal(model.quantizer.codebooks, trained("kmeans", data, seed=5).quantizer.codebooks) and not model.training
+    assert (model.codes(data).numpy() == codes_of(trained("kmeans", data, seed=5), data)).all()
+
+
+def test_residual_k_means_of_which_nothing_is_said_has_four_levels_of_256_codewords():
+    model = fit_residual_kmeans(embeddings(300, width=40))
+    assert model.quantizer.codebooks.shape == (4, 256, 32) and model.mean.shape == (40,)
+    assert torch.equal(model.quantizer.codebooks, fit_residual_kmeans(embeddings(300, width=40), seed=0).quantizer.codebooks)
+
+
+@pytest.mark.parametrize("name", ["kmeans", "opq"])
+def test_centres_are_fitted_on_a_sample_of_256_items_for_each_codeword(name):
+    """Of 2,000 items 512 are read here: the centres are those of a model of these 512 with the same axes."""
+    data = embeddings(2000)
+    model = trained(name, data, size=2)
+    rows = torch.from_numpy(sample(data.numpy(), 2, 0))
+    assert len(rows) == 512
+    latent, book = model.encode(rows).detach(), model.quantizer.codebooks[0].detach()
+    used = book.any(0)
+    means = torch.stack([latent[nearest(latent[:, used], book[:, used]) == code][:, used].mean(0) for code in range(2)])
+    assert torch.allclose(means, book[:, used], atol=1e-3)

@@ -103,5 +103,5 @@ def test_the_typical_value_is_more_common_here_than_elsewhere():
 
 def test_spread_of_codes():
     equal, one, half = (np.array(codes)[:, None] for codes in ([0, 1, 2, 3], [2, 2], [0, 0, 1, 1]))
-    assert [entropy(codes, 4)[0] for codes in (equal, one, half)] == [2, 0, 1]
+    assert [entropy(codes)[0] for codes in (equal, one, half)] == [2, 0, 1]
     assert [gini(codes, 4)[0] for codes in (equal, one, half)] == [0, 3 / 4, 1 / 2]

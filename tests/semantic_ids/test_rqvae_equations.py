@@ -283,3 +283,18 @@ def test_reseeding_follows_its_seed_and_prefers_large_errors():
         quantizer.reseed(rows, seed)
         moved.append(quantizer.codebooks[0, 1].item())
     assert moved.count(9.0) >= 39  # squared errors .01 and 81
+
+
+def test_reseeding_is_repeatable_and_leaves_the_random_state_alone():
+    rows, found = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)), []
+    for seed, state in ((3, 1), (3, 2), (4, 1)):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        quantizer = ResidualQuantizer(1, 8, 2)
+        torch.set_rng_state(before)
+        with torch.no_grad():
+            quantizer.codebooks.fill_(50.0)
+            quantizer.codebooks[0, 0] = 0
+        assert quantizer.reseed(rows, seed) == 7 and torch.equal(torch.get_rng_state(), before)
+        found.append(quantizer.codebooks.detach())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
-from qbert_ray.sequence.beam_search import AnyCodes, Trie, beam_search
+from qbert_ray.sequence.beam_search import AnyCodes, Beams, Trie, _widened, beam_search, search
 from tests.sequence.t5 import t5_of
 from tests.sequence.test_decoder import CODES, HISTORIES, ITEMS, LEVELS, SIZE, build, encode
 
@@ -193,3 +193,57 @@ def test_a_trie_holds_every_id_and_nothing_else(levels, size, count, seed):
     every = torch.cartesian_prod(*[torch.arange(size)] * levels).view(-1, levels)
     expected = [next((item for item in range(count) if torch.equal(codes[item], each)), -1) for each in every]
     assert trie.lookup(every).tolist() == expected
+
+
+@pytest.mark.parametrize("seen", [None, SEEN], ids=["all", "unseen"])
+def test_a_search_in_groups_of_histories_is_that_of_all_at_once(seen, monkeypatch):
+    """Groups whose histories have fewer items left are filled up with empty beams."""
+    model = build()
+    seen = None if seen is None else [np.arange(ITEMS - 2), *seen[1:]]
+    whole = beam_search(model, encode(model, [history[-6:] for history in HISTORIES]), TRIE, 5, seen)
+    monkeypatch.setattr("qbert_ray.sequence.beam_search.SEARCHED_AT_ONCE", 1)
+    found = search(model, CODES, TRIE, HISTORIES, 5, seen)
+    assert torch.equal(found.items, whole.items)
+    there = whole.items >= 0
+    assert torch.allclose(found.scores, whole.scores, atol=1e-5) and torch.equal(found.codes[there], whole.codes[there])
+    assert there.all() == (seen is None)
+
+
+def test_the_nearest_item_is_found_among_many_in_pieces(monkeypatch):
+    codewords = torch.from_numpy(np.random.default_rng(2).standard_normal((LEVELS, SIZE, 4))).float()
+    every = torch.cartesian_prod(*[torch.arange(SIZE)] * LEVELS)
+    whole = TRIE.nearest(every, codewords)
+    monkeypatch.setattr("qbert_ray.sequence.beam_search.MOST_DISTANCES", 4 * 2)  # two items at a time
+    assert torch.equal(TRIE.nearest(every, codewords), whole)
+
+
+def test_a_small_trie_by_hand():
+    """Items 0: 0 1, 1: 1 0, 2: 0 0, 3: 1 0; the third item may not be generated in the second trie."""
+    codes = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 0]])
+    trie = Trie.build(codes)
+    assert trie.items.tolist() == [2, 0, 1, 3] and trie.leaf.tolist() == [1, 2, 0, 3]
+    assert [each.tolist() for each in trie.first] == [[0, 4], [0, 2, 4]]
+    assert [each.tolist() for each in trie.begin] == [[0, 2], [0, 2, 4]]
+    assert [each.tolist() for each in trie.codes] == [[0, 1], [0, 1, 0, 0]]
+    assert [trie.node(level, torch.arange(4)).tolist() for level in (0, 1, 2)] == [[0] * 4, [0, 0, 1, 1], [0, 1, 2, 3]]
+    assert [each.tolist() for each in trie.prefix(torch.tensor([[0, 1], [1, 1], [2, 0], [1, 0]]))] == [[1, 1, 0, 2], [2, 1, 0, 2]]
+    assert trie.lookup(torch.tensor([[0, 1], [1, 1], [2, 0], [1, 0]])).tolist() == [0, -1, -1, 1]
+    fewer = Trie.build(codes, torch.tensor([True, True, False, True]))
+    assert fewer.items.tolist() == [0, 1, 3] and fewer.leaf.tolist() == [0, 1, -1, 2]
+    assert fewer.lookup(torch.tensor([[0, 0], [0, 1]])).tolist() == [-1, 0]
+    emptied = trie.emptied([np.array([1, 3, 2]), np.array([0])])
+    assert [[each.tolist() for each in pair] for pair in emptied] == [[[0], [1]], [[0, 0, 0, 1], [2, 0, 3, 1]]]
+    assert trie.emptied([np.array([], int)]) == []
+
+
+def test_beams_are_widened_with_empty_ones():
+    beams = Beams(torch.tensor([[-1.0]]), torch.tensor([[7]]), torch.tensor([[[1, 2, 3]]]))
+    wider = _widened(beams, 3)
+    assert wider.scores.tolist() == [[-1, -torch.inf, -torch.inf]] and wider.items.tolist() == [[7, -1, -1]]
+    assert wider.codes.tolist() == [[[1, 2, 3], [0, 0, 0], [0, 0, 0]]]
+
+
+def test_items_are_removed_from_a_trie_alone():
+    model = build()
+    with pytest.raises(AssertionError, match="from a trie alone"):
+        beam_search(model, encode(model, HISTORIES[:1]), AnyCodes(SIZE), 2, [np.array([1])])

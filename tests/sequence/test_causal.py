@@ -39,6 +39,12 @@ def test_a_position_reads_what_came_before_it_and_nothing_after():
     assert torch.allclose(changed[:4], whole[:4], atol=1e-6) and not torch.allclose(changed[4], whole[4], atol=1e-3)
 
 
+def test_queries_of_some_positions_are_those_of_all():
+    model, items, marked = build(), np.array([3, 1, 4, 1, 5]), np.array([False, True, False, False, True])
+    some, _ = pack(items, np.array([5]), marked[None])
+    assert torch.allclose(model(some, TABLE), model(everywhere(items), TABLE)[torch.from_numpy(marked)], atol=1e-5)
+
+
 def test_a_query_after_a_history_is_that_of_its_last_position():
     model = build()
     histories = [np.array([3, 1, 4]), np.array([2]), np.arange(7)]

@@ -49,6 +49,13 @@ def test_parameters_are_those_of_the_model(changes):
     assert sum(as_it_is(config, ITEMS)["parameters"].values()) == sum(each.numel() for each in built(config).parameters())
 
 
+@pytest.mark.parametrize(("items", "parameters", "multiply_adds"), [(6250, 3.71, 185.36), (9416, 4.51, 225.68), (13839, 5.64, 282.14)])
+def test_what_is_printed_is_table_6_within_one_percent(items, parameters, multiply_adds):
+    printed = as_printed(load_config([ROOT / "configs/paper.yaml"]), items)
+    assert sum(printed["parameters"].values()) / 1e6 == pytest.approx(parameters, rel=0.01)
+    assert sum(printed["multiply_adds"].values()) / 1e6 == pytest.approx(multiply_adds, rel=0.01)
+
+
 def test_a_flat_head_has_a_position_per_level_and_the_codewords_for_a_vocabulary():
     config = load_config([ROOT / "configs/variants/readings/flat.yaml"])
     levels, width, size = config.quantizer.num_levels, config.sequencer.width, config.quantizer.codebook_size

@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qbert_ray.sequence.decoder import Generator, unpacked
+from qbert_ray.sequence.decoder import DecoderLayer, EncoderLayer, FeedForward, Generator, unpacked
+from qbert_ray.sequence.model import Dropout
 from tests.sequence.t5 import t5_of
 
 LEVELS, SIZE, ITEMS = 3, 5, 40
@@ -123,3 +124,60 @@ def test_probabilities_of_all_codes_sum_to_one():
     every = np.stack(np.meshgrid(*[np.arange(SIZE)] * LEVELS, indexing="ij"), axis=-1).reshape(-1, LEVELS)
     total = model.score_all(encode(model, HISTORIES), torch.from_numpy(every)).exp().sum(1)
     assert torch.allclose(total, torch.ones(len(HISTORIES)), atol=1e-5)
+
+
+def test_histories_are_read_as_tokens_with_places_from_their_end():
+    """Codes 1, 2, 3 of item 0 and 4, 0, 1 of item 1 are tokens 1, 7, 13 and 4, 5, 11; 15 starts an ID, 16 ends a history."""
+    model, codes = build(max_items=2), np.array([[1, 2, 3], [4, 0, 1]])
+    reading = model.read(np.array([1, 0, 1, 0]), np.array([3, 0, 1]), codes)
+    assert reading.order.tolist() == [1, 2, 0] and reading.groups == [(1, 1), (1, 4), (1, 7)]
+    assert reading.tokens.tolist() == [16, 1, 7, 13, 16, 1, 7, 13, 4, 5, 11, 16]
+    assert reading.positions.tolist() == [2, 0, 0, 0, 2, 1, 1, 1, 0, 0, 0, 2]
+    assert model.start == 15
+
+
+def test_weights_of_the_next_items_scale_their_losses():
+    model, lengths = build(), np.array([6, 4, 2])
+    reading = model.read(np.arange(12), lengths, CODES)
+    targets = torch.from_numpy(CODES[:3])
+    alone = [model.loss(reading, targets, torch.eye(3)[row]).item() for row in range(3)]
+    assert sum(alone) == pytest.approx(model.loss(reading, targets).item(), rel=1e-5)
+    weighted = model.loss(reading, targets, torch.tensor([2.0, 0.5, 3.0])).item()
+    assert weighted == pytest.approx(2 * alone[0] + 0.5 * alone[1] + 3 * alone[2], rel=1e-5)
+
+
+def test_a_generator_of_which_nothing_is_said_is_that_of_tiger():
+    """TIGER, section 4: four layers, six heads of width 64, an input width of 128 and an MLP of 1024, dropout of 0.1."""
+    model = Generator(3, 256)
+    assert model.table.weight.shape == (3 * 256 + 2, 128) and model.position_embedding.weight.shape == (21, 128)
+    assert len(model.encoder) == len(model.decoder) == 4 and model.max_items == 20
+    shapes = {
+        (layer.num_heads, tuple(layer.query_key_value.weight.shape), layer.ffn.up.out_features)
+        for layer in [*model.encoder, *model.decoder]
+    }
+    assert shapes == {(6, (3 * 6 * 64, 128), 1024)}
+    assert {module.threshold for module in model.modules() if isinstance(module, Dropout)} == {round(0.1 * 256)}
+
+
+def test_a_generator_starts_at_the_sizes_of_t5():
+    torch.manual_seed(0)
+    model = Generator(3, 64, width=64, num_layers=1, num_heads=2, head_width=16, ffn_width=256)
+    for name in ("query_key_value", "cross_query", "cross_out", "cross_key_value"):
+        weight = getattr(model.decoder[0], name).weight.detach()
+        assert weight.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.1), name
+    assert model.encoder[0].ffn.down.weight.detach().std().item() == pytest.approx(1 / 16, rel=0.1)
+    assert model.position_embedding.weight.detach().std().item() == pytest.approx(0.3, rel=0.1)
+    assert model.table.weight.detach().std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_where_everything_is_dropped_layers_add_nothing():
+    layer, other = EncoderLayer(8, 2, 4, 16, 1.0).train(), DecoderLayer(8, 2, 4, 16, 1.0).train()
+    states = torch.randn(5, 8)
+    assert torch.equal(layer(states, [(1, 2), (1, 3)]), states)
+    assert torch.equal(other(states, lambda projected: projected[:, :8], torch.randn(4, 16), [(1, 4)], 5), states)
+    assert not FeedForward(8, 16, 1.0).train()(states).any()
+    assert not torch.equal(layer.eval()(states, [(1, 2), (1, 3)]), states)
+    model = build(dropout=1.0).train()
+    memory = encode(model, HISTORIES)
+    assert not any(each.any() for each in memory.keys_values)
+    assert not model(memory, torch.zeros(len(HISTORIES), 1, LEVELS, dtype=torch.long)).any()

@@ -234,7 +234,7 @@ def test_codes_start_as_a_rotation_of_the_codewords_of_their_level():
     assert float(rest.std()) == pytest.approx(0.02, rel=1e-3)
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
 def test_dropout_drops_its_rate_and_keeps_the_mean(rate):
     torch.manual_seed(0)
     layer, x = Dropout(rate).train(), torch.ones(400, 50)

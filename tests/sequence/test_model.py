@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from qbert_ray.sequence.complexity import complexity
 from qbert_ray.sequence.item_table import ColdItems, ItemTable, nearest_trained_items
-from qbert_ray.sequence.model import Sequencer, next_item_queries
+from qbert_ray.sequence.model import Dropout, Sequencer, next_item_queries
 from qbert_ray.sequence.packing import pack
 from qbert_ray.sequence.recency import recency_weighted_mean
 from qbert_ray.sequence.task import rank_targets
@@ -261,19 +260,6 @@ def test_recall_is_the_recency_weighted_mean_of_the_items_that_are_not_masked():
     assert not recency_weighted_mean(vectors[:1], alone, model.recall).any()
 
 
-@pytest.mark.parametrize(("items", "parameters", "multiply_adds"), [(6250, 3.71, 185.36), (9416, 4.51, 225.68), (13839, 5.64, 282.14)])
-def test_complexity_agrees_with_table_6_within_one_percent(items, parameters, multiply_adds):
-    paper = complexity(items, 256, 4, 512, 50, 4, 256)["paper"]
-    assert sum(paper["parameters"].values()) / 1e6 == pytest.approx(parameters, rel=0.01)
-    assert sum(paper["multiply_adds"].values()) / 1e6 == pytest.approx(multiply_adds, rel=0.01)
-
-
-def test_the_real_count_is_the_models_own():
-    model = Sequencer(num_levels=4, codebook_size=256)
-    real = complexity(6250, 256, 4, 512, 50, 4, 256)["real"]["parameters"]
-    assert sum(real.values()) == sum(parameter.numel() for parameter in model.parameters())
-
-
 @torch.inference_mode()
 def test_a_model_is_chosen_by_ranks_among_what_its_users_have_not_had():
     model = build().eval()
@@ -284,3 +270,45 @@ def test_a_model_is_chosen_by_ranks_among_what_its_users_have_not_had():
         others = np.setdiff1d(np.arange(20), [*history, target])
         expected.append(1 + (score[others] > score[target]).sum())
     assert rank_targets(model, TABLE, histories, targets, batch_size=2).tolist() == expected
+
+
+def test_code_dropout_hides_its_share_of_the_items():
+    model, table = build(content_width=6, code_dropout=0.25), ItemTable(CODES.repeat(200, 1), torch.randn(4000, 6))
+    hidden = torch.isclose(model.compose(table), model.content(table.content), atol=1e-6).all(1)
+    assert hidden.float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_sparse_embeddings_of_a_saved_model_compose_items_as_dense_ones_do():
+    model = build(item_embeddings={"d": 18})
+    table, items = ItemTable(CODES, domain="d"), torch.tensor([19, 0, 17, 18])  # the last two came after the training
+    dense = model.compose(table, items)
+    model.item_embedding["in_d"].sparse = True
+    assert torch.equal(model.compose(table, items), dense) and torch.equal(dense, model.compose(table)[items])
+    assert torch.equal(dense[[0, 3]], model.compose(TABLE, items[[0, 3]]))
+
+
+def test_candidates_of_a_sampled_softmax_are_no_means_of_their_neighbours():
+    model = build().eval()
+    cold = ColdItems(torch.tensor([18]), torch.tensor([[3, 4]]), torch.tensor([[0.5, 0.5]]))
+    vectors, bias = model.catalog_vectors(TABLE)
+    found, found_bias = model.catalog_vectors(TABLE._replace(cold=cold), torch.tensor([18, 2]))
+    assert torch.equal(found, vectors[[18, 2]]) and torch.equal(found_bias, bias[[18, 2]])
+
+
+def test_a_flat_model_has_a_place_for_every_code_and_a_causal_one_a_bias_for_every_distance():
+    flat, causal = build(tokens="flat"), build(causal=True, recall=True)
+    assert flat.position_embedding.weight.shape == (8 * 3, 16) and flat.mask_embedding.shape == (16,)
+    assert not hasattr(causal, "position_embedding") and not hasattr(causal, "mask_embedding")
+    assert all(layer.distance_bias.shape == (2, 8) and not layer.distance_bias.any() for layer in causal.layers)
+    assert causal.recall.tolist() == [1, 0]  # the history's mean counts as much as the encoder, a step back half as much
+    assert Sequencer(3, 8, width=1000, num_heads=2).mask_embedding.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_hidden_units_attention_and_what_a_layer_adds_are_dropped():
+    layer, groups = build(dropout=1.0).train().layers[0], [(0, 2, 3)]
+    states = torch.randn(6, 16)
+    assert torch.equal(layer(states, groups), states)
+    layer.dropout = Dropout(0.0)  # of the hidden units alone
+    torch.nn.init.normal_(layer.ffn[3].bias)
+    attended = states + layer.out(layer._attend(layer.query_key_value(layer.norm_attention(states)), groups))
+    torch.testing.assert_close(layer(states, groups), attended + layer.ffn[3].bias)

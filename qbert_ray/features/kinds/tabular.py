@@ -21,6 +21,7 @@ import polars as pl
 from qbert_ray.config.schema import Features
 from qbert_ray.features.modality import DomainEncoder, Encoded, Source, absent
 from qbert_ray.inputs.rows import mix, stable_hash
+from qbert_ray.inputs.values import AMOUNT
 from qbert_ray.storage.columns import COLD, VALUE_PREFIX
 from qbert_ray.storage.directory import RunDir
 
@@ -28,6 +29,8 @@ QUANTILES = 101  # of a column that are kept, from the least to the largest numb
 NUMBERS = 0.95  # share of a column's cells that must be a single number each for it to be a column of numbers
 WAVES = 4  # cosines and sines of a quantile: the vectors of two numbers a tenth of the catalog apart have a cosine of about .6
 LEVELS = re.compile(r"\s*[>|]\s*")  # between the levels of a nested category
+
+DECIMAL_COMMA, DECIMAL_POINT = re.compile(r"\d,(?:\d{1,2}|\d{4,})(?!\d)"), re.compile(r"\d\.(?:\d{1,2}|\d{4,})(?!\d)")
 
 Cells = list[list[str]]  # N texts of a column; empty where missing
 
@@ -115,15 +118,33 @@ def sign_vectors(texts: Sequence[str], width: int) -> np.ndarray:
 
 def _numbers(cells: Cells) -> np.ndarray:
     """[N] the single number of each cell; NaN where there is none."""
-    return np.array([_number(cell[0]) if len(cell) == 1 else np.nan for cell in cells], dtype=float)
+    texts = [cell[0].strip() if len(cell) == 1 else "" for cell in cells]
+    comma = any(map(DECIMAL_COMMA.search, texts)) and not any(map(DECIMAL_POINT.search, texts))
+    return np.array([_number(text, comma) for text in texts], dtype=float)
 
 
-def _number(text: str) -> Any:
-    """A number as it is written, with a decimal comma or a currency sign before or after it; NaN for other texts."""
-    bare = re.sub(r"^[^\w.,+-]?\s*|\s*[^\w.,]$", "", text.strip())
-    bare = f"{bare[:-3].replace('.', '')}.{bare[-2:]}" if re.fullmatch(r"[+-]?[\d.]+,\d\d", bare) else re.sub(r",(?=\d{3}\b)", "", bare)
+def _number(text: str, comma: bool) -> Any:
+    """A number as it is written, with a currency or percent sign and separated thousands; NaN for other texts.
+
+    Args:
+        text: of a cell.
+        comma: whether decimals come after a comma; otherwise a comma separates thousands, unless one alone has no three digits after it.
+    """
+    if not (comma and "." in text):
+        try:
+            return _finite(float(text))
+        except ValueError:
+            pass
+    if not re.search(AMOUNT, text):
+        return np.nan
+    bare = re.sub(r"[^\d.,+-]", "", text.rstrip("."))
+    decimals = "," if comma or bare.rfind(",") > bare.rfind(".") and not re.search(r",\d{3}$", bare) else "."
+    whole = bare.replace("." if decimals == "," else ",", "").replace(decimals, ".")
     try:
-        found = float(bare)
+        return _finite(float(whole))
     except ValueError:
         return np.nan
-    return found if np.isfinite(found) else np.nan
+
+
+def _finite(number: float) -> float:
+    return number if np.isfinite(number) else np.nan
