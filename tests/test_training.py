@@ -245,7 +245,8 @@ class Together:
         return "gloo"
 
 
-def run_together(make_task, size, monkeypatch):
+def run_together(make_task, size, monkeypatch, epochs=100, checkpoint=None):
+    """Loops of `size` workers that train up to `epochs` epochs, from a checkpoint if there is one."""
     together, loops = Together(size), [None] * size
     monkeypatch.setattr(training, "dist", together)
 
@@ -254,7 +255,9 @@ def run_together(make_task, size, monkeypatch):
         loop = loops[rank] = Loop(make_task(), torch.device("cpu"), rank, size)
         with torch.no_grad():
             loop.model.weight.add_(rank)  # the first worker's weights count
-        while not loop.finished:
+        if checkpoint is not None and (checkpoint / training.STATE[-1]).exists():
+            loop.restore(checkpoint)
+        while not loop.finished and loop.epoch < epochs:
             loop.run_epoch()
 
     threads = [Thread(target=work, args=(rank,)) for rank in range(size)]
@@ -284,6 +287,24 @@ def test_any_number_of_workers_gives_the_model_of_one(size, microbatches, monkey
         assert loop.task.adjusted == ([0, 1, 2, 3] if rank == 0 else [])
     assert sum(len(loop.task.given) for loop in loops) == len(alone.task.given)  # no microbatch is computed twice
     assert loops[0].best_value == 6 and not loops[1].best
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (2, 1, 4), (4, 3, 2)])
+def test_a_group_that_is_resized_in_the_middle_gives_the_model_of_one(sizes, monkeypatch, tmp_path):
+    """As Ray Train does it: the group ends, and one of another size resumes from the checkpoint."""
+
+    def task():
+        return Line(epochs=6, microbatches=4, averaging=0.3, weight_decay=0.1, schedule="cosine")
+
+    monkeypatch.setattr(torch.optim, "AdamW", ADAMW)
+    alone = run(task())
+    for epochs, size in zip((2, 4, 6), sizes, strict=True):
+        loops = run_together(task, size, monkeypatch, epochs, tmp_path)
+        loops[0].save(tmp_path)
+    assert loops[0].step == alone.step and [line["epoch"] for line in loops[0].log] == list(range(6))
+    for line, expected in zip(loops[0].log, alone.log, strict=True):
+        assert line == pytest.approx(expected, rel=1e-5)
+    assert loops[0].weights()["weight"].item() == pytest.approx(alone.weights()["weight"].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("unit", [0.01, 100.0])

@@ -6,6 +6,7 @@ after another; `ray` sends them to a cluster. Both write equal tables.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,29 @@ class Rows(Protocol):
     def blocks(self) -> list[Handle]:
         """A handle of each table."""
         ...
+
+
+class StreamedWorker(ABC):
+    """A worker of `map_parts` whose steps may also run in different processes, so that CPUs prepare what a GPU encodes.
+
+    Its constructor takes `load=False`, which leaves out what only `preparer` and `encode` need. `worker(part)` does every step.
+    """
+
+    @abstractmethod
+    def chunks(self, part: str) -> list[Any]:
+        """A part in pieces; at least one."""
+
+    @abstractmethod
+    def preparer(self) -> Callable[[Any], Any]:
+        """A function of a chunk that gives what `encode` takes; it is pickled and sent to other processes."""
+
+    @abstractmethod
+    def encode(self, prepared: Any) -> Any:
+        """The result of a chunk."""
+
+    @abstractmethod
+    def write(self, part: str, encoded: list[Any]) -> dict[str, int]:
+        """Write the outputs of a part from its results, in the order of its chunks; returns counts."""
 
 
 class Executor(Protocol):
@@ -73,7 +97,7 @@ class Executor(Protocol):
         Args:
             worker: class whose instances take a part's name, write its outputs and return counts (name -> number). The part of
                 that name in `output` must be written last. Counts are kept next to the parts, so that those of earlier tries
-                are summed too.
+                are summed too. The steps of a `StreamedWorker` may run in different processes.
             arguments: of the worker; those that are handles become their values, handles inside lists and mappings do not.
             parts: names of the input parts.
             output: table that holds a part of the same name once it is done.

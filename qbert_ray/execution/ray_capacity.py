@@ -62,6 +62,20 @@ def pool(actors: Actors, tasks: int) -> dict[str, Any]:
     )
 
 
+def is_streamed(actors: Actors, size: int, there: list[Resources]) -> bool:
+    """Whether the steps of a worker run apart: its encoders have GPUs, and there are two further CPUs for each.
+
+    An encoder on a CPU competes with its own decoders, and would lose what it takes to pass pixels from process to process.
+    """
+    cpus = count_fitting(there, {"CPU": 1.0} | _place(actors, kind=False))
+    return actor_bundle(actors, there)["GPU"] > 0 and cpus >= 3 * size
+
+
+def assigned_device() -> str:
+    """ "cuda" where Ray gave this actor or task a GPU, else "cpu"."""
+    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
+
+
 def sized(workers: Workers, there: list[Resources], microbatches: int = MOST_NODES) -> Workers:
     """The same workers with a plain number of them: for "auto" and [fewest, most] one per GPU, or one per node where there is none.
 
@@ -155,11 +169,11 @@ def plain(bundle: Resources) -> Resources:
     return {name: amount for name, amount in bundle.items() if not name.startswith(("accelerator_type:", "label:"))}
 
 
-def _place(asked: Actors | Workers) -> Resources:
-    """The kind of node that is asked for, as resources that every such node has plenty of."""
-    kind = {f"accelerator_type:{asked.accelerator_type}": 0.001} if asked.accelerator_type else {}
+def _place(asked: Actors | Workers, kind: bool = True) -> Resources:
+    """The labels of nodes, and the kind of GPU, that are asked for, as resources that every such node has plenty of."""
     wanted = {label: value for label, value in asked.label_selector.items() if not value.startswith(("!", "in("))}
-    return kind | dict.fromkeys(_labels(wanted), 0.001)
+    gpu = {f"accelerator_type:{asked.accelerator_type}": 0.001} if kind and asked.accelerator_type else {}
+    return gpu | dict.fromkeys(_labels(wanted), 0.001)
 
 
 def _labels(labels: dict[str, str]) -> Resources:

@@ -117,7 +117,7 @@ class RayExecutor:
 
 @ray.remote(scheduling_strategy=cast(Any, ANYWHERE))
 def _call(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    use_device(ray_data.assigned_device())
+    use_device(ray_capacity.assigned_device())
     if threads:
         set_threads(threads)
     return function(*arguments)

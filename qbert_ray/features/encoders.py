@@ -10,6 +10,7 @@ B texts or images, T tokens, J vectors per image, D width, S pixels per side.
 from __future__ import annotations
 
 import io
+import warnings
 from math import isqrt
 from typing import Any, Literal
 
@@ -68,12 +69,12 @@ class TextEncoder:
             EncoderUnavailable: the weights are not on this machine and cannot be fetched.
             ValueError: the model has no such layer.
         """
-        self.pooling, self.layer, self.prompt, self.batch_size = pooling, layer, prompt, batch_size
+        self.pooling, self.layer, self.batch_size = pooling, layer, batch_size
         self.device, self.dtype = _device(device), getattr(torch, dtype)
-        self.tokenizer, self.model = load_text_model(model, gguf_file, self.dtype)
+        tokenizer, self.model = load_text_model(model, gguf_file, self.dtype)
         self.model = use_product(self.model.eval().to(self.device))
         positions = getattr(self.model.config, "max_position_embeddings", max_tokens)
-        self.max_tokens = min(max_tokens, self.tokenizer.model_max_length, positions)
+        self.tokens = Tokens(tokenizer, prompt, min(max_tokens, tokenizer.model_max_length, positions))
         self._takes_types = hasattr(self.model.config, "type_vocab_size")
         depth = self.model.config.num_hidden_layers
         if not -depth - 1 <= layer <= depth:
@@ -81,33 +82,27 @@ class TextEncoder:
         self.width = self(["width"]).shape[1]
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """Vectors in the order of `texts`; equal texts are encoded once, and texts of similar length are batched together.
+        """Vectors in the order of `texts`; equal texts are encoded once.
 
         Returns:
             [B, D] float32, not normalised.
         """
         distinct = list(dict.fromkeys(texts))
-        if not distinct:
-            return np.zeros((0, self.width), np.float32)
-        tokens = self.tokenizer(self._prompted(distinct), truncation=True, max_length=self.max_tokens)["input_ids"]
-        by_length = sorted(range(len(distinct)), key=lambda index: -len(tokens[index]))
-        batches = [by_length[start : start + self.batch_size] for start in range(0, len(distinct), self.batch_size)]
-        vectors = np.concatenate([self._encode([tokens[index] for index in batch]) for batch in batches])
-        position = {distinct[index]: row for row, index in enumerate(by_length)}
-        return vectors[[position[text] for text in texts]]
+        position = {text: row for row, text in enumerate(distinct)}
+        return self.encode(self.tokens(distinct))[[position[text] for text in texts]]
 
-    def _prompted(self, texts: list[str]) -> list[str]:
-        before, _, after = self.prompt.partition("{text}")
-        if after:  # the last token must be that of the prompt's end: cut the text, not the end of the prompt
-            room = self.max_tokens - len(self.tokenizer(before + after)["input_ids"]) - 2  # two for tokens at the seams
-            cut = {"add_special_tokens": False, "truncation": True, "max_length": max(1, room), "return_offsets_mapping": True}
-            ends = [spans[-1][1] if spans else 0 for spans in self.tokenizer(texts, **cut)["offset_mapping"]]
-            texts = [text[:end] for text, end in zip(texts, ends, strict=True)]
-        return [before + text + after for text in texts]
+    def encode(self, tokens: list[list[int]]) -> np.ndarray:
+        """[B, D] vectors of texts in the form of their tokens, of which those of similar length are batched together."""
+        if not tokens:
+            return np.zeros((0, self.width), np.float32)
+        by_length = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
+        batches = [by_length[start : start + self.batch_size] for start in range(0, len(tokens), self.batch_size)]
+        vectors = np.concatenate([self._encode([tokens[index] for index in batch]) for batch in batches])
+        return vectors[np.argsort(by_length)]
 
     @torch.inference_mode()
     def _encode(self, tokens: list[list[int]]) -> np.ndarray:
-        batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.device)
+        batch = self.tokens.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.device)
         mask = batch["attention_mask"]  # [B, T]
         types = {"token_type_ids": torch.zeros_like(mask)} if self._takes_types else {}  # LLaMA refuses them
         deep = self.layer != -1
@@ -119,6 +114,35 @@ class TextEncoder:
             return hidden[torch.arange(len(hidden), device=last.device), last].cpu().numpy()
         weights = mask[..., None].float()
         return ((hidden * weights).sum(1) / weights.sum(1).clamp(min=1)).cpu().numpy()
+
+
+class Tokens:
+    """Tokenises texts as a text encoder reads them. It holds no weights, so other processes can have it.
+
+    Args:
+        tokenizer: of `transformers`.
+        prompt: what is encoded; {text} is replaced by the text.
+        max_tokens: most tokens per text, prompt included.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: str, max_tokens: int) -> None:
+        self.tokenizer, self.prompt, self.max_tokens = tokenizer, prompt, max_tokens
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text."""
+        if not texts:
+            return []
+        return list(self.tokenizer(self.prompted(texts), truncation=True, max_length=self.max_tokens)["input_ids"])
+
+    def prompted(self, texts: list[str]) -> list[str]:
+        """The texts inside their prompt."""
+        before, _, after = self.prompt.partition("{text}")
+        if after:  # the last token must be that of the prompt's end: cut the text, not the end of the prompt
+            room = self.max_tokens - len(self.tokenizer(before + after)["input_ids"]) - 2  # two for tokens at the seams
+            cut = {"add_special_tokens": False, "truncation": True, "max_length": max(1, room), "return_offsets_mapping": True}
+            ends = [spans[-1][1] if spans else 0 for spans in self.tokenizer(texts, **cut)["offset_mapping"]]
+            texts = [text[:end] for text, end in zip(texts, ends, strict=True)]
+        return [before + text + after for text in texts]
 
 
 class ImageEncoder:
@@ -152,36 +176,61 @@ class ImageEncoder:
         """
         self.grid, self.batch_size = grid, batch_size
         self.device, self.dtype = _device(device), getattr(torch, dtype)
-        visual, self._transform = load_image_tower(model, pretrained, image_size)
+        visual, transform = load_image_tower(model, pretrained, image_size)
+        self.preprocess = Preprocess(transform)
+        self.mean, self.deviation = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in self.preprocess.scale)
         self.visual = use_product(visual).eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
         self.num_vectors = grid * grid
         self.width = self([Image.new("RGB", (8, 8))]).shape[2]
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """[3, S, S] image, resized, cropped at the centre and normalised as in the model's training. Safe to call from threads."""
-        width, height = image.size
-        longest = LONGEST_SIDE_RATIO * min(width, height)
-        if max(width, height) > longest:
-            left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-            image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
-        return self._transform(image)
-
-    def __call__(self, images: list[Image.Image] | Tensor) -> np.ndarray:
-        """Patch vectors of images, or of images that `preprocess` has converted ([B, 3, S, S]).
+    def __call__(self, images: list[Image.Image] | np.ndarray) -> np.ndarray:
+        """Patch vectors of images, or of images that `preprocess` has converted ([B, S, S, 3]).
 
         Returns:
             [B, J, D] float32, not normalised; J runs along the rows of the grid.
         """
         if not len(images):
             return np.zeros((0, self.num_vectors, self.width), np.float32)
-        pixels = images if isinstance(images, Tensor) else torch.stack([self.preprocess(image) for image in images])
-        return np.concatenate([self._encode(batch) for batch in pixels.split(self.batch_size)])
+        pixels = images if isinstance(images, np.ndarray) else np.stack([self.preprocess(image) for image in images])
+        starts = range(0, len(pixels), self.batch_size)
+        return np.concatenate([self._encode(pixels[start : start + self.batch_size]) for start in starts])
 
     @torch.inference_mode()
-    def _encode(self, pixels: Tensor) -> np.ndarray:
+    def _encode(self, pixels: np.ndarray) -> np.ndarray:
         with _autocast(self.device, self.dtype):
-            vectors = _patch_vectors(self.visual, pixels.to(self.device, memory_format=torch.channels_last), self.grid)
+            vectors = _patch_vectors(self.visual, self.normalised(pixels), self.grid)
         return vectors.float().cpu().numpy()
+
+    def normalised(self, pixels: np.ndarray) -> Tensor:
+        """[B, 3, S, S] input of the network, channels last, from [B, S, S, 3] bytes."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
+            images = torch.from_numpy(pixels).to(self.device)
+        return images.permute(0, 3, 1, 2).float().div_(255).sub_(self.mean).div_(self.deviation)
+
+
+class Preprocess:
+    """Resizes an image and crops it at the centre as in an encoder's training. It holds no weights, so other processes can have it.
+
+    Args:
+        transform: open_clip's; its last step, the normalisation, is left to the encoder: a pixel then takes three bytes instead of twelve.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        *steps, _, normalise = transform.transforms
+        self.steps = steps
+        self.scale = normalise.mean, normalise.std  # of each channel between 0 and 1
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """[S, S, 3] bytes. Safe to call from threads."""
+        width, height = image.size
+        longest = LONGEST_SIDE_RATIO * min(width, height)
+        if max(width, height) > longest:
+            left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+            image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+        for step in self.steps:
+            image = step(image)
+        return np.asarray(image)
 
 
 def decode_image(content: bytes, max_bytes: int, max_pixels: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Encodes modalities whose input is files: threads read and decode them ahead of the encoder, and broken ones are rejected one by one.
+"""Encodes modalities whose input is files: they are read and decoded ahead of the encoder, and broken ones are rejected one by one.
 
 N items of a part, J vectors per item, P vectors per piece, D width.
 """
@@ -9,17 +9,19 @@ from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from qbert_ray.features.encoders import FileRejected
-from qbert_ray.features.modality import Encoded, PartEncoder, Rejected, Source, absent
+from qbert_ray.features.modality import Encoded, Rejected, Source, StreamedEncoder, absent
 from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.storage.columns import BYTES_PREFIX, ITEM_ID, PATH_PREFIX
 
-READERS = 8  # threads of an actor that read and decode files while its encoder works
+READERS = 8  # threads that wait for files
+CHUNK = 256  # pieces of a chunk, or one batch if that is more: a tenth of a second of a large encoder on a GPU, and 40 MB of pixels
 
 
 class File(NamedTuple):
@@ -30,26 +32,54 @@ class File(NamedTuple):
     content: bytes | None
 
 
-class FileEncoder(PartEncoder):
+class Files(NamedTuple):
+    """A chunk: files to read, and the number of files of these items that are not read, since they already have J vectors."""
+
+    files: list[File]
+    addresses: Addresses
+    surplus: int
+
+
+class Batch(NamedTuple):
+    """At most `batch_size` pieces. After the encoder they are vectors."""
+
+    pieces: Any  # as `FileEncoder.stack` makes them, or [pieces, P, D] vectors; None if there are none
+    rows: list[int]  # of the item that each piece is of
+    files: list[int]  # of the item that each file is of
+    rejected: list[tuple[str, int, str | None]]  # reason, row and path of each file that cannot be used
+    surplus: int
+
+
+class FileEncoder(StreamedEncoder):
     """Vectors of files. A file becomes one or more pieces, such as windows of sound, and a piece becomes P vectors.
 
     An item's vectors are those of its files one after the other, up to J; the files after that are not read.
     """
 
     unit: str  # what the files are called in counts
-    per_piece = 1  # P
+
+    @property
+    def per_piece(self) -> int:
+        """P."""
+        return 1
+
+    @property
+    def most_pieces(self) -> int:
+        """Of a file."""
+        return 1
 
     @abstractmethod
-    def prepare(self, content: bytes) -> list[Any]:
-        """The pieces of a file; called in threads.
+    def decoder(self) -> Callable[[bytes], list[Any]]:
+        """A function of a file's content that gives its pieces, or raises `FileRejected`; it can be pickled, and called in threads."""
 
-        Raises:
-            FileRejected: with the reason.
-        """
+    @staticmethod
+    def stack(pieces: list[Any]) -> Any:
+        """Pieces as one array, or some arrays."""
+        return np.stack(pieces)
 
     @abstractmethod
-    def encode(self, pieces: list[Any]) -> np.ndarray:
-        """[pieces, P, D] vectors."""
+    def encode_pieces(self, pieces: Any) -> np.ndarray:
+        """[pieces, P, D] vectors of stacked pieces."""
 
     def columns(self, source: Source) -> list[str]:
         single = ["image_path", "image_bytes"] if _has_image_column(source) else []
@@ -57,67 +87,106 @@ class FileEncoder(PartEncoder):
         return single + (several if source.modality in source.domain.inputs else [])
 
     def __call__(self, items: pa.Table, source: Source) -> Encoded:
-        vectors, present = absent(len(items), self.num_vectors, self.width)
-        files, rejected, surplus = list(files_of(items, source)), dict[int, str](), 0
-        fewest = Counter[int]()  # vectors that the files of each row give at least
-        addresses, used = source.addresses, []
-        for number, file in enumerate(files):
-            if fewest[file.row] < self.num_vectors:
-                used.append(number)
-                fewest[file.row] += self.per_piece
-            else:
-                surplus += 1
-        filled = np.zeros(len(items), int)
-        window = max(2 * self.settings.batch_size, READERS)
+        """The vectors of some rows; threads read and decode the next files while a batch is encoded."""
+        (whole,), prepare = self.chunks(items, source, len(items) * self.num_vectors), self.preparer()
         with ThreadPoolExecutor(READERS) as threads:
-            prepared = ahead(threads, lambda number: self._pieces(files[number], addresses), used, window)
-            for numbers, pieces in self._batches(zip(used, prepared, strict=True), rejected):
-                for number, encoded in zip(numbers, self.encode(pieces), strict=True):
-                    row = files[number].row
-                    end = min(filled[row] + self.per_piece, self.num_vectors)
-                    vectors[row, filled[row] : end] = encoded[: end - filled[row]]
-                    present[row, filled[row] : end] = True
-                    filled[row] = end
-        rows = [
-            (reason, {ITEM_ID: items[ITEM_ID][files[number].row].as_py(), "path": files[number].path})
-            for number, reason in rejected.items()
-        ]
-        return Encoded(vectors, present, self._counts(files, len(items), rows, surplus), rows, self.unit)
+            window = max(2 * self.settings.batch_size, READERS)
+            decoded = ahead(threads, lambda file: prepare.decoded(prepare.content(file, whole.addresses)), whole.files, window)
+            return self.collect(items, source, (self.encode([batch]) for batch in prepare.batches(whole, decoded)))
 
-    def _counts(self, files: list[File], items: int, rejected: Rejected, surplus: int) -> dict[str, int]:
+    def chunks(self, items: pa.Table, source: Source, size: int | None = None) -> list[Files]:
+        files, fewest = list(files_of(items, source)), Counter[int]()  # vectors that the files of each row give at least
+        used = []
+        for file in files:
+            if fewest[file.row] < self.num_vectors:
+                used.append(file)
+                fewest[file.row] += self.per_piece
+        size = size or max(1, max(CHUNK, self.settings.batch_size) // self.most_pieces)
+        pieces = [used[start : start + size] for start in range(0, len(used), size)] or [[]]
+        surplus = [len(files) - len(used)] + [0] * len(pieces)
+        return [Files(piece, source.addresses, over) for piece, over in zip(pieces, surplus, strict=False)]
+
+    def preparer(self) -> Preparer:
+        return Preparer(self.decoder(), self.stack, self.settings.batch_size, self.settings.max_bytes)
+
+    def encode(self, prepared: list[Batch]) -> list[Batch]:
+        nothing = np.zeros((0, self.per_piece, self.width), np.float32)
+        return [batch._replace(pieces=self.encode_pieces(batch.pieces) if batch.rows else nothing) for batch in prepared]
+
+    def collect(self, items: pa.Table, source: Source, encoded: Iterable[list[Batch]]) -> Encoded:
+        vectors = present = None
+        files, surplus, filled = list[int](), 0, np.zeros(len(items), int)
+        rejected: Rejected = []
+        for batch in (batch for chunk in encoded for batch in chunk):
+            if vectors is None or present is None:
+                vectors, present = absent(len(items), self.num_vectors, batch.pieces.shape[2])
+            for row, piece in zip(batch.rows, batch.pieces, strict=True):
+                end = min(filled[row] + self.per_piece, self.num_vectors)
+                vectors[row, filled[row] : end] = piece[: end - filled[row]]
+                present[row, filled[row] : end] = True
+                filled[row] = end
+            rejected += [(reason, {ITEM_ID: items[ITEM_ID][row].as_py(), "path": path}) for reason, row, path in batch.rejected]
+            files += batch.files
+            surplus += batch.surplus
+        assert vectors is not None and present is not None
         counts = {
-            self.unit: len(files) - len(rejected) - surplus,
-            f"{self.unit}_missing": items - len({file.row for file in files}),
+            self.unit: len(files) - len(rejected),
+            f"{self.unit}_missing": len(items) - len(set(files)),
             f"{self.unit}_rejected": len(rejected),
         } | ({f"{self.unit}_over_limit": surplus} if surplus else {})
-        return counts | {f"{self.unit}_rejected.{reason}": count for reason, count in Counter(reason for reason, _ in rejected).items()}
+        counts |= {f"{self.unit}_rejected.{reason}": count for reason, count in Counter(reason for reason, _ in rejected).items()}
+        return Encoded(vectors, present, counts, rejected, self.unit)
 
-    def _pieces(self, file: File, addresses: Addresses) -> list[Any] | str:
-        """The pieces of a file, or the reason why it cannot be used."""
+
+@dataclass(frozen=True)
+class Preparer:
+    """Reads and decodes a chunk of files."""
+
+    decode: Callable[[bytes], list[Any]]
+    stack: Callable[[list[Any]], Any]
+    batch_size: int
+    max_bytes: int
+
+    def __call__(self, chunk: Files) -> list[Batch]:
+        """Threads wait for files; decoding has one CPU and takes one thread."""
+        if all(file.content is not None for file in chunk.files):
+            return list(self.batches(chunk, (self.decoded(file.content or b"") for file in chunk.files)))
+        with ThreadPoolExecutor(READERS) as threads:
+            contents = ahead(threads, lambda file: self.content(file, chunk.addresses), chunk.files, 2 * READERS)
+            return list(self.batches(chunk, map(self.decoded, contents)))
+
+    def content(self, file: File, addresses: Addresses) -> bytes | str:
+        """The content of a file, or the reason why there is none."""
+        if file.content is not None:
+            return file.content
         try:
-            if file.content is None and not file.path:
-                return "unsafe path"
-            content = read_image(file.path or "", self.settings.max_bytes, addresses) if file.content is None else file.content
-            return self.prepare(content)
-        except (AddressError, FileRejected) as error:
+            return read_image(file.path, self.max_bytes, addresses) if file.path else "unsafe path"
+        except AddressError as error:
             return str(error)
 
-    def _batches(self, prepared: Iterable[tuple[int, list[Any] | str]], rejected: dict[int, str]) -> Iterator[tuple[list[int], list[Any]]]:
-        """Numbers of files, and pieces of them, of full batches; files without pieces go to `rejected`."""
-        numbers: list[int] = []
+    def decoded(self, content: bytes | str) -> list[Any] | str:
+        """The pieces of a file, or the reason why it cannot be used."""
+        try:
+            return content if isinstance(content, str) else self.decode(content)
+        except FileRejected as error:
+            return str(error)
+
+    def batches(self, chunk: Files, decoded: Iterable[list[Any] | str]) -> Iterator[Batch]:
+        """Full batches, and the rest, which may be empty."""
         pieces: list[Any] = []
-        for number, found in prepared:
+        batch = Batch(None, [], [], [], chunk.surplus)
+        for file, found in zip(chunk.files, decoded, strict=True):
+            batch.files.append(file.row)
             if isinstance(found, str):
-                rejected[number] = found
+                batch.rejected.append((found, file.row, file.path))
                 continue
             for piece in found:
-                numbers.append(number)
+                batch.rows.append(file.row)
                 pieces.append(piece)
-                if len(numbers) == self.settings.batch_size:
-                    yield numbers, pieces
-                    numbers, pieces = [], []
-        if numbers:
-            yield numbers, pieces
+                if len(pieces) == self.batch_size:
+                    yield batch._replace(pieces=self.stack(pieces))
+                    pieces, batch = [], Batch(None, [], [], [], 0)
+        yield batch._replace(pieces=self.stack(pieces) if pieces else None)
 
 
 def _has_image_column(source: Source) -> bool:

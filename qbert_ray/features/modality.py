@@ -9,6 +9,7 @@ N items, J vectors per item, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -49,7 +50,7 @@ class Encoded:
 
 
 class PartEncoder(ABC):
-    """Encodes parts of the catalog; made once in each actor.
+    """Encodes parts of the catalog; made once in each actor. Its model is loaded when it is first needed, as by `width`.
 
     Args:
         features: the section of the config.
@@ -57,11 +58,14 @@ class PartEncoder(ABC):
         num_vectors: J, the most that any domain has.
     """
 
-    width: int  # D
-
     def __init__(self, features: Features, modality: str, num_vectors: int) -> None:
         self.settings: Any = features.settings(modality)
         self.num_vectors = num_vectors
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """D."""
 
     @staticmethod
     @abstractmethod
@@ -75,6 +79,29 @@ class PartEncoder(ABC):
     @abstractmethod
     def __call__(self, items: pa.Table, source: Source) -> Encoded:
         """The vectors of some rows of ingest/items."""
+
+
+class StreamedEncoder(PartEncoder):
+    """A `PartEncoder` in steps: while one chunk of a part is encoded, which may need a GPU, others prepare the next ones on CPUs.
+
+    Only `preparer` and `encode` need the model.
+    """
+
+    @abstractmethod
+    def chunks(self, items: pa.Table, source: Source) -> list[Any]:
+        """What is prepared and encoded for some rows of ingest/items, in pieces of a few hundred inputs; at least one."""
+
+    @abstractmethod
+    def preparer(self) -> Callable[[Any], Any]:
+        """A function of a chunk that gives what `encode` takes; it can be pickled and holds no weights. Arrays are NumPy's."""
+
+    @abstractmethod
+    def encode(self, prepared: Any) -> Any:
+        """The vectors of a prepared chunk, and what `collect` has to know of it."""
+
+    @abstractmethod
+    def collect(self, items: pa.Table, source: Source, encoded: Iterable[Any]) -> Encoded:
+        """The vectors of the rows, from all of their encoded chunks in order. Of the columns of `items` it reads `KEYS` alone."""
 
 
 class FittedEncoder(PartEncoder):

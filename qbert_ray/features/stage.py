@@ -13,13 +13,24 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 
 from qbert_ray.config.schema import Config
-from qbert_ray.execution.executor import Executor
+from qbert_ray.execution.executor import Executor, StreamedWorker
 from qbert_ray.execution.progress import Progress
-from qbert_ray.features.modality import DomainEncoder, Encoded, FittedEncoder, PartEncoder, Rejected, Source, absent, encoder_of
+from qbert_ray.features.modality import (
+    DomainEncoder,
+    Encoded,
+    FittedEncoder,
+    PartEncoder,
+    Rejected,
+    Source,
+    StreamedEncoder,
+    absent,
+    encoder_of,
+)
 from qbert_ray.features.vectors import disturb, features_table, read_vectors, vectors_shape
 from qbert_ray.storage.catalog import modalities_there
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, KEYS, REJECTED
@@ -135,7 +146,8 @@ def _encode(config: Config, run: RunDir, plan: Plan, executor: Executor, progres
         executor.get(executor.submit(_fit, config, run, plan))
     arguments = {"run": run, "config": config, "modality": plan.modality, "num_vectors": plan.num_vectors}
     parts = [part for domain in config.data.domains if domain not in plan.own for part in run.parts("ingest/items", domain)]
-    return executor.map_parts(run, EncodePart, arguments, parts, f"features/{plan.modality}", config.compute.features, progress)
+    worker = StreamPart if issubclass(encoder, StreamedEncoder) else EncodePart
+    return executor.map_parts(run, worker, arguments, parts, f"features/{plan.modality}", config.compute.features, progress)
 
 
 class EncodePart:
@@ -143,24 +155,55 @@ class EncodePart:
 
     Args:
         num_vectors: J.
+        load: whether to load the encoder's model now.
+
+    Raises:
+        ValueError: the encoder cannot be loaded.
     """
 
-    def __init__(self, run: RunDir, config: Config, modality: str, num_vectors: int) -> None:
+    def __init__(self, run: RunDir, config: Config, modality: str, num_vectors: int, load: bool = True) -> None:
         self.run, self.config, self.modality = run, config, modality
         encoder = encoder_of(config, modality)
         assert encoder is not None and issubclass(encoder, PartEncoder)
-        self.encoder = encoder(config.features, modality, num_vectors)
+        self.encoder: Any = encoder(config.features, modality, num_vectors)
         if isinstance(self.encoder, FittedEncoder):
             self.encoder.load(run, _fitted(modality))
+        if load:
+            _ = self.encoder.width
 
     def __call__(self, part: str) -> dict[str, int]:
+        source, items = self.items(part)
+        return self.publish(part, items, self.encoder(items, source))
+
+    def items(self, part: str) -> tuple[Source, pa.Table]:
+        """Where a part comes from, and the columns that the encoder reads."""
         source = _source(self.config, self.modality, part.rsplit("-", 1)[0])
-        items = self.run.read_part("ingest/items", part, [*KEYS, *self.encoder.columns(source)])
-        made = self.encoder(items, source)
+        return source, self.run.read_part("ingest/items", part, [*KEYS, *self.encoder.columns(source)])
+
+    def publish(self, part: str, items: pa.Table, made: Encoded) -> dict[str, int]:
         write_rejected(self.run, part.removesuffix(".parquet"), self.modality, made.table, made.rejected)
         disturb(made, items[ITEM_ID], self.modality, self.config)
         self.run.write_part(f"features/{self.modality}", part, features_table(items, made.vectors, made.present))
         return {"items": len(items)} | made.counts
+
+
+class StreamPart(EncodePart, StreamedWorker):
+    """An `EncodePart` of a `StreamedEncoder`."""
+
+    def chunks(self, part: str) -> list[Any]:
+        source, items = self.items(part)
+        return self.encoder.chunks(items, source)
+
+    def preparer(self) -> Callable[[Any], Any]:
+        return self.encoder.preparer()
+
+    def encode(self, prepared: Any) -> Any:
+        return self.encoder.encode(prepared)
+
+    def write(self, part: str, encoded: list[Any]) -> dict[str, int]:
+        items = self.run.read_part("ingest/items", part, KEYS)
+        source = _source(self.config, self.modality, part.rsplit("-", 1)[0])
+        return self.publish(part, items, self.encoder.collect(items, source, encoded))
 
 
 def _fitted(modality: str) -> str:

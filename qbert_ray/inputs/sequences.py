@@ -54,7 +54,8 @@ def _labels(cold: np.ndarray, place: np.ndarray, places: Places, sizes: np.ndarr
     """[rows] the split of each row."""
     train, valid, test = (np.repeat(each, sizes) for each in places[:3])
     kinds = [cold, place < train, place == valid, place == test]
-    return pl.Series("split", np.select(kinds, [COLD, "train", "valid", "test"], FURTHER), pl.String)
+    names = pl.Series("split", [COLD, "train", "valid", "test", FURTHER])
+    return names.gather(np.select(kinds, range(len(kinds)), len(kinds)))
 
 
 def _cold_targets(

@@ -382,4 +382,4 @@ def _write_rejected(run: RunDir, domain: str, number: str, rows: pl.DataFrame) -
 
 
 def _to_arrow(rows: pl.DataFrame, schema: pa.Schema) -> pa.Table:
-    return rows.select(schema.names).to_arrow().cast(schema)
+    return rows.select(schema.names).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)  # no string views, whose cast is slow

@@ -33,10 +33,11 @@ def as_text(value: pl.Expr, kind: Kind) -> pl.Expr:
 
 def as_id(value: pl.Expr, kind: Kind) -> pl.Expr:
     """IDs as text, like `as_text`; 12.0 is 12 in any type, since whole numbers of a column with gaps are often written as floats."""
-    text = as_text(value, kind)
     if kind.is_integer():
-        return text
-    return pl.when(~text.is_in(NO_ID)).then(text.str.replace(r"^(-?[0-9]+)[.]0+$", "$1"))
+        return as_text(value, kind)
+    text, written = _text(value, kind)
+    text = text if written else as_text(value, kind)  # NO_ID holds every spelling that `as_text` leaves out
+    return pl.when((text != "") & ~text.is_in(NO_ID)).then(text.map_batches(_whole_numbers, return_dtype=pl.String))
 
 
 def inexact(value: pl.Expr, kind: Kind) -> pl.Expr:
@@ -56,8 +57,16 @@ def as_rating(value: pl.Expr, kind: Kind) -> pl.Expr:
 
 def is_given(value: pl.Expr, kind: Kind) -> pl.Expr:
     """True where there is a value, else null."""
-    there = value if kind.is_integer() or kind.is_temporal() else as_text(value, kind)  # these types have no spelling of a missing value
+    if kind.is_float():
+        value = value.fill_nan(None)
+    numbers = kind.is_integer() or kind.is_float() or kind.is_temporal()  # these types have no spelling of a missing value
+    there = value if numbers else as_text(value, kind)
     return pl.when(there.is_not_null()).then(True)
+
+
+def _whole_numbers(text: pl.Series) -> pl.Series:
+    """12.0 as 12; looked for only where some text ends as such a number does, since the expression is slow."""
+    return text.str.replace(r"^(-?[0-9]+)[.]0+$", "$1") if (text.str.ends_with("0") & text.str.contains(".0", literal=True)).any() else text
 
 
 def _text(value: pl.Expr, kind: Kind) -> tuple[pl.Expr, bool]:

@@ -116,7 +116,7 @@ def bare(run: RunDir, kind: str, worker: Any, parts: list[str]) -> float:
         decoded = (decode_image(content, settings.max_bytes, settings.max_pixels) for content in items["image_bytes"].to_pylist())
         pixels = [encoder.preprocess(image) for image in decoded]
         for begin in range(0, len(pixels), settings.batch_size):
-            encoder(torch.stack(pixels[begin : begin + settings.batch_size]))
+            encoder(np.stack(pixels[begin : begin + settings.batch_size]))
     return time.monotonic() - started
 
 

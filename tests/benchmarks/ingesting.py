@@ -1,4 +1,4 @@
-"""The stage ingest (catalog, k-core, sequences, splits, rejected rows) on Ray against polars and plain pandas in one process.
+"""The stage ingest (catalog, k-core, sequences, splits, rejected rows) on Ray and by the local executor against polars and pandas.
 
     python -m tests.benchmarks.ingesting            # 1,000,000 interactions
     python -m tests.benchmarks.ingesting --full     # 10,000,000
@@ -21,12 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from qbert_ray.config.loading import load_config
+from qbert_ray.execution.executor import Executor
 from qbert_ray.inputs.rows import mix, stable_hash
 from qbert_ray.storage.columns import ITEM_ID, ITEM_INDEX, TIMESTAMP, USER_ID
 from qbert_ray.storage.directory import RunDir
@@ -43,6 +45,18 @@ MOST_SECONDS, MOST_GIB = 300, 8
 
 def ours(shop: Path, out: Path) -> dict[str, float]:
     from qbert_ray.execution.ray_executor import ray_executor
+
+    return ingested(shop, out, ray_executor())
+
+
+def in_this_process(shop: Path, out: Path) -> dict[str, float]:
+    from qbert_ray.config.schema import Compute
+    from qbert_ray.execution.local import local_executor
+
+    return ingested(shop, out, local_executor(Compute()))
+
+
+def ingested(shop: Path, out: Path, opened: AbstractContextManager[Executor]) -> dict[str, float]:
     from qbert_ray.inputs.stage import ingest
 
     settings = [
@@ -52,7 +66,7 @@ def ours(shop: Path, out: Path) -> dict[str, float]:
         f"run.dir={out}",
     ]
     config = load_config([], settings)
-    with ray_executor() as executor:
+    with opened as executor:
         ready, clock = time.monotonic(), Laps()
         counts = ingest(config, RunDir(str(out)), executor, clock)["shop"]
         seconds = time.monotonic() - ready
@@ -151,7 +165,7 @@ def _write(out: Path, items: pl.DataFrame, sequences: pl.DataFrame, rows: pl.Dat
     rows.select(INTERACTIONS).write_parquet(out / "interactions.parquet")
 
 
-WAYS = {"ours": ours, "polars": in_polars, "pandas": in_pandas}
+WAYS = {"ours": ours, "local": in_this_process, "polars": in_polars, "pandas": in_pandas}
 
 
 def once(name: str, shop: Path, out: Path) -> None:
@@ -190,8 +204,9 @@ def figures(full: bool, rows: int | None = None) -> Iterator[Figure]:
         found = {}
         for name in WAYS:
             found[name] = run(name, shop, Path(folder) / name)
-            if name != "ours":
-                assert_equal(Path(folder) / "ours", Path(folder) / name)
+            if name not in ("ours", "local"):
+                for executor in ("ours", "local"):
+                    assert_equal(Path(folder) / executor, Path(folder) / name)
                 shutil.rmtree(Path(folder) / name)
         mine = found["ours"]
         cores = os.cpu_count()
@@ -205,6 +220,10 @@ def figures(full: bool, rows: int | None = None) -> Iterator[Figure]:
         for name in ("polars", "pandas"):
             yield Figure(what, f"{mine['seconds']:.1f} s", f"{name}: {found[name]['seconds']:.1f} s",
                          found[name]["seconds"] / mine["seconds"], "", None)  # fmt: skip
+        local, ratio = found["local"]["seconds"], found["polars"]["seconds"] / found["local"]["seconds"]
+        yield Figure(
+            f"{what}, local executor", f"{local:.1f} s", f"polars: {found['polars']['seconds']:.1f} s", ratio, ">= .8 x", ratio >= 0.8
+        )
 
 
 def command_line() -> None:

@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import Manifest, RunDir
-from tests.execution import slow_parts
+from qbert_ray.training import Loop
+from tests.execution import slow_parts, slow_training
 from tests.execution.test_kill import compare
 from tests.nodes import RAY, ROOT, Nodes, clean_environment
 from tests.shop import SMALL, make_shop
@@ -120,6 +122,38 @@ def test_a_node_that_joins_during_a_pass_is_used(tmp_path):
     places = RunDir(str(tmp_path)).read(slow_parts.TABLE)[slow_parts.NODE].to_pylist()
     assert len(places) == parts and len(set(places)) == 2
     assert min(map(places.count, set(places))) > parts / 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_training_whose_nodes_join_and_leave_gives_the_model_of_one_worker(tmp_path):
+    nodes, run = Nodes(1, RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3"), RunDir(str(tmp_path))
+    starts = tmp_path / "starts.jsonl"
+
+    def sizes() -> list[int]:
+        return [json.loads(line)[1] for line in starts.read_text().splitlines()] if starts.exists() else []
+
+    try:
+        command = [sys.executable, "-m", "tests.execution.slow_training", nodes.address, str(tmp_path)]
+        process = subprocess.Popen(command, env=nodes.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wait_for(process, lambda: sizes() == [1])
+        nodes.add(1)
+        wait_for(process, lambda: sizes()[-1:] == [2])
+        for pid in nodes.pids(1, "raylet/raylet"):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(process, lambda: sizes()[-1:] == [1])
+        (tmp_path / "hurry").touch()
+        finish(process)
+    finally:
+        nodes.stop()
+    assert len(sizes()) >= 3
+    alone = Loop(slow_training.Slow(tmp_path), torch.device("cpu"))  # it finds the file that lets it hurry
+    while not alone.finished:
+        alone.run_epoch()
+    trained = run.load_model(f"{slow_training.FOLDER}/model")[0]
+    assert all(torch.allclose(trained[name], weight, atol=1e-6) for name, weight in alone.weights().items())
+    epochs = [json.loads(line)["epoch"] for line in run.read_bytes(f"{slow_training.FOLDER}/metrics.jsonl").splitlines()]
+    assert epochs == list(range(slow_training.EPOCHS))
 
 
 @pytest.mark.slow

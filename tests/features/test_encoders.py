@@ -100,7 +100,7 @@ def test_no_texts_give_no_vectors(minilm):
 def test_llama_pools_real_tokens_only(llama, pooling, layer):
     encoder = TextEncoder(llama, pooling=pooling, layer=layer, batch_size=3)
     texts = ["the guitar", "a steel pan of the guitar and strings", "strings"]
-    tokens = encoder.tokenizer(texts[0], return_tensors="pt")["input_ids"]
+    tokens = encoder.tokens.tokenizer(texts[0], return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         hidden = encoder.model(tokens, output_hidden_states=True).hidden_states[layer][0]
     expected = hidden.mean(0) if pooling == "mean" else hidden[-1]
@@ -109,13 +109,13 @@ def test_llama_pools_real_tokens_only(llama, pooling, layer):
 
 def test_a_long_text_is_cut_before_the_end_of_the_prompt(llama):
     encoder = TextEncoder(llama, prompt="Title : {text} Kind of", max_tokens=10)
-    (prompted,) = encoder._prompted(["guitar " * 50])
+    (prompted,) = encoder.tokens.prompted(["guitar " * 50])
     assert prompted.startswith("Title : guitar") and prompted.endswith("guitar Kind of")
-    assert len(encoder.tokenizer(prompted)["input_ids"]) <= 10
+    assert len(encoder.tokens.tokenizer(prompted)["input_ids"]) <= 10
 
 
 def test_braces_in_a_text_are_only_text(llama):
-    assert TextEncoder(llama, prompt="Title : {text}")._prompted(["{text} {0}"]) == ["Title : {text} {0}"]
+    assert TextEncoder(llama, prompt="Title : {text}").tokens.prompted(["{text} {0}"]) == ["Title : {text} {0}"]
 
 
 def test_a_layer_that_is_not_there_is_refused(llama):
@@ -141,9 +141,9 @@ def test_patch_grid_sees_where_things_are(efficientnet):
 
 
 def test_cells_of_one_are_the_pooled_output(efficientnet):
-    pixels = torch.stack([efficientnet.preprocess(image) for image in photos(2)])
+    pixels = np.stack([efficientnet.preprocess(image) for image in photos(2)])
     with torch.inference_mode():
-        pooled = efficientnet.visual(pixels.to(memory_format=torch.channels_last)).numpy()
+        pooled = efficientnet.visual(efficientnet.normalised(pixels)).numpy()
     whole = ImageEncoder(image_size=96, grid=1)
     assert whole(pixels)[:, 0] == pytest.approx(pooled, abs=1e-4)
 
@@ -157,10 +157,10 @@ def test_image_batch_mates_never_matter(efficientnet):
 
 def test_clip_patches_are_projected_like_the_pooled_output(vit):
     encoder = ImageEncoder(vit, grid=4)
-    pixels = torch.stack([encoder.preprocess(image) for image in photos(2)])
+    pixels = np.stack([encoder.preprocess(image) for image in photos(2)])
     visual = encoder.visual
     with torch.inference_mode():
-        tokens = visual.ln_post(visual.transformer(visual._embeds(pixels)))[:, 1:] @ visual.proj
+        tokens = visual.ln_post(visual.transformer(visual._embeds(encoder.normalised(pixels))))[:, 1:] @ visual.proj
     assert encoder(pixels) == pytest.approx(tokens.numpy(), abs=1e-5)
     halves = tokens.reshape(2, 2, 2, 2, 2, 24).mean((2, 4)).reshape(2, 4, 24)
     assert ImageEncoder(vit, grid=2)(pixels) == pytest.approx(halves.numpy(), abs=1e-5)
@@ -174,9 +174,9 @@ def test_timm_vit_is_headed_like_its_pooled_output(tmp_path):
     vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "timm_proj": "linear", "image_size": 224}
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
     encoder = ImageEncoder(_save_clip(tmp_path, {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}), grid=1)
-    pixels = torch.stack([encoder.preprocess(image) for image in photos(2)])
+    pixels = np.stack([encoder.preprocess(image) for image in photos(2)])
     with torch.inference_mode():
-        assert encoder(pixels)[:, 0] == pytest.approx(encoder.visual(pixels).numpy(), abs=1e-4)
+        assert encoder(pixels)[:, 0] == pytest.approx(encoder.visual(encoder.normalised(pixels)).numpy(), abs=1e-4)
 
 
 def test_a_tower_without_patches_is_refused(tmp_path):
@@ -187,7 +187,7 @@ def test_a_tower_without_patches_is_refused(tmp_path):
 
 
 def test_strips_are_cropped_before_they_are_resized(efficientnet):
-    assert efficientnet.preprocess(Image.new("RGB", (1, 2_000_000), "red")).shape == (3, 96, 96)
+    assert efficientnet.preprocess(Image.new("RGB", (1, 2_000_000), "red")).shape == (96, 96, 3)
 
 
 # images

@@ -72,23 +72,25 @@ def test_windows_are_in_order_capped_and_filled_up():
 
 def test_an_item_has_as_many_windows_as_its_sound_up_to_j():
     encoder = audio.Encoder(Features(audio={"max_windows": 3, "window_seconds": 0.25}), "audio", 3)
-    pieces = encoder.prepare(encode_sound(TONE, RATE, "wav", "pcm_s16le"))
+    decode = encoder.decoder()
+    pieces = decode(encode_sound(TONE, RATE, "wav", "pcm_s16le"))
     assert len(pieces) == 3 and {len(piece) for piece in pieces} == {4000}
-    assert encoder.encode(pieces).shape == (3, 1, 192)
+    assert encoder.encode_pieces(encoder.stack(pieces)).shape == (3, 1, 192)
     with pytest.raises(MediaRejected, match="silent"):
-        encoder.prepare(encode_sound(0 * TONE, RATE, "wav", "pcm_s16le"))
+        decode(encode_sound(0 * TONE, RATE, "wav", "pcm_s16le"))
 
 
 def test_a_clip_has_frames_in_the_first_columns_and_its_sound_in_the_last():
     features = Features(image={"image_size": 64}, video={"max_frames": 2}, audio={"max_windows": 1, "bands": 8})
     encoder = video.Encoder(features, "video", 3)
-    pieces = encoder.prepare(encode_clip(FRAMES, 4, "mp4", "mpeg4", TONE, RATE, "aac"))
-    vectors = encoder.encode(pieces)[:, 0]
+    decode = encoder.decoder()
+    vectors = encoder.encode_pieces(encoder.stack(decode(encode_clip(FRAMES, 4, "mp4", "mpeg4", TONE, RATE, "aac"))))[:, 0]
     assert vectors.shape == (3, 1280 + 24) and np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1, 1])
     assert not vectors[:2, 1280:].any() and not vectors[2, :1280].any()
-    assert len(encoder.prepare(encode_clip(FRAMES, 4, "mp4", "mpeg4"))) == 2, "without a sound track there are the frames"
+    assert len(decode(encode_clip(FRAMES, 4, "mp4", "mpeg4"))) == 2, "without a sound track there are the frames"
     silent = video.Encoder(features.model_copy(update={"video": features.video.model_copy(update={"sound": False})}), "video", 2)
-    assert silent.width == 1280 and silent.encode(silent.prepare(encode_clip(FRAMES, 4, "gif", "gif"))).shape == (2, 1, 1280)
+    frames = silent.stack(silent.decoder()(encode_clip(FRAMES, 4, "gif", "gif")))
+    assert silent.width == 1280 and silent.encode_pieces(frames).shape == (2, 1, 1280)
 
 
 # models of transformers, small and random

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property, partial
+
 import numpy as np
 
 from qbert_ray.config.features_section import AudioEncoder as Settings
@@ -18,29 +21,39 @@ class Encoder(FileEncoder):
 
     unit = "sounds"
 
-    def __init__(self, features: Features, modality: str, num_vectors: int) -> None:
-        super().__init__(features, modality, num_vectors)
-        self.encoder = load_sound_encoder(self.settings, own_device)
-        self.width = self.encoder.width
+    @cached_property
+    def encoder(self) -> SoundEncoder:
+        return load_sound_encoder(self.settings, own_device)
+
+    @property
+    def width(self) -> int:
+        return self.encoder.width
+
+    @property
+    def most_pieces(self) -> int:
+        return int(self.settings.max_windows)
 
     @staticmethod
     def vectors_of(features: Features, source: Source) -> int:
         return int(features.settings(source.modality).max_windows)
 
-    def prepare(self, content: bytes) -> list[np.ndarray]:
-        return sound_windows(content, self.settings, self.encoder)
+    def decoder(self) -> Callable[[bytes], list[np.ndarray]]:
+        return partial(sound_windows, settings=self.settings, rate=self.encoder.rate)
 
-    def encode(self, pieces: list[np.ndarray]) -> np.ndarray:
-        return self.encoder(np.stack(pieces))[:, None]
+    def encode_pieces(self, pieces: np.ndarray) -> np.ndarray:
+        return self.encoder(pieces)[:, None]
 
 
-def sound_windows(content: bytes, settings: Settings, encoder: SoundEncoder) -> list[np.ndarray]:
+def sound_windows(content: bytes, settings: Settings, rate: int) -> list[np.ndarray]:
     """[S] samples of each window of a sound.
+
+    Args:
+        rate: Hz of the samples.
 
     Raises:
         MediaRejected: with the reason.
     """
-    samples = decode_sound(content, encoder.rate, Limits(settings.max_bytes, settings.max_seconds))
+    samples = decode_sound(content, rate, Limits(settings.max_bytes, settings.max_seconds))
     if np.abs(samples).max() < 1e-4:  # -80 dB
         raise MediaRejected("silent")
-    return list(windows_of(samples, max(1, round(settings.window_seconds * encoder.rate)), settings.max_windows))
+    return list(windows_of(samples, max(1, round(settings.window_seconds * rate)), settings.max_windows))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property, partial
+
 import numpy as np
-import torch
 
 from qbert_ray.config.schema import Features
 from qbert_ray.config.schema import ImageEncoder as Settings
 from qbert_ray.execution.device import own_device
-from qbert_ray.features.encoders import ImageEncoder, decode_image
+from qbert_ray.features.encoders import ImageEncoder, Preprocess, decode_image
 from qbert_ray.features.files import FileEncoder
 from qbert_ray.features.modality import Source
 
@@ -22,18 +24,30 @@ class Encoder(FileEncoder):
 
     unit = "images"
 
-    def __init__(self, features: Features, modality: str, num_vectors: int) -> None:
-        super().__init__(features, modality, num_vectors)
-        self.encoder = load_image_encoder(self.settings)
-        self.width, self.per_piece = self.encoder.width, self.encoder.num_vectors
+    @cached_property
+    def encoder(self) -> ImageEncoder:
+        return load_image_encoder(self.settings)
+
+    @property
+    def width(self) -> int:
+        return self.encoder.width
+
+    @property
+    def per_piece(self) -> int:
+        return int(self.settings.grid**2)
 
     @staticmethod
     def vectors_of(features: Features, source: Source) -> int:
         settings, several = features.settings(source.modality), source.modality in source.domain.inputs
         return settings.grid**2 * (settings.max_images if several else 1)
 
-    def prepare(self, content: bytes) -> list[torch.Tensor]:
-        return [self.encoder.preprocess(decode_image(content, self.settings.max_bytes, self.settings.max_pixels))]
+    def decoder(self) -> Callable[[bytes], list[np.ndarray]]:
+        return partial(_pixels, preprocess=self.encoder.preprocess, settings=self.settings)
 
-    def encode(self, pieces: list[torch.Tensor]) -> np.ndarray:
-        return self.encoder(torch.stack(pieces))
+    def encode_pieces(self, pieces: np.ndarray) -> np.ndarray:
+        return self.encoder(pieces)
+
+
+def _pixels(content: bytes, preprocess: Preprocess, settings: Settings) -> list[np.ndarray]:
+    """[S, S, 3] bytes of the one piece of an image."""
+    return [preprocess(decode_image(content, settings.max_bytes, settings.max_pixels))]

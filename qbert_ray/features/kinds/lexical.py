@@ -20,8 +20,11 @@ class Encoder(FittedEncoder):
 
     def __init__(self, features: Features, modality: str, num_vectors: int) -> None:
         super().__init__(features, modality, num_vectors)
-        self.width = self.settings.dim
         self.model: LexicalModel
+
+    @property
+    def width(self) -> int:
+        return int(self.settings.dim)
 
     @staticmethod
     def vectors_of(features: Features, source: Source) -> int:

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
 import pyarrow as pa
 
 from qbert_ray.config.data_sections import OF_TEXT_FIELDS
 from qbert_ray.config.schema import Features
 from qbert_ray.execution.device import own_device
-from qbert_ray.features.encoders import TextEncoder
-from qbert_ray.features.modality import Encoded, PartEncoder, Source, absent
+from qbert_ray.features.encoders import TextEncoder, Tokens
+from qbert_ray.features.modality import Encoded, Source, StreamedEncoder, absent
 from qbert_ray.storage.columns import ATTRIBUTE_PREFIX, TEXT_PREFIX
 
+CHUNK = 1024  # distinct texts of a chunk
 
-class Encoder(PartEncoder):
+
+class Texts(NamedTuple):
+    """A chunk: distinct texts, then their tokens, then their vectors, and where they belong."""
+
+    texts: Any
+    which: np.ndarray  # [P] number of the text at each place
+    rows: np.ndarray  # [P] item
+    slots: np.ndarray  # [P] column
+
+
+class Encoder(StreamedEncoder):
     """Equal texts of a part are encoded once."""
 
-    def __init__(self, features: Features, modality: str, num_vectors: int) -> None:
-        super().__init__(features, modality, num_vectors)
-        self.encoder = TextEncoder(**self.settings.model_dump(), device=own_device())
-        self.width = self.encoder.width
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        return TextEncoder(**self.settings.model_dump(), device=own_device())
+
+    @property
+    def width(self) -> int:
+        return self.encoder.width
 
     @staticmethod
     def vectors_of(features: Features, source: Source) -> int:
@@ -28,15 +47,41 @@ class Encoder(PartEncoder):
         return list(texts_of(source))
 
     def __call__(self, items: pa.Table, source: Source) -> Encoded:
-        vectors, present = absent(len(items), self.num_vectors, self.width)
-        texts = []
+        (whole,) = self.chunks(items, source, len(items) * self.num_vectors)
+        return self.collect(items, source, [self.encode(self.preparer()(whole))])
+
+    def chunks(self, items: pa.Table, source: Source, size: int = CHUNK) -> list[Texts]:
+        number: dict[str, int] = {}  # of each distinct text
+        places = []
         for slot, (column, before) in enumerate(texts_of(source).items()):
-            stripped = [(text or "").strip() for text in items[column].to_pylist()]
-            present[:, slot] = [bool(text) for text in stripped] if stripped else False
-            texts += [before + text for text in stripped if text]
-        vectors.transpose(1, 0, 2)[present.T] = self.encoder(texts)  # texts are ordered field by field
-        counts = {f"{source.modality}_vectors": len(texts), f"items_without_{source.modality}": int((~present.any(axis=1)).sum())}
-        return Encoded(vectors, present, counts)
+            for row, text in enumerate(items[column].to_pylist()):
+                if stripped := (text or "").strip():
+                    places.append((number.setdefault(before + stripped, len(number)), row, slot))
+        which, rows, slots = np.array(sorted(places), int).reshape(-1, 3).T
+        texts, pieces = list(number), []
+        for start in range(0, len(texts) or 1, size or 1):
+            here = slice(*np.searchsorted(which, [start, start + size]))
+            pieces.append(Texts(texts[start : start + size], which[here] - start, rows[here], slots[here]))
+        return pieces
+
+    def preparer(self) -> Callable[[Texts], Texts]:
+        return partial(_tokenise, tokens=self.encoder.tokens)
+
+    def encode(self, prepared: Texts) -> Texts:
+        return prepared._replace(texts=self.encoder.encode(prepared.texts))
+
+    def collect(self, items: pa.Table, source: Source, encoded: Iterable[Texts]) -> Encoded:
+        chunks = list(encoded)
+        vectors, present = absent(len(items), self.num_vectors, chunks[0].texts.shape[1])
+        for chunk in chunks:
+            vectors[chunk.rows, chunk.slots] = chunk.texts[chunk.which]
+            present[chunk.rows, chunk.slots] = True
+        without = int((~present.any(axis=1)).sum())
+        return Encoded(vectors, present, {f"{source.modality}_vectors": int(present.sum()), f"items_without_{source.modality}": without})
+
+
+def _tokenise(chunk: Texts, tokens: Tokens) -> Texts:
+    return chunk._replace(texts=tokens(chunk.texts))
 
 
 def texts_of(source: Source) -> dict[str, str]:
