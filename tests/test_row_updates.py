@@ -30,6 +30,9 @@ class Rows:
     def description(self):
         return {}
 
+    def complete(self, model, device):
+        pass
+
     def adjust(self, model, epoch):
         pass
 

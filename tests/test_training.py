@@ -47,6 +47,9 @@ class Line:
     def description(self):
         return {}
 
+    def complete(self, model, device):
+        pass
+
     def adjust(self, model, epoch):
         assert model.weight.requires_grad
         self.adjusted.append(epoch)

@@ -161,11 +161,7 @@ class Sequencer(Section):
         0.2, description="share of items whose codes are hidden in training, as a cold item's codes are new; needs content"
     )
     recall: bool = Field(True, description="add a recency-weighted mean of the history's item vectors to the query; not with tokens: flat")
-    repeats: bool = Field(
-        True,
-        description="add a number, calibrated on validation items, to scores of items of the history where a sequence model alone ranks them; needs loss: catalog",
-        json_schema_extra=paper("none"),
-    )
+    repeats: bool = Field(True, description="a sequence model alone adds a number to scores of the history's items; needs loss: catalog")
     item_embedding: bool = Field(
         True, description="add an embedding per item to its composed vector; zero for cold items; needs loss: catalog, and not tokens: flat"
     )

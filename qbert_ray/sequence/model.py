@@ -239,8 +239,7 @@ class Sequencer(nn.Module):
         """
         size, flat = self.codebook_size, self.tokens == "flat"
         queries = self.scaled(query.view(len(query), self.num_levels, -1) if flat else query)
-        books = self.code_embedding.weight
-        books = F.normalize(books, dim=-1) if self.logits_kind == "cosine" else books
+        books = F.normalize(self.code_embedding.weight, dim=-1) if self.logits_kind == "cosine" else self.code_embedding.weight
         by_level = books.view(self.num_levels, size, -1)
         logits = torch.einsum("pkd,kmd->pkm", queries, by_level) if flat else product(queries, books).view(-1, self.num_levels, size)
         if self.loss_kind == "tokens":

@@ -70,6 +70,9 @@ class Curve:
     def description(self):
         return {"in_features": 1, "out_features": 1, "bias": False}
 
+    def complete(self, model, device):
+        pass
+
     def adjust(self, model, epoch):
         if epoch == self.fails_before:
             raise KeyboardInterrupt

@@ -86,8 +86,11 @@ def test_an_address_where_nothing_answers_is_refused_at_once(form):
 
 
 @pytest.mark.parametrize("address", ["auto", "local", "anyscale://name", "host-without-a-port"])
-def test_other_addresses_are_left_to_ray(address):
+def test_other_addresses_are_left_to_ray(monkeypatch, address):
+    tried = []
+    monkeypatch.setattr(ray_session.socket, "create_connection", lambda *arguments, **_: tried.append(arguments))
     ray_session._check_reachable(address)
+    assert tried == []
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:99999999", "no-such-host.invalid:6379"])

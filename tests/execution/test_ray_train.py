@@ -69,6 +69,7 @@ def test_two_workers_give_the_model_of_one(finished, name, task, tmp_path):
 def test_fine_tuning_takes_layers_of_other_domains_and_everything_of_its_own(finished):
     config, run = finished
     pretrained, _ = run.load_model("pretrain/model")
+    assert pretrained.pop("repeats") == 0  # fine-tuning chooses it when it is over
 
     def taken(domains, transfer):
         changes = {"pretrain": {"domains": domains}, "finetune": {"transfer": transfer, "objective": "masked"}}

@@ -14,7 +14,7 @@ from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.inputs.k_core import CODE
 from qbert_ray.inputs.sources import SourceError
-from qbert_ray.inputs.splits import TemporalSplit, _cut, as_date, leave_one_out, quantile, temporal
+from qbert_ray.inputs.splits import TemporalSplit, _cut, as_date, by_period, leave_one_out, quantile
 from qbert_ray.inputs.stage import ingest_domain
 from qbert_ray.pipeline import run_stage
 from qbert_ray.storage import columns
@@ -124,8 +124,8 @@ def test_leave_one_out_by_hand():
 def test_the_first_interaction_of_each_period_is_a_target_where_others_came_before_it():
     """Validation from 10, test from 20; the second and the last user have no interactions."""
     times = np.array([1, 12, 25, 11, 21, 3, 4, 21, 22, 9, 10, 19, 20])
-    split = TemporalSplit(10, 20, "s", np.ones(1, bool), np.zeros(1, bool))
-    places = temporal(times, np.array([3, 0, 2, 2, 2, 4, 0]), split)
+    split = TemporalSplit(np.ones(1, bool), np.zeros(1, bool), 10, 20, "s")
+    places = by_period(split.periods(pl.DataFrame({columns.TIMESTAMP: times})), np.array([3, 0, 2, 2, 2, 4, 0]))
     assert places.train.tolist() == [1, 0, 0, 2, 0, 1, 0]
     assert places.valid.tolist() == [1, -1, -1, -1, -1, 1, -1]
     assert places.test.tolist() == [2, -1, 1, -1, -1, 3, -1]
@@ -134,7 +134,7 @@ def test_the_first_interaction_of_each_period_is_a_target_where_others_came_befo
 
 def test_what_becomes_of_users_is_counted_by_hand():
     """The second item has no interaction before the validation period: one of its three is a target."""
-    split = TemporalSplit(10, 20, "s", np.array([True, False]), np.array([False, True]))
+    split = TemporalSplit(np.array([True, False]), np.array([False, True]), 10, 20, "s")
     sequences = pl.DataFrame({"train": [[0, 0], [], []], "valid": [0, None, None]})
     rows = pl.DataFrame({"split": ["train", "train", "valid", "test", "further", "further", "test"], CODE: [0, 0, 0, 1, 1, 1, 0]})
     counts = split.counts(sequences, rows)
