@@ -42,10 +42,13 @@ def rank_pairs(scores: Tensor, target: Tensor, seen: list[np.ndarray], repeats: 
     """
     rank = ranks(scores, target)
     unseen = rank - _better_among(scores, scores.gather(1, target[:, None]), target, seen)
-    if repeats:
-        rows, items = (torch.from_numpy(each).to(scores.device) for each in pairs(seen, scores.shape[1]))
-        rank = ranks(scores.index_put((rows, items), scores.new_tensor(repeats), accumulate=True), target)
-    return torch.stack([rank, unseen], dim=1)
+    return torch.stack([ranks(add_to_seen(scores, seen, repeats), target) if repeats else rank, unseen], dim=1)
+
+
+def add_to_seen(scores: Tensor, seen: list[np.ndarray], value: float) -> Tensor:
+    """Scores [B, N] with a value added to those of each user's seen items, once each."""
+    rows, items = (torch.from_numpy(each).to(scores.device) for each in pairs(seen, scores.shape[1]))
+    return scores.index_put((rows, items), scores.new_tensor(value), accumulate=True)
 
 
 def _better_among(scores: Tensor, own: Tensor, target: Tensor, seen: list[np.ndarray]) -> Tensor:

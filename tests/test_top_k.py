@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbert_ray.top_k import better, hide, pairs, rank_pairs, ranks, top_k
+from qbert_ray.top_k import add_to_seen, better, hide, pairs, rank_pairs, ranks, top_k
 
 scores_with_ties = st.integers(2, 12).flatmap(
     lambda n: st.lists(st.lists(st.integers(0, 4), min_size=n, max_size=n), min_size=1, max_size=5)
@@ -145,3 +145,9 @@ def test_a_pair_of_user_and_item_is_there_once():
 def test_more_items_than_there_are_are_not_asked_for():
     values, indices = top_k(torch.tensor([[1.0, 2.0]]), 5)
     assert values.tolist() == [[2, 1]] and indices.tolist() == [[1, 0]]
+
+
+def test_a_value_is_added_once_to_each_seen_item():
+    scores = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    assert add_to_seen(scores, [np.array([2, 2, 0]), np.zeros(0, np.int64)], -1.5).tolist() == [[-0.5, 2, 1.5], [4, 5, 6]]
+    assert scores.tolist() == [[1, 2, 3], [4, 5, 6]]

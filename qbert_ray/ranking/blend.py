@@ -168,10 +168,11 @@ def join_candidates(found: list[Candidates]) -> Candidates:
     return Candidates(*(torch.cat(pieces) for pieces in zip(*given, strict=True))) if given else found[0]
 
 
-def sequence_alone(num_features: int = len(SCORE_FEATURES)) -> Blend:
-    """The blend that ranks as the sequence model by itself does."""
+def sequence_alone(num_features: int = len(SCORE_FEATURES), repeats: float = 0.0) -> Blend:
+    """The blend that ranks as the sequence model by itself does, which adds `repeats` to items of the history."""
     weights = torch.zeros(3, 2 * num_features + 1)
     weights[0, [0, num_features]] = 1.0
+    weights[0, [num_features - 1, 2 * num_features - 1]] += repeats  # "seen" is the last score feature
     return Blend(weights, torch.zeros(3), torch.ones(3))
 
 

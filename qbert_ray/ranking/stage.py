@@ -33,8 +33,9 @@ from qbert_ray.ranking.reranker import CandidateLists, Reranker, fit_reranker
 from qbert_ray.ranking.weights import write_weights
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import RunDir
-from qbert_ray.top_k import ranks
+from qbert_ray.top_k import add_to_seen, ranks
 
+ALONE = "alone"  # the sequence model by itself, as the blend is compared with it
 COLD_SHARE = 0.1  # of the trained items that are treated as cold while the blend is fitted
 
 
@@ -110,7 +111,7 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
     everything = join_candidates(own)
     assert ranker.item_item is not None
     names = ranker.item_item.names
-    blend = fit_blend(everything, shrinkages[0]) if blending["kept"] else sequence_alone(len(names))
+    blend = fit_blend(everything, shrinkages[0]) if blending["kept"] else sequence_alone(len(names), ranker.repeats("sequencer"))
     baseline = fit_blend(join_candidates(without), shrinkages[1]) if without else None
     for folder, each in ((BLEND, blend), (ITEM_ITEM_TEXT, baseline)):
         if each is not None:
@@ -122,7 +123,7 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
         "shrinkage": shrinkages[0]._asdict(),
         **_average_weights(blend, names),
     }
-    result |= {f"{name}_ndcg@10": metrics.interval(values)["value"] for name, values in ndcg.items()}
+    result |= {f"{name}_ndcg@10": metrics.interval(values)["value"] for name, values in ndcg.items() if name != ALONE}
     result |= {"model_ndcg@10": blending["blended" if blending["kept"] else "alone"], "blending": blending}
     if settings.rerank:
         reranker, gain = _fit_reranker(ranker, sequences, everybody[: settings.rerank_users])
@@ -179,19 +180,23 @@ def _cross_fitted(
 ) -> dict[str, np.ndarray]:
     """Ranking -> [V] ndcg@10 of validation items among unseen ones, as fine-tuning is judged, each half ranked by blends of the other half.
 
+    `ALONE` is the sequence model with what it adds to repeats, which a blend weighs too: a target that its user had before costs both alike.
+
     Args:
         ranker: without a blend; it has one afterwards.
         halves: the validation users.
         found: candidates of either half, as `_candidates` gives them.
         shrinkages: of the blend and of the baseline.
     """
-    gained: dict[str, list[np.ndarray]] = {"model": [np.zeros(0)], "sequencer": [np.zeros(0)]}
+    gained: dict[str, list[np.ndarray]] = {"model": [np.zeros(0)], ALONE: [np.zeros(0)]}
     for (own, without), (histories, target) in zip(found[::-1], halves, strict=True):
         baseline = fit_blend(without, shrinkages[1]) if without is not None else None
         ranker.use(fit_blend(own, shrinkages[0]), item_item_text=baseline)
         with torch.inference_mode():
             for rows in batches(len(histories), ranker.num_features * ranker.num_items):
-                for name, scores in ranker.scores(histories[rows]).items():
+                each = ranker.scores(histories[rows])
+                each[ALONE] = add_to_seen(each["sequencer"], histories[rows], ranker.repeats("sequencer"))
+                for name, scores in each.items():
                     values = metrics.ndcg(ranks(scores, target[rows], histories[rows]).numpy(), 10)
                     gained.setdefault(name, []).append(values)
     return {name: np.concatenate(pieces) for name, pieces in gained.items()}
@@ -199,7 +204,7 @@ def _cross_fitted(
 
 def _blend_gain(ndcg: dict[str, np.ndarray], settings: Ranking) -> Gain:
     """What the blend gains by cross-fitting, and whether it is kept: where there is nothing to compare, it is."""
-    blended, alone = ndcg["model"], ndcg["sequencer"]
+    blended, alone = ndcg["model"], ndcg[ALONE]
     users = len(alone)
     means = [float(each.mean()) if users else 0.0 for each in (alone, blended)]
     error = float((blended - alone).std(ddof=1) / users**0.5) if users > 1 else 0.0

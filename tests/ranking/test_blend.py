@@ -259,6 +259,7 @@ def test_the_sequence_model_alone_ranks_trained_and_cold_items_by_its_scores():
     features = torch.randn(2, 5, 3)
     weights = sequence_alone(3).weights_for(describe(torch.tensor([0.4, 9.0]), torch.tensor([1, 50])))
     assert torch.equal(blended_at(features, weights, torch.tensor([[False, True, False, True, False]] * 2)), features[..., 0])
+    assert sequence_alone(3, -2.0).weights[0].tolist() == [1, 0, -2, 1, 0, -2, 0]  # "seen" is the last score feature
     assert sequence_alone().weights.shape == (3, 2 * len(SCORE_FEATURES) + 1) and sequence_alone().num_features == len(SCORE_FEATURES)
 
 

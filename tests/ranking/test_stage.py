@@ -69,6 +69,10 @@ class Recorder:
     def use(self, blend, item_item_text=None):
         self.used.append((blend, item_item_text))
 
+    def repeats(self, name):
+        assert name == "sequencer"
+        return -5.0
+
     def scores(self, histories):
         better = torch.tensor([[0.0, 3.0, 2.0, 1.0]]) if len(self.used) == 1 else torch.tensor([[0.0, 1.0, 2.0, 3.0]])
         return {"model": better.repeat(len(histories), 1), "sequencer": torch.tensor([[0.0, 2.0, 3.0, 1.0]]).repeat(len(histories), 1)}
@@ -78,14 +82,14 @@ def test_each_half_is_ranked_by_the_blend_of_the_other(monkeypatch):
     monkeypatch.setattr(stage, "fit_blend", lambda found, shrinkage: found)
     halves = [
         stage.ValidationUsers([np.array([0]), np.array([0])], torch.tensor([1, 3])),
-        stage.ValidationUsers([np.array([0])], torch.tensor([3])),
+        stage.ValidationUsers([np.array([3])], torch.tensor([3])),  # had its target before
     ]
     ranker = Recorder()
     ndcg = stage._cross_fitted(ranker, halves, [("first", None), ("second", "baseline")], SHRINKAGES[:2])
     gain = stage._blend_gain(ndcg, Ranking())
     assert ranker.used == [("second", "baseline"), ("first", None)]
-    third = 1 / np.log2(4)  # targets 1 and 3 are first and third by the first blend, 3 is first by the second; alone second, third, third
-    blended, alone = np.array([1, third, 1]), np.array([1 / np.log2(3), third, third])
+    third = 1 / np.log2(4)  # targets 1 and 3 are first and third by the first blend, 3 is first by the second; alone second, third, fourth
+    blended, alone = np.array([1, third, 1]), np.array([1 / np.log2(3), third, 1 / np.log2(5)])
     assert gain["blended"] == pytest.approx(blended.mean()) and gain["alone"] == pytest.approx(alone.mean())
     assert gain["error"] == pytest.approx((blended - alone).std(ddof=1) / 3**0.5)
 
@@ -93,7 +97,7 @@ def test_each_half_is_ranked_by_the_blend_of_the_other(monkeypatch):
 @pytest.mark.parametrize(("blended", "kept"), [([0.5, 0.4], True), ([0.5, 0.2], False), ([0.3, 0.3], False), ([], True)])
 def test_a_blend_is_kept_where_its_mean_is_larger(blended, kept):
     """However small the gain is next to its error: the blend of all users is fitted on twice as many as either half's."""
-    ndcg = {"model": np.array(blended), "sequencer": np.array([0.4, 0.4][: len(blended)])}
+    ndcg = {"model": np.array(blended), stage.ALONE: np.array([0.4, 0.4][: len(blended)])}
     assert stage._blend_gain(ndcg, Ranking())["kept"] == kept
     assert stage._blend_gain(ndcg, Ranking(sequence_scores=False))["kept"]
 
