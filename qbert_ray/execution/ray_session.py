@@ -62,9 +62,9 @@ def _init(**arguments: Any) -> None:
             ray.init(**arguments)
             return
         except Exception as error:
-            ray.shutdown()
             if not any(said in str(error) for said in SLOW):
                 raise
+            ray.shutdown()
             if attempt == TRIES - 1:
                 raise ValueError(
                     f"Ray did not start on this machine: {TRIES} times its processes were not ready within 30 s. The machine is too busy or its "
