@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from qbert_ray.config.schema import Config, Data, Domain
 from qbert_ray.config.section import Tree, Values
-from qbert_ray.config.shipped import beside, shipped
+from qbert_ray.config.shipped import in_same_folder, shipped
 from qbert_ray.config.yaml_files import YamlError, read_yaml
 
 MOST_SHOWN = 300  # characters of a value in an error
@@ -134,7 +134,7 @@ def read_layer(file: Path, above: tuple[Path, ...] = ()) -> Tree:
         layer = read_yaml(file.read_bytes()) or {}
     except FileNotFoundError:
         said = f" (extended by {above[-1]})" if above else ""
-        there = ", ".join(beside(file)) or "named configs/<name>.yaml"
+        there = ", ".join(in_same_folder(file)) or "named configs/<name>.yaml"
         raise ConfigError(f"no config file at {file}{said}; the ones that come with the package are {there}") from None
     except YamlError as error:
         raise ConfigError(f"{file} {error}") from None

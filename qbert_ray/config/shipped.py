@@ -16,7 +16,7 @@ def shipped(path: Path) -> Path | None:
     return next((file for file in found if file.is_file()), None)
 
 
-def beside(path: Path) -> list[str]:
+def in_same_folder(path: Path) -> list[str]:
     """Shipped configs in the folder of a path such as configs/tables/mine.yaml, as paths of the same form."""
     if path.parts[:1] != ("configs",):
         return []

@@ -133,16 +133,8 @@ def _in_order(rows: pl.DataFrame, items: np.ndarray) -> pl.DataFrame:
     ties = mix(rows[HASH].to_numpy() ^ mix(items[rows[CODE].to_numpy()]), TIE_SALT)
     rows = rows.with_columns(pl.Series("_tie", ties))
     period = {PERIOD: False} if PERIOD in rows.columns else {}
-    order = {
-        HASH: False,
-        USER_ID: False,
-        **period,
-        TIMESTAMP: False,
-        "_tie": False,
-        CODE: False,
-        WEIGHT: True,
-        POSITION: False,
-    }  # descending
+    order = {HASH: False, USER_ID: False} | period  # column -> descending
+    order |= {TIMESTAMP: False, "_tie": False, CODE: False, WEIGHT: True, POSITION: False}
     rows = rows.sort(list(order), descending=list(order.values())).drop(HASH, "_tie")
     return rows.with_columns(pl.col(USER_ID).rle_id().alias(USER))
 

@@ -10,6 +10,7 @@ Shapes: U users, N catalog.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import combinations
@@ -46,20 +47,20 @@ class Places(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(ABC):
     """The three periods of one domain's interactions, and which of its items training sees."""
 
     trained: np.ndarray  # [catalog] whether an item has training interactions
     only_later: np.ndarray  # [catalog] whether an item has interactions, but no training ones
     summed: ClassVar[tuple[str, ...]] = _OF_ALL
 
+    @abstractmethod
     def periods(self, rows: pl.DataFrame) -> np.ndarray:
         """[rows] 0 for training, 1 for validation, 2 for test; within a user they never decrease.
 
         Args:
             rows: with warm items, in order of user and period.
         """
-        raise NotImplementedError
 
     def counts(self, sequences: pl.DataFrame, rows: pl.DataFrame) -> dict[str, int]:
         """What becomes of some users: numbers that add up over users.
@@ -88,8 +89,9 @@ class Split:
                 raise SourceError(f"domain {domain}: {self._no_target(period)}")
         return found | {"items_only_later": int(self.only_later.sum())}
 
+    @abstractmethod
     def _no_target(self, period: str) -> str:
-        raise NotImplementedError
+        """Why no user has a target in a period, and what to do."""
 
 
 @dataclass(frozen=True)

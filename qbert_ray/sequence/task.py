@@ -27,6 +27,7 @@ from qbert_ray.top_k import pairs, ranks
 from qbert_ray.training import shuffled_batches
 
 MOST_REPEATS = 1000.0  # largest number added to repeats, and with a minus the smallest
+MOST_SCORES = 2**23  # of a batch of histories over the catalog
 MOST_FOR_REPEATS = 2048  # users whose validation items the number added to repeats is chosen by
 SAMPLE = 4096  # users whose validation items are ranked, where the settings name no number
 
@@ -272,6 +273,7 @@ def repeat_odds(
         [B] logarithm of the odds that the next item is one of the history, by a softmax over the catalog, and [B] booleans, whether it is.
     """
     vectors, bias = model.catalog_vectors(table)
+    batch_size = max(1, min(batch_size, MOST_SCORES // len(vectors)))  # several arrays of float64 are held at once
     odds, repeated = [], []
     for begin in range(0, len(histories), batch_size):
         rows = slice(begin, begin + batch_size)

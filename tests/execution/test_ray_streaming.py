@@ -24,7 +24,7 @@ from qbert_ray.storage.directory import RunDir
 COUNT = 12
 
 
-def picture(number: int) -> bytes:
+def image_bytes(number: int) -> bytes:
     file = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 255, (40, 30, 3), np.uint8)
     Image.fromarray(pixels).save(file, "PNG")
@@ -33,8 +33,8 @@ def picture(number: int) -> bytes:
 
 def write_items(run: RunDir, folder) -> None:
     """Items with an image by its content, by its path, a broken one, none; with equal texts, and without."""
-    (folder / "a.png").write_bytes(picture(99))
-    contents = [picture(number) if number % 4 else None for number in range(COUNT)]
+    (folder / "a.png").write_bytes(image_bytes(99))
+    contents = [image_bytes(number) if number % 4 else None for number in range(COUNT)]
     contents[5] = b"<html>"
     paths = [str(folder / "a.png"), None, None, None, str(folder / "none.png"), *[None] * (COUNT - 5)]
     table = pa.table({
@@ -75,9 +75,9 @@ def test_separate_steps_write_what_one_process_writes(tmp_path, monkeypatch, ray
     assert extract_features(config, apart, RayExecutor(), Quiet()) == counts
     assert apart.filesystem.get_file_info(apart.path("features/text/shop-00000.parquet")).mtime_ns == first
 
-    unknown = load_config([], [*settings, "features.modalities=[text]", "features.text.model=nobody/none", f"run.dir={tmp_path}/none"])
+    unknown = load_config([], [*settings, "features.modalities=[text]", "features.text.model=no-owner/none", f"run.dir={tmp_path}/none"])
     write_items(RunDir(unknown.run.dir), tmp_path)
-    with pytest.raises(ValueError, match="^encoder nobody/none is not on this machine"):
+    with pytest.raises(ValueError, match="^encoder no-owner/none is not on this machine"):
         extract_features(unknown, RunDir(unknown.run.dir), RayExecutor(), Quiet())
 
 

@@ -143,9 +143,9 @@ def test_what_becomes_of_users_is_counted_by_hand():
     dates = {"validation_from": "1970-01-01T00:00:10", "test_from": "1970-01-01T00:00:20"}
     assert split.summary(of_all, "shop") == dates | counts | {"items_only_later": 1}
     assert of_all == {"users_evaluated": 2}  # the others are taken out
-    nobody = {"users_validated": 1, "users_evaluated": 0}
+    none = {"users_validated": 1, "users_evaluated": 0}
     with pytest.raises(SourceError, match="domain shop: no user with interactions in the test period has any before it"):
-        split.summary(nobody, "shop")
+        split.summary(none, "shop")
 
 
 def test_a_date_is_the_first_time_of_its_period_in_every_unit():

@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,19 +44,19 @@ class Trained(NamedTuple):
 Fit = Callable[[Split, Settings, argparse.Namespace, int], Trained]  # (split, settings, command line, seed)
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """A sequence model that compares the state after a history with vectors of all items."""
 
     longest: int  # most items of a history that are read, the latest ones
     temperature: float | None = None  # of cosine logits; None: plain products
 
+    @abstractmethod
     def catalog(self) -> Tensor:
         """[N, D] vectors of the items, which the first layer reads and the last state is compared with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, items: Tensor, catalog: Tensor) -> Tensor:
         """[B, T, D] states after each item of left-padded histories [B, T]; padding is N."""
-        raise NotImplementedError
 
     def logits(self, states: Tensor, catalog: Tensor) -> Tensor:
         """[S, N] of states [S, D]."""
