@@ -25,6 +25,8 @@ class Rows:
     def build(self):
         model = nn.Module()
         model.rows, model.weight = nn.Embedding(ROWS, WIDTH, sparse=True), nn.Parameter(torch.ones(WIDTH))
+        own = torch.Generator().manual_seed(self.seed)  # workers are threads here, and share torch's own
+        nn.init.normal_(model.rows.weight, generator=own)
         return model
 
     def description(self):
@@ -56,7 +58,6 @@ def run(loop):
 
 def by_hand(task, steps):
     """Rows and their average after some steps, every row looked at in every step."""
-    torch.manual_seed(task.seed)
     model, settings = task.build(), task.settings
     rows, weight = model.rows.weight.detach().clone(), model.weight.detach().clone()
     average, other = rows.clone(), nn.Parameter(weight)
