@@ -18,7 +18,7 @@ from pathlib import Path
 from tests import ROOT
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-UP_SECONDS = 300
+UP_SECONDS, TRIES = 300, 3  # a raylet gives its agents 15 s to start, which a busy machine may not keep
 
 
 def free_port() -> int:
@@ -129,9 +129,17 @@ class Nodes:
         there = self.link if self.processes else None
         address = there.there if there else self.host
         command = [*(there.inside if there else []), *RAY, "start", "--node-ip-address", address, *map(str, [*options, *more])]
-        with (self.folder / f"node{len(self.processes)}.log").open("wb") as log:
-            self.processes.append(subprocess.Popen(command, env=self.environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT))
-        self._wait(f"node {len(self.processes) - 1}", lambda: "Ray runtime started" in Path(log.name).read_text())
+        log = self.folder / f"node{len(self.processes)}.log"
+        for left in reversed(range(TRIES)):
+            with log.open("wb") as output:
+                process = subprocess.Popen(command, env=self.environment, cwd=self.folder, stdout=output, stderr=subprocess.STDOUT)
+            self.processes.append(process)
+            try:
+                return self._wait(f"node {len(self.processes) - 1}", lambda: "Ray runtime started" in log.read_text())
+            except AssertionError:
+                if not left:
+                    raise
+                self._end(self.processes.pop())
 
     def _wait(self, what: str, there: Callable[[], bool]) -> None:
         until = time.monotonic() + UP_SECONDS

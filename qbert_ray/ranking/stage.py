@@ -103,7 +103,8 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
     everybody = everybody[np.argsort(uniform(SAMPLE_STREAM, 0, everybody, 1)[:, 0])]
     users = everybody[: settings.validation_users]
     halves = [ValidationUsers.of(sequences, users[part::2]) for part in (0, 1)]
-    found = [_candidates(ranker, *half, settings.candidates) for half in halves]
+    simulating, cold = _simulating(ranker)
+    found = [_candidates(simulating, cold, *half, settings.candidates) for half in halves]
     own, without = [both[0] for both in found], [both[1] for both in found if both[1] is not None]
     shrinkages = choose_shrinkage(own), choose_shrinkage(without)
     ndcg = _cross_fitted(ranker, halves, found, shrinkages)
@@ -133,25 +134,39 @@ def _fit(run: RunDir, domain: str, settings: Ranking) -> dict[str, object]:
     return result
 
 
-def _candidates(ranker: Ranker, histories: list[np.ndarray], target: Tensor, count: int) -> tuple[Candidates, Candidates | None]:
-    """What the blend is fitted on: a share of the trained items is scored as cold items are, and real cold items are left out.
+def _simulating(ranker: Ranker) -> tuple[Ranker, Tensor]:
+    """A copy that scores a share of the trained items as cold items are scored, so that the blend learns weights for these; and [N] which."""
+    assert ranker.item_item is not None
+    cold = torch.zeros(ranker.trained, dtype=torch.bool)
+    if "content" in ranker.item_item.contents:
+        drawn = torch.from_numpy(uniform(COLD_STREAM, 0, np.arange(ranker.trained), 1)[:, 0] < COLD_SHARE)
+        cold = drawn & ~drawn.all()  # a catalog of a few items: some must stay trained to be neighbours
+    return ranker.with_simulated_cold_items(cold.nonzero()[:, 0]) if cold.any() else ranker, cold
+
+
+def _candidates(
+    simulating: Ranker, cold: Tensor, histories: list[np.ndarray], target: Tensor, count: int
+) -> tuple[Candidates, Candidates | None]:
+    """What the blend is fitted on; real cold items are left out.
+
+    Args:
+        simulating: as `_simulating` makes it.
+        cold: [trained] which items it treats as cold.
+        histories: of the validation users.
+        target: [V] their validation items.
+        count: candidates by each score feature.
 
     Returns:
         The candidates by all score features; and those of the baseline, by features without a network; None where there are no texts.
     """
-    assert ranker.item_item is not None
-    trained, available, names = ranker.trained, ranker.item_item.available, ranker.item_item.names
-    cold = torch.zeros(trained, dtype=torch.bool)
-    if "content" in ranker.item_item.contents:
-        drawn = torch.from_numpy(uniform(COLD_STREAM, 0, np.arange(trained), 1)[:, 0] < COLD_SHARE)
-        cold = drawn & ~drawn.all()  # a catalog of a few items: some must stay trained to be neighbours
-    simulating = ranker.with_simulated_cold_items(cold.nonzero()[:, 0]) if cold.any() else ranker
+    assert simulating.item_item is not None
+    trained, available, names = simulating.trained, simulating.item_item.available, simulating.item_item.names
     kinds = [available]
-    if "text" in ranker.item_item.contents:
+    if "text" in simulating.item_item.contents:
         kinds.append([number for number in available if names[number] in WITHOUT_NETWORK])
     samples: list[list[Candidates]] = [[] for _ in kinds]
     with torch.inference_mode():
-        for rows in batches(len(histories), ranker.num_features * ranker.num_items):
+        for rows in batches(len(histories), simulating.num_features * simulating.num_items):
             sequence, features, lengths = simulating.score_features(histories[rows])
             warm = sequence[:, :trained], features[:, :, :trained]
             for found, scores in zip(samples, kinds, strict=True):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.1  # of a cold item among the trained ones
 CHUNK, MOST = 4096, 2**28  # cold items whose neighbours are looked up at once, and cosines: 1 GiB
+EXACT = 2**33  # pairs of a cold and a trained item up to which all are compared: 270,000 items of which a tenth is cold
+CELLS, PROBED, SAMPLED = 1024, 48, 100_000  # of the search in larger catalogs: k-means cells, those that are searched, items that k-means reads
 
 
 class ColdItems(NamedTuple):
@@ -53,13 +55,46 @@ class ItemTable(NamedTuple):
 def nearest_trained_items(content: Tensor, rows: Tensor, trained: Tensor) -> ColdItems:
     """Cold items with the trained items whose content is nearest by cosine, weighted by a softmax of the cosines.
 
+    Every pair is compared where there are at most `EXACT`. Otherwise the trained items are divided into cells, and a cold item is
+    compared with those of the cells around its own, so that time grows with the catalog and not with its square.
+
     Args:
         content: [N, F] content vectors of the catalog.
         rows: [C] item_index of the cold items.
         trained: item_index of the items among which neighbours are looked for.
     """
-    unit = F.normalize(content, dim=-1)
-    others, count = unit[trained].T, min(NEIGHBOURS, len(trained))
-    size = max(1, min(CHUNK, MOST // max(len(trained), 1)))
-    cosine, found = zip(*(torch.topk(unit[piece] @ others, count, dim=1) for piece in rows.split(size)), strict=True)
-    return ColdItems(rows, trained[torch.cat(found)], torch.softmax(torch.cat(cosine) / NEIGHBOUR_TEMPERATURE, dim=1))
+    cold, others = F.normalize(content[rows], dim=-1), F.normalize(content[trained], dim=-1)
+    if len(rows) * len(trained) <= EXACT:
+        cosine, found = _nearest(cold, others)
+    else:
+        cosine, found = _nearest_in_cells(cold, others)
+    return ColdItems(rows, trained[found], torch.softmax(cosine / NEIGHBOUR_TEMPERATURE, dim=1))
+
+
+def _nearest(cold: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """[C, n] cosines and rows of the nearest others, of vectors of length 1."""
+    count, size = min(NEIGHBOURS, len(others)), max(1, min(CHUNK, MOST // max(len(others), 1)))
+    cosine, found = zip(*(torch.topk(piece @ others.T, count, dim=1) for piece in cold.split(size)), strict=True)
+    return torch.cat(cosine), torch.cat(found)
+
+
+def _nearest_in_cells(cold: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_nearest`, among the others of the cells nearest to a vector's own; all vectors of a cell are looked up at once."""
+    from sklearn.cluster import MiniBatchKMeans  # takes a second to import, and small catalogs do not need it
+
+    cells = MiniBatchKMeans(min(CELLS, len(others)), random_state=0, batch_size=CHUNK, n_init=1)
+    cells.fit(others[:: max(1, len(others) // SAMPLED)].numpy())
+    centres = torch.from_numpy(cells.cluster_centers_)
+    of_others, of_cold = (torch.from_numpy(cells.predict(each.numpy())).long() for each in (others, cold))
+    sizes = torch.bincount(of_others, minlength=len(centres))
+    members = of_others.argsort(stable=True).split(sizes.tolist())
+    count = min(NEIGHBOURS, len(others))
+    cosine, found = cold.new_empty(len(cold), count), torch.empty(len(cold), count, dtype=torch.long)
+    for cell in of_cold.unique().tolist():
+        nearest = torch.cdist(centres[cell][None], centres)[0].argsort()
+        enough = int((sizes[nearest].cumsum(0) < count).sum()) + 1
+        searched = torch.cat([members[each] for each in nearest[: max(PROBED, enough)]])
+        asked = (of_cold == cell).nonzero()[:, 0]
+        cosine[asked], places = _nearest(cold[asked], others[searched])
+        found[asked] = searched[places]
+    return cosine, found

@@ -88,7 +88,11 @@ class Chaos:
         health = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
         # A task sent to a node whose link is cut waits for its connection's end, by Ray's defaults 7 minutes (docs/clusters.md).
         health |= {"RAY_grpc_client_keepalive_time_ms": "20000", "RAY_grpc_client_keepalive_timeout_ms": "10000"}
-        self.nodes = Nodes(2, 2, link=self.link, **health, **self.store.environment)
+        try:
+            self.nodes = Nodes(2, 2, link=self.link, **health, **self.store.environment)
+        except BaseException:
+            self._clear()
+            raise
         self.shop = make_shop(folder / "shop")
 
     def command(self, stage: str, run: str, said: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
@@ -230,6 +234,10 @@ class Chaos:
 
     def stop(self) -> None:
         self.nodes.stop()
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what else this machine has for the cluster: store, network and small disk."""
         self.store.stop()
         if self.link:
             self.link.remove()
