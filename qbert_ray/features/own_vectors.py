@@ -8,6 +8,8 @@ array of them, or with a matrix and the IDs of its rows in a file next to it; CS
 from __future__ import annotations
 
 import io
+import re
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,12 +18,13 @@ import pyarrow as pa
 from pyarrow import dataset, fs
 
 from qbert_ray.inputs.arrow_types import plain
-from qbert_ray.inputs.readers import kind_of
+from qbert_ray.inputs.readers import REASON, ROW, kind_of
 from qbert_ray.inputs.values import as_id
 from qbert_ray.storage.columns import ITEM_ID
 from qbert_ray.storage.directory import resolve
 
 BATCH_ROWS = 8192
+_INDEX = r"Unnamed: [0-9]+"  # a column of row numbers, as pandas writes it
 ID_FILES = ("_ids.npy", ".ids.npy", "_ids.txt", ".ids.txt", "_ids.csv", ".ids.csv")  # after the name of a matrix without .npy
 
 
@@ -78,6 +81,8 @@ def _load(filesystem: fs.FileSystem, path: str, uri: str) -> np.ndarray | dict[s
     try:
         loaded = np.load(raw, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded.items())
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{uri} is damaged: {error}; copy it again") from None
     except ValueError as error:
         raise ValueError(
             f"{uri} cannot be read: {error}; save IDs as np.array(ids, dtype=str), since arrays of objects are not opened"
@@ -98,7 +103,12 @@ def _row_ids(filesystem: fs.FileSystem, path: str, uri: str, rows: int) -> np.nd
         ids = np.asarray(_load(filesystem, found, found))
     else:
         with filesystem.open_input_stream(found) as stream:
-            lines = [line.strip().strip('"') for line in stream.read().decode().splitlines() if line.strip()]
+            content = stream.read()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"{found} is not in UTF-8: write it so") from None
+        lines = [line.strip().strip('"') for line in text.split("\n") if line.strip()]
         ids = np.array(lines[1:] if len(lines) == rows + 1 else lines)
     if len(ids) != rows:
         raise ValueError(f"{found} has {len(ids):,} IDs; {uri} has {rows:,} rows")
@@ -108,42 +118,57 @@ def _row_ids(filesystem: fs.FileSystem, path: str, uri: str, rows: int) -> np.nd
 def _table(ids: np.ndarray, vectors: np.ndarray, uri: str) -> pa.Table:
     if ids.ndim != 1 or len(ids) != len(vectors) or vectors.ndim not in (2, 3):
         raise ValueError(f"{uri}: item_id has the shape {ids.shape} and the vectors {vectors.shape}; as many rows are wanted in both")
+    if vectors.dtype.kind not in "fiu":
+        raise ValueError(f"{uri}: the vectors are of the type {vectors.dtype}; write them as float32")
+    ids = np.char.decode(ids, "utf-8") if ids.dtype.kind == "S" else ids
     column = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
     for size in reversed(vectors.shape[1:]):
         column = pa.FixedSizeListArray.from_arrays(column, size)
-    return pa.table({ITEM_ID: pa.array(ids.astype(str) if ids.dtype.kind in "SU" else ids), "vector": column})
+    return pa.table({ITEM_ID: pa.array(ids), "vector": column})
 
 
 def _text(filesystem: fs.FileSystem, path: str, uri: str) -> pa.Table:
     """A CSV or JSON table, as `inputs` reads them; a vector is a list in one cell, or the numbers of all other columns."""
     from qbert_ray.inputs import readers
-    from qbert_ray.inputs.json_files import plain_text
+    from qbert_ray.inputs.json_files import json_list
 
     file = readers.describe(filesystem, path)
     names = list(file.columns)
-    if ITEM_ID not in names or len(names) < 2:
+    width = [column for column in names if column != ITEM_ID and not re.fullmatch(_INDEX, column)]
+    if ITEM_ID not in names or not width:
         raise ValueError(f"{uri} must have the column item_id, and vector or one column per dimension; it has {', '.join(names)}")
+    wanted = [ITEM_ID, *width]
     frames = [
-        frame
-        for fragment in readers.fragments(file)
-        for _, frame in readers.read(filesystem, fragment, dict.fromkeys(names, plain_text))
-        if ITEM_ID in frame.columns
+        frame for fragment in readers.fragments(file) for _, frame in readers.read(filesystem, fragment, dict.fromkeys(wanted, json_list))
     ]
-    rows = (
-        pl.concat(frames, how="diagonal").filter(pl.col(ITEM_ID).is_not_null())
-        if frames
-        else pl.DataFrame(schema=dict.fromkeys(names, pl.String))
-    )
+    rows = pl.concat([pl.DataFrame(schema=dict.fromkeys([*wanted, REASON, ROW], pl.String)), *frames], how="diagonal")
+    if len(broken := rows.filter(pl.col(REASON).is_not_null())):
+        raise ValueError(
+            f"{uri} has {len(broken):,} of {len(rows):,} rows that cannot be read, such as {broken[ROW][0]} ({broken[REASON][0]})"
+        )
+    rows = rows.filter(pl.col(ITEM_ID).is_not_null())
     name = next((name for name in ("vector", "vectors", "embedding") if name in names), None)
     if name:
-        numbers = pl.col(name).str.replace_all(r"[\[\]();,\s]+", " ").str.strip_chars().str.split(" ")
-        vectors = rows.select(numbers.list.eval(pl.element().filter(pl.element() != "").cast(pl.Float32, strict=False)))
-    else:
-        width = [column for column in names if column != ITEM_ID]
-        vectors = rows.select(pl.concat_list(pl.col(width).cast(pl.Float32, strict=False)))
-        if rows.select(pl.col(width[0]).cast(pl.Float32, strict=False).is_null().all()).item():
-            raise ValueError(f"{uri} must have the column vector, or numbers in all columns but item_id; {width[0]} holds none")
+        return pa.table({ITEM_ID: rows[ITEM_ID].to_arrow(), "vector": _listed(rows[name]).to_arrow()})
+    vectors = rows.select(pl.concat_list(pl.col(width).cast(pl.Float32, strict=False)))
+    if rows.select(pl.col(width[0]).cast(pl.Float32, strict=False).is_null().all()).item():
+        raise ValueError(f"{uri} must have the column vector, or numbers in all columns but item_id; {width[0]} holds none")
     return pa.table({ITEM_ID: rows[ITEM_ID].to_arrow(), "vector": vectors.to_series().to_arrow()})
+
+
+def _listed(texts: pl.Series) -> pl.Series:
+    """Lists of numbers, or lists of such lists where a text has brackets in brackets; commas may be those of decimals: 1,5 2,5."""
+    inside = texts.str.replace_all(r"^\s*[\[(]|[\])]\s*$", "")
+    if inside.str.contains(r"[\[(]").any():
+        return inside.str.extract_all(r"[^\[\]()]*[0-9][^\[\]()]*").list.eval(_numbers(pl.element()))
+    return texts.to_frame("text").select(_numbers(pl.col("text"))).to_series()
+
+
+def _numbers(text: pl.Expr) -> pl.Expr:
+    decimal = text.str.contains(r"[0-9],[0-9]+[\s;]+[-+0-9]")
+    text = pl.when(decimal).then(text.str.replace_all(r"([0-9]),([0-9])", "$1.$2")).otherwise(text)
+    parts = text.str.replace_all(r"[\[\]();,\"'\s]+", " ").str.strip_chars().str.split(" ")
+    return parts.list.eval(pl.element().filter(pl.element() != "").cast(pl.Float32, strict=False))
 
 
 def _ids(values: pa.Array) -> pa.Array:

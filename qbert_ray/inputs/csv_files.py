@@ -27,6 +27,7 @@ OPEN_QUOTE, WRONG_CELLS, LONG_LINE = "open quotation mark", "invalid CSV row", "
 MOST_QUOTED = 1 << 20  # bytes of one cell: a quotation mark that is not closed within them is taken for a stray one
 SHOWN_LINE = 1 << 14  # bytes of a line past the bound that are kept
 _BLANKS = " \t\r\n\f\v\u00a0\ufeff\u200b\u200c\u200d\u2060\u200e\u200f"  # around names, the invisible ones included
+_SPELLED_MARK = "\u00ef\u00bb\u00bf"  # a byte order mark that was read as Latin-1 and written again
 _QUOTE, _NEWLINE, _RETURN = b'"'[0], b"\n"[0], b"\r"[0]
 
 
@@ -37,6 +38,7 @@ class Dialect:
     delimiter: str = ","
     quoted: bool = True  # quotation marks enclose cells; else they are text
     header_lines: int = 1  # lines above the first row
+    escaped: bool = False  # a quotation mark in a quoted cell has a backslash before it, as Spark and MySQL write it
 
 
 @dataclass
@@ -65,7 +67,7 @@ def header(content: bytes, kind: str) -> tuple[Dialect, tuple[str, ...]]:
         content: UTF-8.
         kind: csv or tsv.
     """
-    text = content.decode(errors="replace")
+    text = content.decode(errors="replace").removeprefix(_SPELLED_MARK)
     before = len(text) - len(text.lstrip("\r\n"))
     skipped = text[:before].count("\n")
     text = text[before:]
@@ -78,7 +80,9 @@ def header(content: bytes, kind: str) -> tuple[Dialect, tuple[str, ...]]:
     delimiter = max(choices, key=lambda sign: len(_first_row(text, sign)[0]))  # the first of equals
     names, lines = _first_row(text, delimiter)
     quoted = kind != "tsv" or text.startswith('"') and text.partition("\n")[0].rstrip("\r").endswith('"')
-    return Dialect(delimiter, quoted, skipped + lines), _distinct([name.strip(_BLANKS).strip('"').strip(_BLANKS) for name in names])
+    inside = re.compile(rf'\\"[^\r\n"{re.escape(delimiter)}]')  # no cell of the usual rules holds this
+    escaped = quoted and any(inside.search(cell) for cell in _escaped_cells(text, delimiter))
+    return Dialect(delimiter, quoted, skipped + lines, escaped), _named([name.strip(_BLANKS).strip('"').strip(_BLANKS) for name in names])
 
 
 def read(stream: BinaryIO, text: Text, dialect: Dialect, names: Sequence[str], wanted: Sequence[str]) -> Iterator[pa.Table | Rejected]:
@@ -94,6 +98,7 @@ def read(stream: BinaryIO, text: Text, dialect: Dialect, names: Sequence[str], w
             piece, above = piece[piece.find(b"\n") + 1 :] if b"\n" in piece else b"", above - 1
         content, long = _short_lines(rest + piece, dialect)
         yield from long
+        content = _unescaped(content, dialect)
         block = _check(content, dialect, len(names), last)
         rest = block.rest
         yield from block.rejected
@@ -163,10 +168,11 @@ def _first_row(text: str, delimiter: str) -> tuple[list[str], int]:
     return text.partition("\n")[0].rstrip("\r").split(delimiter), 1
 
 
-def _distinct(names: list[str]) -> tuple[str, ...]:
-    """Distinct names: a number is appended to repeated ones."""
+def _named(names: list[str]) -> tuple[str, ...]:
+    """Distinct names: a number is appended to repeated ones, and columns without a name are called as pandas calls them."""
     found: dict[str, None] = {}
-    for name in names:
+    for place, given in enumerate(names):
+        name = given or f"Unnamed: {place}"
         number, new = 1, name
         while new in found:
             number, new = number + 1, f"{name}_{number + 1}"
@@ -175,6 +181,27 @@ def _distinct(names: list[str]) -> tuple[str, ...]:
 
 
 # quotation marks
+
+
+def _escaped_cells(text: str, delimiter: str) -> Iterator[str]:
+    """Quoted cells with backslashes in them, by the rule that one before a quotation mark keeps the cell open."""
+    return (found[2].decode() for found in _quoted_cell(delimiter).finditer(text.encode()) if b"\\" in found[2])
+
+
+def _unescaped(content: bytes, dialect: Dialect) -> bytes:
+    """The content with quotation marks inside cells doubled instead of after a backslash."""
+    if not dialect.escaped or b"\\" not in content:
+        return content
+    plain = {b'\\"': b'""', b"\\\\": b"\\"}
+    return _quoted_cell(dialect.delimiter).sub(
+        lambda cell: b'%s"%s"' % (cell[1], re.sub(rb'\\["\\]', lambda sign: plain[sign[0]], cell[2])), content
+    )
+
+
+@lru_cache(maxsize=8)
+def _quoted_cell(delimiter: str) -> re.Pattern[bytes]:
+    d = re.escape(delimiter.encode())
+    return re.compile(rb'(\A|[%s\n])"((?:[^"\\]|\\.)*+)"(?=[%s\r\n]|\Z)' % (d, d), re.DOTALL)
 
 
 def _check(content: bytes, dialect: Dialect, width: int, last: bool) -> _Block:

@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 
 from qbert_ray.inputs.addresses import Addresses
-from qbert_ray.inputs.json_files import IMAGE_KEYS
+from qbert_ray.inputs.json_files import IMAGE_KEYS, ROW_LENGTH
 from qbert_ray.inputs.values import NOTHING, Kind
 
 DEFAULT = Addresses()
@@ -23,6 +23,7 @@ TEXT = (pl.String, pl.Categorical, pl.Enum)
 _NESTED = r"^\s*[\[{]"
 _UNDER_KEY = r"""['"]%s['"]\s*:\s*(?:\[?\s*(?:(?:None|null)\s*,?\s*)*)['"]([^'"]+)['"]"""
 _IN_LIST = r"""^\s*\[\s*(?:(?:None|null)\s*,?\s*)*['"]([^'"]+)['"]"""
+_DATA = r"(?is)^data:[^,]{0,100};base64,(.+)$"
 _ENCODED = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how base64 of PNG, JPEG, GIF and WebP begins
 _LEAST_ENCODED = 120  # characters; a shorter text is a path
 
@@ -54,7 +55,7 @@ def image_path(value: pl.Expr, kind: Kind) -> pl.Expr:
     if kind not in TEXT:
         return pl.lit(None, pl.String)
     text = value.cast(pl.String).str.strip_chars()
-    plain = (text != "") & ~text.is_in(NOTHING) & ~text.str.starts_with("data:") & ~_is_encoded(text)
+    plain = (text != "") & ~text.is_in(NOTHING) & ~_is_content(text)
     return pl.when(text.str.contains(_NESTED)).then(_nested_path(text)).when(plain).then(text)
 
 
@@ -72,18 +73,18 @@ def image_bytes(value: pl.Expr, kind: Kind) -> pl.Expr:
         return image_bytes(value.list.drop_nulls().list.first(), kind.inner)
     if kind in TEXT:
         text = value.cast(pl.String).str.strip_chars()
-        encoded = pl.when(_is_encoded(text)).then(text).otherwise(text.str.extract(r"^data:[^,]{0,100};base64,(.+)$", 1))
-        return encoded.str.replace_all(r"[\r\n]", "").str.decode("base64", strict=False)
+        return _decoded(text)
     return pl.when(value.bin.size() > 0).then(value) if kind == pl.Binary else pl.lit(None, pl.Binary)
 
 
 def unread_image(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """A list or mapping in a cell of text in which no path was found; null elsewhere."""
+    """A list or mapping in a cell of text in which no path was found, or an encoded image that cannot be decoded; null elsewhere."""
     if kind not in TEXT:
         return pl.lit(None, pl.String)
     text = value.cast(pl.String).str.strip_chars()
+    damaged = _is_content(text) & _decoded(text).is_null()
     unread = text.str.contains(_NESTED) & _nested_path(text).is_null() & text.str.replace_all("None|null", "").str.contains(r"[\w]")
-    return pl.when(unread).then(text)
+    return pl.when(unread | damaged).then(text.str.slice(0, ROW_LENGTH))
 
 
 def from_template(template: str, item_id: pl.Expr) -> pl.Expr:
@@ -114,6 +115,22 @@ def _is_map(kind: Kind) -> bool:
 
 def _nested_path(text: pl.Expr) -> pl.Expr:
     return pl.coalesce(*(text.str.extract(_UNDER_KEY % key, 1) for key in IMAGE_KEYS), text.str.extract(_IN_LIST, 1))
+
+
+def _is_content(text: pl.Expr) -> pl.Expr:
+    """Whether a text is an image itself rather than where it is."""
+    return text.str.contains(r"(?i)^data:") | _is_encoded(text)
+
+
+def _decoded(text: pl.Expr) -> pl.Expr:
+    """The bytes of an image as base64 or as a data URI; blanks, signs for URLs (- and _) and their escapes (%2B) are understood; else null."""
+    encoded = pl.when(_is_encoded(text)).then(text).otherwise(text.str.extract(_DATA, 1)).str.replace_all(r"\s", "")
+    for sign, meant in (("(?i)%2B|-", "+"), ("(?i)%2F|_", "/"), ("(?i)%3D", "=")):
+        encoded = encoded.str.replace_all(sign, meant)
+    encoded = encoded.str.strip_chars_end("=")
+    lacking = pl.when(encoded.str.len_bytes() % 4 == 2).then(pl.lit("==")).when(encoded.str.len_bytes() % 4 == 3).then(pl.lit("="))
+    content = (encoded + lacking.otherwise(pl.lit(""))).str.decode("base64", strict=False)
+    return pl.when(content.bin.size() > 0).then(content)
 
 
 def _is_encoded(text: pl.Expr) -> pl.Expr:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import polars as pl
 
-from qbert_ray.inputs.image_columns import TEXT, image_bytes, image_path
+from qbert_ray.inputs.image_columns import TEXT, image_bytes, image_path, unread_image
 from qbert_ray.inputs.values import Kind, as_text
 from qbert_ray.storage.columns import BYTES_PREFIX, PATH_PREFIX
 
@@ -89,8 +89,13 @@ def _paths(value: pl.Expr, kind: Kind) -> pl.Expr:
     if isinstance(kind, pl.Array):
         value, kind = value.arr.to_list(), pl.List(kind.inner)
     if isinstance(kind, pl.List) and not kind.inner.is_integer():
-        return value.list.head(MOST_ELEMENTS).list.eval(image_path(pl.element(), kind.inner))
-    return _listed(value, kind, pl.String) if kind in TEXT else pl.concat_list(image_path(value, kind))
+        return value.list.head(MOST_ELEMENTS).list.eval(_path(pl.element(), kind.inner))
+    return _listed(value, kind, pl.String) if kind in TEXT else pl.concat_list(_path(value, kind))
+
+
+def _path(value: pl.Expr, kind: Kind) -> pl.Expr:
+    """The path in an element, or the text that holds neither a path nor a file, so that it is refused with its reason later."""
+    return pl.coalesce(image_path(value, kind), unread_image(value, kind))
 
 
 def _contents(value: pl.Expr, kind: Kind) -> pl.Expr:
@@ -105,5 +110,5 @@ def _contents(value: pl.Expr, kind: Kind) -> pl.Expr:
 def _listed(value: pl.Expr, kind: Kind, wanted: Kind) -> pl.Expr:
     """As `_paths` and `_contents` of a text, which may hold a list as JSON."""
     texts = value.cast(pl.String).map_elements(lambda text: list(_elements(text.strip()))[:MOST_ELEMENTS], return_dtype=pl.List(pl.String))
-    convert = image_path if wanted == pl.String else image_bytes
+    convert = _path if wanted == pl.String else image_bytes
     return texts.list.eval(convert(pl.element(), pl.String()))

@@ -9,6 +9,7 @@ import base64
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -132,10 +133,20 @@ def describe(content: bytes, whole: bool) -> tuple[str, tuple[str, ...]]:
 
 def _why_none(content: bytes) -> str:
     """Why no line is an object, and what to do."""
+    text = content.decode(errors="replace").lstrip()
+    if re.match(r"\{\s*u?'", text):
+        return (
+            'but Python literals; write JSON: python -c "import ast, json, sys; [print(json.dumps(ast.literal_eval(line))) for line in sys.stdin]" '
+            "< <file> > <other file>"
+        )
     try:
-        json.JSONDecoder().raw_decode(content.decode(errors="replace").lstrip())
+        value, end = json.JSONDecoder(strict=False).raw_decode(text)
     except (ValueError, RecursionError):
-        return "(Python literals are not JSON)"
+        return "(comments, names without quotation marks and texts over several lines are not JSON)"
+    if not isinstance(value, dict):
+        return f"but {'null' if value is None else type(value).__name__}; write one object a line, with the names of the columns"
+    if re.match(r"\s*,\s*\n", text[end:]):
+        return "by itself: each ends in a comma; remove these: sed 's/,[[:space:]]*$//' <file>"
     return "by itself: objects span several lines, or stand one after the other on one; write one a line: jq -c . <file>"
 
 
@@ -151,7 +162,7 @@ def read(stream: BinaryIO, text: Text, layout: str, converters: Converters) -> I
             yield _frame([_parse(line) for line in batch], batch, converters)
         return
     content = b"".join(_limited(blocks(stream, text, most_line=MOST_BYTES)))  # an array is often a single line
-    records = iter(_records(json.loads(content), layout))
+    records = iter(_records(json.loads(content, strict=False), layout))
     while batch := list(itertools.islice(records, BATCH_LINES)):
         yield _frame(
             [record if isinstance(record, dict) else None for record in batch],
@@ -181,7 +192,7 @@ def _frame(records: list[dict[str, Any] | None], lines: list[bytes], converters:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = json.loads(line, strict=False)  # tabs and other control characters in texts are no error
     except (ValueError, RecursionError):
         return None
     deep = line.count(b"[") + line.count(b"{") > MOST_NESTED and _is_deep(record)
@@ -277,7 +288,7 @@ def _layout_columns(layout: str, value: dict[str, Any]) -> tuple[str, ...]:
 
 def _one_object(content: bytes) -> dict[str, Any] | None:
     try:
-        value = json.loads(content)
+        value = json.loads(content, strict=False)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and not _is_deep(value) else None
@@ -290,7 +301,7 @@ def _layout_of_part(content: bytes, one_line: bool) -> tuple[str, tuple[str, ...
         content: the beginning.
         one_line: whether it has no line end, so that it may be the first of many lines.
     """
-    text, decoder, position = content.decode(errors="replace"), json.JSONDecoder(), content.find(b"{") + 1
+    text, decoder, position = content.decode(errors="replace"), json.JSONDecoder(strict=False), content.find(b"{") + 1
     found: dict[str, Any] = {}
     last: str | None = None
     try:
@@ -325,7 +336,7 @@ def _sampled_array(content: bytes, whole: bool) -> list[Any]:
     Raises:
         JsonError: it holds no objects.
     """
-    text, decoder, position = content.decode(errors="replace"), json.JSONDecoder(), content.find(b"[") + 1
+    text, decoder, position = content.decode(errors="replace"), json.JSONDecoder(strict=False), content.find(b"[") + 1
     found: list[Any] = []
     try:
         while len(found) < 1000:

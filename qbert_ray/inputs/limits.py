@@ -51,7 +51,8 @@ def check_schema(schema: pa.Schema) -> None:
 
 def repeated_columns(metadata: pq.FileMetaData, schema: pa.Schema, names: Iterable[str]) -> list[str]:
     """Dictionary-encoded columns of texts or bytes, in which a few bytes may decode to gigabytes."""
-    plain = {name for name in names if pa.types.is_string(schema.field(name).type) or pa.types.is_binary(schema.field(name).type)}
+    wanted = set(names)  # looked for field by field: a file may have two columns of one name, which cannot be asked for by it
+    plain = {field.name for field in schema if field.name in wanted and (pa.types.is_string(field.type) or pa.types.is_binary(field.type))}
     found: set[str] = set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         chunks = (group.column(place) for place in range(group.num_columns))
@@ -65,8 +66,7 @@ def unpacked(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     Raises:
         LimitError: a value is larger than `MOST_VALUE`.
     """
-    by_number = [name for name in batch.schema.names if pa.types.is_dictionary(batch.schema.field(name).type)]
-    lengths = [_lengths(batch.column(name)) for name in by_number]
+    lengths = [_lengths(column) for column in batch.columns if pa.types.is_dictionary(column.type)]
     total = sum((pc.sum(each).as_py() or 0) for each in lengths)
     if any((pc.max(each).as_py() or 0) > MOST_VALUE for each in lengths):
         raise LimitError(f"a value is larger than {MOST_VALUE >> 20} MiB")

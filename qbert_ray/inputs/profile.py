@@ -137,7 +137,8 @@ def _headless(file: File) -> str:
     if file.kind not in ("csv", "tsv") or file.layout == MIND:
         return ""
     odd = [name for name in file.own_columns if re.fullmatch(r"-?[0-9]+([.][0-9]+)?|[a-z]+://.*|[0-9]{4}-[0-9]{2}-[0-9]{2}.*", name)]
-    if len(odd) * 2 < len(file.own_columns) or len(file.own_columns) < 2:
+    moment = any(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.Z+]+", name) for name in file.own_columns)  # no column is called so
+    if (len(odd) * 2 < len(file.own_columns) and not moment) or len(file.own_columns) < 2:
         return ""
     return f"{file.path}: its first line looks like a row ({', '.join(file.own_columns[:6])}); write the names of the columns above it"
 
@@ -159,7 +160,9 @@ def _check_glob(paths: tuple[Path, ...]) -> None:
     others = {file for file in paths[0].parent.glob(glob.name) if readers.kind_of(file.name)} - set(paths)
     if len(paths) > 1 and others:
         names = ", ".join(path.name for path in paths)
-        raise FileError(f"{names} have the same columns, but no pattern names them alone in {glob.parent}: give them a folder of their own")
+        raise FileError(
+            f"{names} have the same columns, but no pattern names them alone in {glob.parent}: give them a folder of their own, or name the one that is meant"
+        )
 
 
 def _check_folder(paths: tuple[Path, ...]) -> None:

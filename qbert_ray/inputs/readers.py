@@ -101,7 +101,10 @@ def describe(filesystem: fs.FileSystem, path: str) -> File:
     kind = kind_of(path)
     if kind is None:
         what = _foreign(filesystem, path, kind)
-        raise FileError(f"{path} is {what}" if what else f"{path} is none of {', '.join(KINDS)} (those of text also with .gz)")
+        others = (
+            f"{path} is none of {', '.join(KINDS)} (those of text also with .gz); call a table of text .csv, whatever is between its cells"
+        )
+        raise FileError(f"{path} is {what}" if what else others)
     if filesystem.get_file_info(path).size == 0:
         return File(path, kind, ())
     try:
@@ -134,7 +137,7 @@ def _foreign(filesystem: fs.FileSystem, path: str, kind: str | None) -> str:
     """What a file is, if it is of another kind than its name says."""
     if kind is None or kind == "parquet":
         with filesystem.open_input_stream(path, compression=None) as stream:
-            return signatures.foreign(stream.read(signatures.HEAD), kind)
+            return signatures.foreign(stream.read(signatures.HEAD), kind, path)
     with open_text(filesystem, path) as stream:
         return signatures.foreign(stream.read(signatures.HEAD), kind)
 

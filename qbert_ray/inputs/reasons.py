@@ -49,7 +49,8 @@ LATEST = 4.2e9  # seconds since 1970 of the last plausible date
 MIXED, MOST = 0.01, 0.5  # shares above which a second unit of time, and histories with a single time, are reported
 SHOWN = 300  # characters of an example
 _EXPONENT = r"^[0-9][.,]?[0-9]*[eE][+][0-9]+$"  # as spreadsheets write long numbers; the digits after the sixth are lost
-_INVISIBLE = r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
+# Control characters, blanks that are none of ASCII, signs without width, and those that only choose how the one before them is drawn.
+_INVISIBLE = r"[\x00-\x1f\x7f-\xa0\u00ad\u2000-\u200f\u2028-\u202f\u205f-\u2064\u2066-\u2069\u3000\ufe00-\ufe0f\ufeff]"
 ROUNDED = "look like numbers that a spreadsheet has rounded, so that several IDs may have become one: export them as text"
 LOOK_ALIKE = "hold invisible characters or accents apart from their letters: the same ID without them would be another one"
 _NEARLY_EQUAL: dict[str, Callable[[str], str]] = {  # why IDs of two files may differ -> function that makes them equal
@@ -104,10 +105,10 @@ def suspicions(
     said = []
     if not evaluated:
         said.append("no user has 3 interactions, so nothing can be validated or evaluated: the last two of each user are held out")
-    if 0 < implausible <= MOST * interactions and implausible >= MIXED * interactions:
+    if interactions and MIXED <= implausible / interactions <= 1 - MIXED:  # all of them: a running number is no date either
         said.append(
             f"{implausible / interactions:.1%} of the times are no plausible dates (0, or before 1973 or after 2102) next to others that are: "
-            "is a missing time written as 0 or as a date far away?"
+            "is a missing time written as 0 or as a date far away, or a date as the number of its day, as spreadsheets have it?"
         )
     total = sum(times.values())
     often = [unit for unit, count in times.items() if total and count >= MIXED * total]

@@ -6,6 +6,7 @@ is dropped here. `stable_hash` orders users, items and ties everywhere, so it ne
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -31,13 +32,19 @@ _GIVEN_TIME, _GIVEN_RATING, _GIVEN_WEIGHT, _GIVEN_PATH = "<given time>", "<given
 
 # hashing
 
+MOST_HASHED = 1 << 16  # bytes of a text that are hashed as they are; a longer one by its SHA-512
+
 
 def stable_hash(values: pl.Series, salt: int = 0) -> np.ndarray:
     """[N] 64-bit hash of each string's UTF-8 bytes (null counts as empty), the same on every machine and version.
 
     Words of eight bytes are mixed in one after the other, for all strings at once.
     """
-    strings = pa.array(values.cast(pl.String).fill_null("").to_arrow()).cast(pa.large_string())
+    values = values.cast(pl.String).fill_null("")
+    long = (values.str.len_bytes() > MOST_HASHED).arg_true()
+    if len(long):  # of a text that is no ID; word by word it would take minutes
+        values = values.scatter(long, pl.Series([hashlib.sha512(text.encode()).hexdigest() for text in values[long]]))
+    strings = pa.array(values.to_arrow()).cast(pa.large_string())
     _, offset_buffer, data_buffer = strings.buffers()
     offsets = np.frombuffer(offset_buffer, np.int64)[strings.offset : strings.offset + len(strings) + 1]
     data = np.concatenate([np.frombuffer(data_buffer or b"", np.uint8), np.zeros(8, np.uint8)])

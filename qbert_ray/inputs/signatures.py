@@ -29,18 +29,23 @@ _SIGNATURES = (
 _PAGE = re.compile(rb"(?i)^\s*(<!doctype html|<html|<\?xml)")
 
 
-def foreign(head: bytes, kind: str | None) -> str:
+def foreign(head: bytes, kind: str | None, path: str = "") -> str:
     """What a file is, and what to do about it, if its first bytes are not those of its kind; else empty.
 
     Args:
         head: the first bytes, of text after unpacking.
         kind: parquet, csv, tsv or jsonl by its name; None for others.
+        path: of the file; its name may say already that it is gzipped.
     """
+    if head.startswith(_GZIP) and kind in (None, "parquet") and path.lower().endswith((".gz", ".tgz")):
+        return "a gzip file: call it .csv.gz, .tsv.gz or .jsonl.gz if it is such a text; unpack archives (.tar.gz) and Parquet"
     if kind != "parquet" and head.startswith(_PARQUET):
         return "a Parquet file: call it .parquet"
     for begin, what, advice in _SIGNATURES:
         if head.startswith(begin):
             return f"{what}: {advice}"
+    if head[257:262] == b"ustar":
+        return f"a tar archive: unpack it (tar -xf) {_WRITE}"
     if page := _PAGE.match(head):
         return (
             "XML: write a table"

@@ -196,6 +196,7 @@ def open_files(root: str, location: str, label: str, key: str, inside: str | Non
     uri = join(root, location)
     filesystem, path = resolve(uri)
     check_root(root)
+    _check_versions(filesystem, path, f"{label}: {uri}")
     paths = find_files(filesystem, path)
     if not paths:
         others = find_files(filesystem, path, lambda name: True)
@@ -222,6 +223,16 @@ def open_files(root: str, location: str, label: str, key: str, inside: str | Non
     if not files:
         raise SourceError(f"{label}: {uri} is empty; set {key}")
     return uri, filesystem, files
+
+
+def _check_versions(filesystem: fs.FileSystem, path: str, what: str) -> None:
+    """Raise if a folder is a table with versions, whose files also hold rows that were changed or deleted since."""
+    for log, kind in (("_delta_log", "a Delta table"), (".hoodie", "a Hudi table"), ("metadata/version-hint.text", "an Iceberg table")):
+        if filesystem.get_file_info(f"{path.rstrip('/')}/{log}").type != fs.FileType.NotFound:
+            raise SourceError(
+                f"{what} is {kind}, whose files also hold rows that were changed or deleted since; write the rows of today as Parquet, such as "
+                "pl.read_delta(...).write_parquet(...), or name all files with a glob, such as sales/*.parquet, if rows were only ever added"
+            )
 
 
 def check_root(root: str) -> None:
@@ -321,7 +332,16 @@ def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
 def _matches(found: list[str], wanted: list[str], fixed: int) -> bool:
     """Whether a path is inside the wanted folder, or matches the wanted glob; hidden files never do."""
     hidden = any(part.startswith((".", "_", "~$")) and "=" not in part for part in found[fixed:])  # ~$ are the locks of office programs
-    return not hidden and len(found) >= len(wanted) and all(map(fnmatch.fnmatchcase, found[fixed:], wanted[fixed:]))
+    return not hidden and _fits(found[fixed:], wanted[fixed:])
+
+
+def _fits(found: list[str], wanted: list[str]) -> bool:
+    """Whether the first parts of a path match those of a pattern, in which ** is any number of folders."""
+    if not wanted:
+        return True
+    if wanted[0] == "**":
+        return any(_fits(found[depth:], wanted[1:]) for depth in range(len(found) + 1))
+    return bool(found) and fnmatch.fnmatchcase(found[0], wanted[0]) and _fits(found[1:], wanted[1:])
 
 
 def detect_format(files: tuple[File, ...]) -> str:

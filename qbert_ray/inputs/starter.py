@@ -11,6 +11,7 @@ import polars as pl
 from qbert_ray.inputs import starter_joins
 from qbert_ray.inputs.names import plain_name
 from qbert_ray.inputs.profile import Files
+from qbert_ray.inputs.readers import kind_of
 from qbert_ray.inputs.sources import AMAZON, detect_format
 from qbert_ray.inputs.starter_columns import Guess, Match, item_columns, read_catalog, richness
 from qbert_ray.inputs.times import as_timestamp
@@ -22,6 +23,7 @@ CORES, LEAST_KEPT, LEAST_USERS = (5, 3, 2), 0.3, 20  # tried in turn; share of i
 NEARLY = 0.8  # of the best share of items found: among catalogs above it, the one with the most information on its items is chosen
 ORDERS = r"(?i)order|invoice|receipt|basket|cart|transaction|voucher|ticket|trx|txn|bill|checkout|document|session|visit"
 PRODUCT = r"(?i)brand|categor|genre|title|product_?name|item_?name|descri|price"
+UNREAD, MOST_UNREAD = r"(?i)[.](txt|dat|data|base|tab|psv|xlsx?|arrow|feather|zip|tar|zst|bz2|xz|gz|pkl|mat|npz|sqlite|db)$", 5
 LOGS = r"(?i)rating|review|interaction|transaction|event|sale|order|purchase|click|behavior|behaviour|history|log|inter\b"
 
 
@@ -225,7 +227,7 @@ def _without_time(plain: list[Files], catalogs: list[Files]) -> str:
         return (
             f"{table.location} has users ({users[0]}) and items ({items[0]}), but no column of times: the order of a history is what is learned. "
             "Where the order of the rows is that of the events, number them: "
-            f'pl.read_csv("{table.paths[0].name}").with_row_index("timestamp").write_parquet("interactions.parquet")\n'
+            f'{starter_joins.reading(table)}.with_row_index("timestamp").write_parquet("interactions.parquet")\n'
         )
     return ""
 
@@ -262,11 +264,26 @@ def _k_core(pairs: pl.DataFrame, user: str, item: str, k: int) -> pl.DataFrame:
         pairs = kept
 
 
+def _unread(paths: Sequence[Path]) -> str:
+    """Files of other kinds in the given folders, which may be the missing tables; empty if there are none."""
+    entries = (entry for path in paths if path.is_dir() for entry in sorted(path.iterdir()))
+    files = [entry.name for entry in entries if re.search(UNREAD, entry.name) and not kind_of(entry.name) and entry.is_file()]
+    if not files:
+        return ""
+    more = f" and {len(files) - MOST_UNREAD:,} more" if len(files) > MOST_UNREAD else ""
+    return (
+        f"not read: {', '.join(files[:MOST_UNREAD])}{more}; call a table of text .csv, with a line of names of the columns above it, and one comma, "
+        "semicolon, tab or | between cells"
+    )
+
+
 def _none_found(tables: list[Files], aside: dict[str, str], paths: Sequence[Path], what: str, hint: str = "") -> str:
     where = ", ".join(map(str, paths))
     seen = [f"  {table.location}: {', '.join(table.columns)}" for table in tables] + [f"  {why}" for why in aside.values()]
+    others = _unread(paths)
     if not seen:
-        return f"no Parquet, CSV, TSV or JSONL file (text also as .gz) at {where}"
+        return f"no Parquet, CSV, TSV or JSONL file (text also as .gz) at {where}{'; ' if others else ''}{others}"
+    seen += [f"  {others}"] if others else []
     return (
         f"no table of {what} at {where}; seen:\n" + "\n".join(seen) + f"\n{hint}"
         "expected: items, one row each with an ID, such as item_id, title, image; and interactions with the same IDs, one row each, "

@@ -78,14 +78,14 @@ def _said(orders: Files, lines: Files, number: tuple[str, str], user: str, time:
         f"{orders.location.name} has the customer ({user}) and the time ({time}) of each order ({key}), {lines.location.name} its articles ({item}), "
         f"which {catalog.location.name} describes. Join the two with Python, then name the result and {catalog.location.name} here:\n"
         f"  import polars as pl\n"
-        f"  orders = {_read(orders)}\n"
-        f"  articles = {_read(lines)}\n"
+        f"  orders = {reading(orders)}\n"
+        f"  articles = {reading(lines)}\n"
         f'  articles.join(orders, {on}, suffix="_of_order").select({columns}).write_parquet("{target}")\n'
         f"  qbert-ray init {catalog.location} {target} -o <config>.yaml\n"
     )
 
 
-def _read(table: Files) -> str:
+def reading(table: Files) -> str:
     """The call of polars that reads a table; IDs of text files stay as they are written."""
     file, path = table.file, table.location
     if file.kind == "parquet":

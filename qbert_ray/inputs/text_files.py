@@ -83,7 +83,7 @@ def _find(sign: str, content: bytes, encoding: str) -> int:
 
 
 def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES, *, most_line: int = MOST_LINE) -> Iterator[bytes]:
-    """Whole lines as UTF-8, without the byte order mark, about `size` bytes at a time.
+    """Whole lines as UTF-8, without byte order marks at their beginning, about `size` bytes at a time.
 
     Args:
         most_line: bytes of a line; one that spans blocks and is longer is cut, so that memory stays bounded.
@@ -92,7 +92,7 @@ def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES, *, most_line: 
     wide = text.encoding.startswith("utf-16")
     decoder = codecs.getincrementaldecoder(text.encoding)("replace") if wide else None
     rest: list[bytes] = []
-    first, cut = True, False
+    cut = False
     while True:
         piece = stream.read(size)
         last = not piece
@@ -107,8 +107,8 @@ def blocks(stream: BinaryIO, text: Text, size: int = BLOCK_BYTES, *, most_line: 
         if end or last:
             lines = b"".join([*rest, piece[:end]])
             rest = [piece[end:]]
-            lines = lines.removeprefix(codecs.BOM_UTF8) if first else lines
-            first = first and not lines
+            if codecs.BOM_UTF8 in lines:  # files that were put together have one in the middle too
+                lines = lines.removeprefix(codecs.BOM_UTF8).replace(b"\n" + codecs.BOM_UTF8, b"\n")
             if lines:
                 yield lines if wide else _valid(lines)
         else:

@@ -42,6 +42,8 @@ _DATES = (
     r"^(?<year>[0-9]{4})[ -](?<month>[A-Za-z]{3})[a-z]*[ -](?<day>[0-9]{1,2})$",
 )
 _EITHER_ORDER = r"^(?<first>[0-9]{1,2})(?<sign>[/-])(?<second>[0-9]{1,2})[/-](?<year>[0-9]{4}|[0-9]{2})$"
+_SHORT = r"^([0-9]{2})[-/.][0-9]{1,2}[-/.]([0-9]{2})(?:[^0-9]|$)"  # a date whose first or last number is a year of two digits
+_YEAR_FIRST = r"^(?<year>[0-9]{2})[-/.](?<month>[0-9]{1,2})[-/.](?<day>[0-9]{1,2})$"
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
 
@@ -51,6 +53,7 @@ class TimeStyle:
 
     fractional: bool = False  # numbers have fractions of a second: all are multiplied by a million
     day_first: bool | None = None  # of 11/12/2019; None: unknown, so the month comes first with slashes and the day with dashes
+    year_first: bool = False  # of 24-03-01
 
 
 def detect_style(batches: Iterable[pl.Series]) -> TimeStyle:
@@ -62,7 +65,7 @@ def detect_style(batches: Iterable[pl.Series]) -> TimeStyle:
         if values.dtype != pl.String:
             return style
         if number == 0:
-            style = replace(style, fractional=_has_fractions(values.cast(pl.Float64, strict=False)))
+            style = TimeStyle(fractional=_has_fractions(values.cast(pl.Float64, strict=False)), year_first=_year_first(values))
         parts = values.to_frame("text").select(
             first=pl.col("text").str.extract(_BY_NUMBERS, 1).cast(pl.Int32), second=pl.col("text").str.extract(_BY_NUMBERS, 3).cast(pl.Int32)
         ).drop_nulls()  # fmt: skip
@@ -91,8 +94,16 @@ def as_timestamp(value: pl.Expr, kind: Any, style: TimeStyle = TimeStyle()) -> p
 
 
 def _has_fractions(values: pl.Series) -> bool:
-    values = values.drop_nulls().drop_nans()
+    values = values.drop_nulls()
+    values = values.filter(values.is_finite())  # infinity less infinity is no number, and so differs from 0
     return bool(((values - values.floor()) != 0).any())
+
+
+def _year_first(values: pl.Series) -> bool:
+    """Whether dates with years of two digits begin with them: one is past 31, or they are few and the last numbers many, as days are."""
+    first, last = (values.str.extract(_SHORT, group).drop_nulls().cast(pl.Int32) for group in (1, 2))
+    few = last.n_unique() > 5 and 3 * first.n_unique() <= last.n_unique() and bool((last <= 31).all())
+    return few or bool((first > 31).any())
 
 
 def _plausible(time: pl.Expr) -> pl.Expr:
@@ -165,7 +176,8 @@ def _datetimes(text: pl.Series, form: str) -> pl.Series:
 def _dates(text: pl.Series, style: TimeStyle) -> pl.Series:
     """Times in any other format, parsed field by field; equal texts are parsed once."""
     rows = text.unique().to_frame().with_columns(pl.col("text").alias("given"))
-    plain = pl.col("text").str.replace(r" *\([^)]*\)$", "").str.replace(r"([0-9]) *\[.*\]$", "$1")
+    plain = pl.col("text").str.replace(r" *\([^)]*\)$", "").str.replace(r"([0-9Zz]) *\[.*\]$", "$1")
+    plain = plain.str.replace(r"^([0-9]{8})T([0-9]{2})([0-9]{2})([0-9]{2})", "$1 $2:$3:$4")  # ISO 8601 without signs
     plain = plain.str.replace(r"^(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*[.]?,? +", "")
     plain = plain.str.replace(r"^([A-Z][a-z]{2}) +([0-9]{1,2}) ([0-9]{2}:[0-9]{2}:[0-9]{2}) ?(.*?) ([0-9]{4})$", "$2 $1 $5 $3 $4")
     rows = rows.with_columns(plain.str.replace(r" *(?:UTC|GMT)([+-][0-9])", "$1").str.strip_chars())
@@ -187,7 +199,8 @@ def _day(local: pl.Series, style: TimeStyle) -> pl.Series:
     """Midnight of the date in `local`, in microseconds."""
     clock = local.str.extract_groups(_CLOCK).struct.field("date")
     text = pl.DataFrame({"text": pl.select(pl.coalesce(clock, local)).to_series().str.strip_chars(" ,T")})
-    found = [_date(text["text"].str.extract_groups(pattern)) for pattern in _DATES]
+    patterns = (_YEAR_FIRST, *_DATES) if style.year_first else _DATES
+    found = [_date(text["text"].str.extract_groups(pattern)) for pattern in patterns]
     parts = text["text"].str.extract_groups(_EITHER_ORDER).struct.unnest()
     half_day = local.str.contains(r"(?i)[0-9] *[ap][.]?m[.]?$")
     day_first = (parts["sign"] == "-") & ~half_day if style.day_first is None else pl.lit(style.day_first)

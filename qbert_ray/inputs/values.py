@@ -46,13 +46,13 @@ def inexact(value: pl.Expr, kind: Kind) -> pl.Expr:
 
 
 def as_rating(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """Numbers, null for anything else; a decimal comma is accepted."""
-    if kind.is_numeric() or kind == pl.Boolean:
-        return value.cast(pl.Float32, strict=False).fill_nan(None)
-    if kind not in (pl.String, pl.Categorical, pl.Enum):
+    """Finite numbers, null for anything else; a decimal comma is accepted."""
+    if kind in (pl.String, pl.Categorical, pl.Enum):
+        value = value.cast(pl.String).str.strip_chars().str.replace(r"^(-?[0-9]+),([0-9]+)$", "$1.$2")
+    elif not (kind.is_numeric() or kind == pl.Boolean):
         return pl.lit(None, pl.Float32)
-    text = value.cast(pl.String).str.strip_chars().str.replace(r"^(-?[0-9]+),([0-9]+)$", "$1.$2")
-    return text.cast(pl.Float32, strict=False).fill_nan(None)
+    number = value.cast(pl.Float32, strict=False)
+    return pl.when(number.is_finite()).then(number)
 
 
 def is_given(value: pl.Expr, kind: Kind) -> pl.Expr:

@@ -117,3 +117,53 @@ def test_ids_next_to_a_matrix_are_as_many_as_its_rows_or_have_a_header(tmp_path)
 def test_ids_are_written_as_the_ingest_writes_them(tmp_path):
     pl.DataFrame({"item_id": [1.0, -7.0], "vector": [[0.0], [1.0]]}).write_parquet(tmp_path / "v.parquet")
     assert read_vectors(str(tmp_path / "v.parquet"), pa.array(["-7", "1"]), 1, 1).present.all()
+
+
+READ = {  # texts of a vector -> what is read
+    "decimal commas": ('item_id;vector\na;"1,5 2,5"\nb;"3,5; 4"\n', [[1.5, 2.5]], [[3.5, 4]]),
+    "a list in a list": ('item_id,vectors\na,"[[1,2],[3,4]]"\nb,"[[5,6], [7,8]]"\n', [[1, 2], [3, 4]], [[5, 6], [7, 8]]),
+    "row numbers of pandas": (",item_id,0,1\n0,a,1,2\n1,b,3,4\n", [[1, 2]], [[3, 4]]),
+    "row numbers of pandas, read again": ("Unnamed: 0,item_id,0,1\n0,a,1,2\n1,b,3,4\n", [[1, 2]], [[3, 4]]),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_numbers_in_texts_are_those_that_are_meant(tmp_path, kind):
+    content, first, second = READ[kind]
+    (tmp_path / "v.csv").write_text(content)
+    shape = vectors_shape(str(tmp_path / "v.csv"))
+    assert read_vectors(str(tmp_path / "v.csv"), pa.array(["a", "b"]), *shape).vectors.tolist() == [first, second]
+
+
+def test_several_vectors_of_an_item_in_json_lines(tmp_path):
+    (tmp_path / "v.jsonl").write_text('{"item_id": "a", "vectors": [[1, 2], [3, 4]]}\n{"item_id": "b", "vectors": [["5", "6"]]}\n')
+    assert vectors_shape(str(tmp_path / "v.jsonl")) == (2, 2)
+    placed = read_vectors(str(tmp_path / "v.jsonl"), pa.array(["a", "b"]), 2, 2)
+    assert placed.vectors.tolist() == [[[1, 2], [3, 4]], [[5, 6], [0, 0]]] and placed.present.tolist() == [[True, True], [True, False]]
+
+
+def test_a_row_that_cannot_be_read_is_not_lost_in_silence(tmp_path):
+    (tmp_path / "v.csv").write_text("item_id,0,1\na,1,2\nb,3\n")
+    with pytest.raises(ValueError, match=r"v.csv has 1 of 2 rows that cannot be read, such as .*b,3.*invalid CSV row"):
+        vectors_shape(str(tmp_path / "v.csv"))
+
+
+def test_arrays_of_other_types_are_refused(tmp_path):
+    np.savez(tmp_path / "v.npz", item_id=np.array(IDS), vector=MATRIX.astype(complex))
+    with pytest.raises(ValueError, match="v.npz: the vectors are of the type complex128"):
+        vectors_shape(str(tmp_path / "v.npz"))
+    np.savez(tmp_path / "v.npz", item_id=np.array(IDS), vector=MATRIX)
+    (tmp_path / "v.npz").write_bytes((tmp_path / "v.npz").read_bytes()[:-30])
+    with pytest.raises(ValueError, match="v.npz is damaged: File is not a zip file"):
+        vectors_shape(str(tmp_path / "v.npz"))
+
+
+def test_ids_in_bytes_and_with_a_mark_are_texts(tmp_path):
+    np.savez(tmp_path / "v.npz", item_id=np.array(["é".encode(), b"b", b"7"]), vector=MATRIX)
+    assert read_vectors(str(tmp_path / "v.npz"), pa.array(["é"]), 1, 2).present.all()
+    np.save(tmp_path / "v.npy", MATRIX)
+    (tmp_path / "v_ids.txt").write_bytes("\ufeffa\r\nb\r\n7\r\n".encode())
+    assert read_vectors(str(tmp_path / "v.npy"), pa.array(["a"]), 1, 2).present.all()
+    (tmp_path / "v_ids.txt").write_bytes("é\nb\n7\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="v_ids.txt is not in UTF-8"):
+        vectors_shape(str(tmp_path / "v.npy"))

@@ -9,8 +9,10 @@ import gzip
 import io
 import json
 import lzma
+import math
 import os
 import re
+import tarfile
 import zipfile
 from decimal import Decimal
 
@@ -24,6 +26,7 @@ from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.inputs.sources import SourceError
 from qbert_ray.inputs.stage import ingest_domain
+from qbert_ray.inputs.values import as_rating
 from qbert_ray.storage.directory import RunDir
 
 ITEMS = [f"i{number}" for number in range(8)]
@@ -64,6 +67,15 @@ def zipped(content):
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("sales.csv", content)
+    return stream.getvalue()
+
+
+def archive():
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as file:
+        entry = tarfile.TarInfo("sales.csv")
+        entry.size = len(table())
+        file.addfile(entry, io.BytesIO(table().encode()))
     return stream.getvalue()
 
 
@@ -109,6 +121,11 @@ READ = {  # files of which every row is read, whatever they look like
     "zones of several kinds": times(lambda number, _: f"2024-03-31T02:{number:02d}:00{['Z', '+00:00', ''][number % 3]}"),
     "days as numbers": times(lambda number, _: f"202401{number % 28 + 1:02d}"),
     "seconds as numbers": times(lambda number, _: f"202401{number % 28 + 1:02d}101500"),
+    "a mark between two files": table(ROWS[:15]) + "\ufeff" + table(ROWS[15:]).split("\n", 1)[1],
+    "a mark that was read as Latin-1": f"\u00ef\u00bb\u00bf{table()}",
+    "backslashes before quotes": table([(*row, '"a \\"big\\" one, red"') for row in ROWS], f"{HEAD},note"),
+    "times without signs": times(lambda number, _: f"202401{number % 28 + 1:02d}T101500Z"),
+    "times of Java": times(lambda number, _: f"2024-01-{number % 28 + 1:02d}T10:15:00Z[UTC]"),
 }  # fmt: skip
 
 
@@ -130,6 +147,8 @@ OTHERS = {
     "typed values of MongoDB": ("sales.jsonl", lines(lambda user, item, time: record({"$oid": user}, item, {"$date": {"$numberLong": str(time * 1000)}}))),
     "dates of MongoDB": ("sales.jsonl", lines(lambda user, item, time: record(user, item, {"$date": f"2024-01-01T10:00:{time % 60:02d}Z"}))),
     "integers past 64 bits": ("sales.jsonl", lines(lambda user, item, time: record(2**70 + int(user[1:]), item, time))),
+    "a mark in the middle": ("sales.jsonl", "\n\ufeff".join(lines(record).rsplit("\n", 16)[:2]) + "\n" + "\n".join(lines(record).rsplit("\n", 16)[2:])),
+    "tabs in texts": ("sales.jsonl", lines(lambda *row: record(*row) | {"note": "a|b"}).replace("|", "\t")),
     "half a character": ("sales.jsonl", lines(lambda user, item, time: record(user, item, time)).replace(': "u', ': "\\ud83du')),
     "gzip in several members": ("sales.csv.gz", gzip.compress(table().encode()[:200]) + gzip.compress(table().encode()[200:])),
 }  # fmt: skip
@@ -161,6 +180,7 @@ REJECTED = {  # one row too many, which is rejected with this reason
     "no day": (times(lambda number, _: f"2024-01-{number + 1:02d}") + "u0,i0,0000-00-00\n", "bad timestamp"),
     "an hour that was skipped": (times(lambda number, _: f"2024-01-{number + 1:02d}") + "u0,i0,2024-03-31 02:30:00 Europe/Berlin\n", "bad timestamp"),
     "hour 24": (times(lambda number, _: f"2024-01-{number + 1:02d}") + "u0,i0,2024-03-31 24:00:00\n", "bad timestamp"),
+    "a time without end": (table() + "u0,i0,inf\n", "bad timestamp"),
     "minus zero": (table() + f"u0,-0,{START}\n", "item not in items table"),
 }  # fmt: skip
 
@@ -177,6 +197,9 @@ WARNED = {  # what can be used and looks wrong
     "accents apart": (users(lambda number, user: f"{user}e\u0301"), r"IDs of 6 users, such as 'u\de\\u0301', hold invisible characters or accents apart"),
     "invisible signs in users": (users(lambda number, user: f"{user}\u200b"), r"IDs of 6 users, such as 'u\d\\u200b', hold invisible"),
     "zero as time": (times(lambda number, time: 0 if number % 5 == 0 else time), "20.0% of the times are no plausible dates"),
+    "numbers of days next to dates": (times(lambda number, _: 45000 + number if number % 3 else f"2024-01-{number % 28 + 1:02d}"), "66.7% of the times are"),
+    "bells in users": (users(lambda number, user: f"{user}\a"), r"IDs of 6 users, such as 'u\d\\x07', hold invisible"),
+    "blanks that do not break in users": (users(lambda number, user: f"{user}\u00a0x"), r"IDs of 6 users, such as 'u\d\\xa0x', hold invisible"),
     "2118 next to 2023": (times(lambda number, time: time + 3_000_000_000 * (number % 5 == 4)), "20.0% of the times are no plausible dates"),
     "four units": (times(lambda number, time: time * 1000 ** (number % 4)), "times are of several units"),
     "dates and numbers": (times(lambda number, time: time if number % 2 else "2023-11-14 10:00:00"), "times are of several units"),
@@ -260,6 +283,12 @@ REFUSED = {  # name and content of files that cannot be read -> what is said
     "a zip called .csv": ("sales.csv", zipped(CSV), "cannot be read as csv; it is a ZIP archive or an Excel workbook"),
     "a workbook": ("sales.xlsx", zipped(CSV), "save the sheet as CSV"),
     "an old workbook": ("sales.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(500), "an old Excel workbook"),
+    "a tar archive": ("sales.csv.gz", archive(), r"is a tar archive: unpack it \(tar -xf\)"),
+    "a tar archive by its name": ("sales.tar.gz", archive(), "call it .csv.gz, .tsv.gz or .jsonl.gz if it is such a text; unpack archives"),
+    "text by another name": ("sales.txt", CSV, "call a table of text .csv, whatever is between its cells"),
+    "Python's literals": ("sales.jsonl", "".join(f"{record(*row)}\n" for row in ROWS), "but Python literals; write JSON: python -c .*ast.literal_eval"),
+    "commas after objects": ("sales.jsonl", lines(record).replace("\n", ",\n"), "each ends in a comma; remove these: sed"),
+    "a single null": ("sales.jsonl", "null", "is a JSON object but null"),
     "a web page": ("sales.csv", "<html><table><tr><td>user_id</td></tr></table></html>", "is a web page"),
     "an error page": ("sales.jsonl", "\n<!DOCTYPE html>\n<title>403 Forbidden</title>", "is a web page: is it the error message of a download"),
     "a pointer of Git LFS": ("sales.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
@@ -372,3 +401,49 @@ def test_paths_of_windows_lead_out_of_no_folder(tmp_path, path):
     catalog = f"item_id,title,image\n{ITEMS[0]},thing,{path}\n" + "".join(f"{item},thing,\n" for item in ITEMS[1:])
     counts = ingested(tmp_path, table(), catalog=catalog, image_column="image")
     assert counts["images_rejected"] == {"unsafe path": 1} and counts["items"] == 8
+
+
+def test_texts_with_backslashes_before_quotes_are_those_that_were_written(tmp_path):
+    titles = ['12\\" disc, red', "C:\\\\music", 'say \\"hi\\"', "plain"]
+    catalog = "item_id,title\n" + "".join(f'{item},"{titles[number % 4]}"\n' for number, item in enumerate(ITEMS))
+    ingested(tmp_path, table(), catalog=catalog, text_fields=["title"])
+    rows = pl.DataFrame(RunDir(str(tmp_path / "run")).read("ingest/items")).sort("item_id")
+    assert rows["text.title"].to_list()[:4] == ['12" disc, red', "C:\\music", 'say "hi"', "plain"]
+
+
+def test_backslashes_at_the_end_of_cells_stay(tmp_path):
+    catalog = "item_id,title,path\n" + "".join(f'{item},"C:\\","D:\\x\\"\n' for item in ITEMS)
+    ingested(tmp_path, table(), catalog=catalog, text_fields=["title", "path"])
+    rows = pl.DataFrame(RunDir(str(tmp_path / "run")).read("ingest/items"))
+    assert set(zip(rows["text.title"], rows["text.path"], strict=True)) == {("C:\\", "D:\\x\\")}
+
+
+def test_of_two_columns_of_one_name_in_parquet_the_first_is_read(tmp_path):
+    columns = [pa.array([row[place] for row in ROWS]) for place in range(3)]
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([*columns, pa.array(["z"] * 30)], names=[*HEAD.split(","), "user_id"]), stream)
+    assert ingested(tmp_path, stream.getvalue(), "sales.parquet")["users"] == 6
+
+
+def test_two_stars_are_any_number_of_folders(tmp_path):
+    files = {"sales/a.csv": table(ROWS[:10]), "sales/x/b.csv": table(ROWS[10:20]), "sales/x/y/c.csv": table(ROWS[20:])}
+    assert ingested(tmp_path, files, interactions="sales/**/*.csv")["interactions"] == 30
+
+
+def test_files_of_a_delta_table_are_only_read_if_all_are_asked_for(tmp_path):
+    files = {"sales/_delta_log/0.json": "{}", "sales/part-0.parquet": parquet()}
+    with pytest.raises(SourceError, match=r"sales is a Delta table, whose files also hold rows .* sales/\*.parquet"):
+        ingested(tmp_path, files)
+    assert ingested(tmp_path, files, interactions="sales/*.parquet")["interactions"] == 30
+
+
+def test_an_infinite_time_does_not_change_the_unit_of_the_others(tmp_path):
+    ingested(tmp_path, times(lambda number, time: "inf" if number == 3 else time))
+    rows = pl.DataFrame(RunDir(str(tmp_path / "run")).read("ingest/interactions"))
+    assert (rows["timestamp"].min(), rows["timestamp"].max()) == (START, ROWS[-1][2])
+
+
+def test_an_infinite_rating_is_no_rating():
+    for values in (["inf", "5", "-1e999"], [math.inf, 5.0, -math.inf]):
+        frame = pl.DataFrame({"x": values})
+        assert frame.select(as_rating(pl.col("x"), frame.schema["x"])).to_series().to_list() == [None, 5, None]

@@ -15,7 +15,7 @@ CELLS = [
     ([[b"one", b"two"], [], None], [[None, None], None, None], [[b"one", b"two"], None, None]),
     ([{"path": "a.wav", "bytes": b"one"}, {"path": "b.wav", "bytes": None}, None], [["a.wav"], ["b.wav"], None], [[b"one"], [None], None]),
     (["a.wav", json.dumps(["b.wav", "c.wav"]), " "], [["a.wav"], ["b.wav", "c.wav"], None], [[None], [None, None], None]),
-    ([ENCODED, "[broken", None], [[None], None, None], [[b"RIFF"], None, None]),
+    ([ENCODED, "[broken", "data:audio/wav;base64,@@"], [[None], ["[broken"], ["data:audio/wav;base64,@@"]], [[b"RIFF"], [None], [None]]),
     ([[82, 73, 70, 70], None, []], [[None], None, None], [[b"RIFF"], None, None]),
 ]  # fmt: skip
 

@@ -175,3 +175,9 @@ def test_bytes_where_a_text_is_wanted_are_a_text_or_nothing():
     texts = frame.select(as_text(pl.col(name), frame.schema[name]).alias(name) for name in frame.columns)
     assert texts["b"].to_list() == ["abc", "a8", None] and texts["many"].to_list()[:2] == ["abc, abc", "a8, a8"]
     assert texts["s"].to_list() == ['{"path":"a"}', None, '{"path":null}'] and texts["only"].to_list() == [None] * 3
+
+
+def test_a_text_of_megabytes_is_hashed_at_once():
+    """Word by word this would be two million steps."""
+    hashes = stable_hash(pl.Series(["x" * (16 << 20), "x" * (16 << 20) + "y", "x"]))
+    assert len(set(hashes.tolist())) == 3 and hashes[2] == stable_hash(pl.Series(["x"]))[0]

@@ -244,3 +244,32 @@ def test_a_file_without_a_header_is_named(folder):
     log("u", "i", "t", rating=[3, 4]).write_csv(folder / "ratings.csv", include_header=False)
     with pytest.raises(StarterError, match="ratings.csv: its first line looks like a row"):
         write_config([folder], folder.parent / "made.yaml")
+
+
+def test_the_advice_on_a_table_without_times_reads_it_as_it_is_written(folder):
+    pl.DataFrame({"ISBN": range(ITEMS), "title": TITLES}).write_csv(folder / "books.csv")
+    rows = log("User-ID", "ISBN", "timestamp").drop("timestamp")
+    rows.with_columns(pl.col("ISBN").cast(pl.String).str.zfill(10)).write_csv(folder / "ratings.csv", separator=";")
+    with pytest.raises(StarterError) as error:
+        write_config([folder], folder.parent / "made.yaml")
+    code = str(error.value).partition("number them: ")[2].partition(".write_parquet")[0]
+    read = eval(code, {"pl": pl})  # noqa: S307 - the advice is code
+    assert read.columns == ["timestamp", "User-ID", "ISBN"] and read["ISBN"].str.len_chars().unique().to_list() == [10]
+
+
+def test_a_column_without_a_name_hides_no_table(folder):
+    pl.DataFrame({"item_id": range(ITEMS), "title": TITLES}).write_csv(folder / "items.csv")
+    log("user_id", "item_id", "timestamp").with_row_index("").write_csv(folder / "sales.csv")
+    assert made(folder)[2]["interactions"] == USERS * PER_USER
+
+
+def test_files_of_other_kinds_are_named(folder):
+    (folder / "ratings.dat").write_text("1::2::5::978300760\n")
+    with pytest.raises(StarterError, match="not read: ratings.dat; call a table of text .csv, with a line of names"):
+        write_config([folder], folder.parent / "made.yaml")
+
+
+def test_a_time_is_no_name_of_a_column(folder):
+    (folder / "log.tsv").write_text("user_1\t2009-05-04T23:08:57Z\ta\tArtist\tb\tSong\n" * 9)
+    with pytest.raises(StarterError, match="log.tsv: its first line looks like a row"):
+        write_config([folder], folder.parent / "made.yaml")

@@ -81,3 +81,13 @@ def test_numbers_without_fractions_stay_as_given():
 
 def test_a_zone_that_has_no_such_hour_is_no_time():
     assert read(["2020-03-29 02:30:00 Europe/Berlin", "2020-03-29 03:30:00 Europe/Berlin"]) == [None, at(2020, 3, 29, 1, 30)]
+
+
+def test_years_of_two_digits_may_come_first():
+    days = [f"24-03-{day:02d}" for day in range(1, 10)]
+    style = detect_style([pl.Series(days)])
+    assert style.year_first and read(days, style)[0] == at(2024, 3, 1)
+    assert (
+        read(["24-03-01"]) == [at(2001, 3, 24)] and not detect_style([pl.Series([f"{day:02d}-03-24" for day in range(1, 10)])]).year_first
+    )
+    assert detect_style([pl.Series(["99/12/31"])]).year_first

@@ -242,6 +242,31 @@ def test_images_of_json_are_read_or_reported(tmp_path, image, path, unread):
     assert found.select("image_path", UNREAD).row(0) == (path, unread)
 
 
+BASE64 = base64.b64encode(PIXEL).decode()
+LINES = "\n".join(BASE64[start : start + 20] for start in range(0, len(BASE64), 20))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        f"data:image/png;base64, {LINES}",
+        f"DATA:image/png;charset=utf-8;BASE64,{BASE64}",
+        f"data:;base64,{BASE64.replace('+', '-').replace('/', '_').rstrip('=')}",
+        f"data:;base64,{BASE64.replace('+', '%2B').replace('/', '%2f').replace('=', '%3D')}",
+        f"data:;base64,{LINES}".replace("\n", " \r\n"),
+    ],
+)
+def test_base64_is_read_as_it_is_written_elsewhere(tmp_path, image):
+    found = items(tmp_path, [{"item_id": "a", "image": image}], image_column="image")
+    assert found.select("image_bytes", "image_path", UNREAD).row(0) == (PIXEL, None, None)
+
+
+@pytest.mark.parametrize("image", ["data:image/png;base64,@@", "data:image/svg+xml;utf8,<svg/>", "data:,", "data:image/png;base64,"])
+def test_a_data_uri_without_an_image_is_reported(tmp_path, image):
+    found = items(tmp_path, [{"item_id": "a", "image": image}], image_column="image")
+    assert found.select("image_bytes", "image_path", UNREAD).row(0) == (None, None, image)
+
+
 def test_bytes_as_numbers_in_json(tmp_path):
     for image in (NUMBERS, {"bytes": NUMBERS}, [NUMBERS]):
         assert items(tmp_path, [{"item_id": "a", "image": image}], image_column="image")["image_bytes"].to_list() == [PIXEL]
