@@ -135,7 +135,8 @@ class Nodes:
                 process = subprocess.Popen(command, env=self.environment, cwd=self.folder, stdout=output, stderr=subprocess.STDOUT)
             self.processes.append(process)
             try:
-                return self._wait(f"node {len(self.processes) - 1}", lambda: "Ray runtime started" in log.read_text())
+                self._wait(f"node {len(self.processes) - 1}", lambda: "Ray runtime started" in log.read_text())
+                break
             except AssertionError:
                 if not left:
                     raise

@@ -14,7 +14,8 @@ from torch import Tensor
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.1  # of a cold item among the trained ones
 CHUNK, MOST = 4096, 2**28  # cold items whose neighbours are looked up at once, and cosines: 1 GiB
 EXACT = 2**33  # pairs of a cold and a trained item up to which all are compared: 270,000 items of which a tenth is cold
-CELLS, PROBED, SAMPLED = 1024, 48, 100_000  # of the search in larger catalogs: k-means cells, those that are searched, items that k-means reads
+CELLS, PROBED = 1024, 48  # k-means cells of larger catalogs, and those among which a cold item's neighbours are looked for
+SAMPLED = 100_000  # items that k-means reads
 
 
 class ColdItems(NamedTuple):
