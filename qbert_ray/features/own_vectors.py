@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -81,7 +82,7 @@ def _load(filesystem: fs.FileSystem, path: str, uri: str) -> np.ndarray | dict[s
     try:
         loaded = np.load(raw, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded.items())
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{uri} is damaged: {error}; copy it again") from None
     except ValueError as error:
         raise ValueError(
@@ -120,7 +121,10 @@ def _table(ids: np.ndarray, vectors: np.ndarray, uri: str) -> pa.Table:
         raise ValueError(f"{uri}: item_id has the shape {ids.shape} and the vectors {vectors.shape}; as many rows are wanted in both")
     if vectors.dtype.kind not in "fiu":
         raise ValueError(f"{uri}: the vectors are of the type {vectors.dtype}; write them as float32")
-    ids = np.char.decode(ids, "utf-8") if ids.dtype.kind == "S" else ids
+    try:
+        ids = np.char.decode(ids, "utf-8") if ids.dtype.kind == "S" else ids
+    except UnicodeDecodeError:
+        raise ValueError(f"{uri}: item_id is not in UTF-8; save the IDs as np.array(ids, dtype=str)") from None
     column = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
     for size in reversed(vectors.shape[1:]):
         column = pa.FixedSizeListArray.from_arrays(column, size)

@@ -98,12 +98,19 @@ def read(stream: BinaryIO, text: Text, dialect: Dialect, names: Sequence[str], w
             piece, above = piece[piece.find(b"\n") + 1 :] if b"\n" in piece else b"", above - 1
         content, long = _short_lines(rest + piece, dialect)
         yield from long
-        content = _unescaped(content, dialect)
-        block = _check(content, dialect, len(names), last)
-        rest = block.rest
+        block = _check(_unescaped(content, dialect), dialect, len(names), last)
+        rest = _last_lines(content, block.rest.count(b"\n")) if block.rest else b""  # as given: no backslash is taken away twice
         yield from block.rejected
         if block.content.strip():
             yield from _parse(block, dialect, names, wanted)
+
+
+def _last_lines(content: bytes, newlines: int) -> bytes:
+    """The end of the content that has so many newlines and begins after one."""
+    begin = len(content)
+    for _ in range(newlines + 1):
+        begin = content.rfind(b"\n", 0, max(begin, 0))
+    return content[begin + 1 :]
 
 
 def _short_lines(content: bytes, dialect: Dialect) -> tuple[bytes, list[Rejected]]:
@@ -194,14 +201,14 @@ def _unescaped(content: bytes, dialect: Dialect) -> bytes:
         return content
     plain = {b'\\"': b'""', b"\\\\": b"\\"}
     return _quoted_cell(dialect.delimiter).sub(
-        lambda cell: b'%s"%s"' % (cell[1], re.sub(rb'\\["\\]', lambda sign: plain[sign[0]], cell[2])), content
+        lambda cell: b'%s"%s%s' % (cell[1], re.sub(rb'\\["\\]', lambda sign: plain[sign[0]], cell[2]), cell[3]), content
     )
 
 
 @lru_cache(maxsize=8)
 def _quoted_cell(delimiter: str) -> re.Pattern[bytes]:
     d = re.escape(delimiter.encode())
-    return re.compile(rb'(\A|[%s\n])"((?:[^"\\]|\\.)*+)"(?=[%s\r\n]|\Z)' % (d, d), re.DOTALL)
+    return re.compile(rb'(\A|[%s\n])"((?:[^"\\]|\\.)*+)("(?=[%s\r\n]|\Z)|\Z)' % (d, d), re.DOTALL)  # the last may be open
 
 
 def _check(content: bytes, dialect: Dialect, width: int, last: bool) -> _Block:

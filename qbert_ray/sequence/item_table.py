@@ -13,7 +13,7 @@ from torch import Tensor
 
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 10, 0.1  # of a cold item among the trained ones
 CHUNK, MOST = 4096, 2**28  # cold items whose neighbours are looked up at once, and cosines: 1 GiB
-EXACT = 2**33  # pairs of a cold and a trained item up to which all are compared: 270,000 items of which a tenth is cold
+EXACT = 2**33  # pairs of a cold and a trained item up to which all are compared: 300,000 items of which a tenth is cold
 CELLS, PROBED = 1024, 48  # k-means cells of larger catalogs, and those among which a cold item's neighbours are looked for
 SAMPLED = 100_000  # items that k-means reads
 

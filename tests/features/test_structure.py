@@ -136,3 +136,12 @@ def test_a_window_counts_the_latest_items_of_each_user():
 def test_rows_have_length_one_and_rows_of_zeros_stay_so():
     found = structure._unit_rows(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]]))
     assert found.tolist() == [pytest.approx([0.6, 0.8]), [0, 0], [0, -1]]
+
+
+def test_large_catalogs_have_the_same_vectors_in_single_precision(monkeypatch):
+    counts = sparse.random(600, 600, 0.05, "csr", random_state=0)
+    exact = collaborative_vectors(counts + counts.T, 8, seed=0)
+    monkeypatch.setattr(structure, "LARGE", 1)
+    close = collaborative_vectors(counts + counts.T, 8, seed=0)
+    assert not np.array_equal(close, exact)
+    assert np.abs(close @ close.T - exact @ exact.T).mean() < 0.02

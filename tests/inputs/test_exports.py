@@ -15,6 +15,7 @@ import re
 import tarfile
 import zipfile
 from decimal import Decimal
+from functools import partial
 
 import polars as pl
 import pyarrow as pa
@@ -24,8 +25,10 @@ import pytest
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
+from qbert_ray.inputs import csv_files
 from qbert_ray.inputs.sources import SourceError
 from qbert_ray.inputs.stage import ingest_domain
+from qbert_ray.inputs.text_files import Text
 from qbert_ray.inputs.values import as_rating
 from qbert_ray.storage.directory import RunDir
 
@@ -409,6 +412,17 @@ def test_texts_with_backslashes_before_quotes_are_those_that_were_written(tmp_pa
     ingested(tmp_path, table(), catalog=catalog, text_fields=["title"])
     rows = pl.DataFrame(RunDir(str(tmp_path / "run")).read("ingest/items")).sort("item_id")
     assert rows["text.title"].to_list()[:4] == ['12" disc, red', "C:\\music", 'say "hi"', "plain"]
+
+
+@pytest.mark.parametrize("size", [8, 30, 60, 1 << 20])
+def test_backslashes_mean_the_same_wherever_a_file_is_cut(size, monkeypatch):
+    """A cell over several lines is read again with the next block, together with what is before it in its row."""
+    content = "a,b,c\n" + '"C:\\\\","say \\"hi\\" to\nall\nof us",x\n' * 3
+    dialect, names = csv_files.header(content.encode(), "csv")
+    monkeypatch.setattr(csv_files, "blocks", partial(csv_files.blocks, size=size))
+    tables = list(csv_files.read(io.BytesIO(content.encode()), Text(), dialect, names, names))
+    rows = [tuple(row.values()) for each in tables for row in each.to_pylist()]
+    assert dialect.escaped and rows == [("C:\\", 'say "hi" to\nall\nof us', "x")] * 3
 
 
 def test_backslashes_at_the_end_of_cells_stay(tmp_path):
