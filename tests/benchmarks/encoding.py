@@ -1,10 +1,12 @@
-"""Feature extraction on Ray against the bare encoder loop, texts and images, on one core and on two.
+"""Feature extraction on Ray against the bare encoder loop, texts, images, sounds and clips, on one core and on two.
 
-    python -m tests.benchmarks.encoding            # 320 images, 640 items with two texts
-    python -m tests.benchmarks.encoding --full     # four times as many
+    python -m tests.benchmarks.encoding                # 320 images, 640 items with two texts, 2,560 sounds, 320 clips
+    python -m tests.benchmarks.encoding --full         # four times as many
+    python -m tests.benchmarks.encoding audio video    # some kinds
 
-Images are the posters of `movielens` under QBERT_REAL_DATA, else made-up JPEGs of their size. The bare loop reads a part,
-decodes, encodes batch by batch and writes nothing; it runs in one process pinned to one core. One actor of Ray is pinned to
+Images are the posters of `movielens` under QBERT_REAL_DATA, else made-up JPEGs of their size; sounds and clips are those of the demo shop
+(`qbert-ray demo-data --media`), two seconds each. The bare loop reads a part, decodes, encodes batch by batch and writes nothing; it runs
+in one process pinned to one core. One actor of Ray is pinned to
 that core too, reading threads included; two actors have both cores. Ray is timed from the moment each actor has done a part, so
 without its start and the loading of encoders. Two bare loops at once say what a second core is worth on the machine; with --full
 twice as many actors as cores, half a core each, say what more actors do where there are no more cores.
@@ -24,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
@@ -32,14 +35,16 @@ from qbert_ray.execution import ray_data as sharding
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_data import map_parts
 from qbert_ray.execution.ray_session import session
-from qbert_ray.features.encoders import decode_image
 from qbert_ray.features.stage import EncodePart
-from qbert_ray.storage.columns import ITEMS
+from qbert_ray.inputs.demo_media import CLIPS, PER_SECOND, RATE, SOUNDS, TUNES, TURNS, draw_clip, draw_sound, encode_clip, encode_sound
+from qbert_ray.storage.columns import ITEMS, input_type
 from qbert_ray.storage.directory import RunDir
 from tests.benchmarks.table import Figure, main
 
 FIELDS = {"text.title": "", "text.description": ""}
-SIZES = {"image": (20, 16), "text": (40, 16)}  # items of a part, parts
+SIZES = {"image": (20, 16), "text": (40, 16), "audio": (160, 16), "video": (20, 16)}  # items of a part, parts
+BYTES = {"image": "image_bytes", "audio": "bytes.audio", "video": "bytes.video"}  # kind -> column of its files
+DRAWN = 64  # different sounds, and clips; more items repeat them, since drawing takes longer than encoding
 
 
 class Pinned:
@@ -80,43 +85,72 @@ def texts(count: int) -> list[list[str]]:
     return [[" ".join(rng.choice(words, length)) for length in row] for row in lengths]
 
 
-def write_items(run: RunDir, scale: int) -> tuple[str, dict[str, list[str]]]:
-    """Parts of ingest/items, some with images and some with texts."""
-    names: dict[str, list[str]] = {}
-    what, contents = images(scale * SIZES["image"][0] * SIZES["image"][1])
-    schema = pa.schema([*ITEMS, *((name, pa.string()) for name in FIELDS)])
-    for kind, (size, count) in SIZES.items():
+def sounds(count: int) -> tuple[str, list[bytes]]:
+    rng = np.random.default_rng(0)
+    drawn = [
+        encode_sound(draw_sound(number % 12, number % 8, number % len(TUNES), rng), RATE, *SOUNDS[number % len(SOUNDS)])
+        for number in range(DRAWN)
+    ]
+    return "sounds", [drawn[number % DRAWN] for number in range(count)]
+
+
+def clips(count: int) -> tuple[str, list[bytes]]:
+    posters = [Image.open(io.BytesIO(content)).convert("RGB") for content in images(DRAWN)[1]]
+    drawn = []
+    for number, poster in enumerate(posters):
+        container, codec = CLIPS[number % len(CLIPS)]
+        drawn.append(encode_clip(draw_clip(poster, number % len(TURNS)), PER_SECOND, container, codec))
+    return "clips", [drawn[number % DRAWN] for number in range(count)]
+
+
+FILES = {"image": images, "audio": sounds, "video": clips}
+
+
+def write_items(run: RunDir, scale: int, kinds: list[str]) -> dict[str, tuple[str, list[str]]]:
+    """Kind -> what its items are, and the parts of ingest/items that hold them."""
+    written: dict[str, tuple[str, list[str]]] = {}
+    several = [pa.field(name, input_type(name)) for kind, name in BYTES.items() if kind != "image"]
+    several += [pa.field(f"path.{kind}", input_type(f"path.{kind}")) for kind in BYTES if kind != "image"]
+    schema = pa.schema([*ITEMS, *((name, pa.string()) for name in FIELDS), *several])
+    for kind in kinds:
+        size, count = SIZES[kind]
         rows = scale * size * count
-        title, description = texts(rows) if kind == "text" else [[""] * rows] * 2
-        for number in range(scale * count):
-            piece = slice(number * size, (number + 1) * size)
-            index = range(*piece.indices(rows))
-            columns = [[kind] * size, [str(row) for row in index], list(index), [None] * size]
-            columns += [contents[piece] if kind == "image" else [None] * size, [False] * size, title[piece], description[piece]]
-            name = f"{kind}-{number:05d}.parquet"
-            run.write_part(
-                "ingest/items",
-                name,
-                pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema),
-            )
-            names.setdefault(kind, []).append(name)
-    return what, names
+        what, contents = FILES[kind](rows) if kind in FILES else ("items with two texts", [])
+        made = {
+            "domain": [kind] * rows,
+            "item_id": [str(row) for row in range(rows)],
+            "item_index": list(range(rows)),
+            "cold": [False] * rows,
+        }
+        if kind == "text":
+            made |= dict(zip(FIELDS, texts(rows), strict=True))
+        elif kind == "image":
+            made[BYTES[kind]] = contents
+        else:
+            made |= {BYTES[kind]: [[content] for content in contents], f"path.{kind}": [[None]] * rows}
+        table = pa.table([pa.array(made.get(field.name, [None] * rows), field.type) for field in schema], schema=schema)
+        names = [f"{kind}-{number:05d}.parquet" for number in range(scale * count)]
+        for number, name in enumerate(names):
+            run.write_part("ingest/items", name, table.slice(number * size, size))
+        written[kind] = (f"{rows:,} {what}", names)
+    return written
 
 
 def bare(run: RunDir, kind: str, worker: Any, parts: list[str]) -> float:
     """Seconds of a loop over the parts: read, decode, encode."""
-    encoder = worker.encoder.encoder
+    encoder = worker.encoder
+    decode = encoder.decoder() if kind in BYTES else None
     started = time.monotonic()
     for part in parts:
         items = run.read_part("ingest/items", part)
-        if kind == "text":
-            encoder([text for name in FIELDS for text in items[name].to_pylist()])
+        if decode is None:
+            encoder.encoder([text for name in FIELDS for text in items[name].to_pylist()])
             continue
-        settings = worker.encoder.settings
-        decoded = (decode_image(content, settings.max_bytes, settings.max_pixels) for content in items["image_bytes"].to_pylist())
-        pixels = [encoder.preprocess(image) for image in decoded]
-        for begin in range(0, len(pixels), settings.batch_size):
-            encoder(np.stack(pixels[begin : begin + settings.batch_size]))
+        files = pc.list_flatten(items[BYTES[kind]]) if kind != "image" else items[BYTES[kind]]
+        pieces = [piece for content in files.to_pylist() for piece in decode(content)]
+        size = encoder.settings.batch_size
+        for begin in range(0, len(pieces), size):
+            encoder.encode_pieces(encoder.stack(pieces[begin : begin + size]))
     return time.monotonic() - started
 
 
@@ -134,10 +168,11 @@ def on_ray(run: RunDir, kind: str, worker: type, arguments: dict[str, Any], part
 
 
 def arguments_of(run: RunDir, kind: str) -> dict[str, Any]:
-    fields = [name.removeprefix("text.") for name in FIELDS]
-    domain = {"text_fields": fields, "image_column": "image"}
-    config = Config.model_validate({"data": {"domains": {kind: domain}}})
-    return {"run": run, "config": config, "modality": kind, "num_vectors": 4 if kind == "image" else len(FIELDS)}
+    inputs = {each: {"files": [each]} for each in BYTES if each != "image"}
+    domain = {"text_fields": [name.removeprefix("text.") for name in FIELDS], "image_column": "image", "inputs": inputs}
+    features = {"audio": {"max_windows": 2}, "video": {"max_frames": 4, "sound": False}}  # as configs/demo-av.yaml
+    config = Config.model_validate({"data": {"domains": {kind: domain}}, "features": features})
+    return {"run": run, "config": config, "modality": kind, "num_vectors": {"image": 4, "video": 4}.get(kind, 2)}
 
 
 def side_by_side(run: RunDir, kind: str, parts: list[str]) -> float:
@@ -208,20 +243,20 @@ def measure(run: RunDir, kind: str, what: str, parts: list[str], full: bool) -> 
         yield Figure(f"features of {what}, two cores, four actors", f"{four:.1f} items/s", f"two: {two:.1f}", four / two, "", None)
 
 
-def figures(full: bool) -> Iterator[Figure]:
+def figures(full: bool, kinds: list[str] | None = None) -> Iterator[Figure]:
     torch.set_num_threads(1)
     sharding.FEW = 0  # actors, as larger catalogs have
+    encoders = {"image": "efficientnet-lite0", "text": "minilm", "audio": "log-mel", "video": "4 frames by efficientnet-lite0"}
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(folder)
-        what, parts = write_items(run, 4 if full else 1)
-        about = {"image": f"{len(parts['image']) * SIZES['image'][0]:,} {what}, efficientnet-lite0",
-                 "text": f"{len(parts['text']) * SIZES['text'][0]:,} items with two texts, minilm"}  # fmt: skip
-        for kind, described in about.items():
-            yield from measure(run, kind, described, parts[kind], full)
+        for kind, (what, parts) in write_items(run, 4 if full else 1, kinds or list(SIZES)).items():
+            yield from measure(run, kind, f"{what}, {encoders[kind]}", parts, full)
 
 
 if __name__ == "__main__":
     if "--bare" in sys.argv:
         bare_process(*sys.argv[sys.argv.index("--bare") + 1 :])
     else:
-        main(figures)
+        named = [kind for kind in SIZES if kind in sys.argv[1:]]
+        sys.argv = [argument for argument in sys.argv if argument not in named]
+        main(lambda full: figures(full, named))
