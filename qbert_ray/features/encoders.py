@@ -10,6 +10,7 @@ B texts or images, T tokens, J vectors per image, D width, S pixels per side.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from math import isqrt
 from typing import Any, Literal
@@ -24,6 +25,17 @@ from qbert_ray.features.pretrained import load_image_tower, load_text_model
 from qbert_ray.products import use_product
 
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # Pillow starts other programs for some others
+# Reasons for what files that are called images often are instead, by their first bytes.
+OTHERS = {
+    "HEIC is not read": rb"....ftyp(hei|hev|mif1|msf1)",
+    "JPEG XL is not read": rb"\xff\x0a|....jxl ",
+    "a film, not an image": rb"....ftyp(iso|mp4|avc|m4v|qt)|\x1a\x45\xdf\xa3",
+    "SVG is not read": rb"\s*<svg|\s*<(\?xml|!--|!doctype svg).*<svg",
+    "a web page, not an image": rb"\s*<(html|!doctype html)",
+    "XML, not an image": rb"\s*<\?xml",
+    "JSON, not an image": rb"\s*[{\[]\s*[\"{\[]",
+    "a PDF, not an image": rb"%PDF",
+}
 PNG_BEGINS, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 LONGEST_SIDE_RATIO = 4  # a centre crop cuts off everything beyond it, and resizing a 1 x 1,000,000 strip would fill the memory
 
@@ -264,13 +276,20 @@ def _decode(content: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError:
         raise ImageRejected("too many pixels") from None
     except Exception:  # noqa: BLE001 - a broken header can make Pillow's parsers raise anything
-        raise ImageRejected("not an image") from None
+        raise ImageRejected(_unread(content)) from None
     if image.width * image.height > max_pixels:
         raise ImageRejected("too many pixels")
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # noqa: BLE001 - as above
         raise ImageRejected("truncated" if "truncated" in str(error) else "cannot be decoded") from None
+
+
+def _unread(content: bytes) -> str:
+    """The reason for a file of a format that is not read."""
+    begins = content[:1024].removeprefix(b"\xef\xbb\xbf")
+    found = (reason for reason, pattern in OTHERS.items() if re.match(pattern, begins, re.DOTALL | re.IGNORECASE))
+    return next(found, "not an image")
 
 
 def _without_notes(content: bytes) -> bytes:

@@ -224,7 +224,15 @@ PNG = encoded(photos(1)[0])
 PIXELS = PNG.index(b"IDAT") + 4
 REJECTED = {
     "empty file": b"",
-    "not an image": b"<html>not found</html>",
+    "not an image": b"RIFF____WEBQ and more",
+    "a web page, not an image": b"\xef\xbb\xbf\n<!DOCTYPE html><html>not found</html>",
+    "XML, not an image": b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>',
+    "SVG is not read": b'<?xml version="1.0"?>\n<!-- drawn -->\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "JSON, not an image": b'{"error": "expired"}',
+    "a PDF, not an image": b"%PDF-1.7",
+    "HEIC is not read": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "JPEG XL is not read": b"\0\0\0\x0cJXL \r\n\x87\n",
+    "a film, not an image": b"\0\0\0\x20ftypisom\0\0\2\0",
     "truncated": JPEG[: len(JPEG) // 2],
     "too many bytes": b"0" * 100_001,
     "too many pixels": encoded(Image.new("L", (2000, 2000))),
