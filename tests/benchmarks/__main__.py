@@ -15,11 +15,12 @@ import time
 from tests.benchmarks.table import Figure, markdown
 
 NAMES = ["scoring", "products", "training", "beam", "encoding", "depth", "codes", "ingesting", "overhead", "growth", "step_cost"]
+LONG = ["streaming"]
 
 
 def main() -> int:
     flags = [argument for argument in sys.argv[1:] if argument.startswith("--")]
-    names = [argument for argument in sys.argv[1:] if not argument.startswith("--")] or NAMES
+    names = [argument for argument in sys.argv[1:] if not argument.startswith("--")] or (NAMES + LONG if "--full" in flags else NAMES)
     figures, failed = [], []
     for name in names:
         started = time.monotonic()
