@@ -40,11 +40,13 @@ def test_the_best_items_of_the_best_prefixes_are_found(most, monkeypatch):
     rows, items = index.best(queries, 6)
     length = next(length for length in range(1, 5) if len(index.sizes) == len(torch.unique(codes[:, :length], dim=0)))
     names, group = torch.unique(codes[:, :length], dim=0, return_inverse=True)
+    place = index.order.argsort()  # of an item among the vectors
+    vectors, bias = index.vectors[place], index.bias[place]
     for row, query in enumerate(queries):
-        means = [float((index.vectors[group == each] @ query + index.bias[group == each]).mean()) for each in range(len(names))]
+        means = [float((vectors[group == each] @ query + bias[group == each]).mean()) for each in range(len(names))]
         chosen = np.argsort(means)[-3:]
         inside = np.flatnonzero(np.isin(group.numpy(), chosen))
-        scores = (index.vectors[inside] @ query + index.bias[inside]).numpy()
+        scores = (vectors[inside] @ query + bias[inside]).numpy()
         assert set(items[rows == row].tolist()) == set(inside[np.argsort(-scores)[:6]].tolist())
 
 
