@@ -99,9 +99,9 @@ class Storm:
     def table(self) -> str:
         faults = list(FAULTS)
         rows = [f"| {' | '.join(['stage', *faults])} |", "|---" * (len(faults) + 1) + "|"]
-        for stage in STAGES:
-            counts = [self.hits[stage.name, fault] for fault in faults]
-            rows += [f"| {stage.name} | {' | '.join(map(str, counts))} |"] if sum(counts) else []
+        for stage in [stage.command for stage in STAGES]:  # as the log names them
+            counts = [self.hits[stage, fault] for fault in faults]
+            rows += [f"| {stage} | {' | '.join(map(str, counts))} |"] if sum(counts) else []
         undisturbed = sum(self.chaos.working.values())
         outcome = f"{len(self.bad)} bad" if self.bad else "all with the outputs of the undisturbed run"
         return "\n".join([
