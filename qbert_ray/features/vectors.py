@@ -124,19 +124,23 @@ def _lengths(lists: pa.Array) -> np.ndarray:
 
 
 def _check(column: pa.Array, num_vectors: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors [R, J, D], which are there [R, J], and the reason [R] why each row is rejected, empty if it is not."""
+    """Vectors [R, J, D], which are there [R, J], and the reason [R] why each row is rejected, empty if it is not.
+
+    A vector of zeros is none: it has no direction.
+    """
     row, widths, flat = _flat(column)
     starts = np.searchsorted(row, np.arange(len(column)))
     slot = np.arange(len(row)) - starts[row]
     fits = widths == width
     values = pc.list_flatten(flat.filter(pa.array(fits))).cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(-1, width)
-    finite = np.isfinite(values).all(axis=1)
+    finite, given = np.isfinite(values).all(axis=1), values.any(axis=1)
     reasons = np.full(len(column), "", dtype=object)
+    reasons[np.bincount(row[fits], given, len(column)) == 0] = "only zeros"  # which many write for an item without a vector
     reasons[np.bincount(row, minlength=len(column)) == 0] = "no vector"
     reasons[row[fits][~finite]] = "not finite"
     reasons[row[~fits & (widths > 0)]] = "wrong width"
     reasons[row[widths == 0]] = "no vector"
     slots = np.zeros((len(column), num_vectors, width), np.float32)
     filled = np.zeros((len(column), num_vectors), bool)
-    slots[row[fits], slot[fits]], filled[row[fits], slot[fits]] = values, True
+    slots[row[fits], slot[fits]], filled[row[fits], slot[fits]] = values, given
     return slots, filled, reasons

@@ -115,7 +115,7 @@ def test_ids_next_to_a_matrix_are_as_many_as_its_rows_or_have_a_header(tmp_path)
 
 
 def test_ids_are_written_as_the_ingest_writes_them(tmp_path):
-    pl.DataFrame({"item_id": [1.0, -7.0], "vector": [[0.0], [1.0]]}).write_parquet(tmp_path / "v.parquet")
+    pl.DataFrame({"item_id": [1.0, -7.0], "vector": [[2.0], [1.0]]}).write_parquet(tmp_path / "v.parquet")
     assert read_vectors(str(tmp_path / "v.parquet"), pa.array(["-7", "1"]), 1, 1).present.all()
 
 

@@ -166,27 +166,27 @@ def test_images_of_the_web_without_redirects():
 
 
 def test_own_vectors_are_joined_and_what_does_not_fit_is_rejected(run, tmp_path):
-    ids = ["i4", "i0", "nobody", "i1", "i2", "i3", "i0"]
-    own = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [float("nan"), 1.0], [1.0, 2.0, 3.0], None, [0.0, 0.0]]
+    ids = ["i4", "i0", "nobody", "i1", "i2", "i3", "i5", "i0"]
+    own = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [float("nan"), 1.0], [1.0, 2.0, 3.0], None, [0.0, -0.0], [7.0, 8.0]]
     write_own(tmp_path / "own" / "a.parquet", item_id=ids, vector=own)
     config = configure("features.modalities=[text]", f"data.root={tmp_path}", domains="{shop: {vectors: {text: own}}}")
     counts = extract_features(config, run, RayExecutor(), Quiet())["text"]
     vectors, present = vectors_of(run, "text")
     assert vectors[:, 0].tolist() == [[3, 4], [0, 0], [0, 0], [0, 0], [1, 2], [0, 0]]
     assert present[:, 0].tolist() == [True, False, False, False, True, False]
-    reasons = ("unknown item", "not finite", "wrong width", "no vector", "item given twice")
+    reasons = ("unknown item", "not finite", "wrong width", "no vector", "only zeros", "item given twice")
     assert counts == {"items": 6, "text_vectors": 2, "items_without_text": 4} | {f"text_rejected.{reason}": 1 for reason in reasons}
     assert run.read("features/rejected", "shop")["reason"].to_pylist() == list(reasons)
 
 
 def test_several_own_vectors_per_item_and_a_domain_without_any(run, tmp_path):
     write_items(run, "books")
-    path = write_own(tmp_path / "own.parquet", item_id=["i5", "i1"], vectors=[[[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], [[4.0, 0.0]]])
+    path = write_own(tmp_path / "own.parquet", item_id=["i5", "i1"], vectors=[[[1.0, 0.0], [0.0, 0.0], [3.0, 0.0]], [[4.0, 0.0]]])
     config = configure("features.modalities=[image]", domains=f"{{shop: {{vectors: {{image: {path}}}}}, books: {{}}}}")
     extract_features(config, run, RayExecutor(), Quiet())
     vectors, present = vectors_of(run, "image", "shop")
-    assert vectors[5, :, 0].tolist() == [1, 2, 3] and vectors[1, :, 0].tolist() == [4, 0, 0]
-    assert present[1].tolist() == [True, False, False]
+    assert vectors[5, :, 0].tolist() == [1, 0, 3] and vectors[1, :, 0].tolist() == [4, 0, 0]
+    assert present[5].tolist() == [True, False, True] and present[1].tolist() == [True, False, False]
     absent, none = vectors_of(run, "image", "books")
     assert absent.shape == vectors.shape and not none.any()
 
