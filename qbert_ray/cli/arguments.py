@@ -10,7 +10,9 @@ from qbert_ray.cli import completion
 
 Files = Annotated[
     list[str],
-    typer.Option("--config", "-c", metavar="FILE", help="YAML overlays, merged left to right.", autocompletion=completion.config_files),
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="A YAML file; several are merged left to right.", autocompletion=completion.config_files
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -24,7 +24,9 @@ def _values(ctx: typer.Context, incomplete: str) -> list[str]:
 def config(
     files: Annotated[
         list[str] | None,
-        typer.Option("--config", "-c", metavar="FILE", help="YAML overlays, merged left to right.", autocompletion=completion.config_files),
+        typer.Option(
+            "--config", "-c", metavar="FILE", help="A YAML file; several are merged left to right.", autocompletion=completion.config_files
+        ),
     ] = None,
     values: Annotated[
         list[str] | None,

@@ -56,7 +56,7 @@ def fetch(
 def init(
     files: Annotated[list[Path], typer.Argument(metavar="FOLDER|FILE", help="Items and interactions: Parquet, CSV, TSV or JSONL.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace a config that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing config.")] = False,
 ) -> None:
     """Write a first config for your files, with what is guessed of them as comments.
 

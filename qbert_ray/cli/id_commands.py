@@ -67,7 +67,7 @@ def show(
 @app.command()
 def diff(
     first: Annotated[str, typer.Argument(metavar="A", help="A run directory, or RUN_DIR@VERSION.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="What it is compared with, in the same form.")],
 ) -> None:
     """What B changes in A: added and removed items, and changed IDs, by the first level that differs.
 

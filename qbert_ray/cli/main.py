@@ -235,7 +235,7 @@ def describe(
     overrides: Overrides = None,
     items: Annotated[int, typer.Option(help="Items of the catalog.")] = 6250,
 ) -> None:
-    """Parameters and multiply-adds of the sequencer by module, as the paper counts and as they are.
+    """Parameters and multiply-adds of the sequence model by module, as the paper counts and as they are.
 
     Example: qbert-ray describe -c configs/paper.yaml --items 6250
     """

@@ -23,7 +23,7 @@ from qbert_ray.storage.stages import BY_NAME, REQUESTED, STAGES, Stage
 console = open_console()
 errors = open_console(stderr=True)
 
-Redo = Annotated[bool, typer.Option("--redo", help="Forget this stage and all after it first.")]
+Redo = Annotated[bool, typer.Option("--redo", help="Delete the outputs of this stage and of all after it, and run it again.")]
 
 
 def command_of(stage: Stage) -> Callable[..., None]:
@@ -48,7 +48,7 @@ def semantic_ids(
         typer.Option(
             "--append",
             metavar="[=all]",
-            help="Only give IDs to new items of the input files; published IDs never move. =all: also to items that the ingest left out.",
+            help="Only give IDs to new items of the input files; published IDs never change. =all: also to items that the ingest left out.",
         ),
     ] = None,
 ) -> None:

@@ -43,7 +43,8 @@ class Recommendation(NamedTuple):
 class Recommender:
     """Recommends items of one domain of a run for any histories, as `qbert-ray score` does for the run's users.
 
-    Items that are gone from the catalog's files since an append are never recommended.
+    Filters are arguments: `score.exclude` and `score.allow` of the config are not applied, nor is `score.prefixes`. Items that are gone
+    from the catalog's files since an append are never recommended.
 
     Args:
         ranker: the domain's models.

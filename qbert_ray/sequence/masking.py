@@ -48,7 +48,9 @@ def draw_masks(
 
     Args:
         lengths: [B] items per sequence, each at least 1.
-        samples: [B] identity of each sequence, from which its draw follows.
+        samples: [B] number of each sequence; its masks follow from it, the seed and the epoch.
+        seed: of all draws.
+        epoch: each has other masks.
         weights: strategy -> weight with which a sequence draws it.
         ratios: strategy -> share of the sequence that it masks.
         last_item_share: share of sequences that mask only their last item.

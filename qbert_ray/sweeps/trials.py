@@ -91,7 +91,7 @@ class Plan:
         fixed = [path for path in self.paths if path.split(".")[0] in FIXED]
         if fixed:
             raise ValueError(
-                f"sweep.{'variants' if sweep.variants else 'space'} names {', '.join(fixed)}: a sweep varies what features, trainings and memory do; seeds are sweep.seeds"
+                f"sweep.{'variants' if sweep.variants else 'space'} names {', '.join(fixed)}: a sweep varies features, trainings and ranking; seeds are sweep.seeds"
             )
         for path, draw in sweep.space.items():
             with_values(self.config, {path: draw.examples()[0]})
