@@ -202,7 +202,7 @@ def _publish(config: Config, run: RunDir, versions: list[Version], found: Counte
         manifest = Manifest.load(run, stage)
         assert manifest is not None
         if manifest.files is not None:
-            manifest.files |= _added_files(run, stage, manifest.files)
+            manifest.files = _recorded(run, stage, manifest.files)
         if stage == IDS:
             manifest.counts |= {**count_ids(config, run, config.quantizer.codebook_size), "versions": [*versions, version]}
         manifest.save(run, stage)
@@ -214,14 +214,19 @@ def _record_gone(run: RunDir) -> None:
     manifest = Manifest.load(run, "ingest")
     assert manifest is not None
     if manifest.files is not None and any(f"ingest/gone/{name}" not in manifest.files for name in run.names("ingest/gone")):
-        manifest.files |= _added_files(run, "ingest", manifest.files)
+        manifest.files = _recorded(run, "ingest", manifest.files)
         manifest.save(run, "ingest")
 
 
-def _added_files(run: RunDir, stage: str, known: dict[str, Record]) -> dict[str, Record]:
-    """Records of the files that an append wrote in a stage: new parts, and rewritten tables of rejected rows."""
+def _recorded(run: RunDir, stage: str, known: dict[str, Record]) -> dict[str, Record]:
+    """Records of a stage's files: the known ones, and what an append wrote, which are new parts and tables of rejected rows.
+
+    A table of rejected rows is rewritten, or removed where none is left: vectors of an item that was not in the catalog are in it until
+    the item is appended.
+    """
     parts = {name: record for name, record in seal(run, stage).items() if name.endswith(".parquet")}
-    return {name: record for name, record in parts.items() if name not in known or "/rejected/" in name}
+    kept = {name: record for name, record in known.items() if name in parts or "/rejected/" not in name}
+    return kept | {name: record for name, record in parts.items() if name not in known or "/rejected/" in name}
 
 
 def _fingerprint(content: object) -> str:
