@@ -33,6 +33,7 @@ from qbert_ray.storage.catalog import gone_items
 from qbert_ray.storage.checksums import Record
 from qbert_ray.storage.columns import COLD, DOMAIN, GONE, ITEM_ID, ITEM_INDEX, input_type
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.lock import check_held
 from qbert_ray.storage.seals import APPENDING, seal
 from qbert_ray.storage.stages import BY_NAME, STAGES
 
@@ -175,7 +176,12 @@ def _versions(run: RunDir) -> list[Version]:
 
 
 def _publish(config: Config, run: RunDir, versions: list[Version], found: Counter[str]) -> Version:
-    """Record a new version with all parts that are in none yet; returns it."""
+    """Record a new version with all parts that are in none yet; returns it.
+
+    Raises:
+        LockedError: another process has taken the lock of the run meanwhile.
+    """
+    check_held(run)
     listed = {part for version in versions for part in version["parts"]}
     parts = [part for part in run.parts(IDS) if part not in listed]
     counts = {name: found[name] for name in ("left_out", "changed", "unchanged", "gone")}

@@ -20,6 +20,7 @@ from qbert_ray.features.stage import write_rejected
 from qbert_ray.pipeline import redo_from, run_stage, status
 from qbert_ray.storage.catalog import available_items, gone_items, run_config
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.lock import LockedError, locked
 from qbert_ray.storage.seals import APPENDING, seal
 from qbert_ray.storage.stages import BY_NAME, STAGES
 from tests.shop import SOURCE, small_config
@@ -138,6 +139,16 @@ def test_a_table_of_rejected_rows_of_which_none_is_left_is_not_missed(grown):
     version = appending._publish(run_config(run), run, versions, Counter())
     run.delete(APPENDING)
     assert version["parts"] == ["shop-00002.parquet"] and run.parts("features/rejected") == []
+
+
+def test_nothing_is_published_by_a_process_that_lost_the_lock(grown):
+    run, versions = grown
+    before = run.read_json("semantic_ids/manifest.json")
+    with locked(run) as lock:
+        lock.lost = "another process"
+        with pytest.raises(LockedError, match="lost the lock to another process"):
+            appending._publish(run_config(run), run, versions, Counter())
+    assert run.read_json("semantic_ids/manifest.json") == before
 
 
 def left_out_of_other(run: RunDir) -> int:
