@@ -33,6 +33,7 @@ from qbert_ray.storage.catalog import gone_items
 from qbert_ray.storage.checksums import Record
 from qbert_ray.storage.columns import COLD, DOMAIN, GONE, ITEM_ID, ITEM_INDEX, input_type
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.lock import check_held
 from qbert_ray.storage.seals import APPENDING, seal
 from qbert_ray.storage.stages import BY_NAME, STAGES
 
@@ -175,7 +176,12 @@ def _versions(run: RunDir) -> list[Version]:
 
 
 def _publish(config: Config, run: RunDir, versions: list[Version], found: Counter[str]) -> Version:
-    """Record a new version with all parts that are in none yet; returns it."""
+    """Record a new version with all parts that are in none yet; returns it.
+
+    Raises:
+        LockedError: another process has taken the lock of the run meanwhile.
+    """
+    check_held(run)
     listed = {part for version in versions for part in version["parts"]}
     parts = [part for part in run.parts(IDS) if part not in listed]
     counts = {name: found[name] for name in ("left_out", "changed", "unchanged", "gone")}
@@ -202,7 +208,7 @@ def _publish(config: Config, run: RunDir, versions: list[Version], found: Counte
         manifest = Manifest.load(run, stage)
         assert manifest is not None
         if manifest.files is not None:
-            manifest.files |= _added_files(run, stage, manifest.files)
+            manifest.files = _recorded(run, stage, manifest.files)
         if stage == IDS:
             manifest.counts |= {**count_ids(config, run, config.quantizer.codebook_size), "versions": [*versions, version]}
         manifest.save(run, stage)
@@ -214,14 +220,19 @@ def _record_gone(run: RunDir) -> None:
     manifest = Manifest.load(run, "ingest")
     assert manifest is not None
     if manifest.files is not None and any(f"ingest/gone/{name}" not in manifest.files for name in run.names("ingest/gone")):
-        manifest.files |= _added_files(run, "ingest", manifest.files)
+        manifest.files = _recorded(run, "ingest", manifest.files)
         manifest.save(run, "ingest")
 
 
-def _added_files(run: RunDir, stage: str, known: dict[str, Record]) -> dict[str, Record]:
-    """Records of the files that an append wrote in a stage: new parts, and rewritten tables of rejected rows."""
+def _recorded(run: RunDir, stage: str, known: dict[str, Record]) -> dict[str, Record]:
+    """Records of a stage's files: the known ones, and what an append wrote, which are new parts and tables of rejected rows.
+
+    A table of rejected rows is rewritten, or removed where none is left: vectors of an item that was not in the catalog are in it until
+    the item is appended.
+    """
     parts = {name: record for name, record in seal(run, stage).items() if name.endswith(".parquet")}
-    return {name: record for name, record in parts.items() if name not in known or "/rejected/" in name}
+    kept = {name: record for name, record in known.items() if name in parts or "/rejected/" not in name}
+    return kept | {name: record for name, record in parts.items() if name not in known or "/rejected/" in name}
 
 
 def _fingerprint(content: object) -> str:

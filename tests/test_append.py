@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,11 +16,15 @@ from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.features.kinds import text
+from qbert_ray.features.stage import write_rejected
 from qbert_ray.pipeline import redo_from, run_stage, status
-from qbert_ray.storage.catalog import available_items, gone_items
+from qbert_ray.storage.catalog import available_items, gone_items, run_config
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
+from qbert_ray.storage.lock import LockedError, locked
+from qbert_ray.storage.seals import APPENDING, seal
 from qbert_ray.storage.stages import BY_NAME, STAGES
 from tests.shop import SOURCE, small_config
+from tests.small_run import ITEMS, make_run
 
 
 @pytest.fixture
@@ -113,6 +118,37 @@ def test_new_items_get_ids_and_everything_else_stays(copied, catalog, shop, fini
     assert not gone & set(run.read("score", "demo")["item_id"].to_pylist())
     assert gone & set(finished[1].read("score", "demo")["item_id"].to_pylist())  # there was something to leave out
     status(BY_NAME["ingest"], config, run)  # its manifest names the list of what is gone
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """A run by hand whose own vectors named an item that its catalog lacked, after an append of that item, but for the manifests."""
+    run, part = make_run(tmp_path), "shop-00002.parquet"
+    write_rejected(run, "shop-own", "text", "vectors.text", [("unknown item", {"item_id": "new"})])
+    for stage in appending.GROWN:
+        Manifest(stage, {}, {"quantizer": ""}, "", counts={"items": ITEMS}, files=seal(run, stage)).save(run, stage)
+    versions = appending._versions(run)
+    run.write_json(APPENDING, {})
+    run.write_part("semantic_ids", part, run.read_part("semantic_ids", "shop-00001.parquet"))
+    write_rejected(run, "shop-own", "text", "vectors.text", [])
+    return run, versions
+
+
+def test_a_table_of_rejected_rows_of_which_none_is_left_is_not_missed(grown):
+    run, versions = grown
+    version = appending._publish(run_config(run), run, versions, Counter())
+    run.delete(APPENDING)
+    assert version["parts"] == ["shop-00002.parquet"] and run.parts("features/rejected") == []
+
+
+def test_nothing_is_published_by_a_process_that_lost_the_lock(grown):
+    run, versions = grown
+    before = run.read_json("semantic_ids/manifest.json")
+    with locked(run) as lock:
+        lock.lost = "another process"
+        with pytest.raises(LockedError, match="lost the lock to another process"):
+            appending._publish(run_config(run), run, versions, Counter())
+    assert run.read_json("semantic_ids/manifest.json") == before
 
 
 def left_out_of_other(run: RunDir) -> int:

@@ -61,31 +61,45 @@ def decode_sound(content: bytes, rate: int, limits: Limits) -> np.ndarray:
     Raises:
         MediaRejected: with the reason.
     """
-    import av
-
     with _opened(content, limits) as container:
         if not container.streams.audio:
             raise MediaRejected("no sound track")
         stream = container.streams.audio[0]
         _check_sound(stream)
-        resampler = av.AudioResampler(format="fltp", rate=rate)  # channels are averaged below: FFmpeg's mono is louder than either
         pieces: list[np.ndarray] = []
         left = int(limits.max_seconds * rate)
-        for frame in _decoded(container, stream):
-            if not LEAST_RATE <= frame.sample_rate <= MOST_RATE:
-                raise MediaRejected("odd sample rate")
-            frame.pts = None  # times of a damaged file may go back, which the resampler refuses
-            for resampled in resampler.resample(frame):
-                pieces.append(resampled.to_ndarray().mean(0))
-                left -= len(pieces[-1])
+        for piece in _mono(_decoded(container, stream), rate):
+            pieces.append(piece)
+            left -= len(piece)
             if left <= 0:
                 break
-        else:
-            pieces += [resampled.to_ndarray().mean(0) for resampled in resampler.resample(None)]
     samples = np.concatenate([np.zeros(0, np.float32), *pieces])[: int(limits.max_seconds * rate)]
     if not len(samples):
         raise MediaRejected("no samples")
     return np.nan_to_num(samples, posinf=1.0, neginf=-1.0).clip(-1, 1)
+
+
+def _mono(frames: Iterator[Any], rate: int) -> Iterator[np.ndarray]:
+    """Samples at a rate of some frames.
+
+    A resampler takes frames of one form alone, and a file that was put together from several, such as a podcast, changes it on the way.
+    """
+    import av
+
+    resampler: Any = None
+    form: tuple[str, str, int] | None = None
+    for frame in frames:
+        if not LEAST_RATE <= frame.sample_rate <= MOST_RATE:
+            raise MediaRejected("odd sample rate")
+        frame.pts = None  # times of a damaged file may go back, which the resampler refuses
+        before, form = form, (frame.format.name, frame.layout.name, frame.sample_rate)
+        if resampler is None or form != before:
+            rest = resampler.resample(None) if resampler is not None else []
+            yield from (each.to_ndarray().mean(0) for each in rest)
+            resampler = av.AudioResampler(format="fltp", rate=rate)  # channels are averaged here: FFmpeg's mono is louder than either
+        yield from (each.to_ndarray().mean(0) for each in resampler.resample(frame))
+    if resampler is not None:
+        yield from (each.to_ndarray().mean(0) for each in resampler.resample(None))
 
 
 def decode_frames(content: bytes, count: int, scenes: bool, limits: Limits) -> list[Image.Image]:

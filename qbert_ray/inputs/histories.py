@@ -27,6 +27,7 @@ from qbert_ray.inputs.values import as_id
 from qbert_ray.storage.columns import DOMAIN, HISTORIES, ITEM_ID, ITEM_INDEX, RATING, REJECTED, TIMESTAMP, USER_ID, WEIGHT
 from qbert_ray.storage.directory import RunDir
 
+INTERACTIONS = "score.interactions"  # key of the config
 HISTORY = "history"  # column of lists of item_id, in files with a row per user
 USERS_PER_PART = 8192
 KNOWN = "duplicate interaction"  # reason of rows that the run has already
@@ -50,7 +51,7 @@ def open_histories(config: Config, domain: str, location: str, key: str) -> Sour
     given = data.domains[domain].model_copy(update={"interactions": location})
     follow = None if given.follow_links else f"data.domains.{domain}.follow_links"
     uri, filesystem, files = open_files(data.root, location, f"domain {domain}: {key}", key, follow)
-    if not any(HISTORY in file.columns for file in files):
+    if key == INTERACTIONS or not any(HISTORY in file.columns for file in files):  # a list has no times to be laid over others by
         return open_source(data.root, domain, "interactions", given, data.min_rating is not None, key)
     user = given.interaction_columns.get("user_id", USER_ID)
     for file in files:
@@ -64,12 +65,13 @@ def open_histories(config: Config, domain: str, location: str, key: str) -> Sour
 
 
 def read_lists(number: int, source: Source, fragments: list[tuple[int, Fragment]]) -> Iterator[pa.Table]:
-    """Rows as of interactions of a fragment with a row per user; the place in the list is the time."""
-    file, fragment = fragments[number]
-    user = source.columns[USER_ID][0]
+    """Rows as of interactions of a fragment with a row per user; the place in the files is the time, so several rows of a user follow each other."""
+    user, first = source.columns[USER_ID][0], number << 40
     try:
-        for first, raw in readers.read(source.filesystem, fragment, {user: plain_text, HISTORY: _joined}):
-            yield _exploded(raw, user, (file << 40) + first).to_arrow()
+        for _, raw in readers.read(source.filesystem, fragments[number][1], {user: plain_text, HISTORY: _joined}):
+            rows = _exploded(raw, user, first)
+            first += len(rows)
+            yield rows.to_arrow()
     except FileError as error:
         raise SourceError(f"{source.label}: {error}") from None
 
@@ -94,11 +96,11 @@ def _exploded(raw: pl.DataFrame, user: str, first: int) -> pl.DataFrame:
     rows = rows.with_columns(pl.int_ranges(pl.col(ITEM_ID).list.len()).alias(TIMESTAMP)).explode(ITEM_ID, TIMESTAMP)
     empty = pl.when(pl.col(TIMESTAMP).is_null()).then(pl.lit(EMPTY))
     reasons = [empty, *(pl.when(pl.col(name).is_null()).then(pl.lit(f"missing {name}")) for name in (USER_ID, ITEM_ID))]
-    position = (pl.int_range(pl.len(), dtype=pl.Int64) + first).alias(POSITION)
+    position = pl.int_range(pl.len(), dtype=pl.Int64) + first
     fixed = (pl.lit(None, pl.Float32).alias(RATING), pl.lit(1.0, pl.Float32).alias(WEIGHT))
-    return rows.with_columns(pl.coalesce(REASON, *reasons).alias(REASON), *fixed, position).select(
-        USER_ID, ITEM_ID, pl.col(TIMESTAMP).cast(pl.Int64), RATING, WEIGHT, POSITION, REASON, ROW
-    )
+    return rows.with_columns(
+        pl.coalesce(REASON, *reasons).alias(REASON), *fixed, position.alias(POSITION), position.alias(TIMESTAMP)
+    ).select(USER_ID, ITEM_ID, TIMESTAMP, RATING, WEIGHT, POSITION, REASON, ROW)
 
 
 def write_histories(

@@ -55,15 +55,16 @@ def _common(lists: Iterable[np.ndarray | None]) -> np.ndarray | None:
     return reduce(np.intersect1d, given) if given else None
 
 
-def own_lists(only: Filter, seen: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+def own_lists(only: Filter, seen: list[np.ndarray], most: int) -> tuple[np.ndarray, np.ndarray] | None:
     """The items that are left of each history's list, where every history has one.
 
     Args:
         only: the filter.
         seen: item_index that each history must not get either.
+        most: largest C; a single long list would be laid out once for every history.
 
     Returns:
-        [B, C] item_index in order, and [B, C] booleans, which of them are padding; None where a history may get any item.
+        [B, C] item_index in order, and [B, C] booleans, which of them are padding; None where a history may get any item, or more than `most`.
     """
     lists = only.allowed or []
     if not lists or any(own is None for own in lists):
@@ -71,6 +72,8 @@ def own_lists(only: Filter, seen: list[np.ndarray]) -> tuple[np.ndarray, np.ndar
     excluded = only.excluded if only.excluded is not None else [np.zeros(0, np.int64)] * len(seen)
     left = [np.setdiff1d(own, np.concatenate(hidden)) for own, *hidden in zip(lists, seen, excluded, strict=True) if own is not None]
     left = left if only.items is None else [items[only.items[items]] for items in left]
+    if max(map(len, left)) > most:
+        return None
     padding = np.arange(max(map(len, left))) >= np.array([len(items) for items in left])[:, None]
     items = np.zeros(padding.shape, np.int64)
     items[~padding] = np.concatenate(left)

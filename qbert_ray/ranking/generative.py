@@ -140,9 +140,11 @@ class GenerativeRanker:
         if items is None:
             return self.trie
         key = np.packbits(items).tobytes()
-        if self._filtered is None or self._filtered[0] != key:
-            self._filtered = key, Trie.build(torch.from_numpy(self.codes).to(self.device), torch.from_numpy(items).to(self.device))
-        return self._filtered[1]
+        found = self._filtered  # read once: another thread may put its own filter there at any moment
+        if found is None or found[0] != key:
+            found = key, Trie.build(torch.from_numpy(self.codes).to(self.device), torch.from_numpy(items).to(self.device))
+            self._filtered = found
+        return found[1]
 
     def scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
         """[B, N] log-probabilities of the "model", on the CPU: of the beams' items; minus infinity for all others.

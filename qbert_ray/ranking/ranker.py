@@ -107,8 +107,9 @@ class Ranker:
             Scores and item_index [B, min(k, N)], as `top_k.top_k` gives them; on the CPU.
         """
         only = only.within(self.available)
-        lists = own_lists(only, [history if remove_seen else history[:0] for history in histories])
-        if lists is not None and lists[0].size * self.vectors.shape[1] <= MOST_GATHERED and lists[0].shape[1] * LISTED <= self.num_items:
+        most = min(self.num_items // LISTED, MOST_GATHERED // (len(histories) * self.vectors.shape[1]))
+        lists = own_lists(only, [history if remove_seen else history[:0] for history in histories], most)
+        if lists is not None:
             return self._best_of(histories, k, *(torch.from_numpy(each) for each in lists))
         if self.index is not None and only.excluded is None and only.allowed is None:
             return self._best_of_prefixes(histories, k, remove_seen, only)

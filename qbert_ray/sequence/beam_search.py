@@ -263,7 +263,8 @@ def _expand(
     before = (ends - count).flatten()  # children of earlier beams of the history
     child = first.flatten()[row] + column - before[row]
     code = tree.code(level, child)
-    values = logp.new_full((batch, int(ends[:, -1].max()) if batch else 0), -torch.inf)
+    most = max(1, int(ends[:, -1].max()) if batch else 0)  # no layer takes zero beams: where no history has any, one stays, empty
+    values = logp.new_full((batch, most), -torch.inf)
     values[row // beams, column] = scores.flatten()[row] + logp.flatten(0, 1)[row, code]
     if empty is not None:
         user, gone = empty

@@ -114,8 +114,7 @@ class RunDir:
 
     def inside(self, name: str) -> RunDir:
         """A run directory below this one."""
-        place, mark, query = self.uri.partition("?")
-        return RunDir(f"{place.rstrip('/')}/{name}{mark}{query}")
+        return RunDir(join(self.uri, name))
 
     def sharing(self, base: RunDir, folders: Iterable[str]) -> RunDir:
         """This run directory, except that some folders are read from another one on the same file system."""

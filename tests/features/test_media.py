@@ -34,6 +34,17 @@ def test_sounds_become_mono_at_the_wanted_rate():
     assert np.abs(samples[1000:3000]).max() == pytest.approx(0.125, abs=0.02), "the mean of .5 and -.25"
 
 
+def test_a_sound_may_change_its_channels_on_the_way():
+    """Two files that were put together, one after the other."""
+    mono, stereo = (encode_sound(samples, RATE, "flac", "flac") for samples in (TONE, np.stack([TONE, TONE])))
+    for content in (mono + stereo, stereo + mono):
+        samples = decode_sound(content, RATE, LIMITS)
+        assert len(samples) == 2 * RATE
+        assert np.abs(samples[: RATE // 4]).max() > 0.3 and np.abs(samples[-RATE // 4 :]).max() > 0.3
+    mp3 = [encode_sound(samples, rate, "mp3", "libmp3lame") for samples, rate in ((TONE, 44_100), (np.stack([TONE, TONE]), 22_050))]
+    assert len(decode_sound(b"".join(mp3), RATE, LIMITS)) > 0.15 * RATE
+
+
 def test_only_the_first_seconds_are_decoded():
     assert len(decode_sound(sound_files()["wav"], RATE, Limits(10**7, 0.25))) == RATE // 4
     endless = wav(length=2**32 - 1, samples=b"\1\2" * (60 * RATE))

@@ -38,8 +38,10 @@ def write(path, rows):
     frame.write_parquet(path) if path.suffix == ".parquet" else frame.write_csv(path)
 
 
-def written(shop, file, newer=True, key="score.interactions"):
+def written(shop, file, newer=True):
     config, run, _ = shop
+    run.delete("score/histories")
+    key = "score.interactions" if newer else "score.histories"
     counts = write_histories(config, run, "shop", open_histories(config, "shop", file, key), "score", LocalExecutor(), newer)
     return counts, by_user(run, run.read("score/histories", "shop"))
 
@@ -98,10 +100,31 @@ def test_histories_may_be_lists(shop):
         assert counts["rejected"] == {"item not in items table": 1} and counts["users"] == 4
     (folder / "lists.csv").write_text('user_id,history\na,"i3,i1"\n')
     with pytest.raises(SourceError, match="is a list, which Parquet and JSON lines can hold"):
-        written(shop, "lists.csv")
+        written(shop, "lists.csv", newer=False)
     pl.DataFrame({"user": ["a"], "history": [["i1"]]}).write_parquet(folder / "named.parquet")
     with pytest.raises(SourceError, match="needs the columns user_id and history; columns found: user, history"):
-        written(shop, "named.parquet")
+        written(shop, "named.parquet", newer=False)
+
+
+@pytest.mark.parametrize("rows_per_block", [1, 8192])
+def test_several_lists_of_a_user_follow_each_other(shop, monkeypatch, rows_per_block):
+    folder, read = shop[2], module.readers.read
+
+    def blocks(*given):
+        return ((first + n, raw[n : n + rows_per_block]) for first, raw in read(*given) for n in range(0, len(raw), rows_per_block))
+
+    monkeypatch.setattr(module.readers, "read", blocks)
+    lists = [("a", ["i5", "i4"]), ("b", ["i1"]), ("a", ["i0", "i9", "i4"]), ("a", None), ("a", ["i2"])]
+    pl.DataFrame(lists, schema=["user_id", "history"], orient="row").write_parquet(folder / "one.parquet")
+    (folder / "one.jsonl").write_text("\n".join(json.dumps({"user_id": user, "history": items}) for user, items in lists))
+    for name in ("one.parquet", "one.jsonl"):
+        assert written(shop, name, newer=False)[1] == {"a": ["i5", "i4", "i0", "i9", "i4", "i2"], "b": ["i1"]}
+
+
+def test_lists_are_not_laid_over_the_histories_of_the_run(shop):
+    pl.DataFrame({"user_id": ["u0"], "history": [["i9"]]}).write_parquet(shop[2] / "lists.parquet")
+    with pytest.raises(SourceError, match="^domain shop: score.interactions.*item_id"):
+        open_histories(shop[0], "shop", "lists.parquet", "score.interactions")
 
 
 def test_a_file_that_cannot_be_used_is_named_with_its_key(shop):

@@ -76,7 +76,7 @@ def test_the_best_are_those_of_the_items_that_are_left(run, monkeypatch, name, b
 @pytest.mark.parametrize("enabled", [True, False])
 def test_short_lists_are_scored_alone_and_ranked_as_in_the_whole_catalog(run, monkeypatch, enabled, size):
     rank, only = load_ranker(run, "shop", Ranking(enabled=enabled, rerank=size)), FILTERS["lists"]
-    assert own_lists(only, HISTORIES)[0].shape == (3, 5) and own_lists(FILTERS["allowed"], HISTORIES) is None
+    assert own_lists(only, HISTORIES, 5)[0].shape == (3, 5) and own_lists(FILTERS["allowed"], HISTORIES, ITEMS) is None
     for remove_seen in (True, False):
         found = []
         for share in (ITEMS, 1):  # the whole catalog is scored, or the lists alone
@@ -84,6 +84,14 @@ def test_short_lists_are_scored_alone_and_ranked_as_in_the_whole_catalog(run, mo
             found.append(rank.best(HISTORIES, 6, remove_seen, only))
         assert torch.equal(found[0][1], found[1][1])
         torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_single_long_list_is_not_laid_out_for_every_history(run, monkeypatch):
+    only, wide = Filter(allowed=[np.arange(20), *[np.arange(2)] * 255]), []
+    monkeypatch.setattr(ranker, "own_lists", lambda *given: wide.append(own_lists(*given)) or wide[-1])
+    best = load_ranker(run, "shop", Ranking()).best([NONE] * 256, 20, True, only)[1]
+    assert (best >= 0).sum(1).tolist() == [20, *[2] * 255] and wide == [None]
+    assert own_lists(only, [NONE] * 256, 19) is None and own_lists(only, [NONE] * 256, 20)[0].shape == (256, 20)
 
 
 @pytest.mark.parametrize("block", [7, 8192])

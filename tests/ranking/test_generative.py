@@ -13,9 +13,12 @@ from qbert_ray.config.schema import Config
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.ranking import evaluate, score
+from qbert_ray.ranking.filters import Filter
 from qbert_ray.ranking.generative import GenerativeRanker, load_generative_ranker
 from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.sequence import stage as sequence
+from qbert_ray.sequence.beam_search import Trie
+from qbert_ray.sequence.decoder import Generator
 from qbert_ray.sequence.decoder_task import GenerativeTask
 from qbert_ray.storage import columns
 from qbert_ray.storage.stages import BY_NAME
@@ -116,6 +119,22 @@ def test_a_wide_beam_finds_the_best_of_the_items_that_are_left(ranker, name):
     for row, history in enumerate(HISTORIES):  # beams are spent on items that are left alone
         assert set(narrow[row].tolist()) - {-1} <= left(only, history, row, True)
         assert (narrow[row] >= 0).sum() == min(2, len(left(only, history, row, True)))
+
+
+def test_a_filter_that_another_thread_puts_in_its_place_is_not_used():
+    rng, odd = np.random.default_rng(0), np.arange(ITEMS) % 2 == 1
+    codes = rng.permutation(np.unique(rng.integers(0, SIZE, (10 * ITEMS, LEVELS)), axis=0))[:ITEMS]
+    others = b"", Trie.build(torch.from_numpy(codes), torch.from_numpy(~odd))
+
+    class Shared(GenerativeRanker):
+        """Another thread writes its own filter right after each that is written."""
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, others if name == "_filtered" and value is not None else value)
+
+    model = Generator(LEVELS, SIZE, width=16, num_layers=1, num_heads=2, head_width=4, ffn_width=16).eval()
+    items = Shared(model, codes, ITEMS, 5).best(HISTORIES, 5, True, Filter(items=odd))[1]
+    assert (items % 2 == 1).all()
 
 
 def test_candidates_have_exact_scores_and_items_are_similar_by_their_codes(ranker):

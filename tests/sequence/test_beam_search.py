@@ -87,6 +87,8 @@ def test_a_history_that_has_seen_everything_gets_nothing():
     found = beam_search(model, encode(model, HISTORIES[:2]), TRIE, 5, seen)
     assert (found.items[0] == -1).all() and (found.scores[0] == -torch.inf).all()
     assert (found.items[1] >= 0).all()
+    alone = beam_search(model, encode(model, HISTORIES[:1]), TRIE, 5, seen[:1])
+    assert (alone.items == -1).all() and (alone.scores == -torch.inf).all() and alone.codes.shape == (*alone.items.shape, LEVELS)
 
 
 def test_items_that_are_not_allowed_are_not_in_the_trie():

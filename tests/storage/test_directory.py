@@ -90,6 +90,13 @@ def test_a_relative_run_directory_means_the_same_place_everywhere(tmp_path, monk
     assert pickle.loads(sent).read_json("x.json") == [1]
 
 
+@pytest.mark.parametrize(
+    ("uri", "below"), [("/runs/why?", "/runs/why?/x"), ("s3://bucket/runs?region=us-east-1", "s3://bucket/runs/x?region=us-east-1")]
+)
+def test_a_question_mark_begins_the_query_of_a_uri_and_is_part_of_a_local_name(uri, below):
+    assert RunDir(uri).inside("x").uri == below
+
+
 def test_a_fingerprint_follows_config_and_inputs_not_time():
     a = Manifest("stage", {"x": 1}, {"before": "f"}, "0.1", seconds=1)
     assert a.fingerprint == Manifest("stage", {"x": 1}, {"before": "f"}, "0.1", seconds=2, counts={"rows": 1}).fingerprint
