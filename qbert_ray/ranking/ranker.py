@@ -107,7 +107,7 @@ class Ranker:
             Scores and item_index [B, min(k, N)], as `top_k.top_k` gives them; on the CPU.
         """
         only = only.within(self.available)
-        most = min(self.num_items // LISTED, MOST_GATHERED // (len(histories) * self.vectors.shape[1]))
+        most = min(self.num_items // LISTED, MOST_GATHERED // (max(len(histories), 1) * self.vectors.shape[1]))
         lists = own_lists(only, [history if remove_seen else history[:0] for history in histories], most)
         if lists is not None:
             return self._best_of(histories, k, *(torch.from_numpy(each) for each in lists))
