@@ -181,7 +181,8 @@ class Service:
             raise RequestError(f"the body is a JSON {type(given).__name__}; it must be an object with {', '.join(known)}")
         strange = next((name for name in given if name not in known), None)
         if strange is not None:
-            raise RequestError(f"{strange}: no such field; known are {', '.join(known)}")
+            name = strange.encode(errors="backslashreplace").decode()  # half a surrogate pair could not be sent back
+            raise RequestError(f"{name}: no such field; known are {', '.join(known)}")
         return {name: value for name, value in given.items() if value is not None}
 
     def _domain(self, given: dict[str, Any]) -> str:

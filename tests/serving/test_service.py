@@ -87,6 +87,7 @@ def test_similar_items_and_health(service):
         (b"{", "the body is no JSON"),
         (b"[]", "the body is a JSON list; it must be an object with history, k"),
         (b'{"histories": []}', "histories: no such field; known are history, k"),
+        (rb'{"\ud800": 1}', r"\\ud800: no such field"),
         (b'{"history": "a"}', "history is 'a'; it must be a list"),
         (b'{"history": [1]}', "history holds 1 of type int"),
         (b'{"k": 0}', "k is 0; it must be at least 1"),
