@@ -120,7 +120,7 @@ def test_images_are_encoded_missing_or_rejected_and_the_counts_agree(run, tmp_pa
     vectors, present = vectors_of(run, "image")
     assert present.any(axis=1).tolist() == [True, False, False, True, False, False] and present.all(axis=1).sum() == 2
     assert vectors.shape == (6, 4, 1280) and vectors[0] == pytest.approx(vectors[3], abs=1e-5)
-    reasons = {f"images_rejected.{reason}": 1 for reason in ("not an image", "file not found", "empty file")}
+    reasons = {f"images_rejected.{reason}": 1 for reason in ("a web page, not an image", "file not found", "empty file")}
     assert counts == {"items": 6, "images": 2, "images_missing": 1, "images_rejected": 3} | reasons
     rejected = run.read("features/rejected", "shop").to_pylist()
     assert [json.loads(row["row"])["item_id"] for row in rejected] == ["i1", "i2", "i4"]
