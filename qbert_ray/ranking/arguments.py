@@ -67,7 +67,7 @@ def read_ids(items: Iterable[str], name: str) -> list[str]:
     found = list(items)
     wrong = next((item for item in found if not isinstance(item, str)), None)
     if wrong is not None or None in found:
-        advice = "leave it out" if wrong is None or wrong != wrong else f"write {str(wrong)!r}"
+        advice = "leave it out" if str(wrong).lower() in ("none", "nan", "nat", "<na>") else f"write {str(wrong)!r}"
         raise ArgumentError(f"{name} holds {wrong!r} of type {type(wrong).__name__}; item_ids are text: {advice}")
     return found
 

@@ -166,7 +166,7 @@ def test_images_of_the_web_without_redirects():
 
 
 def test_own_vectors_are_joined_and_what_does_not_fit_is_rejected(run, tmp_path):
-    ids = ["i4", "i0", "nobody", "i1", "i2", "i3", "i5", "i0"]
+    ids = ["i4", "i0", "unknown", "i1", "i2", "i3", "i5", "i0"]
     own = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [float("nan"), 1.0], [1.0, 2.0, 3.0], None, [0.0, -0.0], [7.0, 8.0]]
     write_own(tmp_path / "own" / "a.parquet", item_id=ids, vector=own)
     config = configure("features.modalities=[text]", f"data.root={tmp_path}", domains="{shop: {vectors: {text: own}}}")

@@ -178,6 +178,7 @@ def test_histories_may_be_iterators_and_the_run_a_path(run, recommender):
         (dict(histories="a"), "histories is of type str"),
         (dict(histories={"u": ["a"]}), "histories is of type dict"),
         (dict(histories=[[1, 2]]), "item_ids are text: write '1'"),
+        (dict(histories=[[np.array([1, 2])]]), "holds array"),
         (dict(histories=[["a", float("nan")]]), "holds nan of type float; item_ids are text: leave it out"),
         (dict(histories=[["a", None]]), "history 0 holds None"),
         (dict(histories=[[]], k=3.0), "k is 3.0"),
