@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from qbert_ray.features.encoders import FileRejected
 from qbert_ray.features.modality import Encoded, Rejected, Source, StreamedEncoder, absent
@@ -89,9 +90,10 @@ class FileEncoder(StreamedEncoder):
     def __call__(self, items: pa.Table, source: Source) -> Encoded:
         """The vectors of some rows; threads read and decode the next files while a batch is encoded."""
         (whole,), prepare = self.chunks(items, source, len(items) * self.num_vectors), self.preparer()
-        with ThreadPoolExecutor(READERS) as threads:
-            window = max(2 * self.settings.batch_size, READERS)
-            decoded = ahead(threads, lambda file: prepare.decoded(prepare.content(file, whole.addresses)), whole.files, window)
+        # As many threads decode as the worker has CPUs: more take turns holding Python's lock, and sounds, which are decoded in many
+        # short steps, then take twice as long.
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            decoded = ahead(threads, prepare.decoded, prepare.contents(whole), 2 * self.settings.batch_size)
             return self.collect(items, source, (self.encode([batch]) for batch in prepare.batches(whole, decoded)))
 
     def chunks(self, items: pa.Table, source: Source, size: int | None = None) -> list[Files]:
@@ -148,12 +150,16 @@ class Preparer:
     max_bytes: int
 
     def __call__(self, chunk: Files) -> list[Batch]:
-        """Threads wait for files; decoding has one CPU and takes one thread."""
+        """Decoding has one CPU and takes one thread."""
+        return list(self.batches(chunk, map(self.decoded, self.contents(chunk))))
+
+    def contents(self, chunk: Files) -> Iterator[bytes | str]:
+        """What `content` gives for each file; threads wait for those that have to be read."""
         if all(file.content is not None for file in chunk.files):
-            return list(self.batches(chunk, (self.decoded(file.content or b"") for file in chunk.files)))
+            yield from (file.content or b"" for file in chunk.files)
+            return
         with ThreadPoolExecutor(READERS) as threads:
-            contents = ahead(threads, lambda file: self.content(file, chunk.addresses), chunk.files, 2 * READERS)
-            return list(self.batches(chunk, map(self.decoded, contents)))
+            yield from ahead(threads, lambda file: self.content(file, chunk.addresses), chunk.files, 2 * READERS)
 
     def content(self, file: File, addresses: Addresses) -> bytes | str:
         """The content of a file, or the reason why there is none."""

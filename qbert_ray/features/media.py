@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ FILM_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9", "av1", "libdav1d", "libvpx
 LEAST_RATE, MOST_RATE = 1_000, 384_000  # Hz; resampling from less would multiply the samples
 MOST_CHANNELS = 16
 MOST_PACKETS = 200_000
+BLOCK = 65_536  # samples that are resampled at once
 WAIT_SECONDS = 30.0  # most time for one file
 SIDE = 512  # pixels of the longer side of a frame that is kept
 THUMBNAIL = 16  # pixels per side of the grey pictures in which changes of scene are looked for
@@ -86,20 +88,26 @@ def _mono(frames: Iterator[Any], rate: int) -> Iterator[np.ndarray]:
     """
     import av
 
-    resampler: Any = None
-    form: tuple[str, str, int] | None = None
+    for _, alike in groupby(frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate)):
+        resampler = av.AudioResampler(format="fltp", rate=rate)  # channels are averaged here: FFmpeg's mono is louder than either
+        for block in chain(_blocks(alike), [None]):
+            yield from (each.to_ndarray().mean(0) for each in resampler.resample(block))
+
+
+def _blocks(frames: Iterator[Any]) -> Iterator[Any]:
+    """Some frames of one form as fewer and longer ones: resampling 20 ms at a time costs more than decoding them."""
+    import av
+
+    block = av.AudioFifo()
     for frame in frames:
         if not LEAST_RATE <= frame.sample_rate <= MOST_RATE:
             raise MediaRejected("odd sample rate")
         frame.pts = None  # times of a damaged file may go back, which the resampler refuses
-        before, form = form, (frame.format.name, frame.layout.name, frame.sample_rate)
-        if resampler is None or form != before:
-            rest = resampler.resample(None) if resampler is not None else []
-            yield from (each.to_ndarray().mean(0) for each in rest)
-            resampler = av.AudioResampler(format="fltp", rate=rate)  # channels are averaged here: FFmpeg's mono is louder than either
-        yield from (each.to_ndarray().mean(0) for each in resampler.resample(frame))
-    if resampler is not None:
-        yield from (each.to_ndarray().mean(0) for each in resampler.resample(None))
+        block.write(frame)
+        if block.samples >= BLOCK:
+            yield block.read()
+    if block.samples:
+        yield block.read()
 
 
 def decode_frames(content: bytes, count: int, scenes: bool, limits: Limits) -> list[Image.Image]:
@@ -224,9 +232,12 @@ def _opened(content: bytes, limits: Limits) -> Iterator[Any]:
         raise MediaRejected("empty file")
     if len(content) > limits.max_bytes:
         raise MediaRejected("too many bytes")
-    options = {"max_pixels": str(limits.max_pixels), "probesize": "1000000", "threads": "1", "enable_drefs": "0"}
+    options = {"max_pixels": str(limits.max_pixels), "threads": "1", "enable_drefs": "0"}
     try:
-        container = av.open(io.BytesIO(content), format=container_of(content), options=options, metadata_errors="replace")
+        form = container_of(content)
+        # A WAV's header says all; FFmpeg would look through as much of its samples for another codec as it may, which takes longer than the rest.
+        options["probesize"] = "4096" if form == "wav" else "1000000"
+        container = av.open(io.BytesIO(content), format=form, options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
         raise error if isinstance(error, MediaRejected) else MediaRejected("cannot be opened") from None
     with container:

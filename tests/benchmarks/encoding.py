@@ -1,6 +1,6 @@
 """Feature extraction on Ray against the bare encoder loop, texts, images, sounds and clips, on one core and on two.
 
-    python -m tests.benchmarks.encoding                # 320 images, 640 items with two texts, 2,560 sounds, 320 clips
+    python -m tests.benchmarks.encoding                # 320 images, 640 items with two texts, 7,680 sounds, 320 clips
     python -m tests.benchmarks.encoding --full         # four times as many
     python -m tests.benchmarks.encoding audio video    # some kinds
 
@@ -42,7 +42,7 @@ from qbert_ray.storage.directory import RunDir
 from tests.benchmarks.table import Figure, main
 
 FIELDS = {"text.title": "", "text.description": ""}
-SIZES = {"image": (20, 16), "text": (40, 16), "audio": (160, 16), "video": (20, 16)}  # items of a part, parts
+SIZES = {"image": (20, 16), "text": (40, 16), "audio": (480, 16), "video": (20, 16)}  # items of a part, parts
 BYTES = {"image": "image_bytes", "audio": "bytes.audio", "video": "bytes.video"}  # kind -> column of its files
 DRAWN = 64  # different sounds, and clips; more items repeat them, since drawing takes longer than encoding
 
