@@ -10,14 +10,15 @@ import torch
 
 from qbert_ray.sequence.beam_search import Trie
 from tests.benchmarks.peers_table import ranks
-from tests.benchmarks.rivals import bsarec, cid, mql4grec, sasrec, vq_rec
+from tests.benchmarks.rivals import bsarec, cid, missrec, mql4grec, sasrec, vq_rec
+from tests.benchmarks.rivals.content import content_vectors
 from tests.benchmarks.rivals.encoders import Frequencies
 from tests.benchmarks.rivals.generative import generator, listed, prefixes
 from tests.benchmarks.rivals.training import by_length, compare, fit_encoder, padded
 
 ITEMS, WIDTH = 12, 16
 SMALL = {"width": WIDTH, "num_heads": 2, "ffn_width": 16, "dropout": 0.0, "batch_size": 8, "learning_rate": 0.01}
-GIVEN = Namespace(epochs=30, patience=30, minutes=None)
+GIVEN = Namespace(epochs=30, patience=6, minutes=None)
 
 
 def circle():
@@ -36,7 +37,16 @@ def product_codes():
     return np.random.default_rng(0).integers(0, 4, (ITEMS, 8))
 
 
+def missrec_of(**settings):
+    """Texts of all items but two, and images of all but four others."""
+    random = np.random.default_rng(0)
+    content = [random.normal(size=(ITEMS, width)).astype(np.float32) for width in (8, 6)]
+    present = [np.isin(np.arange(ITEMS), gone, invert=True) for gone in ([0, 1], [4, 5, 6, 7])]
+    return missrec.MISSRec(content, present, missrec.DEFAULTS | SMALL | {"interests": 0.5} | settings)
+
+
 ENCODERS = {
+    "missrec": missrec_of,
     "sasrec": lambda: sasrec.SASRec(ITEMS, sasrec.DEFAULTS | SMALL),
     "bsarec": lambda: bsarec.BSARec(ITEMS, bsarec.DEFAULTS | SMALL),
     "vq_rec": lambda: vq_rec.VQRec(product_codes(), vq_rec.DEFAULTS | SMALL | {"codebook_size": 4}),
@@ -47,7 +57,7 @@ ENCODERS = {
 def test_an_encoder_learns_what_is_certain(name):
     torch.manual_seed(0)
     split = circle()
-    found = fit_encoder(ENCODERS[name](), split, SMALL | {"weight_decay": 0.0}, GIVEN, 0, prefixes=name == "bsarec")
+    found = fit_encoder(ENCODERS[name](), split, SMALL | {"weight_decay": 0.0}, GIVEN, 0, prefixes=name in ("bsarec", "missrec"))
     assert found.value > 0.9
     histories = [[*history, item] for history, item in zip(split.train, split.valid, strict=True)]
     assert (ranks(found.scores, histories, split.test)[0] == 1).mean() > 0.8
@@ -71,6 +81,51 @@ def test_states_do_not_see_later_items(name):
     states = model(torch.tensor([[1, 2, 3, 4], [1, 2, 9, 9]]), catalog)
     torch.testing.assert_close(states[0, :2], states[1, :2])
     assert not torch.allclose(states[0, 2], states[1, 2])
+
+
+def test_interests_are_the_clusters_that_a_history_touches_each_once():
+    torch.manual_seed(0)
+    model = missrec_of().eval()
+    model.interest[:] = torch.tensor([[0, 0]] * 6 + [[1, 2]] * 6)
+    catalog = model.catalog()
+    found, known = model.interests(torch.tensor([[2, 2, 3], [ITEMS, 8, 9]]), catalog)
+    assert known.tolist() == [[True, False], [True, True]]
+    first = [catalog[item, modality] for item in range(6) for modality in range(2) if model.present[item, modality]]
+    torch.testing.assert_close(found[0, 0], torch.stack(first).mean(0))
+    images = torch.stack([catalog[item, 1] for item in range(8, ITEMS)])
+    torch.testing.assert_close(found[1, 1], images.mean(0))
+
+
+def test_scores_weight_similarities_by_their_softmax_and_leave_out_what_an_item_lacks():
+    torch.manual_seed(0)
+    model = missrec_of().eval()
+    catalog, state = model.catalog(), torch.randn(1, WIDTH)
+    similar = torch.cosine_similarity(state[:, None], catalog, dim=-1) / 0.07
+    found = model.logits(state, catalog)[0]
+    torch.testing.assert_close(found[9], (similar[9].softmax(0) * similar[9]).sum(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[0], similar[0, 1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[4], similar[4, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_an_item_without_content_ranks_behind_all_others():
+    vectors = np.ones((3, 4), np.float32)
+    model = missrec.MISSRec([vectors], [np.array([True, False, True])], missrec.DEFAULTS | SMALL)
+    scores = model.scorer()([[0, 2], [1]])
+    assert not scores.isnan().any() and (scores.argmin(1) == 1).all()
+
+
+def test_an_epoch_may_draw_some_of_the_samples():
+    read = []
+
+    class Counting(sasrec.SASRec):
+        def forward(self, items, catalog):
+            if self.training:
+                read.append(len(items))
+            return super().forward(items, catalog)
+
+    model = Counting(ITEMS, sasrec.DEFAULTS | SMALL)
+    fit_encoder(model, circle(), SMALL | {"weight_decay": 0.0, "epoch_samples": 10}, Namespace(epochs=3, patience=9, minutes=None), 0)
+    assert sum(read) == 30
 
 
 def test_the_low_pass_is_that_of_a_fourier_transform():
@@ -209,7 +264,8 @@ def test_codes_and_vectors_are_read_in_the_order_of_the_items(tmp_path):
     expected = [[0, 1], [1, 2], [2, 3], [3, 4]]
     assert mql4grec.read_codes(tmp_path, "shop", tmp_path / "codes.parquet").tolist() == expected
     assert cid.run_ids(tmp_path, "shop").tolist() == expected
-    assert vq_rec.text_vectors(tmp_path, "shop").tolist() == [[1, 1], [2, 1], [3, 1], [3, 1]]
+    vectors, there = content_vectors(tmp_path, "shop", "text")
+    assert vectors.tolist() == [[1, 1], [2, 1], [3, 1], [3, 1]] and there.all()
     given[:3].write_parquet(tmp_path / "codes.parquet")
     with pytest.raises(SystemExit, match="lacks 1 items"):
         mql4grec.read_codes(tmp_path, "shop", tmp_path / "codes.parquet")

@@ -32,6 +32,24 @@ class Attention(nn.Module):
         return self.norm(x + self.dropout(self.out(found)))
 
 
+class CrossAttention(nn.Module):
+    """Attention on other vectors with a residual and a norm after it."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.rate = num_heads, dropout
+        self.query, self.key_value, self.out = Linear(width, width), Linear(width, 2 * width), Linear(width, width)
+        self.norm, self.dropout = nn.LayerNorm(width, 1e-12), Dropout(dropout)
+
+    def forward(self, x: Tensor, others: Tensor, mask: Tensor) -> Tensor:
+        """[B, T, D] of x [B, T, D] that looks at others [B, C, D]; mask [B, 1, 1, C] is True where there is one."""
+        query = self.query(x).view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+        key, value = self.key_value(others).view(*others.shape[:2], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        rate = self.rate if self.training else 0.0
+        found = F.scaled_dot_product_attention(query, key, value, mask, rate).transpose(1, 2).flatten(2)
+        return self.norm(x + self.dropout(self.out(found)))
+
+
 class FeedForward(nn.Module):
     """MLP with a residual and a norm after it."""
 

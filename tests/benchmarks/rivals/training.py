@@ -58,6 +58,9 @@ class Encoder(nn.Module, ABC):
     def forward(self, items: Tensor, catalog: Tensor) -> Tensor:
         """[B, T, D] states after each item of left-padded histories [B, T]; padding is N."""
 
+    def start_epoch(self, epoch: int) -> None:  # noqa: B027 - most have nothing to do
+        """Called before each epoch of the training."""
+
     def logits(self, states: Tensor, catalog: Tensor) -> Tensor:
         """[S, N] of states [S, D]."""
         if self.temperature is None:
@@ -99,6 +102,7 @@ def fit_encoder(model: Encoder, split: Split, settings: Settings, given: argpars
     """Train by cross-entropy over the whole catalog.
 
     Args:
+        settings: `epoch_samples` is the most samples of an epoch, drawn for each.
         prefixes: each prefix of a history is a sample of its own, for models that are not causal; else all places of a history are
             trained at once, which for a causal model is the same loss at a fraction of the cost.
     """
@@ -122,9 +126,15 @@ def fit_encoder(model: Encoder, split: Split, settings: Settings, given: argpars
             chosen = target < padding
         return F.cross_entropy(model.logits(states[chosen], catalog), target[chosen])
 
+    def batches(epoch: int) -> list[np.ndarray]:
+        model.start_epoch(epoch)
+        most = min(len(samples), settings.get("epoch_samples") or len(samples))
+        drawn = np.random.default_rng([seed, epoch, 1]).permutation(len(samples))[:most] if most < len(samples) else np.arange(most)
+        return [drawn[rows] for rows in by_length(lengths[drawn], settings["batch_size"], seed, epoch)]
+
     return fit(
         model,
-        lambda epoch: by_length(lengths, settings["batch_size"], seed, epoch),
+        batches,
         loss,
         lambda: ndcg(ranks(model.scorer(), history, item, 1)[0]),
         model.scorer,

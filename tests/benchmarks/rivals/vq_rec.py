@@ -14,10 +14,8 @@ Shapes: N items, K codes of an item, M codewords of a code, E text dimensions, D
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
-import polars
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ from qbert_ray.semantic_ids.kmeans import fit_product
 from qbert_ray.semantic_ids.rqvae import RQVAE
 from qbert_ray.sequence.model import Dropout
 from tests.benchmarks.peers_table import Split
+from tests.benchmarks.rivals.content import content_vectors
 from tests.benchmarks.rivals.encoders import Attention, FeedForward, from_start, read, start, visible
 from tests.benchmarks.rivals.training import Encoder, Settings, Trained, compare, fit_encoder, parser
 
@@ -64,16 +63,6 @@ class VQRec(Encoder):
         return x
 
 
-def text_vectors(run: str, domain: str) -> np.ndarray:
-    """[N, E] mean of an item's text vectors; zeros where it has no text."""
-    parts = sorted(Path(run).glob(f"features/text/{domain}-*.parquet"))
-    if not parts:
-        raise SystemExit(f"{run} has no text vectors of {domain}: run the stage features first")
-    table = polars.concat([polars.read_parquet(part) for part in parts]).sort("item_index")
-    vectors, present = (np.array(table[name].to_list(), np.float32) for name in ("vectors", "present"))  # [N, J, E], [N, J]
-    return (vectors * present[:, :, None]).sum(1) / np.maximum(present.sum(1), 1)[:, None]
-
-
 def product_codes(vectors: np.ndarray, trained: np.ndarray, num_codes: int, codebook_size: int, seed: int) -> np.ndarray:
     """[N, K] codes of vectors [N, E] by a rotated product quantizer, fitted on the rows that are `trained`."""
     model = RQVAE(vectors.shape[1], [], num_codes, codebook_size, vectors.shape[1])
@@ -84,7 +73,7 @@ def product_codes(vectors: np.ndarray, trained: np.ndarray, num_codes: int, code
 
 def train(split: Split, settings: Settings, given: argparse.Namespace, seed: int) -> Trained:
     seen = np.unique(np.concatenate(split.every)).astype(np.int64)
-    codes = product_codes(text_vectors(given.run, given.domain), seen, settings["num_codes"], settings["codebook_size"], seed)
+    codes = product_codes(content_vectors(given.run, given.domain, "text")[0], seen, settings["num_codes"], settings["codebook_size"], seed)
     return fit_encoder(VQRec(codes, settings), split, settings, given, seed)
 
 
