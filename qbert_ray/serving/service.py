@@ -138,18 +138,21 @@ class Service:
     def recommend(self, asked: Sequence[Asked]) -> list[Answer]:
         """Answers to requests that this service has read, together: {"items": [{"item_id", "score"}, ...], "unknown_items", "version"}."""
         answers: list[Answer | None] = [None] * len(asked)
-        for domain, remove_seen in dict.fromkeys((each.domain, each.remove_seen) for each in asked):
-            rows = [row for row, each in enumerate(asked) if (each.domain, each.remove_seen) == (domain, remove_seen)]
+        kinds = [(each.domain, each.remove_seen, each.k) for each in asked]  # k too: beams, and items that are reranked, are at least k
+        for kind in dict.fromkeys(kinds):
+            domain, remove_seen, k = kind
+            rows = [row for row, each in enumerate(kinds) if each == kind]
             chosen = [asked[row] for row in rows]
             recommender, rules = self.recommenders[domain], self.rules[domain]
             excluded = [each.only.excluded[0] if each.only.excluded else np.zeros(0, np.int64) for each in chosen]
             allowed = [each.only.allowed[0] if each.only.allowed else None for each in chosen]
             only = Filter(rules.items, excluded, allowed)
             with torch.inference_mode():
-                best = recommender.ranker.best([each.history for each in chosen], max(each.k for each in chosen), remove_seen, only)
+                best = recommender.ranker.best([each.history for each in chosen], k, remove_seen, only)
             for row, each, values, items in zip(rows, chosen, *best, strict=True):
-                found = recommender.pairs(values[: each.k], items[: each.k])
-                answers[row] = Answer(200, _listed(found) | {"unknown_items": each.unknown, "version": self.version})
+                answers[row] = Answer(
+                    200, _listed(recommender.pairs(values, items)) | {"unknown_items": each.unknown, "version": self.version}
+                )
         return [answer for answer in answers if answer is not None]
 
     def similar(self, body: bytes) -> Answer:

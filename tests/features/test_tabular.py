@@ -75,8 +75,9 @@ def test_numbers_as_shops_write_them(text, number):
 
 @pytest.mark.parametrize(
     ("texts", "numbers"),
-    [(["61,5", "1.234", "1.234,5"], [61.5, 1234, 1234.5]), (["61.5", "1,234", "1.234"], [61.5, 1234, 1.234]), (["1,234", "5"], [1234, 5])],
-)
+    [(["61,5", "1.234", "1.234,5"], [61.5, 1234, 1234.5]), (["61.5", "1,234", "1.234"], [61.5, 1234, 1.234]), (["1,234", "5"], [1234, 5]),
+     (["1.234.567", "12.500", "7"], [1234567, 12500, 7]), (["1,234,567", "12,500"], [1234567, 12500])],
+)  # fmt: skip
 def test_a_column_shows_whether_commas_are_decimal(texts, numbers):
     assert tabular._numbers([[text] for text in texts]).tolist() == pytest.approx(numbers)
 

@@ -74,6 +74,15 @@ def test_requests_that_are_answered_together_do_not_matter_to_each_other(service
     assert [answer.body["unknown_items"] for answer in together] == [0, 0, 0, 0, 1, 0]
 
 
+def test_a_request_for_many_items_does_not_widen_the_search_of_others(service, monkeypatch):
+    ranker, asked = service.recommenders["shop"].ranker, []
+    best = ranker.best
+    monkeypatch.setattr(ranker, "best", lambda histories, k, *rest: asked.append((len(histories), k)) or best(histories, k, *rest))
+    answers = service.recommend([ask(service, history=[], k=k) for k in (3, ITEMS, 3)])
+    assert asked == [(2, 3), (1, ITEMS)]
+    assert [len(items_of(answer)) for answer in answers] == [3, ITEMS, 3]
+
+
 def test_similar_items_and_health(service):
     answer = service.similar(json.dumps({"item": "shop-item-3", "k": 4, "exclude": ["shop-item-1"]}).encode())
     expected = service.recommenders["shop"].similar_items("shop-item-3", 4, exclude=["shop-item-1"])

@@ -30,7 +30,9 @@ NUMBERS = 0.95  # share of a column's cells that must be a single number each fo
 WAVES = 4  # cosines and sines of a quantile: the vectors of two numbers a tenth of the catalog apart have a cosine of about .6
 LEVELS = re.compile(r"\s*[>|]\s*")  # between the levels of a nested category
 
-DECIMAL_COMMA, DECIMAL_POINT = re.compile(r"\d,(?:\d{1,2}|\d{4,})(?!\d)"), re.compile(r"\d\.(?:\d{1,2}|\d{4,})(?!\d)")
+# Two points with three digits after each separate thousands, so that one point does so too.
+DECIMAL_COMMA = re.compile(r"\d,(?:\d{1,2}|\d{4,})(?!\d)|\d(?:\.\d{3}){2,}(?!\d)")
+DECIMAL_POINT = re.compile(r"\d\.(?:\d{1,2}|\d{4,})(?!\d)")
 
 Cells = list[list[str]]  # N texts of a column; empty where missing
 
