@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from qbert_ray.execution.device import own_device
 from qbert_ray.features.encoders import FileRejected
 from qbert_ray.features.modality import Encoded, Rejected, Source, StreamedEncoder, absent
 from qbert_ray.inputs.addresses import AddressError, Addresses, read_image
 from qbert_ray.storage.columns import BYTES_PREFIX, ITEM_ID, PATH_PREFIX
 
-READERS = 8  # threads that wait for files
+READERS = 8  # threads that wait for files, or that decode for a GPU
 CHUNK = 256  # pieces of a chunk, or one batch if that is more: a tenth of a second of a large encoder on a GPU, and 40 MB of pixels
 
 
@@ -90,9 +91,9 @@ class FileEncoder(StreamedEncoder):
     def __call__(self, items: pa.Table, source: Source) -> Encoded:
         """The vectors of some rows; threads read and decode the next files while a batch is encoded."""
         (whole,), prepare = self.chunks(items, source, len(items) * self.num_vectors), self.preparer()
-        # As many threads decode as the worker has CPUs: more take turns holding Python's lock, and sounds, which are decoded in many
-        # short steps, then take twice as long.
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        # Next to an encoder on the CPU, as many threads decode as the worker has CPUs: more take turns holding Python's lock, and sounds,
+        # which are decoded in many short steps, then take twice as long. A GPU should not wait.
+        with ThreadPoolExecutor(torch.get_num_threads() if own_device() == "cpu" else READERS) as threads:
             decoded = ahead(threads, prepare.decoded, prepare.contents(whole), 2 * self.settings.batch_size)
             return self.collect(items, source, (self.encode([batch]) for batch in prepare.batches(whole, decoded)))
 
