@@ -1,7 +1,7 @@
 """MISSRec from scratch on a run's sequences and content vectors.
 
-    python -m tests.benchmarks.rivals.missrec runs/movielens movielens results/rivals/ranks.parquet --modalities text image \\
-        --epochs 30 --patience 5 --set '{}' --set '{"item_ids": true}'
+    python -m tests.benchmarks.rivals.missrec runs/scientific scientific results/rivals/ranks.parquet --modalities text --epochs 30 \\
+        --patience 4 --minutes 9 --set '{"epoch_samples": 0, "item_ids": true}'
 
 MISSRec (Wang et al., arXiv 2308.11175) without its pre-training. Vectors of each modality are projected to one width, and clustered
 before each epoch; the clusters that a history touches are its interests. An encoder reads the interests without order, a decoder the
