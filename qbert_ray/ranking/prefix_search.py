@@ -16,7 +16,7 @@ from torch import Tensor
 
 PER_HISTORY, LINKED = 128, 256  # candidates by the sequence model, and by item-item weights
 GATHERING = 16  # cost of comparing a query with a vector of its own list, next to one of all queries' common product
-MOST_GATHERED = 2**25  # numbers of item vectors laid out at once: 128 MiB
+MOST_GATHERED = 2**23  # numbers of item vectors laid out at once: 32 MiB; four times as many took 1.4 times as long, out of the cache
 
 
 class PrefixIndex:

@@ -18,29 +18,45 @@ class SampledItems(NamedTuple):
     """A sample of a catalog for the softmax of one batch, with the inclusion probability of each item."""
 
     rows: Tensor  # [R] item_index, ascending, without repetitions
-    log_probability: Tensor  # [R]
+    log_probability: Tensor  # [R] for queries of other sequences
+    certain: tuple[Tensor, Tensor]  # query and place in `rows` of the items of each query's own sequence, which are never left out
 
 
-def sample_items(batch_items: Tensor, frequency: Tensor, uniform: int) -> SampledItems:
+def sample_items(items: Tensor, target: Tensor, groups: list[tuple[int, int, int]], frequency: Tensor, uniform: int) -> SampledItems:
     """The items of a batch and `uniform` random ones, with their inclusion probabilities.
 
-    An item is included if the batch holds it, whose items are drawn about by frequency, or if it is among the uniform draws.
+    An item is included if a sequence of the batch holds it, whose items are drawn about by frequency, or if it is among the uniform draws.
+    A query's own sequence is no draw: its items, those after the target too, would weigh as much more than others as they are rare.
 
     Args:
-        batch_items: [S] item_index of all inputs and targets of a batch.
+        items: [P] item_index of packed sequences, each of which is followed by
+        target: [P].
+        groups: of the sequences, as `pack` gives them.
         frequency: [N] share of each item in the training interactions.
         uniform: draws from the whole catalog, with repetition.
     """
-    size = len(frequency)
-    drawn = torch.randint(size, (uniform,), device=batch_items.device)
-    rows = torch.cat([batch_items, drawn]).unique()
-    missed_by_batch = torch.exp(len(batch_items) * torch.log1p(-frequency[rows]))
+    size, sequences = len(frequency), sum(count for _, count, _ in groups)
+    rows = torch.cat([items, target, torch.randint(size, (uniform,), device=items.device)]).unique()
+    others = (len(items) + sequences) * (1 - 1 / sequences)  # items of a batch without one of its sequences
+    missed_by_batch = torch.exp(others * torch.log1p(-frequency[rows]))
     missed_by_draws = (1 - 1 / size) ** uniform
-    return SampledItems(rows, torch.log1p(-missed_by_batch * missed_by_draws))
+    queries, own = [], []
+    for start, count, length in groups:
+        block = torch.arange(start, start + count * length, device=items.device).view(count, length)
+        whole = torch.cat([items[block], target[block[:, -1:]]], dim=1)  # [count, length + 1]
+        queries.append(block[:, :, None].expand(count, length, length + 1).flatten())
+        own.append(whole[:, None].expand(count, length, length + 1).flatten())
+    certain = torch.cat(queries), torch.searchsorted(rows, torch.cat(own))
+    return SampledItems(rows, torch.log1p(-missed_by_batch * missed_by_draws), certain)
 
 
 def catalog_cross_entropy(
-    query: Tensor, vectors: Tensor, bias: Tensor, target: Tensor, correction: Tensor | None = None, weight: Tensor | None = None
+    query: Tensor,
+    vectors: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    correction: tuple[Tensor, Tensor, Tensor] | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the targets under a softmax over the items, summed over the queries.
 
@@ -48,8 +64,8 @@ def catalog_cross_entropy(
         query: [P, D].
         vectors: [N, D], bias: [N] of the items; logits are `query @ vectors.T + bias`.
         target: [P] row of each target.
-        correction: [P] added to the target's own logit: with sampled items, whose bias is reduced by their log-probability
-            (Jean et al. 2015), the target is not a sample.
+        correction: queries, rows and what is added to their logits; repeated pairs count once. With sampled items, whose bias is
+            reduced by their log-probability (Jean et al. 2015), the target and other items that are not there by chance get it back.
         weight: [P] of the targets; None: all are 1.
     """
     return _CatalogCrossEntropy.apply(query, vectors, bias, target, correction, weight)
@@ -60,12 +76,19 @@ class _CatalogCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, vectors: Tensor, bias: Tensor, target: Tensor, correction: Tensor | None, weight: Tensor | None
+        ctx: Any,
+        query: Tensor,
+        vectors: Tensor,
+        bias: Tensor,
+        target: Tensor,
+        correction: tuple[Tensor, Tensor, Tensor] | None,
+        weight: Tensor | None,
     ) -> Tensor:
         logits = product(query, vectors, bias)
         own = target[:, None]
         if correction is not None:
-            logits.scatter_add_(1, own, correction[:, None].to(logits.dtype))
+            queries, rows, added = correction
+            logits[queries, rows] = logits[queries, rows] + added.to(logits.dtype)
         logits -= logits.amax(1, keepdim=True)
         of_target = logits.gather(1, own)[:, 0].clone()
         total = logits.exp_().sum(1)

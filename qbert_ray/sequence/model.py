@@ -228,8 +228,9 @@ class Sequencer(nn.Module):
         if sampled is None:
             return catalog_cross_entropy(query, *self.catalog_vectors(table), target, weight=weight)
         vectors, bias = self.catalog_vectors(table, sampled.rows)
+        correction = (*sampled.certain, sampled.log_probability[sampled.certain[1]])
         place = torch.searchsorted(sampled.rows, target)
-        return catalog_cross_entropy(query, vectors, bias - sampled.log_probability, place, sampled.log_probability[place], weight)
+        return catalog_cross_entropy(query, vectors, bias - sampled.log_probability, place, correction, weight)
 
     def _token_loss(self, query: Tensor, codes: Tensor, weight: Tensor | None) -> Tensor:
         """Eq. 11, of codes [P, K]: cross-entropy at each level, their mean. A flat query has a state of its own for each level.

@@ -176,7 +176,7 @@ class SequencerTask:
         weight = self._weights(name, following, device)
         sampled = None
         if self.settings.sampled_items and self._samples(name):
-            sampled = sample_items(torch.cat([batch.items, target]), self.frequency[name].to(device), self.settings.sampled_items)
+            sampled = sample_items(batch.items, target, batch.groups, self.frequency[name].to(device), self.settings.sampled_items)
         return model.loss(model(batch, table), target, table, sampled, weight), _size(target, weight)
 
     def _samples(self, name: str) -> bool:

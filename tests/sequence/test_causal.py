@@ -101,15 +101,18 @@ def test_the_mean_of_the_history_ends_with_the_position_itself():
 def test_catalog_cross_entropy_is_that_of_pytorch_with_its_gradients(corrected):
     torch.manual_seed(0)
     inputs = [torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
-    target, correction = torch.tensor([0, 6, 3, 3, 1]), torch.randn(5, dtype=torch.float64) if corrected else None
+    target, correction, added = torch.tensor([0, 6, 3, 3, 1]), None, torch.zeros(5, 7, dtype=torch.float64)
+    if corrected:
+        queries, rows = torch.tensor([0, 0, 4, 2, 0]), torch.tensor([0, 6, 2, 5, 6])  # the last repeats the second
+        added[queries, rows] = torch.tensor([0.3, -1.0, 2.0, 0.7, -1.0], dtype=torch.float64)
+        correction = queries, rows, added[queries, rows]
     found = []
     for own in (True, False):
         query, vectors, bias = (each.clone().requires_grad_() for each in inputs)
         if own:
             loss = catalog_cross_entropy(query, vectors, bias, target, correction)
         else:
-            logits = query @ vectors.T + bias
-            logits = logits if correction is None else logits + F.one_hot(target, 7) * correction[:, None]
+            logits = query @ vectors.T + bias + added
             loss = F.cross_entropy(logits, target, reduction="sum")
         (3 * loss).backward()
         found.append([loss.detach(), query.grad, vectors.grad, bias.grad])
@@ -122,7 +125,8 @@ def test_logits_of_any_size_have_a_finite_loss_and_gradient():
     torch.manual_seed(0)
     query, vectors = torch.tensor([[1000.0], [0.01], [-1000.0]]).requires_grad_(), torch.linspace(1, 2, 6)[:, None]
     bias, target = torch.zeros(6), torch.tensor([1, 0, 4])
-    loss = catalog_cross_entropy(query, vectors, bias, target, torch.zeros(3, dtype=torch.float64))  # cast to the logits' type
+    correction = torch.arange(3), target, torch.zeros(3, dtype=torch.float64)  # cast to the logits' type
+    loss = catalog_cross_entropy(query, vectors, bias, target, correction)
     loss.backward()
     expected = F.cross_entropy(query @ vectors.T, target, reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and torch.isfinite(query.grad).all()
@@ -130,7 +134,7 @@ def test_logits_of_any_size_have_a_finite_loss_and_gradient():
 
 def test_an_item_with_all_interactions_is_certain_and_one_with_none_depends_on_the_draws():
     torch.manual_seed(0)
-    sampled = sample_items(torch.tensor([0, 2]), torch.tensor([1.0, 0.0, 0.0]), 3)
+    sampled = sample_items(torch.tensor([0, 0]), torch.tensor([2, 2]), [(0, 2, 1)], torch.tensor([1.0, 0.0, 0.0]), 3)
     probability = dict(zip(sampled.rows.tolist(), sampled.log_probability.exp().tolist(), strict=True))
     assert probability[0] == 1 and probability[2] == pytest.approx(1 - (2 / 3) ** 3)
 
@@ -138,28 +142,48 @@ def test_an_item_with_all_interactions_is_certain_and_one_with_none_depends_on_t
 def test_a_sample_that_holds_the_catalog_for_certain_gives_the_whole_softmax():
     model = build()
     query, target = torch.randn(6, 16), torch.tensor([0, 5, 19, 3, 3, 7])
-    certain = SampledItems(torch.arange(20), torch.zeros(20))
+    certain = SampledItems(torch.arange(20), torch.zeros(20), (torch.arange(6), target))
     assert torch.allclose(model.loss(query, target, TABLE, certain), model.loss(query, target, TABLE), atol=1e-4)
 
 
-def test_inclusion_probabilities_are_those_of_many_draws():
+def test_every_query_is_certain_of_all_items_of_its_own_sequence():
+    """Sequences 7 and 8; 1, 2 and 3; 4, 5 and 5."""
+    items, target = torch.tensor([7, 1, 2, 4, 5]), torch.tensor([8, 2, 3, 5, 5])
+    sampled = sample_items(items, target, [(0, 1, 1), (1, 2, 2)], torch.full((9,), 1 / 9), 1)
+    found = {query: set() for query in range(5)}
+    for query, row in zip(*(each.tolist() for each in sampled.certain), strict=True):
+        found[query].add(sampled.rows[row].item())
+    assert found == {0: {7, 8}, 1: {1, 2, 3}, 2: {1, 2, 3}, 3: {4, 5}, 4: {4, 5}}
+
+
+FREQUENCY = torch.tensor([0.5, 0.3, 0.08, 0.06, 0.06, 0.0])
+
+
+def drawn_batch():
+    """Four sequences of three queries and of independent items: items, targets and groups."""
+    drawn = torch.multinomial(FREQUENCY, 16, replacement=True).view(4, 4)
+    return drawn[:, :-1].flatten(), drawn[:, 1:].flatten(), [(0, 4, 3)]
+
+
+def test_the_sum_over_a_sample_is_on_average_that_over_the_catalog():
+    """Of what a query's logits are to sum, its own items count once and others by what they weigh where they are drawn."""
     torch.manual_seed(0)
-    frequency = torch.tensor([0.5, 0.3, 0.1, 0.1, 0.0])
-    counts, expected = torch.zeros(5), torch.zeros(5)
+    weights, expected, found = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0, 1.0]), 19.0, []
     for _ in range(4000):
-        batch = torch.multinomial(frequency, 3, replacement=True)
-        sampled = sample_items(batch, frequency, 2)
-        counts[sampled.rows] += 1
-        expected[sampled.rows] = sampled.log_probability.exp()
-        assert set(batch.tolist()) <= set(sampled.rows.tolist())
-    assert torch.allclose(counts / 4000, expected, atol=0.03)
+        items, target, groups = drawn_batch()
+        sampled = sample_items(items, target, groups, FREQUENCY, 2)
+        each = (weights[sampled.rows] / sampled.log_probability.exp()).expand(len(items), -1).clone()
+        queries, rows = sampled.certain
+        each[queries, rows] = weights[sampled.rows][rows]
+        found.append(each.sum(1).mean().item())
+    assert sum(found) / 4000 == pytest.approx(expected, rel=0.01)
 
 
 def test_sampled_and_whole_softmax_have_about_equal_gradients_on_average():
     torch.manual_seed(0)
     frequency = torch.full((20,), 1 / 20)
     model = build(recall=False)
-    query, target = torch.randn(40, 16), torch.randint(20, (40,))
+    query, items, target = torch.randn(40, 16), torch.randint(20, (40,)), torch.randint(20, (40,))
 
     def gradient(sampled):
         asked = query.clone().requires_grad_()
@@ -167,7 +191,7 @@ def test_sampled_and_whole_softmax_have_about_equal_gradients_on_average():
         return asked.grad
 
     whole = gradient(None)
-    mean = torch.stack([gradient(sample_items(target, frequency, 40)) for _ in range(30)]).mean(0)
+    mean = torch.stack([gradient(sample_items(items, target, [(0, 40, 1)], frequency, 40)) for _ in range(30)]).mean(0)
     assert F.cosine_similarity(whole.flatten(), mean.flatten(), dim=0) > 0.98
 
 

@@ -82,7 +82,9 @@ def test_eq_11_over_tokens_is_the_mean_log_probability_of_the_codes(tokens, logi
 
 @pytest.mark.parametrize("logits", ["dot", "cosine"])
 @pytest.mark.parametrize(
-    "sampled", [None, SampledItems(torch.tensor([1, 2, 5, 7]), torch.full((4,), -1.0, dtype=torch.float64))], ids=["all", "sampled"]
+    "sampled",
+    [None, SampledItems(torch.tensor([1, 2, 5, 7]), torch.full((4,), -1.0, dtype=torch.float64), (torch.arange(2), torch.tensor([3, 1])))],
+    ids=["all", "sampled"],
 )
 def test_the_loss_over_tokens_is_added_with_its_weight_and_without_biases(sampled, logits):
     query, target, table = queries(), torch.tensor([7, 2]), ItemTable(CODES)
@@ -102,17 +104,19 @@ def test_a_model_of_words_has_no_loss_over_tokens():
 
 
 @pytest.mark.parametrize("logits", ["dot", "cosine"])
-def test_a_sampled_softmax_takes_the_log_probability_of_being_sampled_off_every_item_but_the_target(logits):
+def test_a_sampled_softmax_takes_the_log_probability_of_being_sampled_off_every_item_but_those_it_is_sure_to_hold(logits):
+    """The first query's target is item 7 and its sequence holds item 2 too; the second's is 2."""
     model, query, target = build(logits=logits, temperature=0.3), queries(), [7, 2]
     rows, logp = [1, 2, 5, 7], [-0.5, -1.0, -0.25, -2.0]
     expected = 0.0
-    for row, item in zip(query.tolist(), target, strict=True):
+    for row, item, sure in zip(query.tolist(), target, ({7, 2}, {2}), strict=True):
         scores = []
         for other, probability in zip(rows, logp, strict=True):
             product = dot(unit(row), unit(vector_of(model, other))) / 0.3 if logits == "cosine" else dot(row, vector_of(model, other))
-            scores.append(product + bias_of(model, other) - (0 if other == item else probability))
+            scores.append(product + bias_of(model, other) - (0 if other in sure else probability))
         expected -= log_softmax(scores, rows.index(item))
-    sampled = SampledItems(torch.tensor(rows), torch.tensor(logp, dtype=torch.float64))
+    certain = torch.tensor([0, 0, 1]), torch.tensor([3, 1, 1])
+    sampled = SampledItems(torch.tensor(rows), torch.tensor(logp, dtype=torch.float64), certain)
     assert model.loss(query, torch.tensor(target), ItemTable(CODES), sampled).item() == pytest.approx(expected)
 
 
