@@ -6,6 +6,8 @@ A table is a YAML file that names its variants (overlays on a data set's config)
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
@@ -40,7 +42,9 @@ class Table(Section):
     sequencers: bool = Field(False, description="rows also for the sequence model alone of every variant, compared with the reference's")
     seeds: list[int] = [0, 1, 2, 3, 4]
     metrics: list[Annotated[str, Field(pattern=r"^(hr|ndcg)@[1-9]\d*$")]] = ["hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10"]
-    paper: dict[str, dict[str, dict[str, float]]] = Field({}, description="domain -> row -> metric -> published value")
+    paper: dict[str, dict[str, dict[str, float]]] = Field(
+        {}, description="domain -> row -> metric -> published value; rows that are not run show it alone"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Table:
@@ -126,7 +130,6 @@ class Line(TypedDict):
     users: int
     mean: float  # over seeds, of the mean over users
     half: float  # of its 95 % interval: over seeds (Student's t), with one seed over users
-    paper: float | None  # the published figure
     difference: float | None  # to the reference, with its 95 % interval by bootstrap over users, each with the mean over seeds
     low: float | None
     high: float | None
@@ -155,7 +158,6 @@ def summarise(ranks: pl.DataFrame, table: Table) -> list[Line]:
                             "users": len(users),
                             "mean": float(np.mean(by_seed)),
                             "half": _half(by_seed, users["value"].to_numpy()),
-                            "paper": table.paper.get(domain, {}).get(name, {}).get(metric),
                             "difference": difference,
                             "low": low,
                             "high": high,
@@ -201,15 +203,22 @@ def markdown(summary: list[Line], table: Table, skipped: dict[str, dict[str, str
     for domain in dict.fromkeys(line["domain"] for line in summary):
         for protocol in PROTOCOLS:
             chosen = [line for line in summary if (line["domain"], line["protocol"]) == (domain, protocol)]
-            published = protocol == "all" and any(line["paper"] is not None for line in chosen)
-            heads = [head for metric in table.metrics for head in (metric, f"against {table.reference}", *(["paper"] if published else []))]
+            paper = table.paper.get(domain, {}) if protocol == "all" else {}
+            heads = [head for metric in table.metrics for head in (metric, f"against {table.reference}", *(["paper"] if paper else []))]
             most = max(line["seeds"] for line in chosen)
             lines += [f"## {domain}, {protocol} items ranked: {chosen[0]['users']:,} users, {most} seed{'s' * (most > 1)}", ""]
             lines += ["| " + " | ".join(["", *heads]) + " |", "|" + "---|" * (len(heads) + 1)]
             for name in dict.fromkeys(line["row"] for line in chosen):
-                cells = [cell for line in chosen if line["row"] == name for cell in _cells(line, published)]
+                published = [paper.get(name, {})] if paper else []
+                cells = [cell for line in chosen if line["row"] == name for cell in _cells(line, *published)]
                 lines.append("| " + " | ".join([f"**{name}**" if name == table.reference else label(name), *cells]) + " |")
+            for name, values in paper.items():
+                if all(line["row"] != name for line in chosen):
+                    cells = [cell for metric in table.metrics for cell in ("", "", _printed(values, metric))]
+                    lines.append("| " + " | ".join([label(name), *cells]) + " |")
             lines.append("")
+            if any(impossible(values) for values in paper.values()):
+                lines += ["‡ cannot be right for one target per user, given hr@k.", ""]
             lines += [f"Not run, {label(row)}: {label(why)}.\n" for row, why in (skipped or {}).get(domain, {}).items()]
     lines += [
         "±: half of the 95 % interval of the mean, over seeds (Student's t) or, with one seed, over users. Against the reference: the difference of",
@@ -218,14 +227,39 @@ def markdown(summary: list[Line], table: Table, skipped: dict[str, dict[str, str
     return "\n".join(lines) + "\n"
 
 
-def _cells(line: Line, published: bool) -> list[str]:
+def _cells(line: Line, *published: dict[str, float]) -> list[str]:
     difference, low, high = line["difference"], line["low"], line["high"]
     apart = ""
     if difference is not None and low is not None and high is not None:
         apart = f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"
         apart = f"**{apart}**" if low > 0 or high < 0 else apart
-    paper = ["" if line["paper"] is None else f"{line['paper']:.4f}"] if published else []
-    return [f"{line['mean']:.4f} ± {line['half']:.4f}", apart, *paper]
+    return [f"{line['mean']:.4f} ± {line['half']:.4f}", apart, *(_printed(values, line["metric"]) for values in published)]
+
+
+def _printed(values: dict[str, float], metric: str) -> str:
+    return f"{values[metric]:.4f}{' ‡' * (metric in impossible(values))}" if metric in values else ""
+
+
+def impossible(values: dict[str, float], rounding: float = 0.5e-4) -> set[str]:
+    """Which ndcg@k of published figures cannot be right for one target per user, given hr@k.
+
+    Targets that rank between two cutoffs a < b add between 1 / log2(b + 1) and 1 / log2(a + 2) each to ndcg; ndcg@1 is hr@1.
+
+    Args:
+        values: metric -> figure.
+        rounding: by how much each may have been rounded.
+    """
+    hits = {int(name.partition("@")[2]): value for name, value in values.items() if name.startswith("hr@")}
+    gains = {k: hits[1] if k == 1 else values[f"ndcg@{k}"] for k in sorted(hits) if k == 1 or f"ndcg@{k}" in values}
+    steps, found = list(itertools.pairwise(sorted(hits))), set()
+    for low, high in itertools.combinations(gains, 2):
+        slack = 2 * rounding * (1 + 1 / math.log2(low + 2))  # of two gains and two weighted hits
+        between = [(a, b, hits[b] - hits[a]) for a, b in steps if low <= a and b <= high]
+        least = sum(more / math.log2(b + 1) for _, b, more in between)
+        most = sum(more / math.log2(a + 2) for a, _, more in between)
+        if not least - slack <= gains[high] - gains[low] <= most + slack:
+            found.add(f"ndcg@{high}")
+    return found
 
 
 def collect(folder: RunDir, ranks: pl.DataFrame, table: Table, skipped: dict[str, str] | None = None) -> None:
