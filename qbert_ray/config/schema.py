@@ -188,6 +188,9 @@ class SequenceTraining(Training):
         16384,
         description="random items of a causal objective's softmax, with those of the batch, for catalogs of more than twice as many; None: always the whole catalog",
     )
+    exclude_own_items: bool | None = Field(
+        None, description="leave a sequence's other items out of a causal softmax; None: where less than a twentieth of items are repeats"
+    )
     masks: dict[MaskStrategy, PositiveFloat] = Field({"random": 1.0}, description="strategy -> weight with which a sequence draws it")
     mask_ratio: dict[MaskStrategy, Share] = Field(
         {"span": 0.3, "tail": 0.1, "multi_region": 0.15, "random": 0.3},
@@ -262,8 +265,7 @@ class Ranking(Section):
     rerank: NonNegativeInt = Field(64, description="best items by the blend that a small network reorders; 0: the blend alone")
     rerank_users: PositiveInt = Field(20000, description="users, chosen by hash, whose validation items the reranker is fitted on")
     new_item_bonus: float = Field(
-        0.5,
-        description="added to the scores of cold items, which are otherwise shown as rarely as they are bought",
+        0.5, description="added to the scores of cold items, which are otherwise shown as rarely as they are bought"
     )
 
 

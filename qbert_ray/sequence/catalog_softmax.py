@@ -19,14 +19,53 @@ class SampledItems(NamedTuple):
 
     rows: Tensor  # [R] item_index, ascending, without repetitions
     log_probability: Tensor  # [R] for queries of other sequences
-    certain: tuple[Tensor, Tensor]  # query and place in `rows` of the items of each query's own sequence, which are never left out
+
+
+class OwnItems(NamedTuple):
+    """Each query with all items of its own sequence, its target and those after it too; pairs may repeat."""
+
+    query: Tensor  # [Q]
+    item: Tensor  # [Q] item_index
+    left_out: bool  # of the softmax, but for the target
+
+    def correction(self, target: Tensor, sampled: SampledItems | None) -> Correction:
+        """What is added to the logits of own items, for targets [P]: with sampled items, they are there for certain."""
+        row = self.item if sampled is None else torch.searchsorted(sampled.rows, self.item)
+        added = torch.zeros(len(row), device=row.device) if sampled is None else sampled.log_probability[row]
+        return Correction(self.query, row, added.masked_fill(self.left_out & (self.item != target[self.query]), -torch.inf))
+
+
+class Correction(NamedTuple):
+    """What is added to some logits; repeated pairs count once."""
+
+    query: Tensor  # [Q]
+    row: Tensor  # [Q] of the items
+    added: Tensor  # [Q]
+
+
+def own_items(items: Tensor, target: Tensor, groups: list[tuple[int, int, int]], left_out: bool) -> OwnItems:
+    """The own items of each query.
+
+    Args:
+        items: [P] item_index of packed sequences, each of which is followed by
+        target: [P].
+        groups: of the sequences, as `pack` gives them.
+        left_out: of the softmax.
+    """
+    queries, own = [], []
+    for start, count, length in groups:
+        block = torch.arange(start, start + count * length, device=items.device).view(count, length)
+        whole = torch.cat([items[block], target[block[:, -1:]]], dim=1)  # [count, length + 1]
+        queries.append(block[:, :, None].expand(count, length, length + 1).flatten())
+        own.append(whole[:, None].expand(count, length, length + 1).flatten())
+    return OwnItems(torch.cat(queries), torch.cat(own), left_out)
 
 
 def sample_items(items: Tensor, target: Tensor, groups: list[tuple[int, int, int]], frequency: Tensor, uniform: int) -> SampledItems:
     """The items of a batch and `uniform` random ones, with their inclusion probabilities.
 
-    An item is included if a sequence of the batch holds it, whose items are drawn about by frequency, or if it is among the uniform draws.
-    A query's own sequence is no draw: its items, those after the target too, would weigh as much more than others as they are rare.
+    An item is included if another sequence of the batch holds it, whose items are drawn about by frequency, or if it is among the uniform
+    draws. A query's own sequence is no draw: its items are always there.
 
     Args:
         items: [P] item_index of packed sequences, each of which is followed by
@@ -40,14 +79,32 @@ def sample_items(items: Tensor, target: Tensor, groups: list[tuple[int, int, int
     others = (len(items) + sequences) * (1 - 1 / sequences)  # items of a batch without one of its sequences
     missed_by_batch = torch.exp(others * torch.log1p(-frequency[rows]))
     missed_by_draws = (1 - 1 / size) ** uniform
-    queries, own = [], []
-    for start, count, length in groups:
-        block = torch.arange(start, start + count * length, device=items.device).view(count, length)
-        whole = torch.cat([items[block], target[block[:, -1:]]], dim=1)  # [count, length + 1]
-        queries.append(block[:, :, None].expand(count, length, length + 1).flatten())
-        own.append(whole[:, None].expand(count, length, length + 1).flatten())
-    certain = torch.cat(queries), torch.searchsorted(rows, torch.cat(own))
-    return SampledItems(rows, torch.log1p(-missed_by_batch * missed_by_draws), certain)
+    return SampledItems(rows, torch.log1p(-missed_by_batch * missed_by_draws))
+
+
+def item_cross_entropy(
+    query: Tensor,
+    vectors: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    own: OwnItems | None = None,
+    sampled: SampledItems | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of the targets [P], item_index, under a softmax over the catalog or a sample of it, summed over the queries.
+
+    Args:
+        query: [P, D].
+        vectors: [N, D], bias: [N] of the catalog, or [R, D] and [R] of the sampled items; logits are `query @ vectors.T + bias`.
+        target: [P] item_index.
+        own: the own items of each query, which have to be given with sampled items.
+        sampled: items of the softmax; None: the catalog.
+        weight: [P] of the targets; None: all are 1.
+    """
+    correction = None if own is None else own.correction(target, sampled)
+    if sampled is not None:
+        bias, target = bias - sampled.log_probability, torch.searchsorted(sampled.rows, target)
+    return catalog_cross_entropy(query, vectors, bias, target, correction, weight)
 
 
 def catalog_cross_entropy(
@@ -55,7 +112,7 @@ def catalog_cross_entropy(
     vectors: Tensor,
     bias: Tensor,
     target: Tensor,
-    correction: tuple[Tensor, Tensor, Tensor] | None = None,
+    correction: Correction | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the targets under a softmax over the items, summed over the queries.
@@ -64,8 +121,8 @@ def catalog_cross_entropy(
         query: [P, D].
         vectors: [N, D], bias: [N] of the items; logits are `query @ vectors.T + bias`.
         target: [P] row of each target.
-        correction: queries, rows and what is added to their logits; repeated pairs count once. With sampled items, whose bias is
-            reduced by their log-probability (Jean et al. 2015), the target and other items that are not there by chance get it back.
+        correction: with sampled items, whose bias is reduced by their log-probability (Jean et al. 2015), the target and other items that
+            are there for certain get it back. Minus infinity leaves an item out.
         weight: [P] of the targets; None: all are 1.
     """
     return _CatalogCrossEntropy.apply(query, vectors, bias, target, correction, weight)
@@ -81,14 +138,14 @@ class _CatalogCrossEntropy(torch.autograd.Function):
         vectors: Tensor,
         bias: Tensor,
         target: Tensor,
-        correction: tuple[Tensor, Tensor, Tensor] | None,
+        correction: Correction | None,
         weight: Tensor | None,
     ) -> Tensor:
         logits = product(query, vectors, bias)
         own = target[:, None]
         if correction is not None:
-            queries, rows, added = correction
-            logits[queries, rows] = logits[queries, rows] + added.to(logits.dtype)
+            place = correction.query, correction.row
+            logits[place] = logits[place] + correction.added.to(logits.dtype)
         logits -= logits.amax(1, keepdim=True)
         of_target = logits.gather(1, own)[:, 0].clone()
         total = logits.exp_().sum(1)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert_ray.products import Linear, product
-from qbert_ray.sequence.catalog_softmax import SampledItems, catalog_cross_entropy
+from qbert_ray.sequence.catalog_softmax import OwnItems, SampledItems, item_cross_entropy
 from qbert_ray.sequence.item_table import ColdItems, ItemTable
 from qbert_ray.sequence.packing import Packed, pack, to_device
 from qbert_ray.sequence.recency import recency_weighted_mean
@@ -208,29 +208,28 @@ class Sequencer(nn.Module):
         return F.normalize(query, dim=-1) / self.temperature if self.logits_kind == "cosine" else query
 
     def loss(
-        self, query: Tensor, target: Tensor, table: ItemTable, sampled: SampledItems | None = None, weight: Tensor | None = None
+        self,
+        query: Tensor,
+        target: Tensor,
+        table: ItemTable,
+        own: OwnItems | None = None,
+        sampled: SampledItems | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy of the targets, over the catalog, by level of the semantic ID (Eq. 11) or both, summed over the P positions.
 
         Args:
             query: [P, D or K * D].
             target: [P] item_index.
-            table: the catalog.
-            sampled: items that the softmax runs over instead of the catalog, the targets among them; loss "catalog" alone.
+            own: items of each query's own sequence, which a softmax over items may leave out.
+            sampled: items that this softmax runs over instead of the catalog, own items among them.
             weight: [P] of the targets; None: all are 1.
         """
         if self.loss_kind == "tokens":
             return self._token_loss(query, table.codes[target], weight)
-        loss = self._catalog_loss(self.scaled(query), target, table, sampled, weight)
+        vectors, bias = self.catalog_vectors(table, None if sampled is None else sampled.rows)
+        loss = item_cross_entropy(self.scaled(query), vectors, bias, target, own, sampled, weight)
         return loss + self.token_weight * self._token_loss(query, table.codes[target], weight) if self.token_weight else loss
-
-    def _catalog_loss(self, query: Tensor, target: Tensor, table: ItemTable, sampled: SampledItems | None, weight: Tensor | None) -> Tensor:
-        if sampled is None:
-            return catalog_cross_entropy(query, *self.catalog_vectors(table), target, weight=weight)
-        vectors, bias = self.catalog_vectors(table, sampled.rows)
-        correction = (*sampled.certain, sampled.log_probability[sampled.certain[1]])
-        place = torch.searchsorted(sampled.rows, target)
-        return catalog_cross_entropy(query, vectors, bias - sampled.log_probability, place, correction, weight)
 
     def _token_loss(self, query: Tensor, codes: Tensor, weight: Tensor | None) -> Tensor:
         """Eq. 11, of codes [P, K]: cross-entropy at each level, their mean. A flat query has a state of its own for each level.

@@ -15,7 +15,7 @@ from qbert_ray.config.schema import Config, Finetune, MaskStrategy, SequenceTrai
 from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.random_streams import VALIDATION_STREAM, WINDOW_STREAM, uniform
 from qbert_ray.semantic_ids.quantizers import load_quantizers
-from qbert_ray.sequence.catalog_softmax import sample_items
+from qbert_ray.sequence.catalog_softmax import own_items, sample_items
 from qbert_ray.sequence.item_table import ItemTable
 from qbert_ray.sequence.masking import draw_lengths, draw_masks
 from qbert_ray.sequence.model import Sequencer, next_item_queries
@@ -29,6 +29,7 @@ from qbert_ray.training import shuffled_batches
 MOST_REPEATS = 1000.0  # largest number added to repeats, and with a minus the smallest
 MOST_SCORES = 2**23  # of a batch of histories over the catalog
 MOST_FOR_REPEATS = 2048  # users whose validation items the number added to repeats is chosen by
+BUYING_AGAIN = 0.05  # share of repeats from which on a model has to know which items are bought again
 SAMPLE = 4096  # users whose validation items are ranked, where the settings name no number
 
 
@@ -52,6 +53,7 @@ class SequencerTask:
         levels = {"item": None, "flat": counts["num_levels"], "word": 0}[config.sequencer.tokens]
         self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
         self.frequency: dict[str, Tensor] = {}  # [N] share of each item in a domain's training interactions
+        self.repeated = {name: repeated_share(each.indptr, each.items) for name, each in self.sequences.items()}
         self.tables = {name: self._table(name, levels) for name in domains}  # of the items that training may see
 
     def _table(self, name: str, levels: int | None) -> ItemTable:
@@ -174,10 +176,17 @@ class SequencerTask:
         following = pack(places + 1, lengths, everywhere)[0].items.numpy()
         batch, table, target = to_device(batch, device), self._table_on(name, device), torch.from_numpy(items[following]).to(device)
         weight = self._weights(name, following, device)
-        sampled = None
+        own, sampled, left_out = None, None, self._leaves_out(name)
         if self.settings.sampled_items and self._samples(name):
             sampled = sample_items(batch.items, target, batch.groups, self.frequency[name].to(device), self.settings.sampled_items)
-        return model.loss(model(batch, table), target, table, sampled, weight), _size(target, weight)
+        if left_out or sampled is not None:
+            own = own_items(batch.items, target, batch.groups, left_out)
+        return model.loss(model(batch, table), target, table, own, sampled, weight), _size(target, weight)
+
+    def _leaves_out(self, name: str) -> bool:
+        """Whether the softmax of a query leaves out the other items of its sequence."""
+        given = self.settings.exclude_own_items
+        return self.repeated[name] < BUYING_AGAIN if given is None else given
 
     def _samples(self, name: str) -> bool:
         """Whether the softmax of a domain runs over a sample of its items."""
@@ -224,6 +233,14 @@ class SequencerTask:
         """A domain's table on a device, where it stays."""
         self.tables[name] = self.tables[name].to(device)
         return self.tables[name]
+
+
+def repeated_share(indptr: np.ndarray, items: np.ndarray) -> float:
+    """Share of the training items [S] of users, who begin at indptr [U + 1], that their user has had before."""
+    if not len(items):
+        return 0.0
+    users = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    return 1 - len(np.unique(users * (int(items.max()) + 1) + items)) / len(items)
 
 
 def _size(target: Tensor, weight: Tensor | None) -> float:

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qbert_ray.sequence.catalog_softmax import SampledItems, catalog_cross_entropy, sample_items
+from qbert_ray.sequence.catalog_softmax import Correction, SampledItems, catalog_cross_entropy, own_items, sample_items
 from qbert_ray.sequence.item_table import ItemTable
 from qbert_ray.sequence.model import Sequencer, next_item_queries
 from qbert_ray.sequence.packing import pack
@@ -103,9 +103,9 @@ def test_catalog_cross_entropy_is_that_of_pytorch_with_its_gradients(corrected):
     inputs = [torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
     target, correction, added = torch.tensor([0, 6, 3, 3, 1]), None, torch.zeros(5, 7, dtype=torch.float64)
     if corrected:
-        queries, rows = torch.tensor([0, 0, 4, 2, 0]), torch.tensor([0, 6, 2, 5, 6])  # the last repeats the second
-        added[queries, rows] = torch.tensor([0.3, -1.0, 2.0, 0.7, -1.0], dtype=torch.float64)
-        correction = queries, rows, added[queries, rows]
+        queries, rows = torch.tensor([0, 0, 4, 2, 0, 3]), torch.tensor([0, 6, 2, 5, 6, 0])  # the last but one repeats the second
+        added[queries, rows] = torch.tensor([0.3, -1.0, 2.0, 0.7, -1.0, -torch.inf], dtype=torch.float64)
+        correction = Correction(queries, rows, added[queries, rows])
     found = []
     for own in (True, False):
         query, vectors, bias = (each.clone().requires_grad_() for each in inputs)
@@ -125,7 +125,7 @@ def test_logits_of_any_size_have_a_finite_loss_and_gradient():
     torch.manual_seed(0)
     query, vectors = torch.tensor([[1000.0], [0.01], [-1000.0]]).requires_grad_(), torch.linspace(1, 2, 6)[:, None]
     bias, target = torch.zeros(6), torch.tensor([1, 0, 4])
-    correction = torch.arange(3), target, torch.zeros(3, dtype=torch.float64)  # cast to the logits' type
+    correction = Correction(torch.arange(3), target, torch.zeros(3, dtype=torch.float64))  # cast to the logits' type
     loss = catalog_cross_entropy(query, vectors, bias, target, correction)
     loss.backward()
     expected = F.cross_entropy(query @ vectors.T, target, reduction="sum")
@@ -139,21 +139,44 @@ def test_an_item_with_all_interactions_is_certain_and_one_with_none_depends_on_t
     assert probability[0] == 1 and probability[2] == pytest.approx(1 - (2 / 3) ** 3)
 
 
-def test_a_sample_that_holds_the_catalog_for_certain_gives_the_whole_softmax():
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_sample_that_holds_the_catalog_for_certain_gives_the_whole_softmax(left_out):
     model = build()
-    query, target = torch.randn(6, 16), torch.tensor([0, 5, 19, 3, 3, 7])
-    certain = SampledItems(torch.arange(20), torch.zeros(20), (torch.arange(6), target))
-    assert torch.allclose(model.loss(query, target, TABLE, certain), model.loss(query, target, TABLE), atol=1e-4)
+    items, target = torch.tensor([8, 0, 5, 19, 3, 3]), torch.tensor([0, 5, 19, 3, 3, 7])
+    query, own = torch.randn(6, 16), own_items(items, target, [(0, 2, 3)], left_out)
+    certain = SampledItems(torch.arange(20), torch.zeros(20))
+    assert torch.allclose(model.loss(query, target, TABLE, own, certain), model.loss(query, target, TABLE, own), atol=1e-4)
 
 
 def test_every_query_is_certain_of_all_items_of_its_own_sequence():
     """Sequences 7 and 8; 1, 2 and 3; 4, 5 and 5."""
     items, target = torch.tensor([7, 1, 2, 4, 5]), torch.tensor([8, 2, 3, 5, 5])
-    sampled = sample_items(items, target, [(0, 1, 1), (1, 2, 2)], torch.full((9,), 1 / 9), 1)
+    own = own_items(items, target, [(0, 1, 1), (1, 2, 2)], left_out=True)
     found = {query: set() for query in range(5)}
-    for query, row in zip(*(each.tolist() for each in sampled.certain), strict=True):
-        found[query].add(sampled.rows[row].item())
+    for query, item in zip(own.query.tolist(), own.item.tolist(), strict=True):
+        found[query].add(item)
     assert found == {0: {7, 8}, 1: {1, 2, 3}, 2: {1, 2, 3}, 3: {4, 5}, 4: {4, 5}}
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_items_of_the_own_sequence_are_left_out_of_the_softmax_but_for_the_target(sampled):
+    """Sequence 1, 2, 1: after 1 comes 2, after 2 comes 1, which was there before and is a target all the same."""
+    model, query = build(), torch.randn(2, 16)
+    items, target = torch.tensor([1, 2]), torch.tensor([2, 1])
+    own = own_items(items, target, [(0, 1, 2)], left_out=True)
+    vectors, bias = model.catalog_vectors(TABLE)
+    logits = model.scaled(query) @ vectors.T + bias
+    chosen = None
+    if sampled:
+        chosen = SampledItems(torch.tensor([1, 2, 7, 9]), torch.tensor([-0.5, -1.0, -0.25, -2.0]))
+        logits = logits[:, chosen.rows] - chosen.log_probability
+        logits[0, 1], logits[1, 0] = logits[0, 1] - 1.0, logits[1, 0] - 0.5  # targets are no draws
+        logits[0, 0], logits[1, 1] = -torch.inf, -torch.inf
+    else:
+        logits[0, 1], logits[1, 2] = -torch.inf, -torch.inf
+    expected = F.cross_entropy(logits, torch.tensor([1, 0]) if sampled else target, reduction="sum")
+    loss = model.loss(query, target, TABLE, own, chosen)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 FREQUENCY = torch.tensor([0.5, 0.3, 0.08, 0.06, 0.06, 0.0])
@@ -173,8 +196,8 @@ def test_the_sum_over_a_sample_is_on_average_that_over_the_catalog():
         items, target, groups = drawn_batch()
         sampled = sample_items(items, target, groups, FREQUENCY, 2)
         each = (weights[sampled.rows] / sampled.log_probability.exp()).expand(len(items), -1).clone()
-        queries, rows = sampled.certain
-        each[queries, rows] = weights[sampled.rows][rows]
+        certain = own_items(items, target, groups, left_out=False).correction(target, sampled)
+        each[certain.query, certain.row] *= certain.added.exp()
         found.append(each.sum(1).mean().item())
     assert sum(found) / 4000 == pytest.approx(expected, rel=0.01)
 
@@ -187,7 +210,8 @@ def test_sampled_and_whole_softmax_have_about_equal_gradients_on_average():
 
     def gradient(sampled):
         asked = query.clone().requires_grad_()
-        model.loss(asked, target, TABLE, sampled).backward()
+        own = None if sampled is None else own_items(items, target, [(0, 40, 1)], left_out=False)
+        model.loss(asked, target, TABLE, own, sampled).backward()
         return asked.grad
 
     whole = gradient(None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qbert_ray.sequence.catalog_softmax import SampledItems
+from qbert_ray.sequence.catalog_softmax import OwnItems, SampledItems
 from qbert_ray.sequence.item_table import ColdItems, ItemTable
 from qbert_ray.sequence.model import Dropout, Sequencer, next_item_queries
 from qbert_ray.sequence.packing import pack
@@ -82,20 +82,19 @@ def test_eq_11_over_tokens_is_the_mean_log_probability_of_the_codes(tokens, logi
 
 @pytest.mark.parametrize("logits", ["dot", "cosine"])
 @pytest.mark.parametrize(
-    "sampled",
-    [None, SampledItems(torch.tensor([1, 2, 5, 7]), torch.full((4,), -1.0, dtype=torch.float64), (torch.arange(2), torch.tensor([3, 1])))],
-    ids=["all", "sampled"],
+    "sampled", [None, SampledItems(torch.tensor([1, 2, 5, 7]), torch.full((4,), -1.0, dtype=torch.float64))], ids=["all", "sampled"]
 )
 def test_the_loss_over_tokens_is_added_with_its_weight_and_without_biases(sampled, logits):
     query, target, table = queries(), torch.tensor([7, 2]), ItemTable(CODES)
+    own = None if sampled is None else OwnItems(torch.arange(2), target, left_out=False)
     alone, both, tokens = (build(logits=logits, temperature=0.3, **more) for more in ({}, {"token_weight": 0.25}, {"loss": "tokens"}))
     with torch.no_grad():
         tokens.code_bias.zero_()
-    expected = alone.loss(query, target, table, sampled) + 0.25 * tokens.loss(query, target, table)
-    assert both.loss(query, target, table, sampled).item() == pytest.approx(expected.item())
+    expected = alone.loss(query, target, table, own, sampled) + 0.25 * tokens.loss(query, target, table)
+    assert both.loss(query, target, table, own, sampled).item() == pytest.approx(expected.item())
     weight = torch.tensor([3.0, 0.5], dtype=torch.float64)
-    expected = alone.loss(query, target, table, sampled, weight) + 0.25 * tokens.loss(query, target, table, weight=weight)
-    assert both.loss(query, target, table, sampled, weight).item() == pytest.approx(expected.item())
+    expected = alone.loss(query, target, table, own, sampled, weight) + 0.25 * tokens.loss(query, target, table, weight=weight)
+    assert both.loss(query, target, table, own, sampled, weight).item() == pytest.approx(expected.item())
 
 
 def test_a_model_of_words_has_no_loss_over_tokens():
@@ -115,9 +114,9 @@ def test_a_sampled_softmax_takes_the_log_probability_of_being_sampled_off_every_
             product = dot(unit(row), unit(vector_of(model, other))) / 0.3 if logits == "cosine" else dot(row, vector_of(model, other))
             scores.append(product + bias_of(model, other) - (0 if other in sure else probability))
         expected -= log_softmax(scores, rows.index(item))
-    certain = torch.tensor([0, 0, 1]), torch.tensor([3, 1, 1])
-    sampled = SampledItems(torch.tensor(rows), torch.tensor(logp, dtype=torch.float64), certain)
-    assert model.loss(query, torch.tensor(target), ItemTable(CODES), sampled).item() == pytest.approx(expected)
+    sampled = SampledItems(torch.tensor(rows), torch.tensor(logp, dtype=torch.float64))
+    own = OwnItems(torch.tensor([0, 0, 1]), torch.tensor([7, 2, 2]), left_out=False)
+    assert model.loss(query, torch.tensor(target), ItemTable(CODES), own, sampled).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("loss", "token_weight"), [("catalog", 0.0), ("tokens", 0.0), ("catalog", 0.5)])

@@ -1,11 +1,12 @@
 """Training with a sampled softmax: a step has gradients for the rows of the item embeddings that it reads, and for no others."""
 
+import numpy as np
 import pytest
 import torch
 
 from qbert_ray.config.loading import with_values
 from qbert_ray.fusion import task as fusion_task
-from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.sequence.task import SequencerTask, repeated_share
 from qbert_ray.storage.catalog import run_config
 from qbert_ray.training import Loop
 from tests.small_run import LEVELS, SIZE, make_run
@@ -62,3 +63,24 @@ def test_id_embeddings_of_stage_1_are_too_where_the_catalog_is_large(monkeypatch
     for most, sparse in ((10, False), (9, True)):
         monkeypatch.setattr(fusion_task, "ROWS_ALONE", most)
         assert task.build().id_embedding.sparse == sparse
+
+
+def test_repeats_are_items_that_their_user_has_had_before():
+    """Users 1, 2, 1 and 4, 4 and none."""
+    assert repeated_share(np.array([0, 3, 5, 5]), np.array([1, 2, 1, 4, 4])) == pytest.approx(2 / 5)
+    assert repeated_share(np.array([0, 2, 4]), np.array([3, 0, 0, 3])) == 0
+    assert repeated_share(np.array([0, 0]), np.array([], np.int64)) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "repeats", "left_out"), [(None, 0.04, True), (None, 0.06, False), (True, 0.5, True), (False, 0.0, False)]
+)
+@pytest.mark.parametrize("sampled", [1, None])
+def test_own_items_leave_the_softmax_unless_items_are_bought_again(run, sampled, given, repeats, left_out, monkeypatch):
+    loop = make_loop(run, exclude_own_items=given, sampled_items=sampled)
+    loop.task.repeated["shop"] = repeats
+    found = []
+    monkeypatch.setattr(loop.model, "loss", lambda query, target, table, own, *_: found.append(own) or query.sum())
+    loop.task.loss(loop.model, loop.task.batches(0)[0], 0, torch.device("cpu"))
+    (own,) = found
+    assert own is None if not left_out and sampled is None else own.left_out == left_out
