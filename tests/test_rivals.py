@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from qbert_ray.sequence.beam_search import Trie
-from tests.benchmarks.peers_table import ranks
+from tests.benchmarks.peers_table import Split, ranks
 from tests.benchmarks.rivals import bsarec, cid, missrec, mql4grec, sasrec, vq_rec
 from tests.benchmarks.rivals.content import content_vectors
 from tests.benchmarks.rivals.encoders import Frequencies
 from tests.benchmarks.rivals.generative import generator, listed, prefixes
-from tests.benchmarks.rivals.training import by_length, compare, fit_encoder, padded
+from tests.benchmarks.rivals.training import by_length, compare, fit, fit_encoder, padded, parser
 
 ITEMS, WIDTH = 12, 16
 SMALL = {"width": WIDTH, "num_heads": 2, "ffn_width": 16, "dropout": 0.0, "batch_size": 8, "learning_rate": 0.01}
-GIVEN = Namespace(epochs=30, patience=6, minutes=None)
+GIVEN = Namespace(epochs=30, patience=6, minutes=None, last=None)
 
 
 def circle():
@@ -124,7 +124,7 @@ def test_an_epoch_may_draw_some_of_the_samples():
             return super().forward(items, catalog)
 
     model = Counting(ITEMS, sasrec.DEFAULTS | SMALL)
-    fit_encoder(model, circle(), SMALL | {"weight_decay": 0.0, "epoch_samples": 10}, Namespace(epochs=3, patience=9, minutes=None), 0)
+    fit_encoder(model, circle(), SMALL | {"weight_decay": 0.0, "epoch_samples": 10}, Namespace(**vars(GIVEN) | {"epochs": 3}), 0)
     assert sum(read) == 30
 
 
@@ -156,26 +156,68 @@ def test_the_setting_that_validates_best_alone_ranks_test_items(monkeypatch, tmp
 
     def train(split, settings, given, seed):
         def scores(histories):
-            asked.append((settings["which"], seed))
+            asked.append((settings["which"], seed, split.seen, given.last))
             return torch.zeros(len(histories), ITEMS)
 
-        return SimpleNamespace(scores=scores, epoch=0, value=settings["which"], seconds=0.0)
+        return SimpleNamespace(scores=scores, epoch=4, value=settings["which"], seconds=0.0)
 
     class Given:
-        users, num_items = ["a"], ITEMS
+        users, num_items, seen = ["a"], ITEMS, "training"
 
         def __init__(self, run, domain):
             pass
+
+        def with_validation(self):
+            result = Given("", "")
+            result.seen = "validation too"
+            return result
 
         def test_ranks(self, scores):
             return ranks(scores, [[1]], [2])
 
     monkeypatch.setattr("tests.benchmarks.rivals.training.Split", Given)
-    given = Namespace(
-        run="", domain="shop", out=tmp_path / "ranks.parquet", settings=[{"which": 1}, {"which": 3}, {"which": 2}], seeds=[0, 1]
-    )
+    settings = ["--set", '{"which": 1}', "--set", '{"which": 3}', "--set", '{"which": 2}']
+    given = parser("").parse_args(["", "shop", str(tmp_path / "ranks.parquet"), *settings, "--seeds", "0", "1", "--and-validation"])
     compare(given, "name", {}, train)
-    assert set(asked) == {(3, 0), (3, 1)}
+    assert set(asked) == {(3, seed, *kind) for seed in (0, 1) for kind in (("training", None), ("validation too", 4))}
+    rows = polars.read_parquet(given.out)["row"].unique().sort().to_list()
+    assert rows == ["name (here)", "name, validation items too (here)"]
+
+
+def test_a_training_that_ends_after_a_given_epoch_keeps_its_weights():
+    validation = iter([0.3, 0.9, 0.1, 0.95])
+    model = torch.nn.Linear(1, 1, bias=False)
+    weights = []
+
+    def evaluate():
+        weights.append(model.weight.item())
+        return next(validation)
+
+    settings = {"learning_rate": 0.1, "weight_decay": 0.0}
+    given = Namespace(**vars(GIVEN) | {"patience": 1, "minutes": 1e-9, "last": 2})
+    found = fit(
+        model,
+        lambda epoch: [np.arange(1)],
+        lambda rows: model(torch.ones(1, 1)).sum(),
+        evaluate,
+        lambda: model.weight.item,
+        settings,
+        given,
+    )
+    assert len(set(weights)) == 3
+    assert (found.epoch, found.scores()) == (2, weights[2])
+
+
+def test_validation_items_join_what_is_trained_on(tmp_path):
+    for folder, frame in {
+        "sequences": {"user_id": ["a", "b"], "train": [[0, 1], [2]], "valid": [2, None], "test": [3, None]},
+        "items": {"item_index": [0, 1, 2, 3]},
+    }.items():
+        (tmp_path / "ingest" / folder).mkdir(parents=True)
+        polars.DataFrame(frame).write_parquet(tmp_path / "ingest" / folder / "shop-0.parquet")
+    split = Split(tmp_path, "shop")
+    assert (split.every, split.train, split.valid) == ([[0, 1], [2]], [[0, 1]], [2])
+    assert split.with_validation().every == [[0, 1, 2], [2]] and split.every == [[0, 1], [2]]
 
 
 def languages():
@@ -228,7 +270,7 @@ def test_a_list_holds_the_log_probabilities_of_its_items():
 def test_both_generative_rivals_learn_what_is_certain(tmp_path, monkeypatch):
     split = circle()
     sizes = {"width": 32, "num_heads": 2, "head_width": 16, "ffn_width": 32, "dropout": 0.0, "batch_size": 16, "warmup_steps": 5}
-    given = Namespace(epochs=15, patience=15, minutes=None, run="", domain="", text="text", image="image", ids="cid")
+    given = Namespace(epochs=15, patience=15, minutes=None, last=None, run="", domain="", text="text", image="image", ids="cid")
     monkeypatch.setattr(mql4grec, "read_codes", lambda run, domain, codes: codes_of_items()[:: 1 if codes == "text" else -1].copy())
     torch.manual_seed(0)
     assert mql4grec.train(split, mql4grec.DEFAULTS | sizes | {"learning_rate": 0.005}, given, 0).value > 0.9

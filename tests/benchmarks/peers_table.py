@@ -1,6 +1,7 @@
 """What the scripts of other libraries share: a run's sequences, ranks of its targets, and rows for a table of `qbert-ray reproduce`."""
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ class Split:
         rows = _read(run, f"ingest/sequences/{domain}-*.parquet")
         tested = rows.filter(polars.col("test").is_not_null())
         self.every, self.users = rows["train"].to_list(), tested["user_id"].to_list()
+        self.every_valid = rows["valid"].to_list()  # None of users without
         self.train, self.valid, self.test = (tested[name].to_list() for name in ("train", "valid", "test"))
         items = _read(run, f"ingest/items/{domain}-*.parquet").sort("item_index")
         told = [name for name in items.columns if name.startswith(("text.", "attribute."))]
@@ -29,6 +31,12 @@ class Split:
     @property
     def num_items(self):
         return len(self.texts)
+
+    def with_validation(self):
+        """The same with validation items among what is trained on: a figure on validation items then says nothing."""
+        result = copy.copy(self)
+        result.every = [items if item is None else [*items, item] for items, item in zip(self.every, self.every_valid, strict=True)]
+        return result
 
     def valid_ndcg(self, scores):
         """ndcg@10 of the validation items among all; `scores` gives [users, num_items] of histories, batch by batch."""

@@ -2,7 +2,8 @@
 
 Every rival reads the sequences of a run whose stage `ingest` is done and trains on training items alone. After each epoch its ndcg@10
 of the validation items among all items is taken; the epoch with the best is kept. Of several settings the one with the best such epoch
-is chosen, and only that one ranks the test items.
+is chosen, and only that one ranks the test items. With `--and-validation` it is then trained anew on training and validation items, for
+as many epochs as it took before, and gets a second row: what has seen as much as a blend that is fitted on validation items.
 
 Shapes: B histories, T items of the longest of them, N items of the catalog, D width.
 """
@@ -152,7 +153,10 @@ def fit(
     settings: Settings,
     given: argparse.Namespace,
 ) -> Trained:
-    """Train until validation does not improve for `given.patience` epochs, `given.epochs` are done or `given.minutes` are over."""
+    """Train until validation does not improve for `given.patience` epochs, `given.epochs` are done or `given.minutes` are over.
+
+    With `given.last` train to the end of that epoch, and keep its weights whatever validation says.
+    """
     begin = time.process_time()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"], fused=True)
     best, weights = (0, -1.0), copy.deepcopy(model.state_dict())
@@ -172,14 +176,15 @@ def fit(
             total += value.item()
         model.eval()
         found = evaluate()
-        if found > best[1]:
+        if (found > best[1]) if given.last is None else (epoch == given.last):
             best, weights = (epoch, found), copy.deepcopy(model.state_dict())
         seconds = time.process_time() - begin
         print(
             f"epoch {epoch}: loss {total / len(samples):.4f}, validation ndcg@10 {found:.4f}, best {best[1]:.4f}, {seconds:.0f} s",
             flush=True,
         )
-        if epoch - best[0] >= given.patience or (given.minutes and seconds > 60 * given.minutes):
+        spent = epoch - best[0] >= given.patience or (given.minutes and seconds > 60 * given.minutes)
+        if spent if given.last is None else (epoch == given.last):
             break
     model.load_state_dict(weights)
     model.eval()
@@ -197,6 +202,8 @@ def parser(about: str) -> argparse.ArgumentParser:
     result.add_argument("--epochs", type=int, default=100)
     result.add_argument("--patience", type=int, default=10)
     result.add_argument("--minutes", type=float, help="most minutes of CPU time of a training; the epoch that is running is completed")
+    result.add_argument("--and-validation", action="store_true", help="train the chosen setting on validation items too, as a further row")
+    result.set_defaults(last=None)
     return result
 
 
@@ -208,9 +215,17 @@ def compare(given: argparse.Namespace, model: str, defaults: Settings, train: Fi
     chosen = max(range(len(tried)), key=lambda number: first[number].value)
     for seed in given.seeds:
         trained = first[chosen] if seed == given.seeds[0] else _announced(train, split, tried[chosen], given, seed)
-        found = split.test_ranks(trained.scores)
-        told = vars(given) | {"model": model, "settings": tried[chosen], "seed": seed, "started": time.monotonic() - trained.seconds}
-        write(argparse.Namespace(**told), "here", split, found, (trained.epoch, trained.value))
+        _written(model, split, tried[chosen], given, seed, trained)
+        if given.and_validation:
+            until = argparse.Namespace(**vars(given) | {"last": trained.epoch})
+            again = _announced(train, split.with_validation(), tried[chosen], until, seed)
+            _written(f"{model}, validation items too", split, tried[chosen], given, seed, again)
+
+
+def _written(model: str, split: Split, settings: Settings, given: argparse.Namespace, seed: int, trained: Trained) -> None:
+    """Rank the test items and add the ranks to the table's file."""
+    told = vars(given) | {"model": model, "settings": settings, "seed": seed, "started": time.monotonic() - trained.seconds}
+    write(argparse.Namespace(**told), "here", split, split.test_ranks(trained.scores), (trained.epoch, trained.value))
 
 
 def _announced(train: Fit, split: Split, settings: Settings, given: argparse.Namespace, seed: int) -> Trained:
