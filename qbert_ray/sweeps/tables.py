@@ -28,6 +28,8 @@ RANKS, SKIPPED, MARKDOWN = "ranks.parquet", "skipped.json", "table.md"
 ALONE = ", sequencer"  # suffix of the row of a variant whose sequence model ranks without the blend
 PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
 RESAMPLES, BATCH = 2000, 50
+SECONDS = "training_seconds"  # column of the ranks; they may lack it
+TRAINED = ("fusion", "quantizer", "pretrain", "finetune")  # stages whose time the sequence model takes, and `ranking` the full ranking
 
 
 class Table(Section):
@@ -100,12 +102,19 @@ def impossible_rows(config: Config, table: Table) -> dict[str, str]:
     return found
 
 
-def ranks_of(evaluated: pl.DataFrame, variant: str, seed: int, table: Table) -> pl.DataFrame:
+def ranks_of(evaluated: pl.DataFrame, variant: str, seed: int, table: Table, seconds: dict[str, float] | None = None) -> pl.DataFrame:
     """Ranks of a table from evaluate/ranks of one run: one row per user for the model and for each further ranking in the table.
 
+    Args:
+        seconds: stage of the run -> seconds that it took.
+
     Returns:
-        domain, row, seed, user_id, rank_all, rank_unseen (1 is best).
+        domain, row, seed, user_id, rank_all, rank_unseen (1 is best), training_seconds (null of what is counted, not trained).
     """
+    trained = {}
+    if seconds:
+        trained["sequencer"] = sum(seconds.get(stage, 0.0) for stage in TRAINED)
+        trained["model"] = trained["sequencer"] + seconds.get("ranking", 0.0)
     wanted = {"model": variant} | ({name: name for name in table.rankings} if variant == table.reference else {})
     if table.sequencers:
         wanted["sequencer"] = variant + ALONE
@@ -116,6 +125,7 @@ def ranks_of(evaluated: pl.DataFrame, variant: str, seed: int, table: Table) -> 
         pl.lit(seed).alias("seed"),
         "user_id",
         *PROTOCOLS.values(),
+        pl.col("model").replace_strict(trained, default=None, return_dtype=pl.Float64).alias(SECONDS),
     )
 
 
@@ -133,12 +143,14 @@ class Line(TypedDict):
     difference: float | None  # to the reference, with its 95 % interval by bootstrap over users, each with the mean over seeds
     low: float | None
     high: float | None
+    seconds: float | None  # of training, mean over seeds
 
 
 def summarise(ranks: pl.DataFrame, table: Table) -> list[Line]:
     """Mean, interval and difference to the reference for each domain, row, protocol and metric."""
     found: list[Line] = []
     for (domain,), rows in ranks.group_by("domain", maintain_order=True):
+        seconds = dict(rows.group_by("row").agg(pl.col(SECONDS).mean()).iter_rows()) if SECONDS in rows.columns else {}
         for protocol, column in PROTOCOLS.items():
             for metric in table.metrics:
                 values = {
@@ -161,6 +173,7 @@ def summarise(ranks: pl.DataFrame, table: Table) -> list[Line]:
                             "difference": difference,
                             "low": low,
                             "high": high,
+                            "seconds": seconds.get(name),
                         }
                     )
     return found
@@ -205,16 +218,19 @@ def markdown(summary: list[Line], table: Table, skipped: dict[str, dict[str, str
             chosen = [line for line in summary if (line["domain"], line["protocol"]) == (domain, protocol)]
             paper = table.paper.get(domain, {}) if protocol == "all" else {}
             heads = [head for metric in table.metrics for head in (metric, f"against {table.reference}", *(["paper"] if paper else []))]
+            timed = ["seconds of training"] if any(line["seconds"] is not None for line in chosen) else []
             most = max(line["seeds"] for line in chosen)
             lines += [f"## {domain}, {protocol} items ranked: {chosen[0]['users']:,} users, {most} seed{'s' * (most > 1)}", ""]
-            lines += ["| " + " | ".join(["", *heads]) + " |", "|" + "---|" * (len(heads) + 1)]
+            lines += ["| " + " | ".join(["", *heads, *timed]) + " |", "|" + "---|" * (len(heads) + len(timed) + 1)]
             for name in dict.fromkeys(line["row"] for line in chosen):
                 published = [paper.get(name, {})] if paper else []
-                cells = [cell for line in chosen if line["row"] == name for cell in _cells(line, *published)]
+                own = [line for line in chosen if line["row"] == name]
+                cells = [cell for line in own for cell in _cells(line, *published)]
+                cells += ["" if own[0]["seconds"] is None else f"{own[0]['seconds']:,.0f}" for _ in timed]
                 lines.append("| " + " | ".join([f"**{name}**" if name == table.reference else label(name), *cells]) + " |")
             for name, values in paper.items():
                 if all(line["row"] != name for line in chosen):
-                    cells = [cell for metric in table.metrics for cell in ("", "", _printed(values, metric))]
+                    cells = [cell for metric in table.metrics for cell in ("", "", _printed(values, metric))] + [""] * len(timed)
                     lines.append("| " + " | ".join([label(name), *cells]) + " |")
             lines.append("")
             if any(impossible(values) for values in paper.values()):
@@ -273,7 +289,8 @@ def collect(folder: RunDir, ranks: pl.DataFrame, table: Table, skipped: dict[str
     folder.write_json(SKIPPED, left_out)
     if folder.exists(RANKS):
         before = pl.read_parquet(folder.read_bytes(RANKS))
-        ranks = pl.concat([before.join(ranks.select("domain", "row").unique(), on=["domain", "row"], how="anti"), ranks])
+        kept = before.join(ranks.select("domain", "row").unique(), on=["domain", "row"], how="anti")
+        ranks = pl.concat([kept, ranks], how="diagonal")  # ranks of other systems may lack the seconds
     content = io.BytesIO()
     ranks.write_parquet(content)
     folder.write_bytes(RANKS, content.getvalue())

@@ -30,7 +30,7 @@ from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import run_stage
 from qbert_ray.storage.directory import ArtifactError, Manifest
 from qbert_ray.storage.stages import BY_NAME
-from qbert_ray.sweeps.tables import Table, ranks_of
+from qbert_ray.sweeps.tables import TRAINED, Table, ranks_of
 from qbert_ray.sweeps.trials import DONE, FAILED, STOPPED, Plan, Trial, run_trial
 
 SWEEP, TRIALS, CURVES, BEST = "sweep.json", "trials.parquet", "curves.parquet", "best.yaml"  # in the folder of a sweep
@@ -337,11 +337,12 @@ def trial_rows(plan: Plan) -> list[Row]:
 
 def ranks(plan: Plan, table: Table) -> pl.DataFrame:
     """Ranks of each user's target in the finished trials, in the format that `Table` needs."""
-    found = [
-        ranks_of(pl.DataFrame(plan.trial_run(trial).read("evaluate/ranks")), plan.names[trial.name], trial.seed, table)
-        for trial in plan.trials
-        if plan.result(trial).get("status") == DONE
-    ]
+    found = []
+    for trial in plan.trials:
+        if plan.result(trial).get("status") == DONE:
+            run = plan.trial_run(trial)
+            seconds = {stage: done.seconds for stage in (*TRAINED, "ranking") if (done := Manifest.load(run, stage))}
+            found.append(ranks_of(pl.DataFrame(run.read("evaluate/ranks")), plan.names[trial.name], trial.seed, table, seconds))
     if not found:
         raise ArtifactError(f"no trial of {plan.folder.uri} was finished: their errors are in {TRIALS} there")
     return pl.concat(found)

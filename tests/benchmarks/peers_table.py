@@ -91,10 +91,11 @@ def write(given, library, split, found, best):
     row = f"{given.model} ({library})"
     new = polars.DataFrame({"domain": given.domain, "row": row, "seed": given.seed, "user_id": split.users})
     new = new.with_columns(polars.Series(name, rank) for name, rank in zip(("rank_all", "rank_unseen"), found.round(), strict=True))
+    new = new.with_columns(training_seconds=time.monotonic() - given.started)
     new = new.cast({"seed": polars.Int32, "rank_all": polars.Int32, "rank_unseen": polars.Int32})  # as `reproduce` writes them
     if given.out.exists():
         old = polars.read_parquet(given.out)
-        new = polars.concat([old.join(new, on=["domain", "row", "seed"], how="anti"), new.cast(dict(old.schema))])
+        new = polars.concat([old.join(new, on=["domain", "row", "seed"], how="anti"), new], how="diagonal_relaxed")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     new.write_parquet(given.out)
     hits, gains = ([float((rank <= 10).mean()) for rank in found], [ndcg(rank) for rank in found])

@@ -167,6 +167,8 @@ def test_a_table_ranks_every_user_by_every_variant(swept, finished):
     found = ranks.filter(pl.col("row") != "ridge").sort(pl.col("row") == "no blend", "user_id")
     assert found["rank_all"].equals(expected["rank_all"]) and found["rank_unseen"].equals(expected["rank_unseen"])
     assert ranks["row"].unique().sort().to_list() == ["no blend", "ridge", "whole"]
+    seconds = dict(ranks.group_by("row").agg(pl.col("training_seconds").first()).iter_rows())
+    assert seconds["ridge"] is None and 0 < seconds["no blend"] <= seconds["whole"]
 
 
 @pytest.mark.slow

@@ -103,9 +103,31 @@ def test_data_sets_add_up_in_one_folder_and_a_repeated_one_is_replaced(ranks, tm
     assert "## shop, all items ranked: 400 users, 2 seeds" in page and "## books, unseen items ranked: 30 users, 1 seed\n" in page
     assert len(pl.read_parquet(tmp_path / RANKS)) == len(ranks) + len(other)
     theirs = ranks.filter(pl.col("row") == "base").with_columns(row=pl.lit("another system"))  # added by hand
-    pl.concat([pl.read_parquet(tmp_path / RANKS), theirs]).write_parquet(tmp_path / RANKS)
+    theirs = theirs.drop("training_seconds")
+    pl.concat([pl.read_parquet(tmp_path / RANKS), theirs], how="diagonal").write_parquet(tmp_path / RANKS)
     collect(folder, ranks, TABLE)
     assert "| another system |" in (tmp_path / MARKDOWN).read_text()
+
+
+def test_seconds_of_training_are_means_over_seeds_of_what_is_trained():
+    """The sequence model takes stage 1 to fine-tuning, the full ranking `ranking` too, and counts take nothing."""
+    more = {"rankings": ["sequencer", "ridge"], "metrics": ["hr@1"], "paper": {"shop": {"other": {"hr@1": 0.1}}}}
+    table = TABLE.model_copy(update=more)
+    models = pl.concat(
+        [evaluated(np.arange(1, 20)), evaluated(np.arange(1, 20)).filter(model="model").with_columns(model=pl.lit("sequencer"))]
+    )
+    took = {"fusion": 10, "quantizer": 20, "finetune": 300, "ranking": 4000}
+    ranks = pl.concat([ranks_of(models, "base", seed, table, took | {"pretrain": 1000.0 * seed}) for seed in (0, 2)])
+    theirs = ranks.filter(row="base", seed=0).with_columns(row=pl.lit("another system")).drop("training_seconds")
+    found = {line["row"]: line["seconds"] for line in summarise(pl.concat([ranks, theirs], how="diagonal"), table)}
+    assert found == {"base": 5330, "sequencer": 1330, "ridge": None, "another system": None}
+    page = markdown(summarise(ranks, table), table)
+    assert (
+        "| hr@1 | against base | paper | seconds of training |\n|---|---|---|---|---|\n| **base** | 0.0526 ± 0.0000 |  |  | 5,330 |\n"
+        in page
+    )
+    assert "(-0.1579 to +0.0000) |  |  |\n" in page and " |  | 1,330 |\n| other |  |  | 0.1000 |  |\n" in page
+    assert "seconds" not in markdown(summarise(theirs, table), table)
 
 
 def test_published_figures_are_next_to_ours_for_the_protocol_they_follow():
