@@ -279,7 +279,7 @@ def publish(loop: Loop, run: RunDir, folder: str) -> None:
     run.write_bytes(f"{folder}/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in loop.log).encode())
     loop.model.load_state_dict(loop.best or loop.weights())
     loop.model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: a task may fit something
         loop.task.complete(loop.model, loop.device)
     run.save_model(f"{folder}/model", loop.model.state_dict(), loop.task.description())
 

@@ -149,7 +149,8 @@ def _summary(manifest: Manifest) -> str:
         case "semantic_ids":
             return f"{counts['items']:,} semantic IDs, all distinct; {counts['moved']:,} moved"
         case "pretrain":
-            return f"on {', '.join(counts['domains'])}; validation hr@10 {counts['metrics']['hr@10']:.4f} after {counts['metrics']['epoch'] + 1} epochs"
+            ranked = f"validation hr@10 {counts['metrics']['hr@10']:.4f}" if "hr@10" in counts["metrics"] else "no validation items"
+            return f"on {', '.join(counts['domains'])}; {ranked} after {counts['metrics']['epoch'] + 1} epochs"
         case "finetune":
             return "; ".join(f"{name}: {figures['epoch'] + 1} epochs" for name, figures in counts["metrics"].items())
         case "ranking":

@@ -15,7 +15,7 @@ from qbert_ray.config.compute_section import Actors, Compute, Workers
 from qbert_ray.config.data_sections import Data, Domain, Inputs
 from qbert_ray.config.features_section import Features, ImageEncoder, TextEncoder, check_inputs, modalities_of
 from qbert_ray.config.search import Sweep
-from qbert_ray.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share, paper
+from qbert_ray.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share, heads_divide, paper
 from qbert_ray.config.serve_section import Serve
 
 __all__ = ["Actors", "Compute", "Config", "Data", "Domain", "Features", "ImageEncoder", "Inputs", "Section", "TextEncoder", "Workers"]
@@ -49,9 +49,7 @@ class Training(Section):
     learning_rate: PositiveFloat = Field(1e-3, description="learning rate of AdamW after the warm-up")
     weight_decay: NonNegativeFloat = Field(0.01, description="of AdamW")
     warmup_steps: NonNegativeInt = Field(100, description="linear warm-up of the learning rate, in steps")
-    schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="of the learning rate after the warm-up; cosine: falls to a twentieth"
-    )
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up; cosine: falls to a twentieth")
     patience: PositiveInt | None = Field(
         None, description="epochs without a better validation metric before stopping; None: run all epochs"
     )
@@ -69,11 +67,9 @@ class Fusion(Training):
     num_heads: PositiveInt = Field(4, description="H, attention heads")
     ffn_width: PositiveInt = Field(256, description="hidden width of a layer's MLP")
     dropout: Share = Field(0.1, description="share of activations that training drops")
-    dynamic: bool = Field(
-        True, description="false: every item runs through all layers", json_schema_extra=paper("Table 5, traditional fusion")
-    )
+    dynamic: bool = Field(True, description="false: all items take all layers", json_schema_extra=paper("Table 5, traditional fusion"))
     halt_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.75, description="accumulated halting probability at which an item's depth ends"
+        0.75, description="accumulated halting probability that ends an item's depth"
     )
     ponder_weight: NonNegativeFloat = Field(1.0, description="weight of the loss that holds a batch's expected depth at its target")
     ponder_target: Annotated[float, Field(ge=1)] = Field(1.6, description="target of the expected depth, averaged over a batch, in layers")
@@ -86,6 +82,11 @@ class Fusion(Training):
         json_schema_extra=paper("Eq. 5"),
     )
     id_dropout: Share = Field(0.2, description="share of items trained with the shared query of cold items instead of their ID embedding")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Fusion:
+        heads_divide("fusion", self.width, self.num_heads)
+        return self
 
 
 class Quantizer(Training):
@@ -146,9 +147,7 @@ class Sequencer(Section):
     )
     logits: Literal["dot", "cosine"] = Field("cosine", description="dot product, or cosine over temperature")
     temperature: PositiveFloat = Field(0.07, description="of cosine logits")
-    start: Literal["codebooks", "random"] = Field(
-        "codebooks", description="initial code embeddings: the quantizer's codewords, rotated, or random ones"
-    )
+    start: Literal["codebooks", "random"] = Field("codebooks", description="initial code embeddings: rotated codewords, or random ones")
     item_start: Literal["collaborative", "random"] = Field(
         "collaborative", description="initial item embeddings: collaborative vectors of the training interactions, rotated, or random ones"
     )
@@ -172,7 +171,9 @@ class Sequencer(Section):
         return (self.item_embedding or self.tokens == "word") and self.tokens != "flat" and self.loss == "catalog"
 
     @model_validator(mode="after")
-    def _words_are_ranked(self) -> Sequencer:
+    def _fits_together(self) -> Sequencer:
+        if self.kind == "masked" or self.head_width is None:
+            heads_divide("sequencer", self.width, self.num_heads)
         if self.tokens == "word" and self.loss == "tokens":
             raise ValueError("sequencer.tokens=word needs sequencer.loss=catalog: a word has no levels to predict one by one")
         return self
@@ -264,9 +265,7 @@ class Ranking(Section):
     validation_users: PositiveInt = Field(5000, description="users, chosen by hash, whose validation items the blend is fitted on")
     rerank: NonNegativeInt = Field(64, description="best items by the blend that a small network reorders; 0: the blend alone")
     rerank_users: PositiveInt = Field(20000, description="users, chosen by hash, whose validation items the reranker is fitted on")
-    new_item_bonus: float = Field(
-        0.5, description="added to the scores of cold items, which are otherwise shown as rarely as they are bought"
-    )
+    new_item_bonus: float = Field(0.5, description="added to scores of cold items, otherwise shown as rarely as they are bought")
 
 
 class Gates(Section):

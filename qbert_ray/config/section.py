@@ -25,3 +25,13 @@ class Section(BaseModel):
 def paper(value: str) -> dict[str, JsonValue]:
     """Schema entry of a field with its section and value in the paper."""
     return {"paper": value}
+
+
+def heads_divide(section: str, width: int, num_heads: int) -> None:
+    """Every attention head needs as many dimensions.
+
+    Raises:
+        ValueError: the width of a section is no multiple of its number of heads.
+    """
+    if width % num_heads:
+        raise ValueError(f"{section}.width={width} is no multiple of {section}.num_heads={num_heads}")

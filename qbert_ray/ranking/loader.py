@@ -75,10 +75,10 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
 
 
 def _item_table(run: RunDir, domain: str, model: Sequencer, content: Tensor | None, cold: ColdItems | None) -> ItemTable:
-    """The catalog as a model reads it; where it reads codes alone, they also place cold items."""
+    """The catalog as a model reads it; where it reads codes alone, they also place cold items. Words place none."""
     codes = torch.from_numpy(catalog_codes(run, domain)[:, : model.num_levels])
     if model.content is None:
-        return ItemTable(codes, domain=domain)
+        return ItemTable(codes, cold=None if model.num_levels else cold, domain=domain)
     assert content is not None, "a model that reads content was trained on features"
     return ItemTable(codes, content, cold=cold, domain=domain)
 

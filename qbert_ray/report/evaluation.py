@@ -51,13 +51,17 @@ def training(name: str, epochs: list[dict[str, Any]]) -> list[Figure]:
     if not epochs:
         return []
     x = [line["epoch"] + 1 for line in epochs]
-    loss, ndcg, hits = ([line[key] for line in epochs] for key in ("train_loss", "ndcg@10", "hr@10"))
+    loss = [line["train_loss"] for line in epochs]
+    fitted = by_epoch("Training loss", "It should fall and flatten.", "training loss", [Series(name, x, loss)])
+    if "ndcg@10" not in epochs[0]:  # no user has a validation item
+        return [fitted]
+    ndcg, hits = ([line[key] for line in epochs] for key in ("ndcg@10", "hr@10"))
     best = int(np.argmax(ndcg))
     mark = {"x": x[best], "y": ndcg[best], "text": f"best: {ndcg[best]:.4f}", "showarrow": True, "arrowhead": 0, "ay": 26, "ax": 0}
     note = "A best epoch at the right end says that more epochs may help; far from it, that fewer do."
     both = [Series("hr@10", x, hits, colour=name, dash="dash"), Series("ndcg@10", x, ndcg, colour=name)]
     return [
-        by_epoch("Training loss", "It should fall and flatten.", "training loss", [Series(name, x, loss)]),
+        fitted,
         by_epoch("Ranking of validation items", note, "metric", both, annotations=[mark], yaxis={"rangemode": "tozero"}),
     ]
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert_ray.products import Linear
-from qbert_ray.sequence.model import Dropout
+from qbert_ray.sequence.dropout import Dropout
 
 MOST_ROWS = 4096  # code sequences whose scores are computed at once, over all histories of a batch
 POSITION_START = 0.3  # size of position embeddings at the start; tokens start at 1

@@ -8,9 +8,9 @@ A masked model reads a sequence in both directions and predicts its masked items
 before: every position predicts the next item, so that a sequence of T items gives T - 1 targets where a mask gives a few.
 
 Notable choices: sequences of a batch are packed without padding and grouped by length, so attention is a plain batched product
-over each group; positions of a masked model
-count from the end, so that "the last item" is one embedding, and a causal one has a bias per distance in each head; what belongs to a catalog (codes, content
-vectors, cold items) is passed as an `ItemTable`, so that one model serves several catalogs.
+over each group; positions of a masked model count from the end, so that "the last item" is one embedding, and a causal one has a
+bias per distance in each head; what belongs to a catalog (codes, content vectors, cold items) is passed as an `ItemTable`, so that
+one model serves several catalogs.
 
 Shapes: S items of all packed sequences, T items of a sequence, N catalog, K levels, M codewords per level, D width,
 P positions whose query is asked for: the masked ones, or all of a causal model.
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qbert_ray.products import Linear, product
 from qbert_ray.sequence.catalog_softmax import OwnItems, SampledItems, item_cross_entropy
+from qbert_ray.sequence.dropout import Dropout
 from qbert_ray.sequence.item_table import ColdItems, ItemTable
 from qbert_ray.sequence.packing import Packed, pack, to_device
 from qbert_ray.sequence.recency import recency_weighted_mean
@@ -57,6 +58,7 @@ class Sequencer(nn.Module):
     """
 
     repeats: Tensor | None  # a number, added to the scores of items of the history
+    empty_query: Tensor | None  # [D] of a history without items, which a causal model never reads
 
     def __init__(
         self,
@@ -92,6 +94,7 @@ class Sequencer(nn.Module):
         self.code_dropout, self.causal = code_dropout, causal
         self.recall = nn.Parameter(torch.tensor([RECALL_START, 0.0])) if recall else None  # weight, and logit of the decay per step
         self.register_buffer("repeats", torch.zeros(()) if repeats else None)  # no gradient trains it: `calibrated_repeats` sets it
+        self.register_buffer("empty_query", torch.zeros(width) if causal else None)  # nor this: `query_of_popularity` does
         if not causal:
             self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
             self.position_embedding = nn.Embedding(max_items * (num_levels if tokens == "flat" else 1), width)
@@ -173,9 +176,15 @@ class Sequencer(nn.Module):
         return next(self.item_embedding[f"in_{domain}"].parameters())
 
     def catalog_vectors(self, table: ItemTable, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Vectors [N, D or K * D] and biases [N] of the catalog, or of `items` of it, whose product with a query is the items' scores."""
+        """Vectors [N, D or K * D] and biases [N] of the catalog, or of `items` of it, whose product with a query is the items' scores.
+
+        The loss "tokens" trains each level's scores, so their sum ranks: codes alone, even where items read content too.
+        """
         slots = self._slots(table.codes if items is None else table.codes[items])
         bias = self.code_bias[slots].sum(1)
+        if self.loss_kind == "tokens":
+            vectors = self._codewords()[slots]
+            return vectors.flatten(1) if self.tokens == "flat" else vectors.sum(1), bias
         vectors = self.code_embedding(slots).flatten(1) if self.tokens == "flat" else self.compose(table, items)
         vectors = F.normalize(vectors, dim=-1) if self.logits_kind == "cosine" else vectors
         return (vectors, bias) if table.cold is None or items is not None else self.average_neighbours(vectors, bias, table.cold)
@@ -205,7 +214,10 @@ class Sequencer(nn.Module):
 
     def scaled(self, query: Tensor) -> Tensor:
         """Queries [P, D or K * D] whose dot products with the catalog's vectors, plus the biases, are scores."""
-        return F.normalize(query, dim=-1) / self.temperature if self.logits_kind == "cosine" else query
+        if self.logits_kind != "cosine":
+            return query
+        levels = query.unflatten(-1, (-1, self.code_embedding.embedding_dim)) if self.loss_kind == "tokens" else query  # each by itself
+        return (F.normalize(levels, dim=-1) / self.temperature).view_as(query)
 
     def loss(
         self,
@@ -239,7 +251,7 @@ class Sequencer(nn.Module):
         """
         size, flat = self.codebook_size, self.tokens == "flat"
         queries = self.scaled(query.view(len(query), self.num_levels, -1) if flat else query)
-        books = F.normalize(self.code_embedding.weight, dim=-1) if self.logits_kind == "cosine" else self.code_embedding.weight
+        books = self._codewords()
         by_level = books.view(self.num_levels, size, -1)
         logits = torch.einsum("pkd,kmd->pkm", queries, by_level) if flat else product(queries, books).view(-1, self.num_levels, size)
         if self.loss_kind == "tokens":
@@ -248,6 +260,10 @@ class Sequencer(nn.Module):
             return F.cross_entropy(logits.reshape(-1, size), codes.reshape(-1), reduction="sum") / self.num_levels
         each = F.cross_entropy(logits.reshape(-1, size), codes.reshape(-1), reduction="none").view(-1, self.num_levels)
         return each.mean(1) @ weight
+
+    def _codewords(self) -> Tensor:
+        """[K * M, D] code embeddings as the loss "tokens" compares queries with them."""
+        return F.normalize(self.code_embedding.weight, dim=-1) if self.logits_kind == "cosine" else self.code_embedding.weight
 
     @torch.no_grad()
     def start_items_from(self, domain: str, vectors: Tensor) -> None:
@@ -358,34 +374,16 @@ class EncoderLayer(nn.Module):
         return self.distance_bias[:, distance.clamp_min(0)].masked_fill(distance < 0, -torch.inf)
 
 
-class Dropout(nn.Module):
-    """Dropout from random bytes: on a CPU several times as fast as one Bernoulli draw per number; rates are multiples of 1/256."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.threshold = round(rate * 256)
-
-    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Some of x [P, D] dropped; where x is the `chosen` places [S] of something, the same numbers are dropped as in the whole."""
-        if not self.training or not self.threshold:
-            return x
-        size = x.numel() if chosen is None else len(chosen) * x.shape[1]
-        words = torch.empty(-(-size // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        kept = words.view(torch.uint8)[:size].view(-1, x.shape[-1]) >= self.threshold
-        keep = kept.view(x.shape) if chosen is None else kept[chosen]
-        return x * keep * (256 / (256 - self.threshold)) if self.threshold < 256 else x * 0
-
-
 @torch.inference_mode()
 def next_item_queries(model: Sequencer, histories: list[np.ndarray], table: ItemTable) -> Tensor:
     """Query vectors for the item after each history, [B, D or K * D].
 
     A masked model reads one masked item appended to the latest items (§3.6), a causal one the latest items alone; an empty
-    history then has a query of zeros, so that the biases rank.
+    history then has the query whose scores are nearest to what is popular.
     """
     device, appended = table.codes.device, 0 if model.causal else 1
     cut = [history[-(model.max_items - 1) :] for history in histories]
-    if model.causal:
+    if model.empty_query is not None:
         empty = torch.tensor([not len(history) for history in cut], device=device)
         cut = [history if len(history) else np.zeros(1, np.int64) for history in cut]
     lengths = np.array([len(history) + appended for history in cut])
@@ -396,4 +394,4 @@ def next_item_queries(model: Sequencer, histories: list[np.ndarray], table: Item
     packed, order = pack(items, lengths, masks)
     queries = model(to_device(packed._replace(ends=True), device), table)
     queries = queries[torch.from_numpy(np.argsort(order)).to(device)]
-    return queries.masked_fill(empty[:, None], 0) if model.causal else queries
+    return queries if model.empty_query is None else torch.where(empty[:, None], model.empty_query, queries)

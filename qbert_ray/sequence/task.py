@@ -16,6 +16,7 @@ from qbert_ray.features.structure import co_occurrence, collaborative_vectors
 from qbert_ray.random_streams import VALIDATION_STREAM, WINDOW_STREAM, uniform
 from qbert_ray.semantic_ids.quantizers import load_quantizers
 from qbert_ray.sequence.catalog_softmax import own_items, sample_items
+from qbert_ray.sequence.empty_history import query_of_popularity
 from qbert_ray.sequence.item_table import ItemTable
 from qbert_ray.sequence.masking import draw_lengths, draw_masks
 from qbert_ray.sequence.model import Sequencer, next_item_queries
@@ -34,7 +35,8 @@ SAMPLE = 4096  # users whose validation items are ranked, where the settings nam
 
 
 ValidationMetrics = TypedDict(  # of validation items among unseen ones; `EpochMetrics` with names that are no identifiers
-    "ValidationMetrics", {"epoch": NotRequired[int], "train_loss": NotRequired[float], "hr@10": float, "ndcg@10": float}
+    "ValidationMetrics",
+    {"epoch": NotRequired[int], "train_loss": NotRequired[float], "hr@10": NotRequired[float], "ndcg@10": NotRequired[float]},
 )
 
 
@@ -221,13 +223,20 @@ class SequencerTask:
         return mean_metrics(found)
 
     def complete(self, model: Sequencer, device: torch.device) -> None:
-        """Choose what a fine-tuned model adds to the scores of items of the history, by validation items."""
-        if model.repeats is None or not isinstance(self.settings, Finetune):
+        """Fit what a fine-tuned model asks for after an empty history, and what it adds to the scores of items of the history.
+
+        The second by validation items.
+        """
+        if not isinstance(self.settings, Finetune):
             return
         (name,) = self.domains
+        table = self._table_on(name, device)
+        if model.empty_query is not None:
+            counts = np.bincount(self.sequences[name].items, minlength=len(table.codes))
+            model.empty_query.copy_(query_of_popularity(model, table, torch.from_numpy(counts)))
         histories, targets = validation_items(self.sequences[name], MOST_FOR_REPEATS)
-        if len(targets):
-            model.repeats.fill_(calibrated_repeats(*repeat_odds(model, self._table_on(name, device), histories, targets)))
+        if model.repeats is not None and len(targets):
+            model.repeats.fill_(calibrated_repeats(*repeat_odds(model, table, histories, targets)))
 
     def _table_on(self, name: str, device: torch.device) -> ItemTable:
         """A domain's table on a device, where it stays."""
@@ -260,9 +269,11 @@ def validation_items(sequences: columns.Sequences, most: int) -> tuple[list[np.n
 
 
 def mean_metrics(ranks_of_domains: list[np.ndarray]) -> ValidationMetrics:
-    """Metrics of ranks, averaged over domains."""
+    """Metrics of ranks, averaged over domains; none without a domain, so that a training keeps its last epoch."""
     values = [[metrics.hit_rate(rank, 10).mean(), metrics.ndcg(rank, 10).mean()] for rank in ranks_of_domains]
-    hit_rate, ndcg = np.mean(values, axis=0) if values else (0.0, 0.0)
+    if not values:
+        return {}
+    hit_rate, ndcg = np.mean(values, axis=0)
     return {"hr@10": float(hit_rate), "ndcg@10": float(ndcg)}
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from qbert_ray.cli.console import _summary
 from qbert_ray.cli.journal import JsonLines, Terminal, open_journal
 from qbert_ray.storage.directory import Manifest
 
@@ -78,6 +79,12 @@ def test_a_person_reads_lines_and_tables():
         and "9 semantic IDs, 2 added" in said
     )
     assert "semantic IDs     runs/shop/semantic_ids" in said and "{" not in said
+
+
+@pytest.mark.parametrize(("ranked", "said"), [({"hr@10": 0.25}, "validation hr@10 0.2500"), ({}, "no validation items")])
+def test_pre_training_says_how_it_ranks_where_that_can_be_said(ranked, said):
+    counts = {"domains": ["toys"], "metrics": {"epoch": 4} | ranked}
+    assert _summary(Manifest("pretrain", {}, {}, "1", counts=counts)) == f"on toys; {said} after 5 epochs"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,13 @@ def test_files_merge_left_to_right_and_overrides_win(tmp_path):
     assert (config.finetune.epochs, config.finetune.batch_size, config.finetune.patience) == (2, 8, None)
 
 
+@pytest.mark.parametrize("section", ["sequencer", "fusion"])
+def test_heads_share_the_width(section):
+    with pytest.raises(ConfigError, match=f"{section}.width=32 is no multiple of {section}.num_heads=3"):
+        load_config([], [f"{section}.width=32", f"{section}.num_heads=3"])
+    assert load_config([], ["sequencer.kind=generative", "sequencer.width=32", "sequencer.num_heads=3", "sequencer.head_width=8"])
+
+
 def test_scientific_notation_is_a_number():
     assert load_config([], ["finetune.learning_rate=1e-4"]).finetune.learning_rate == 1e-4
 

@@ -3,15 +3,18 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from qbert_ray import metrics
-from qbert_ray.config.schema import Config
+from qbert_ray.config.schema import Config, Ranking
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.features.vectors import features_table
 from qbert_ray.ranking.cold_items import evaluate_cold, summarise_cold
 from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.sequence.item_table import nearest_trained_items
 from qbert_ray.storage import columns
+from qbert_ray.storage.catalog import content_vectors
 from tests.ranking.test_evaluate import plain_rank
 from tests.small_run import COLD, ITEMS, make_run
 
@@ -114,3 +117,15 @@ def test_a_random_order_is_that_of_the_models_candidates():
     found = summarise_cold(pa.table(rows), [2])
     assert found["users"] == 1
     assert [found["protocols"][name]["random"]["hr@2"]["value"] for name in ("unseen", "cold")] == [2 / 8, 2 / 4]
+
+
+def test_words_place_cold_items_by_their_neighbours(tmp_path):
+    """Without codes nothing else tells cold items apart: each gets the mean of its nearest trained items, by the fused embedding."""
+    words = {"tokens": "word", "num_levels": 0, "content_width": 0, "item_embeddings": {"shop": ITEMS - COLD}, "logits": "dot"}
+    run = make_run(tmp_path / "run", **words)
+    ranker = load_ranker(run, "shop", Ranking(enabled=False))
+    fused = content_vectors(run, "shop")
+    cold = nearest_trained_items(fused, torch.arange(ITEMS - COLD, ITEMS), torch.arange(ITEMS - COLD))
+    assert ranker.vectors[ITEMS - COLD :].std(0).min() > 0
+    expected = (ranker.vectors[cold.nearest] * cold.weights[..., None]).sum(1)
+    torch.testing.assert_close(ranker.vectors[cold.rows], expected)

@@ -132,6 +132,13 @@ def test_the_harder_protocol_decides():
     assert verdict["rows"][0]["difference"] == pytest.approx(1 / np.log2(3) - 1)
 
 
+def test_a_training_without_validation_items_shows_its_loss_alone():
+    lines = [{"epoch": 0, "train_loss": 3.0}, {"epoch": 1, "train_loss": 2.0}]
+    assert [figure.title for figure in evaluation.training("pretrain", lines)] == ["Training loss"]
+    ranked = [line | {"hr@10": 0.2, "ndcg@10": 0.1} for line in lines]
+    assert len(evaluation.training("pretrain", ranked)) == 2
+
+
 def test_views_are_those_that_the_catalog_was_embedded_with(run):
     rows, views, there = fused._fuse(run, Facts(run), Catalog(run, "shop"))
     embedding = np.array(run.read("fusion/embeddings")["embedding"].to_pylist())[rows]

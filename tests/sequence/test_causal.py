@@ -53,13 +53,12 @@ def test_a_query_after_a_history_is_that_of_its_last_position():
         assert torch.allclose(found[row], model(everywhere(history), TABLE)[-1], atol=1e-5)
 
 
-def test_an_empty_history_is_ranked_by_the_biases_and_changes_no_other():
+def test_an_empty_history_has_a_query_of_its_own_and_changes_no_other():
     model = build()
     with torch.no_grad():
-        model.code_bias.normal_()
+        model.empty_query.normal_()
     queries = next_item_queries(model, [np.array([], dtype=np.int64), np.array([2, 3])], TABLE)
-    vectors, bias = model.catalog_vectors(TABLE)
-    assert torch.allclose(model.scores(queries, vectors, bias)[0], bias, atol=1e-6)
+    assert torch.equal(queries[0], model.empty_query)
     assert torch.allclose(queries[1], next_item_queries(model, [np.array([2, 3])], TABLE)[0], atol=1e-5)
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from qbert_ray.sequence.decoder import DecoderLayer, EncoderLayer, FeedForward, Generator, unpacked
-from qbert_ray.sequence.model import Dropout
+from qbert_ray.sequence.dropout import Dropout
 from tests.sequence.t5 import t5_of
 
 LEVELS, SIZE, ITEMS = 3, 5, 40

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from qbert_ray.sequence.catalog_softmax import OwnItems, SampledItems
+from qbert_ray.sequence.dropout import Dropout
 from qbert_ray.sequence.item_table import ColdItems, ItemTable
-from qbert_ray.sequence.model import Dropout, Sequencer, next_item_queries
+from qbert_ray.sequence.model import Sequencer, next_item_queries
 from qbert_ray.sequence.packing import pack
 
 K, M, D, N, F = 3, 4, 6, 9, 5
@@ -95,6 +96,26 @@ def test_the_loss_over_tokens_is_added_with_its_weight_and_without_biases(sample
     weight = torch.tensor([3.0, 0.5], dtype=torch.float64)
     expected = alone.loss(query, target, table, own, sampled, weight) + 0.25 * tokens.loss(query, target, table, weight=weight)
     assert both.loss(query, target, table, own, sampled, weight).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("tokens", ["item", "flat"])
+@pytest.mark.parametrize("logits", ["dot", "cosine"])
+@pytest.mark.parametrize("content_width", [0, F])
+def test_items_are_ranked_by_what_the_loss_over_tokens_trains(tokens, logits, content_width):
+    """The log-probabilities of an item's codes add up to its score, less what is the same for all items."""
+    if tokens == "flat" and content_width:
+        return
+    model = build(tokens=tokens, logits=logits, temperature=0.3, loss="tokens", content_width=content_width)
+    content = torch.randn(N, F, dtype=torch.float64)
+    cold = ColdItems(torch.tensor([8]), torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]], dtype=torch.float64))
+    table = ItemTable(CODES, content if content_width else None, cold=cold)
+    query = torch.randn(2, D * (K if tokens == "flat" else 1), dtype=torch.float64)
+    scores = model.scores(query, *model.catalog_vectors(table))
+    with torch.no_grad():
+        trained = [[-K * model.loss(query[[row]], torch.tensor([item]), table).item() for item in range(N)] for row in range(2)]
+    apart = scores.detach() - torch.tensor(trained, dtype=torch.float64)
+    torch.testing.assert_close(apart, apart[:, :1].expand_as(apart))
+    assert scores.std() > 0.1
 
 
 def test_a_model_of_words_has_no_loss_over_tokens():

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from qbert_ray.sequence.dropout import Dropout
 from qbert_ray.sequence.item_table import ColdItems, ItemTable, nearest_trained_items
-from qbert_ray.sequence.model import Dropout, Sequencer, next_item_queries
+from qbert_ray.sequence.model import Sequencer, next_item_queries
 from qbert_ray.sequence.packing import pack
 from qbert_ray.sequence.recency import recency_weighted_mean
 from qbert_ray.sequence.task import rank_targets

@@ -7,7 +7,7 @@ import torch
 from qbert_ray.config.loading import with_values
 from qbert_ray.sequence.item_table import ItemTable
 from qbert_ray.sequence.model import Sequencer, next_item_queries
-from qbert_ray.sequence.task import SequencerTask, calibrated_repeats, repeat_odds, validation_items
+from qbert_ray.sequence.task import SequencerTask, calibrated_repeats, mean_metrics, repeat_odds, validation_items
 from qbert_ray.storage.catalog import run_config
 from qbert_ray.training import Loop, publish
 from tests.small_run import LEVELS, SIZE, USERS, make_run
@@ -35,6 +35,11 @@ def test_as_many_repeats_are_expected_as_there_are():
 
 def test_without_histories_or_other_items_nothing_is_added():
     assert calibrated_repeats(torch.tensor([-torch.inf, torch.inf]), torch.tensor([False, True])) == 0
+
+
+def test_without_validation_items_there_are_no_metrics_so_that_the_last_epoch_is_kept():
+    assert mean_metrics([]) == {}
+    assert mean_metrics([np.array([1, 11]), np.array([3])]) == {"hr@10": 0.75, "ndcg@10": pytest.approx((0.5 + 0.5) / 2)}
 
 
 @pytest.mark.parametrize("repeats", [True, False])

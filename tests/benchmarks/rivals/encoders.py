@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert_ray.products import Linear
-from qbert_ray.sequence.model import Dropout
+from qbert_ray.sequence.dropout import Dropout
 
 DEVIATION = 0.02  # of weights at the start, BERT's
 

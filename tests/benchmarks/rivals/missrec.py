@@ -27,7 +27,7 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
 from qbert_ray.products import Linear, product
-from qbert_ray.sequence.model import Dropout
+from qbert_ray.sequence.dropout import Dropout
 from tests.benchmarks.peers_table import Split
 from tests.benchmarks.rivals.content import content_vectors
 from tests.benchmarks.rivals.encoders import Attention, CrossAttention, FeedForward, from_start, start

@@ -13,7 +13,7 @@ import argparse
 
 from torch import Tensor, nn
 
-from qbert_ray.sequence.model import Dropout
+from qbert_ray.sequence.dropout import Dropout
 from tests.benchmarks.peers_table import Split
 from tests.benchmarks.rivals.encoders import Attention, FeedForward, from_start, read, start, visible
 from tests.benchmarks.rivals.training import Encoder, Settings, Trained, compare, fit_encoder, parser

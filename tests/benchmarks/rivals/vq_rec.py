@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qbert_ray.semantic_ids.kmeans import fit_product
 from qbert_ray.semantic_ids.rqvae import RQVAE
-from qbert_ray.sequence.model import Dropout
+from qbert_ray.sequence.dropout import Dropout
 from tests.benchmarks.peers_table import Split
 from tests.benchmarks.rivals.content import content_vectors
 from tests.benchmarks.rivals.encoders import Attention, FeedForward, from_start, read, start, visible
