@@ -7,6 +7,7 @@ so that a resumed sweep finds it again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -17,7 +18,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
-from qbert_ray.config.loading import settings_of, with_values
+from qbert_ray.config.loading import ConfigError, settings_of, with_values
 from qbert_ray.config.schema import Actors, Compute, Config, Workers
 from qbert_ray.config.search import objectives, settings
 from qbert_ray.config.section import Values
@@ -36,6 +37,8 @@ DONE, STOPPED, FAILED = "done", "stopped", "failed"
 EPOCH_METRICS = ("ndcg@10", "hr@10", "train_loss")  # of pre-training and fine-tuning
 TIMED_USERS = 512
 FIXED = ("run", "data", "compute", "gates", "sweep")
+MASKING = ("masks", "mask_ratio", "last_item_share", "prefix_share")  # settings of a training that no causal one reads
+LIKELY = 100  # random settings that stand for those of Optuna
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Plan:
         self.config, self.sweep = config, config.sweep
         self.objectives = objectives(config.sweep)
         self.metric = next(iter(self.objectives))
+        self.reported = list(self.objectives) if config.sweep.search == "optuna" else [self.metric]  # Tune needs them of every epoch
         self.seeds = config.sweep.seeds or [config.run.seed]
         self.run = RunDir(config.run.dir)
         self.folder = self.run.inside(config.sweep.name)
@@ -78,10 +82,14 @@ class Plan:
         self.paths = list(dict.fromkeys(path for values in (config.sweep.space, *self.variants.values()) for path in values))
         self._check()
         self.as_is = {path: _at(config, path) for path in self.paths}
-        chosen = list(self.variants.values()) or settings(config.sweep, self.as_is, config.run.seed)
+        given = list(self.variants.values()) or settings(config.sweep, self.as_is, config.run.seed)
         # as the config parses them, since YAML reads 1e-3 as text; an invalid value fails here, before anything runs
-        chosen = [{path: _at(with_values(config, values), path) for path in values} for values in chosen]
-        self.trials = [Trial(values, seed) for seed in self.seeds for values in chosen]
+        configs = [with_values(config, values) for values in given]
+        chosen = [{path: _at(each, path) for path in values} for each, values in zip(configs, given, strict=True)]
+        self._check_read(configs or self._likely() or [config])
+        self._check_variants(chosen)
+        different = {Trial(values, 0).name: values for values in chosen}  # values that were given in two ways are one setting
+        self.trials = [Trial(values, seed) for seed in self.seeds for values in different.values()]
         self.names = {Trial(values, seed).name: name for seed in self.seeds for name, values in zip(self.variants, chosen, strict=False)}
 
     def _check(self) -> None:
@@ -98,17 +106,62 @@ class Plan:
         unused = [path for path in self.paths if not any(_affects(path, stage) for stage in self.stages)]
         if unused:
             raise ValueError(f"no stage up to {sweep.stage} depends on {', '.join(unused)}; set sweep.stage to a later one")
-        if sweep.scheduler != "none" and (sweep.stage not in ("pretrain", "finetune") or len(self.config.data.targets) > 1):
+        one_training = sweep.stage == "pretrain" or (sweep.stage == "finetune" and len(self.config.data.targets) <= 1)
+        if sweep.scheduler != "none" and not one_training:
             raise ValueError(f"sweep.scheduler={sweep.scheduler} compares the epochs of one training: pretrain, or finetune of one target")
-        if sweep.scheduler != "none" and self.metric not in EPOCH_METRICS:
+        lacking = [name for name in self.reported if name not in EPOCH_METRICS]
+        if sweep.scheduler != "none" and lacking:
+            known = ", ".join(EPOCH_METRICS)
+            advice = f"with optuna, name none but {known}" if sweep.search == "optuna" else f"name one of {known} first"
             raise ValueError(
-                f"sweep.scheduler={sweep.scheduler} compares epochs, which have no {self.metric}; name one of {', '.join(EPOCH_METRICS)} first "
-                "in sweep.objectives"
+                f"sweep.scheduler={sweep.scheduler} compares epochs, which have no {', '.join(lacking)}; {advice} in sweep.objectives"
             )
         if sweep.search == "optuna" and len(self.seeds) > 1:
             raise ValueError(
                 "sweep.search=optuna tries each setting once: give one seed, and compare the best settings by grid over several"
             )
+
+    def _likely(self) -> list[Config]:
+        """Configs of random settings, for a search whose settings are not known in advance."""
+        found = []
+        for values in settings(self.sweep.model_copy(update={"search": "random", "num_trials": LIKELY}), self.as_is, seed=0):
+            with contextlib.suppress(ConfigError):  # values that do not go together end their trial, and not the sweep
+                found.append(with_values(self.config, values))
+        return found
+
+    def _check_read(self, configs: list[Config]) -> None:
+        """Raise if no trial runs the last stage, or reads a swept field or anything of a variant: equal trials would be compared.
+
+        Args:
+            configs: the config with the values of each trial.
+        """
+        skipped = {stage.name: why for stage in self.stages if (why := stage.skipped(self.config)) and all(map(stage.skipped, configs))}
+        if self.sweep.stage in skipped:
+            raise ValueError(f"sweep.stage={self.sweep.stage}: no trial runs that stage, since {skipped[self.sweep.stage]}")
+        unread = {path: why for path in self.paths if (why := _unread(path, skipped, configs))}
+        said = "".join(f"\n  {path}: {why}" for path, why in unread.items())
+        if unread and not self.variants:
+            raise ValueError(f"sweep.space names what no trial reads:{said}")
+        equal = [repr(name) for name, values in self.variants.items() if values and unread.keys() >= values.keys()]
+        if equal:  # other variants may set what is not read in addition, as whole files of settings do
+            raise ValueError(f"sweep.variants: {', '.join(equal)} would be the config as it is, since no trial reads these:{said}")
+
+    def _check_variants(self, chosen: list[Values]) -> None:
+        """Raise if two variants set the same values, and would share a trial."""
+        alike: dict[str, list[str]] = {}
+        for name, values in zip(self.variants, chosen, strict=False):
+            alike.setdefault(Trial(values, 0).name, []).append(repr(name))
+        for names in alike.values():
+            if len(names) > 1:
+                raise ValueError(f"sweep.variants: {' and '.join(names)} set the same values; leave all but one of them out")
+
+    def most_epochs(self) -> int:
+        """Most epochs of the last stage of a trial, which the sweep may vary."""
+        stage = self.sweep.stage
+        swept = [path for path in self.sweep.space if f"{stage}.epochs.".startswith(f"{path}.")]
+        drawn = [{path: value} for path in swept for value in self.sweep.space[path].examples()]
+        values = [trial.values for trial in self.trials] or drawn or [{}]
+        return max(getattr(with_values(self.config, each), stage).epochs for each in values)
 
     def trial_config(self, trial: Trial) -> Config:
         """The config of a trial's run."""
@@ -179,12 +232,12 @@ class Plan:
         content: Result = {"status": status, "seconds": round(seconds, 1), "metrics": metrics, "error": error}
         self._trial_folder(trial).write_json(RESULT, content)
 
-    def check_objectives(self, metrics: dict[str, float]) -> None:
-        """Raise if a finished trial lacks a metric that the sweep compares."""
+    def check_objectives(self, metrics: dict[str, float], advice: str = "") -> None:
+        """Raise, with some advice, if a finished trial lacks a metric that the sweep compares."""
         lacking = [name for name in self.objectives if name not in metrics]
         if lacking:
             raise ValueError(
-                f"sweep.objectives names {', '.join(lacking)}; a trial up to {self.sweep.stage} has {', '.join(sorted(metrics))}"
+                f"sweep.objectives names {', '.join(lacking)}; a trial up to {self.sweep.stage} has {', '.join(sorted(metrics))}{advice}"
             )
 
     def curve(self, trial: Trial) -> list[dict[str, Any]]:
@@ -207,6 +260,25 @@ def _affects(path: str, stage: Stage) -> bool:
     if any(path == key or path.startswith(f"{key}.") for key in stage.ignores):
         return False
     return any(path == key or path.startswith(f"{key}.") or key.startswith(f"{path}.") for key in stage.config)
+
+
+def _unread(path: str, skipped: dict[str, str], configs: list[Config]) -> str | None:
+    """Why no trial reads a field; None if one may.
+
+    Args:
+        skipped: stage that no trial runs -> why.
+        configs: of the trials.
+    """
+    section, _, field = path.partition(".")
+    of_structure = path == "features" or f"{path}.".startswith("features.structure.")  # which stage 3 reads too
+    if section in skipped and not of_structure:
+        return f"{section} is skipped: {skipped[section]}"
+    if section in ("pretrain", "finetune") and field.partition(".")[0] in MASKING:
+        if all(each.sequencer.kind == "generative" for each in configs):
+            return "a generative model has no masks"
+        if all(getattr(each, section).objective == "causal" for each in configs):
+            return f"nothing is masked with {section}.objective=causal"
+    return None
 
 
 def _at(config: Config, path: str) -> Any:

@@ -66,7 +66,7 @@ def is_prepared(plan: Plan, seed: int, stage: str) -> bool:
 
 
 def check_base(plan: Plan) -> None:
-    """Raise if the sweep's folder holds trials of another base config."""
+    """Raise if the sweep's folder holds trials of another base config, or without a metric that is compared now."""
     known = plan.folder.read_json(SWEEP)["base"] if plan.folder.exists(SWEEP) else plan.base()
     now = plan.base()
     changed = [path for path in sorted(set(known) | set(now)) if known.get(path) != now.get(path)]
@@ -75,6 +75,9 @@ def check_base(plan: Plan) -> None:
         raise ArtifactError(
             f"{plan.folder.uri} holds a sweep on another config:\n{lines}\nchoose another sweep.name, or delete that folder"
         )
+    for result in map(plan.result, plan.begun()):
+        if result.get("status") == DONE:
+            plan.check_objectives(result["metrics"], f"; these are finished: choose another sweep.name, or delete {plan.folder.uri}")
 
 
 def unfinished(plan: Plan) -> int:
@@ -168,9 +171,9 @@ def _trainable(config: dict[str, Any], plan: Plan) -> None:
     trial, started = _trial(plan, config), time.monotonic()
     known, reported = len(plan.curve(trial)), 0
 
-    def report(line: dict[str, float]) -> None:  # Tune cannot compare an epoch that lacks an objective
+    def report(line: dict[str, float]) -> None:
         nonlocal reported
-        if all(name in line for name in plan.objectives):
+        if all(name in line for name in plan.reported):
             reported += 1
             tune.report(line)
 
@@ -191,7 +194,7 @@ def _trial(plan: Plan, config: dict[str, Any]) -> Trial:
 def _scheduler(plan: Plan) -> TrialScheduler | None:
     if plan.sweep.scheduler == "none":
         return None
-    epochs = getattr(plan.config, plan.sweep.stage).epochs
+    epochs = plan.most_epochs()
     return ASHAScheduler(
         time_attr="epoch",
         metric=plan.metric,

@@ -1,0 +1,62 @@
+"""How trials are compared and resumed, without a cluster."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from qbert_ray.sweeps import tuning
+from qbert_ray.sweeps.trials import DONE
+from tests.sweeps.test_trials import plan_of
+
+EPOCHS = 4
+SIZES = {"finetune.batch_size": [64, 128]}
+
+
+def reported(plan, monkeypatch):
+    """What Tune gets from a trial whose epochs have a metric, and its end the number of parameters too."""
+
+    def run_trial(plan, trial, report):
+        for epoch in range(EPOCHS):
+            report({"ndcg@10": 0.1, "epoch": epoch + 1})
+        return {"ndcg@10": 0.1, "parameters": 5.0}
+
+    lines = []
+    monkeypatch.setattr(tuning, "run_trial", run_trial)
+    monkeypatch.setattr(tuning.tune, "report", lines.append)
+    tuning._trainable({"number": 0} if plan.trials else {"finetune.batch_size": 64}, plan=plan)
+    return lines
+
+
+def test_asha_sees_every_epoch_also_with_an_objective_that_only_the_end_has(tmp_path, monkeypatch):
+    both = {"objectives": {"ndcg@10": "max", "parameters": "min"}, "space": SIZES}
+    assert len(reported(plan_of(tmp_path, both | {"scheduler": "asha"}), monkeypatch)) == EPOCHS + 1
+    assert len(reported(plan_of(tmp_path, both | {"search": "optuna"}), monkeypatch)) == 1  # Optuna takes all objectives or none
+    with pytest.raises(ValueError, match="have no parameters; with optuna, name none but ndcg@10"):
+        plan_of(tmp_path, both | {"search": "optuna", "scheduler": "asha"})
+
+
+def test_asha_lets_the_longest_trial_run_to_its_end(tmp_path):
+    scheduler = tuning._scheduler(plan_of(tmp_path, {"space": {"finetune.epochs": [10, 40]}, "scheduler": "asha"}))
+    trial = SimpleNamespace(trial_id="longest")
+    scheduler.on_trial_add(None, trial)
+    said = {scheduler.on_trial_result(None, trial, {"epoch": epoch, "ndcg@10": epoch / 100}) for epoch in range(1, 41)}
+    assert said == {"CONTINUE"}
+
+
+def test_finished_trials_that_lack_a_new_objective_are_named_before_anything_runs(tmp_path):
+    plan = plan_of(tmp_path, {"space": SIZES})
+    for trial in plan.trials:
+        plan.conclude(trial, DONE, 1.0, {"ndcg@10": 0.1, "hr@10": 0.2})
+    tuning.check_base(plan_of(tmp_path, {"space": SIZES, "objectives": {"hr@10": "max"}}))
+    with pytest.raises(
+        ValueError, match="names ms_per_user; a trial up to finetune has hr@10, ndcg@10; these are finished: choose another"
+    ):
+        tuning.check_base(plan_of(tmp_path, {"space": SIZES, "objectives": {"ms_per_user": "min"}}))
+
+
+def test_the_best_setting_holds_a_value_that_was_written_in_two_ways(tmp_path):
+    plan = plan_of(tmp_path, {"space": {"finetune.learning_rate": ["1e-3", "2e-3"], "finetune.batch_size": [128, 256]}})
+    for trial in plan.trials:
+        plan.conclude(trial, DONE, 1.0, {"ndcg@10": 0.9 if trial.values == plan.as_is else 0.1})
+    best = tuning.write_tables(plan)
+    assert best is not None and (best["values"], best["mean"]) == (plan.as_is, 0.9)
