@@ -45,7 +45,8 @@ class RidgeRegression:
         items: item_index of all users' training items, end to end.
         num_items: N.
         regularisation: ridge penalty, in users.
-        neighbours: most neighbours of an item: those with the largest cosine of co-occurrence. With N the weights are EASE's.
+        neighbours: most neighbours of an item: those with the largest cosine of co-occurrence. With N, and where any two items occur
+            together, the weights are EASE's; items that never do have weight 0.
         weights: of the training items, by which users have them; None: all are 1.
     """
 

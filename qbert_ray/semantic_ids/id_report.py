@@ -198,6 +198,8 @@ def _examples(ids: Ids, titles: pl.Series, attributes: pl.DataFrame, popularity:
 def typical_value(column: pl.Series, rows: np.ndarray) -> Typical | None:
     """The most over-represented value of an attribute in some rows, with its share there and overall; None if none is."""
     names = column.drop_nulls().unique().sort()
-    values = column.replace_strict(names, np.arange(len(names)), default=None) if len(names) else column.clear()
+    if not len(names):
+        return None
+    values = column.replace_strict(names, np.arange(len(names)), default=None)
     found = typical(values.drop_nulls().to_numpy(), values[rows].drop_nulls().to_numpy())
     return None if found is None else {"value": names[int(found["value"])], "share": found["share"], "overall": found["overall"]}

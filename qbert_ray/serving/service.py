@@ -129,6 +129,8 @@ class Service:
         if rules.by_user:
             if not isinstance(user, str):
                 raise RequestError("user_id is needed: score.exclude or score.allow is a table of users and items")
+            if any("\ud800" <= letter <= "\udfff" for letter in user):
+                raise RequestError("user_id is no text: it holds half of a surrogate pair")
             only = rules.of([user]).also(only)
         seen = given.get("remove_seen", score.remove_seen)
         if not isinstance(seen, bool):

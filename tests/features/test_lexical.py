@@ -11,6 +11,7 @@ import pytest
 from qbert_ray.config.loading import load_config
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
+from qbert_ray.features.kinds.lexical import _joined
 from qbert_ray.features.lexical import LexicalModel
 from qbert_ray.features.stage import extend_features
 from qbert_ray.pipeline import run_stage
@@ -63,6 +64,13 @@ def test_fewer_dimensions_keep_the_largest_singular_vectors():
 def test_texts_without_a_common_word_have_no_vectors(texts):
     vectors, present = fitted(texts)([*texts, "red"])
     assert vectors.shape == (len(texts) + 1, 2) and not vectors.any() and not present.any()
+
+
+def test_items_of_a_domain_without_texts_have_empty_ones():
+    items = pa.table({"text.title": ["red lamp", None], "text.brand": [None, None]})
+    assert _joined(items, ["text.title", "text.brand"]) == ["red lamp", ""] and _joined(items, []) == ["", ""]
+    _, present = LexicalModel.fit(["red lamp", "red shoe", "blue shoe"], 2, 100, 0)(_joined(items, []))
+    assert not present.any()
 
 
 def test_characters_of_unspaced_scripts_are_words():

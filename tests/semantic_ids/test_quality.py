@@ -1,9 +1,11 @@
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbert_ray.metrics import entropy, gini
+from qbert_ray.semantic_ids.id_report import typical_value
 from qbert_ray.semantic_ids.quality import NEIGHBOURS, NeighbourRecall, decode, prefix_agreement, prefix_figures, prefixes, typical
 
 
@@ -105,3 +107,9 @@ def test_spread_of_codes():
     equal, one, half = (np.array(codes)[:, None] for codes in ([0, 1, 2, 3], [2, 2], [0, 0, 1, 1]))
     assert [entropy(codes)[0] for codes in (equal, one, half)] == [2, 0, 1]
     assert [gini(codes, 4)[0] for codes in (equal, one, half)] == [0, 3 / 4, 1 / 2]
+
+
+def test_an_attribute_that_no_item_has_has_no_typical_value():
+    assert typical_value(pl.Series("brand", [None, None], dtype=pl.String), np.array([0])) is None
+    found = typical_value(pl.Series("brand", ["a", "b", None, "b", "a", "b", "b"]), np.array([0, 2, 4]))
+    assert found == {"value": "a", "share": 1.0, "overall": pytest.approx(1 / 3)}

@@ -126,6 +126,8 @@ def test_standing_filters_hold_for_every_request(run, tmp_path):
     assert items_of(by_user.recommend([ask(by_user, history=[], user_id="v")])[0]) == []
     with pytest.raises(RequestError, match="user_id is needed"):
         ask(by_user, history=[])
+    with pytest.raises(RequestError, match="user_id is no text"):
+        ask(by_user, history=[], user_id="\ud800")
     (tmp_path / "out.csv").write_text("item_id\nshop-item-1\n")
     assert served_version(config) != service.version
 

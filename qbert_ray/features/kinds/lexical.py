@@ -55,6 +55,6 @@ class Encoder(FittedEncoder):
 
 
 def _joined(items: pa.Table, columns: list[str]) -> list[str]:
-    """The texts of each item, one after another."""
+    """The texts of each item, one after another; empty ones where a domain has no column of texts."""
     lists = [items[column].to_pylist() for column in columns]
-    return [" ".join(filter(None, texts)) for texts in zip(*lists, strict=True)]
+    return [" ".join(filter(None, (texts[row] for texts in lists))) for row in range(len(items))]
