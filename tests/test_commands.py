@@ -116,9 +116,10 @@ def test_a_command_on_files_of_the_reader_is_parsed(file, words):
 def test_a_command_of_the_tests_names_a_module_and_its_options(file, words):
     path = ROOT / words[2].replace(".", "/")
     source = next(each for each in (path.with_suffix(".py"), path / "__main__.py") if each.exists())
-    known = {
-        node.value for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
+    nodes = list(ast.walk(ast.parse(source.read_text())))
+    for module in [node.module for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests.")]:
+        nodes += ast.walk(ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text()))  # its parser may be shared
+    known = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     known |= {each for text in known for each in re.findall(r"--[a-z-]+", text)}
     given = {word.partition("=")[0] for word in words[3:] if word.startswith("-")}
     assert given - {"-c"} <= known, source
