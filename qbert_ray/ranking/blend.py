@@ -194,7 +194,7 @@ def candidates(
         Candidates of the histories whose target is one of them.
     """
     description = describe(features[0].amax(1), lengths)
-    features = torch.cat([sequence.log_softmax(1)[None], features])
+    features = torch.cat([sequence[None], features])  # as they are ranked by: trained and cold items weigh them differently
     best = [features[number].topk(min(count, len(cold)), dim=1).indices for number in available]
     rows = cold.nonzero()[:, 0]
     if len(rows):

@@ -287,12 +287,30 @@ def test_candidates_are_the_best_by_each_score_and_half_as_many_cold_ones():
     cold = torch.tensor([False] * 3 + [True] * 3)
     found = candidates(sequence, features, torch.tensor([8]), torch.tensor([5]), cold, [0, 1], 2)
     assert found.features[0, :, 1].tolist() == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.9, 0.9])
-    assert torch.allclose(found.features[0, :, 0], sequence.log_softmax(1)[0, [0, 1, 3, 4, 5, 5]])
+    assert torch.equal(found.features[0, :, 0], sequence[0, [0, 1, 3, 4, 5, 5]])
     assert found.cold.tolist() == [[False, False, True, True, True, True]]
     assert found.repeated.tolist() == [[False] * 5 + [True]]
     assert found.target.tolist() == [4] and found.description.tolist() == [pytest.approx([1, np.log(8), 0.9])]
     few = candidates(sequence, features, torch.tensor([8]), torch.tensor([0]), torch.arange(6) == 5, [0], 20)  # of a catalog of six
     assert few.features.shape[1] == 6 + 1 and few.repeated.sum() == 1
+
+
+def test_cold_items_are_ranked_as_high_as_the_blend_was_fitted_to_rank_them():
+    """The bias of cold items is best where they get as much of the softmax as they have targets, by the scores that are ranked."""
+    generator, users, count = torch.Generator().manual_seed(0), 400, 40
+    sequence = 2 * torch.randn(users, count, generator=generator) + 8  # far from the logarithm of a probability
+    features = torch.zeros(len(SCORE_FEATURES) - 1, users, count)
+    features[0] = torch.rand(users, count, generator=generator)
+    cold = torch.arange(count) % 5 == 0
+    noise = -(-torch.rand(users, count, generator=generator).log()).log()  # so that targets are drawn by a softmax
+    target = ((sequence - 8) * torch.where(cold, 0.5, 1.0) + noise).argmax(1)  # of cold items the sequence model knows less
+    lengths = torch.full((users,), 5)
+    weights = fit_blend(candidates(sequence, features, lengths, target, cold, [0, 1], count)).weights_for(
+        describe(features[0].amax(1), lengths)
+    )
+    ranked = torch.cat([sequence[None], features]).permute(1, 2, 0)
+    share = blended_at(ranked, weights, cold.expand(users, count)).softmax(1)[:, cold].sum(1).mean().item()
+    assert share == pytest.approx(cold[target].float().mean().item(), abs=0.02)
 
 
 def test_candidates_of_groups_of_histories_are_joined():
