@@ -178,13 +178,14 @@ class Sequencer(nn.Module):
     def catalog_vectors(self, table: ItemTable, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Vectors [N, D or K * D] and biases [N] of the catalog, or of `items` of it, whose product with a query is the items' scores.
 
-        The loss "tokens" trains each level's scores, so their sum ranks: codes alone, even where items read content too.
+        The loss "tokens" trains each level's scores, so their sum ranks: codes alone, even where items read content too;
+        they place cold items as well.
         """
         slots = self._slots(table.codes if items is None else table.codes[items])
         bias = self.code_bias[slots].sum(1)
         if self.loss_kind == "tokens":
-            vectors = self._codewords()[slots]
-            return vectors.flatten(1) if self.tokens == "flat" else vectors.sum(1), bias
+            books = self._codewords()
+            return books[slots].flatten(1) if self.tokens == "flat" else F.embedding_bag(slots, books, mode="sum"), bias
         vectors = self.code_embedding(slots).flatten(1) if self.tokens == "flat" else self.compose(table, items)
         vectors = F.normalize(vectors, dim=-1) if self.logits_kind == "cosine" else vectors
         return (vectors, bias) if table.cold is None or items is not None else self.average_neighbours(vectors, bias, table.cold)

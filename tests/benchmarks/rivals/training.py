@@ -2,8 +2,9 @@
 
 Every rival reads the sequences of a run whose stage `ingest` is done and trains on training items alone. After each epoch its ndcg@10
 of the validation items among all items is taken; the epoch with the best is kept. Of several settings the one with the best such epoch
-is chosen, and only that one ranks the test items. With `--and-validation` it is then trained anew on training and validation items, for
-as many epochs as it took before, and gets a second row: what has seen as much as a blend that is fitted on validation items.
+is chosen, and only that one ranks the test items. With `--and-validation` it is then trained again, from the start, on training and
+validation items, for as many epochs as it took before, and gets a second row: what has seen as much as a blend that is fitted on
+validation items.
 
 Shapes: B histories, T items of the longest of them, N items of the catalog, D width.
 """
@@ -183,8 +184,10 @@ def fit(
             f"epoch {epoch}: loss {total / len(samples):.4f}, validation ndcg@10 {found:.4f}, best {best[1]:.4f}, {seconds:.0f} s",
             flush=True,
         )
-        spent = epoch - best[0] >= given.patience or (given.minutes and seconds > 60 * given.minutes)
-        if spent if given.last is None else (epoch == given.last):
+        over = epoch == given.last
+        if given.last is None:
+            over = epoch - best[0] >= given.patience or (given.minutes and seconds > 60 * given.minutes)
+        if over:
             break
     model.load_state_dict(weights)
     model.eval()
