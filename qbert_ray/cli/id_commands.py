@@ -32,8 +32,9 @@ def report(run: Run) -> None:
     content = id_report.report(run)
     for domain, figures in content["domains"].items():
         _print_domain(domain, figures, content["codebook_size"])
-    directory = id_lookup.open_ids(run)[0]
-    console.print(f"\nreport           {shown(directory.path(id_report.REPORT))}", soft_wrap=True)
+    directory, parts = id_lookup.open_ids(run)
+    if sorted(parts) == directory.parts(id_lookup.IDS):
+        console.print(f"\nreport           {shown(directory.path(id_report.REPORT))}", soft_wrap=True)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, Tree, Values
+from qbert_ray.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, Seeds, Tree, Values
 
 
 def _or_list(schema: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class Sweep(Section):
         description="one field at a time with the others as they are (Figures 3-5), every combination, random draws, Optuna, or sweep.variants",
     )
     num_trials: PositiveInt = Field(20, description="settings that random and optuna draw")
-    seeds: list[int] | None = Field(None, description="values of run.seed, each for every setting; None: that of the run")
+    seeds: Seeds | None = Field(None, description="values of run.seed, each for every setting; None: that of the run")
     objectives: dict[str, Literal["max", "min"]] = Field(
         {}, description="metric -> direction; the first decides; also ms_per_user and parameters; {}: what suits the stage"
     )

@@ -72,14 +72,18 @@ class IdReport(TypedDict):
 
 
 def report(name: str) -> IdReport:
-    """The quality report on the semantic IDs of a run, which is also written next to the IDs."""
+    """The quality report on the semantic IDs of a run.
+
+    That of all IDs is also written next to them, that of an earlier version (`runs/shop@0`) is not.
+    """
     run, parts = open_ids(name)
     manifest = Manifest.load(run, IDS)
     assert manifest is not None
     size = manifest.counts["codebook_size"]
     result = {domain: _figures(run, domain, its, size) for domain, its in domains(parts).items()}
     content: IdReport = {"num_levels": manifest.counts["num_levels"], "codebook_size": size, "domains": result}
-    run.write_json(REPORT, content)
+    if sorted(parts) == run.parts(IDS):
+        run.write_json(REPORT, content)
     return content
 
 

@@ -19,7 +19,7 @@ from scipy import stats
 from qbert_ray import metrics
 from qbert_ray.config.loading import ConfigError, read_layer, settings_of, with_values
 from qbert_ray.config.schema import Config
-from qbert_ray.config.section import Section, Tree
+from qbert_ray.config.section import Section, Seeds, Tree
 from qbert_ray.storage.columns import label
 from qbert_ray.storage.directory import RunDir
 from qbert_ray.storage.stages import BY_NAME
@@ -42,7 +42,7 @@ class Table(Section):
         [], description="further rows: rankings of the reference in addition to its model; item_item_text only where there are texts"
     )
     sequencers: bool = Field(False, description="rows also for the sequence model alone of every variant, compared with the reference's")
-    seeds: list[int] = [0, 1, 2, 3, 4]
+    seeds: Seeds = [0, 1, 2, 3, 4]
     metrics: list[Annotated[str, Field(pattern=r"^(hr|ndcg)@[1-9]\d*$")]] = ["hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10"]
     paper: dict[str, dict[str, dict[str, float]]] = Field(
         {}, description="domain -> row -> metric -> published value; rows that are not run show it alone"

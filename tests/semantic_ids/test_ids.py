@@ -9,7 +9,7 @@ import torch
 
 from qbert_ray.cli.main import main
 from qbert_ray.semantic_ids.collisions import resolve_collisions, to_tokens
-from qbert_ray.semantic_ids.id_report import report
+from qbert_ray.semantic_ids.id_report import REPORT, report
 from qbert_ray.semantic_ids.lookup import diff, show
 from qbert_ray.semantic_ids.quality import decode
 from qbert_ray.storage import columns
@@ -136,6 +136,9 @@ def test_versions_are_the_parts_up_to_them(crowd):
     assert (found["same"], found["only_second"]) == (4, 3)
     with pytest.raises(ArtifactError, match="no version 2 of its semantic IDs; it has 0, 1"):
         diff(run.uri, f"{run.uri}@2")
+    now, before = report(run.uri), report(f"{run.uri}@0")
+    assert (now["domains"]["shop"]["with_id"], before["domains"]["shop"]["with_id"]) == (7, 4)
+    assert run.read_json(REPORT) == json.loads(json.dumps(now))  # not that of the version before
 
 
 def test_the_report_says_what_happened(crowd):

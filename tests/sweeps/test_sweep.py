@@ -109,6 +109,8 @@ def test_seeds_stand_on_runs_of_their_own_that_share_what_no_seed_changes(swept)
         ({"space": {RATE: [1.0]}, "scheduler": "asha", "stage": "quantizer"}, "no stage up to quantizer|compares the epochs"),
         ({"space": {RATE: [1.0]}, "scheduler": "asha", "objectives": {"ms_per_user": "min"}}, "epochs, which have no ms_per_user"),
         ({"space": {RATE: {"uniform": [0.1, 1.0]}}, "search": "optuna", "seeds": [0, 1]}, "give one seed"),
+        ({"space": {RATE: [1.0]}, "seeds": [0, 1, 0]}, "names a seed twice"),
+        ({"space": {RATE: [1.0]}, "seeds": []}, "sweep.seeds"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_at_once(shop, tmp_path, sweep, said):
