@@ -7,7 +7,7 @@ A modality is a name; its kind says how its input is encoded. A section here has
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
@@ -89,7 +89,9 @@ class Structure(Kind):
 class Tabular(Kind):
     reads = "values"
 
-    dim: PositiveInt = Field(64, description="width of the vectors, one per column: quantiles of numbers, hashed categories")
+    dim: Annotated[int, Field(ge=8)] = Field(
+        64, description="width of the vectors, one per column: quantiles of numbers, hashed categories"
+    )
     categories: list[str] = Field([], description="columns that hold categories although they look like numbers, such as a brand's number")
 
 

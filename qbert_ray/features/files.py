@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,11 +36,11 @@ class File(NamedTuple):
 
 
 class Files(NamedTuple):
-    """A chunk: files to read, and the number of files of these items that are not read, since they already have J vectors."""
+    """A chunk: files to read, item by item, and the further files of these items, which already have J vectors unless some are rejected."""
 
     files: list[File]
     addresses: Addresses
-    surplus: int
+    spare: dict[int, list[File]]  # by row
 
 
 class Batch(NamedTuple):
@@ -49,13 +50,13 @@ class Batch(NamedTuple):
     rows: list[int]  # of the item that each piece is of
     files: list[int]  # of the item that each file is of
     rejected: list[tuple[str, int, str | None]]  # reason, row and path of each file that cannot be used
-    surplus: int
+    surplus: int  # spare files that were not read
 
 
 class FileEncoder(StreamedEncoder):
     """Vectors of files. A file becomes one or more pieces, such as windows of sound, and a piece becomes P vectors.
 
-    An item's vectors are those of its files one after the other, up to J; the files after that are not read.
+    An item's vectors are those of its files one after the other, up to J; the files after that are read in place of rejected ones.
     """
 
     unit: str  # what the files are called in counts
@@ -98,16 +99,17 @@ class FileEncoder(StreamedEncoder):
             return self.collect(items, source, (self.encode([batch]) for batch in prepare.batches(whole, decoded)))
 
     def chunks(self, items: pa.Table, source: Source, size: int | None = None) -> list[Files]:
-        files, fewest = list(files_of(items, source)), Counter[int]()  # vectors that the files of each row give at least
-        used = []
-        for file in files:
-            if fewest[file.row] < self.num_vectors:
-                used.append(file)
-                fewest[file.row] += self.per_piece
+        most = -(-self.num_vectors // self.per_piece)  # files of an item that give J vectors at least
         size = size or max(1, max(CHUNK, self.settings.batch_size) // self.most_pieces)
-        pieces = [used[start : start + size] for start in range(0, len(used), size)] or [[]]
-        surplus = [len(files) - len(used)] + [0] * len(pieces)
-        return [Files(piece, source.addresses, over) for piece, over in zip(pieces, surplus, strict=False)]
+        chunks = [Files([], source.addresses, {})]
+        for row, its in groupby(files_of(items, source), key=lambda file: file.row):
+            files = list(its)
+            if len(chunks[-1].files) >= size:
+                chunks.append(Files([], source.addresses, {}))
+            chunks[-1].files.extend(files[:most])
+            if files[most:]:
+                chunks[-1].spare[row] = files[most:]
+        return chunks
 
     def preparer(self) -> Preparer:
         return Preparer(self.decoder(), self.stack, self.settings.batch_size, self.settings.max_bytes)
@@ -181,8 +183,9 @@ class Preparer:
     def batches(self, chunk: Files, decoded: Iterable[list[Any] | str]) -> Iterator[Batch]:
         """Full batches, and the rest, which may be empty."""
         pieces: list[Any] = []
-        batch = Batch(None, [], [], [], chunk.surplus)
-        for file, found in zip(chunk.files, decoded, strict=True):
+        batch = Batch(None, [], [], [], sum(map(len, chunk.spare.values())))
+        for file, found, spare in self._with_spare(chunk, decoded):
+            batch = batch._replace(surplus=batch.surplus - spare)
             batch.files.append(file.row)
             if isinstance(found, str):
                 batch.rejected.append((found, file.row, file.path))
@@ -194,6 +197,20 @@ class Preparer:
                     yield batch._replace(pieces=self.stack(pieces))
                     pieces, batch = [], Batch(None, [], [], [], 0)
         yield batch._replace(pieces=self.stack(pieces) if pieces else None)
+
+    def _with_spare(self, chunk: Files, decoded: Iterable[list[Any] | str]) -> Iterator[tuple[File, list[Any] | str, bool]]:
+        """Each file with its pieces or the reason why it is rejected; after those of an item as many spare ones as were rejected (True)."""
+        for row, pairs in groupby(zip(chunk.files, decoded, strict=True), key=lambda pair: pair[0].row):
+            rejected = 0
+            for file, found in pairs:
+                rejected += isinstance(found, str)
+                yield file, found, False
+            for file in chunk.spare.get(row, []):
+                if not rejected:
+                    break
+                found = self.decoded(self.content(file, chunk.addresses))
+                rejected -= not isinstance(found, str)
+                yield file, found, True
 
 
 def _has_image_column(source: Source) -> bool:

@@ -22,6 +22,7 @@ from qbert_ray.inputs.rows import stable_hash
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, ITEM_INDEX, features_schema, to_fixed_lists
 
 DISTURB_SALT = 77
+LARGEST = 1e15  # number of a vector; the squares and sums of larger ones are no float32
 
 
 def features_table(items: pa.Table, vectors: np.ndarray, present: np.ndarray) -> pa.Table:
@@ -137,6 +138,7 @@ def _check(column: pa.Array, num_vectors: int, width: int) -> tuple[np.ndarray, 
     reasons = np.full(len(column), "", dtype=object)
     reasons[np.bincount(row[fits], given, len(column)) == 0] = "only zeros"  # which many write for an item without a vector
     reasons[np.bincount(row, minlength=len(column)) == 0] = "no vector"
+    reasons[row[fits][np.abs(values).max(axis=1, initial=0) > LARGEST]] = "too large"
     reasons[row[fits][~finite]] = "not finite"
     reasons[row[~fits & (widths > 0)]] = "wrong width"
     reasons[row[widths == 0]] = "no vector"

@@ -110,7 +110,7 @@ class DynamicFusion(nn.Module):
             state, gate = layer(state, values, has)
             halting = gate.mean(-1)
             ponder.index_add_(0, active, going)
-            left = going * (1 - halting)
+            left = going * (1 - halting) if self.dynamic else going
             stop = torch.full_like(left, number == len(self.layers), dtype=torch.bool)
             if self.dynamic:
                 stop = stop | (1 - left >= self.halt_threshold)

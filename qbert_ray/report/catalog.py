@@ -87,9 +87,13 @@ class Album:
         """{"<domain>/<item_index>": data URI} of the requested items whose image can be read."""
         found: dict[tuple[str, int], bytes | None] = {}
         most = BUDGET // 1500  # more would never fit, so they are not read
-        wanted = list(self.wanted)[:most]
-        for domain in dict.fromkeys(domain for domain, _ in wanted):
-            rows = [row for name, row in wanted if name == domain]
+        wanted = list(self.wanted)
+        if len(wanted) > most:
+            shown = {(domain, row) for domain, rows in _by_domain(wanted).items() for row in _with_files(catalogs[domain], rows)}
+            wanted = [key for key in wanted if key in shown]
+        left_out = len(wanted[most:])
+        wanted = wanted[:most]
+        for domain, rows in _by_domain(wanted).items():
             for part in catalogs[domain].parts:
                 found |= {(domain, row): content for row, content in _thumbnails(catalogs[domain].run, part, rows)}
         result: dict[str, str] = {}
@@ -102,14 +106,13 @@ class Album:
                 if spent > BUDGET:
                     break
                 result["/".join(map(str, key))] = uri
-        self.left_out = len(self.wanted) - len(wanted) + sum(found.get(key) is not None for key in wanted) - len(result)
+        self.left_out = left_out + sum(found.get(key) is not None for key in wanted) - len(result)
         return result
 
     def players(self, catalogs: dict[str, Catalog]) -> dict[str, list[Player]]:
         """{"<domain>/<item_index>": sounds and clips} of the requested items, those requested first as far as a budget reaches."""
         found: dict[str, list[Player]] = {}
-        for domain in dict.fromkeys(domain for domain, _ in self.wanted):
-            rows = [row for name, row in self.wanted if name == domain]
+        for domain, rows in _by_domain(self.wanted).items():
             catalog = catalogs[domain]
             for row, made in players(catalog.run, catalog.parts, rows, _addresses(catalog.run)):
                 found.setdefault(f"{domain}/{row}", []).append(made)
@@ -121,24 +124,41 @@ def _addresses(run: RunDir) -> Addresses:
     return replace(ANYWHERE, queries=("?" + run.uri.partition("?")[2],))  # an untrusted run's rows must not choose the store
 
 
-def _thumbnails(run: RunDir, part: str, rows: list[int]) -> list[tuple[int, bytes | None]]:
-    """item_index and thumbnail of some items of a part: of the image, or of the first file that is one."""
+def _by_domain(keys: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+    """Domain -> item_index of its items."""
+    result: dict[str, list[int]] = {}
+    for domain, row in keys:
+        result.setdefault(domain, []).append(row)
+    return result
+
+
+def _with_files(catalog: Catalog, rows: list[int]) -> list[int]:
+    """Those of some items that have an image or other files."""
+    return [row for part in catalog.parts for row, _ in _files(catalog.run, part, rows)]
+
+
+def _files(run: RunDir, part: str, rows: list[int]) -> list[tuple[int, list[tuple[str | None, bytes | None]]]]:
+    """item_index of those of some items of a part that have files, and address and content of each: of the image, and the first of each modality."""
     names = run.column_names("ingest/items", part)
     if not {"image_path", "image_bytes"} <= set(names):
         return []
-    several = sorted(name for name in names if name.startswith((PATH_PREFIX, BYTES_PREFIX)))
-    table = pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, "image_path", "image_bytes", *several]))
-    first = {"path": ["image_path"], "content": ["image_bytes"]}
-    for name in several:
-        first["path" if name.startswith(PATH_PREFIX) else "content"].append(name)
-    columns = [
-        pl.coalesce(pl.col(names[0]), *(pl.col(name).list.first() for name in names[1:])).alias(kind) for kind, names in first.items()
-    ]
-    given = table.filter(pl.col(ITEM_INDEX).is_in(rows)).select(ITEM_INDEX, *columns)
-    given = given.filter(pl.col("path").is_not_null() | pl.col("content").is_not_null())
+    several = sorted(name.removeprefix(PATH_PREFIX) for name in names if name.startswith(PATH_PREFIX))
+    lists = [f"{prefix}{name}" for name in several for prefix in (PATH_PREFIX, BYTES_PREFIX)]
+    table = pl.DataFrame(run.read_part("ingest/items", part, [ITEM_INDEX, "image_path", "image_bytes", *lists]))
+    given = table.filter(pl.col(ITEM_INDEX).is_in(rows)).with_columns(pl.col(name).list.first() for name in lists)
+    pairs = ((row, list(zip(found[::2], found[1::2], strict=True))) for row, *found in given.rows())
+    return [(row, there) for row, found in pairs if (there := [pair for pair in found if pair != (None, None)])]
+
+
+def _thumbnails(run: RunDir, part: str, rows: list[int]) -> list[tuple[int, bytes | None]]:
+    """item_index and thumbnail of some items of a part: of the image, or of the first file that is one."""
     addresses = _addresses(run)
+
+    def first(files: list[tuple[str | None, bytes | None]]) -> bytes | None:
+        return next(filter(None, (thumbnail(path, content, addresses) for path, content in files)), None)
+
     with ThreadPoolExecutor(READERS) as threads:
-        return list(threads.map(lambda row: (row[0], thumbnail(row[1], row[2], addresses)), given.rows()))
+        return list(threads.map(lambda row: (row[0], first(row[1])), _files(run, part, rows)))
 
 
 def thumbnail(path: str | None, content: bytes | None, addresses: Addresses = ANYWHERE) -> bytes | None:

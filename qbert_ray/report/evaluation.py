@@ -168,11 +168,13 @@ def blend_weights(counts: dict[str, Any]) -> Figure | None:
 
 def masks(facts: Facts) -> list[dict[str, Any]]:
     """Masks of every strategy that is used in training, drawn on an example history."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if facts.config["sequencer"]["kind"] == "generative":
+        return rows
     seed, lengths, samples = facts.config["run"]["seed"], np.full(DRAWS, MASKED_LENGTH), np.arange(DRAWS)
     for training_name in ("pretrain", "finetune"):
         settings = facts.config[training_name]
-        if training_name == "pretrain" and not settings["enabled"]:
+        if settings["objective"] == "causal" or (training_name == "pretrain" and facts.left_out("pretrain")):
             continue
         total = sum(settings["masks"].values())
         for strategy, weight in settings["masks"].items():

@@ -31,14 +31,18 @@ def gather(run: RunDir) -> dict[str, Any]:
     metric, up = sweep["metric"], sweep["mode"] == "max"
     finished = trials.filter((pl.col("status") != "failed") & pl.col(metric).is_not_null())
     swept = [name for name in sweep["parameters"] if trials[name].n_unique() > 1]
-    settings = summarise(finished, sweep["parameters"], metric, up)
+    settings, seeds = summarise(finished, sweep["parameters"], metric, up), len(sweep.get("seeds") or []) or 1
+    done = summarise(finished.filter(pl.col("status") == "done"), sweep["parameters"], metric, up).filter(pl.col("seeds") == seeds)
+    best = (
+        (done if len(done) else settings).head(1).rows(named=True)
+    )  # as best.yaml: a trial that was stopped, or a seed alone, decides nothing
     return {
         "sweep": sweep,
         "statuses": dict(trials.group_by("status", maintain_order=True).len().rows()),
         "swept": swept,
-        "best": settings.head(1).rows(named=True),
-        "seeds": len(sweep.get("seeds") or []) or 1,
-        "effects": [effect(finished, name, sweep, settings.row(0, named=True)) for name in swept] if len(finished) else [],
+        "best": best,
+        "seeds": seeds,
+        "effects": [effect(finished, name, sweep, best[0]) for name in swept] if best else [],
         "curves": learning(curves, finished, metric, up) if len(curves) and len(finished) else [],
         "parallel": [parallel(finished, swept, metric, up)] if len(swept) > 1 and len(finished) > 1 else [],
         "pareto": [pareto(finished, pair, sweep) for pair in combinations(sweep.get("objectives") or {}, 2)] if len(finished) else [],
@@ -93,7 +97,8 @@ def effect(trials: pl.DataFrame, name: str, sweep: dict[str, Any], best: dict[st
     rows = rows.drop_nulls(name) if numeric else rows.with_columns(pl.col(name).cast(pl.String).fill_null("none"))
     means = rows.group_by(name).agg(mean=pl.col(metric).mean(), deviation=pl.col(metric).std(), number=pl.len()).sort(name)
     x, each = ([value if numeric else plain(value) for value in column] for column in (means[name], rows[name]))
-    half = np.array([half_over_seeds(deviation, number) or 0.0 for deviation, number in means.select("deviation", "number").rows()])
+    halves = [half_over_seeds(deviation, number) for deviation, number in means.select("deviation", "number").rows()]
+    half = np.array([each or 0.0 for each in halves])
     shade, traces = colour("model"), []
     if numeric and len(x) > 1 and half.any():
         y = [*(means["mean"] + half), *(means["mean"] - half)[::-1]]
@@ -101,8 +106,8 @@ def effect(trials: pl.DataFrame, name: str, sweep: dict[str, Any], best: dict[st
         traces.append(band.update(hoverinfo="skip", name="95 % band of the mean"))
     bars = None if numeric or not half.any() else {"type": "data", "array": half.tolist(), "width": 6}
     hover = [
-        f"{name} {one}<br>mean {row['mean']:.4f} ± {wide:.4f}, {row['number']} trials"
-        for one, wide, row in zip(x, half, means.rows(named=True), strict=True)
+        f"{name} {one}<br>mean {row['mean']:.4f}{'' if wide is None else f' ± {wide:.4f}'}, trials: {row['number']}"
+        for one, wide, row in zip(x, halves, means.rows(named=True), strict=True)
     ]
     middle = go.Scatter(
         x=x, y=means["mean"].to_list(), error_y=bars, mode="lines+markers" if numeric else "markers", name="mean", text=hover

@@ -142,7 +142,7 @@ def typical(values: np.ndarray, within: np.ndarray) -> dict[str, float] | None:
     count = np.bincount(within, minlength=len(overall))
     share = count / max(len(within), 1)
     above = np.where(count > 1, share - overall, 0)
-    if not above.any():
+    if not (above > 0).any():
         return None
     value = int(above.argmax())
     return {"value": value, "share": float(share[value]), "overall": float(overall[value])}

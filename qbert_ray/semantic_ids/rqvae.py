@@ -12,11 +12,11 @@ Shapes: B batch, D input width, E codebook width, K levels, M codewords per leve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert_ray.products import Linear, product
@@ -255,8 +255,13 @@ def sample(vectors: np.ndarray, size: int, seed: int) -> np.ndarray:
     return vectors[np.random.default_rng(seed).choice(len(vectors), 256 * size, replace=False)]
 
 
-def normalised_error(model: RQVAE, embedding: Tensor) -> Tensor:
-    """Reconstruction error as a share of the inputs' variance: 0 is perfect, 1 is predicting the mean."""
-    target = (embedding - model.mean) / model.deviation
-    output = model.decoder(model.quantizer(model.encoder(target)).vector)
-    return F.mse_loss(output, target) / target.var(unbiased=False).clamp_min(1e-12)
+def normalised_error(model: RQVAE, embeddings: Sequence[Tensor]) -> float:
+    """Reconstruction error of pieces [n, D] as a share of their common variance: 0 is perfect, 1 is predicting the mean."""
+    error = square = total = count = 0.0
+    for embedding in embeddings:
+        target = (embedding - model.mean) / model.deviation
+        output = model.decoder(model.quantizer(model.encoder(target)).vector)
+        error += float((output - target).square().sum())
+        square, total, count = square + float(target.square().sum()), total + float(target.sum()), count + target.numel()
+    variance = square / count - (total / count) ** 2
+    return error / count / max(variance, 1e-12)

@@ -21,7 +21,7 @@ from qbert_ray.config.schema import Config, Workers
 from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
-from qbert_ray.semantic_ids.collisions import Resolved, resolve_collisions, resolve_given, to_tokens
+from qbert_ray.semantic_ids.collisions import CapacityError, Resolved, resolve_collisions, resolve_given, to_tokens
 from qbert_ray.semantic_ids.quantizers import EXTRA, load_quantizers
 from qbert_ray.semantic_ids.task import ExtraQuantizerTask, QuantizerMetrics, QuantizerTask
 from qbert_ray.storage import columns
@@ -226,7 +226,14 @@ def _use_given_ids(config: Config, run: RunDir, progress: Progress) -> IdCounts:
     for domain in domains:
         progress.note(domain)
         codes = _given_codes(run, given, domain, source)
-        counts.append(_write_domain(run, domain, run.parts("ingest/items", domain), codes, resolve_given(codes, size)))
+        try:
+            resolved = resolve_given(codes, size)
+        except CapacityError:
+            spans = f"{size}**{codes.shape[1]} = {size ** codes.shape[1]:,}"
+            raise ArtifactError(
+                f"data.semantic_ids: {len(codes):,} items of {domain}, and the codes in {source} span only {spans} IDs"
+            ) from None
+        counts.append(_write_domain(run, domain, run.parts("ingest/items", domain), codes, resolved))
     return {**count_ids(config, run, size), "domains": counts}
 
 

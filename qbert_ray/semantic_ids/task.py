@@ -54,11 +54,16 @@ class QuantizerTask:
                 model.start(self.embeddings)
         return model
 
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs before the codebooks start, all where the training is as short."""
+        return min(self.settings.warmup_epochs, self.settings.epochs)
+
     def adjust(self, model: Any, epoch: int) -> None:
-        if epoch < self.settings.warmup_epochs:
+        if epoch < self.warmup_epochs:
             return
         latent = torch.cat([model.encode(piece.to(model.mean.device)) for piece in self.embeddings.split(SAMPLE)])
-        if epoch == self.settings.warmup_epochs:
+        if epoch == self.warmup_epochs:
             model.quantizer.start(latent, self.seed)
         else:
             last = epoch == self.settings.epochs  # moving a codeword can leave another one without items
@@ -71,7 +76,7 @@ class QuantizerTask:
 
     def loss(self, model: Any, samples: np.ndarray, epoch: int, device: torch.device) -> tuple[Tensor, float]:
         batch = self.embeddings[torch.from_numpy(samples)].to(device)
-        return model(batch, quantize=epoch >= self.settings.warmup_epochs)["loss"] * len(samples), float(len(samples))
+        return model(batch, quantize=epoch >= self.warmup_epochs)["loss"] * len(samples), float(len(samples))
 
     def complete(self, model: Any, device: torch.device) -> None:
         """Nothing: all weights are trained."""
@@ -81,7 +86,7 @@ class QuantizerTask:
         codes = torch.cat([model.quantizer.codes(model.encode(piece)) for piece in pieces]).cpu().numpy()
         return {
             "items": len(codes),
-            "reconstruction_error": float(normalised_error(model, pieces[0])),
+            "reconstruction_error": normalised_error(model, pieces),
             "collision_rate": metrics.collision_rate(codes),
             "codebook_usage": metrics.codebook_usage(codes, self.settings.codebook_size),
             "perplexity": metrics.perplexity(codes),

@@ -25,7 +25,7 @@ def complexity_table(config: Config, num_items: int) -> Table:
     table.add_column("module", no_wrap=True)
     for header in ("paper\nparameters", "paper\nmult-adds", "real\nparameters", "real\nmult-adds"):
         table.add_column(header, justify="right", no_wrap=True)
-    columns = [counts[way][what] for way in ("paper", "real") for what in ("parameters", "multiply_adds")]
+    columns: list[Counts] = [counts[way][what] for way in ("paper", "real") for what in ("parameters", "multiply_adds")]
     for module in dict.fromkeys(name for column in columns for name in column):
         table.add_row(module, *(f"{column[module] / 1e6:.2f}" if module in column else "" for column in columns))
     table.add_section()
@@ -57,6 +57,8 @@ def as_printed(config: Config, num_items: int) -> Cost:
 def as_it_is(config: Config, num_items: int) -> Cost:
     """Parameters and multiply-adds of the model that is built: codes in place of an item table, attention included, the head on one item."""
     s, q = config.sequencer, config.quantizer
+    if s.kind == "generative":
+        return {"parameters": _generator(config), "multiply_adds": {}}
     places, causal = _places(config), config.finetune.objective == "causal"
     positions = s.max_items * places
     levels = 0 if s.tokens == "word" else q.num_levels  # a word has no codes
@@ -81,6 +83,23 @@ def as_it_is(config: Config, num_items: int) -> Cost:
     if s.embeds_items:
         real["item embedding"] = num_items * s.width
     return {"parameters": {name: count for name, count in real.items() if count}, "multiply_adds": macs}
+
+
+def _generator(config: Config) -> Counts:
+    """Parameters of the encoder-decoder, whose multiply-adds depend on the beams."""
+    import torch
+
+    from qbert_ray.sequence.decoder import Generator
+
+    s, q = config.sequencer, config.quantizer
+    with torch.device("meta"):
+        heads = s.head_width or s.width // s.num_heads
+        model = Generator(q.num_levels, q.codebook_size, s.width, s.num_layers, s.num_heads, heads, s.ffn_width, s.dropout, s.max_items)
+    counts: Counts = {}
+    for name, weights in model.named_parameters():
+        module = name.partition(".")[0].replace("_", " ")
+        counts[module] = counts.get(module, 0) + weights.numel()
+    return counts
 
 
 def _places(config: Config) -> int:

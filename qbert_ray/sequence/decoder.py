@@ -204,7 +204,10 @@ class Generator(nn.Module):
 
     def score_all(self, memory: Memory, codes: Tensor) -> Tensor:
         """[B, N] log-probability of every item's ID [N, K], without any search; in the order of the batch."""
-        prefixes, which = torch.unique(codes[:, :-1], dim=0, return_inverse=True)
+        if self.num_levels > 1:
+            prefixes, which = torch.unique(codes[:, :-1], dim=0, return_inverse=True)
+        else:
+            prefixes, which = codes.new_zeros(1, 0), codes.new_zeros(len(codes))  # all items begin alike
         prefixes = F.pad(prefixes, (0, 1))  # [n, K]; the last code is not read
         size = max(1, MOST_ROWS // max(memory.size, 1))
         found = []

@@ -131,12 +131,13 @@ def run_stages(root, last, **domain):
     return config, run
 
 
-GALLERIES = [["a.png", "b.png"], ["broken.png", "a.png"], [], None, ["a.png", "b.png", "a.png", "b.png"], ["../secret.png", "none.png"]]
+GALLERIES = [["a.png", "b.png"], ["broken.png", "a.png"], [], None, ["a.png", "b.png", "a.png", "b.png"], ["../secret.png", "none.png"],
+             ["broken.png", "a.png", "../secret.png", "b.png", "none.png", "a.png", "b.png"]]  # fmt: skip
 
 
 @pytest.fixture(params=["parquet", "jsonl", "csv"])
 def shop(tmp_path, request):
-    """Six items with up to four images each in two columns, and vectors of one's own of the first."""
+    """Seven items with up to seven images each in two columns, and vectors of one's own of the first."""
     (tmp_path / "a.png").write_bytes(png("red"))
     (tmp_path / "b.png").write_bytes(png("blue"))
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -166,17 +167,20 @@ def test_every_image_of_an_item_gives_vectors_and_broken_ones_are_rejected_one_b
     _, run = shop
     found = by_item(run, "gallery")
     there = {item: sum(present) for item, (present, _) in found.items()}
-    assert there == {"i0": 2, "i1": 1, "i2": 1, "i3": 0, "i4": 3, "i5": 0}
+    assert there == {"i0": 2, "i1": 1, "i2": 1, "i3": 0, "i4": 3, "i5": 0, "i6": 3}
     assert {len(present) for present, _ in found.values()} == {3}, "J is max_images grids"
     red, blue = found["i0"][1][:2]
     assert not np.allclose(red, blue, atol=1e-2)
     assert found["i1"][1][0] == pytest.approx(red, abs=1e-5) and found["i2"][1][0] == pytest.approx(blue, abs=1e-5)
     assert found["i4"][1] == pytest.approx(np.stack([red, blue, red]), abs=1e-5)
+    assert found["i6"][1] == pytest.approx(np.stack([red, blue, red]), abs=1e-5), "what follows takes the place of broken ones"
     rejected = run.read("features/rejected").to_pylist()
     said = {(json.loads(row["row"])["item_id"], row["reason"]) for row in rejected if row["table"] == "images"}
-    assert said == {("i1", "not an image"), ("i5", "unsafe path"), ("i5", "file not found")}
+    assert said == {("i1", "not an image"), ("i5", "unsafe path"), ("i5", "file not found")} | {
+        ("i6", reason) for reason in ("not an image", "unsafe path", "file not found")
+    }
     counts = Manifest.load(run, "features").counts["gallery"]
-    assert (counts["images"], counts["images_rejected"], counts["images_missing"], counts["images_over_limit"]) == (7, 3, 1, 1)
+    assert (counts["images"], counts["images_rejected"], counts["images_missing"], counts["images_over_limit"]) == (10, 6, 1, 2)
 
 
 def test_texts_and_vectors_by_names_of_ones_own(shop):

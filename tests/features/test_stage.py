@@ -179,6 +179,13 @@ def test_own_vectors_are_joined_and_what_does_not_fit_is_rejected(run, tmp_path)
     assert run.read("features/rejected", "shop")["reason"].to_pylist() == list(reasons)
 
 
+def test_an_own_vector_too_large_for_sums_costs_its_item_alone(run, tmp_path):
+    write_own(tmp_path / "own.parquet", item_id=["i0", "i1", "i2"], vector=[[1.0, 2.0], [1e25, 1.0], [1e15, -1.0]])
+    config = configure("features.modalities=[text]", f"data.root={tmp_path}", domains="{shop: {vectors: {text: own.parquet}}}")
+    assert extract_features(config, run, RayExecutor(), Quiet())["text"]["text_rejected.too large"] == 1
+    assert vectors_of(run, "text")[1][:, 0].tolist() == [True, False, True, False, False, False]
+
+
 def test_several_own_vectors_per_item_and_a_domain_without_any(run, tmp_path):
     write_items(run, "books")
     path = write_own(tmp_path / "own.parquet", item_id=["i5", "i1"], vectors=[[[1.0, 0.0], [0.0, 0.0], [3.0, 0.0]], [[4.0, 0.0]]])

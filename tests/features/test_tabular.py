@@ -27,7 +27,7 @@ def test_quantiles_are_shares_of_the_catalog_and_ties_are_in_their_middle():
 def test_a_skewed_column_is_spread_evenly():
     encoder = Encoder(Features(), "tabular")
     prices = [[str(2.0**power)] for power in range(101)]
-    quantiles = encoder.fit("price", prices)
+    quantiles = encoder.fit("price", prices)["quantiles"]
     assert quantile_of(np.array([2.0**power for power in range(101)]), quantiles) == pytest.approx(np.arange(101) / 100)
 
 
@@ -69,8 +69,9 @@ def test_categories_are_equal_or_nearly_orthogonal_and_levels_are_averaged():
      ("393,91 €", 393.91), ("12 EUR", 12), ("1 234,50 €", 1234.5), ("CHF 1'234.50", 1234.5), ("15 %", 15), ("3 x 4", None), ("1,2,3", None)],
 )  # fmt: skip
 def test_numbers_as_shops_write_them(text, number):
-    found = tabular._numbers([[text]])[0]
-    assert np.isnan(found) if number is None else found == pytest.approx(number)
+    encoder = Encoder(Features(tabular=Tabular(dim=8)), "tabular")
+    fitted = encoder.fit("price", [[text]])
+    assert fitted is None if number is None else fitted["quantiles"][0] == pytest.approx(number)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,18 @@ def test_numbers_as_shops_write_them(text, number):
      (["1.234.567", "12.500", "7"], [1234567, 12500, 7]), (["1,234,567", "12,500"], [1234567, 12500])],
 )  # fmt: skip
 def test_a_column_shows_whether_commas_are_decimal(texts, numbers):
-    assert tabular._numbers([[text] for text in texts]).tolist() == pytest.approx(numbers)
+    fitted = Encoder(Features(tabular=Tabular(dim=8)), "tabular").fit("price", [[text] for text in texts])
+    assert fitted["quantiles"][::50] == pytest.approx(np.quantile(numbers, [0, 0.5, 1]))
+
+
+def test_new_cells_are_read_as_the_column_was_fitted():
+    encoder = Encoder(Features(tabular=Tabular(dim=32)), "tabular")
+    commas, points = [["0,5"], ["1,250"], ["2,375"], ["9,99"]], [["0.5"], ["1.250"], ["2.375"], ["9.99"]]
+    for known, new in ((commas, points), (points, commas)):
+        fitted = encoder.fit("price", known)
+        alone, _ = encoder.encode("price", known, fitted)
+        assert np.array_equal(encoder.encode("price", known + new, fitted)[0][:4], alone)
+    assert encoder.fit("price", commas)["quantiles"] == encoder.fit("price", points)["quantiles"]
 
 
 def test_a_column_is_of_numbers_where_nearly_all_cells_are():

@@ -177,6 +177,7 @@ def test_fixed_fusion_takes_the_last_layers_state_alone():
             state, gate = layer(state, found.aligned + model.modality_embedding, found.present)
     assert torch.allclose(found.embedding, torch.nn.functional.layer_norm(state, (8,)), atol=1e-5)
     assert torch.allclose(found.gate, gate.mean(1), atol=1e-6)
+    assert found.ponder.tolist() == found.depth.tolist() == [2] * 3 and not model(torch.arange(3), features, present).ponder.requires_grad
     assert model.unknown == 3 and len(model.id_embedding.weight) == 4
 
 

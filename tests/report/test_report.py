@@ -3,10 +3,12 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import plotly.graph_objects as go
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from qbert_ray.cli import main as cli
@@ -60,13 +62,29 @@ def test_every_figure_is_one_that_plotly_takes(page):
 
 def test_masks_of_the_last_item_are_drawn_as_training_draws_them(run):
     facts = Facts(run)
-    facts.config = Config.model_validate({"pretrain": {"enabled": False}, "finetune": {"prefix_share": 1.0}}).model_dump(mode="json")
+    facts.config = Config.model_validate({"pretrain": {"enabled": False}, "finetune": {"objective": "masked", "prefix_share": 1.0}}).model_dump(mode="json")
     strategies = {row["strategy"]: row["draws"] for row in evaluation.masks(facts)}
     assert {len(draw) for draw in strategies["random"]} == {20}
     assert len({len(draw) for draw in strategies["last"]}) > 1  # beginnings of other lengths
     assert all(sum(draw) == 1 and draw[-1] and 2 <= len(draw) <= 20 for draw in strategies["last"])
     facts.config["finetune"]["prefix_share"] = 0.0
     assert [len(draw) for draw in evaluation.masks(facts)[-1]["draws"]] == [20]
+
+
+@pytest.mark.parametrize(
+    ("changes", "trainings"),
+    [
+        ({"finetune": {"objective": "masked"}, "pretrain": {"enabled": False}}, {"finetune"}),
+        ({"finetune": {"objective": "causal"}, "pretrain": {"enabled": False}}, set()),
+        ({"data": {"domains": {"a": {"role": "source"}, "b": {"role": "target"}}}, "finetune": {"objective": "causal"}}, {"pretrain"}),
+        ({"finetune": {"objective": "causal"}}, set()),  # one domain: nothing to train before
+        ({"sequencer": {"kind": "generative"}, "finetune": {"objective": "masked"}}, set()),
+    ],
+)
+def test_masks_are_shown_of_trainings_that_mask(run, changes, trainings):
+    facts = Facts(run)
+    facts.config = Config.model_validate(changes).model_dump(mode="json")
+    assert {row["training"] for row in evaluation.masks(facts)} == trainings
 
 
 def test_a_figure_shows_the_tags_of_a_title_as_letters():
@@ -171,6 +189,30 @@ def test_images_keep_to_the_budget_and_broken_ones_are_left_out(run, monkeypatch
     assert len(album.images({"shop": catalog})) < 2 and album.left_out >= 1
 
 
+def test_the_image_of_an_item_is_the_first_of_its_files_that_is_one(tmp_path, monkeypatch):
+    import io
+
+    from PIL import Image
+
+    kept = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(kept, "PNG")
+    (tmp_path / "cover.png").write_bytes(kept.getvalue())
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    nothing, cover = pa.nulls(3, pa.list_(pa.binary())), [str(tmp_path / "cover.png")]
+    items = pa.table({
+        "item_index": pa.array([0, 1, 2], pa.int32()), "image_path": pa.nulls(3, pa.string()), "image_bytes": pa.nulls(3, pa.binary()),
+        "path.audio": [[str(tmp_path / "a.wav")], None, None], "bytes.audio": nothing, "path.gallery": [cover, cover, None], "bytes.gallery": nothing,
+    })  # fmt: skip
+    run = RunDir(str(tmp_path / "run"))
+    run.write_part("ingest/items", "shop-00000.parquet", items)
+    catalog, album = SimpleNamespace(domain="shop", run=run, parts=["shop-00000.parquet"]), Album()
+    album.want(catalog, range(3))
+    assert list(album.images({"shop": catalog})) == ["shop/0", "shop/1"] and album.left_out == 0
+    monkeypatch.setattr("qbert_ray.report.catalog.BUDGET", 1500)  # for one image at most
+    album.images({"shop": catalog})
+    assert album.left_out == 1, "an item without files has no image to leave out"
+
+
 def test_a_thumbnail_is_small_and_the_web_is_not_asked(run):
     import io
 
@@ -239,6 +281,24 @@ def test_an_effect_holds_the_other_values_at_the_best_where_it_can(swept):
     notes = {figure.title: figure.note for figure in content["effects"]}
     assert notes["finetune.learning_rate"].startswith("All else") and notes["sequencer.num_layers"].startswith("Over all")
     assert content["best"][0]["finetune.learning_rate"] == 0.001
+
+
+def test_the_best_setting_is_one_whose_trials_all_finished(tmp_path):
+    run = RunDir(str(tmp_path))
+    run.write_json("sweep.json", {"metric": "ndcg@10", "mode": "max", "stage": "finetune", "parameters": ["x"], "seeds": [0, 1]})
+    rows = [
+        ("a", "done", 1, 0, 0.30),
+        ("b", "done", 1, 1, 0.31),
+        ("c", "done", 2, 0, 0.35),
+        ("d", "failed", 2, 1, None),
+        ("e", "stopped", 3, 0, 0.4),
+    ]
+    trials = pl.DataFrame(rows, ["trial_id", "status", "x", "seed", "ndcg@10"], orient="row")
+    trials.with_columns(seconds=pl.lit(1.0), error=pl.lit(None, pl.String)).write_parquet(run.path("trials.parquet"))
+    content = sweep.gather(run)
+    assert [row["x"] for row in content["best"]] == [1] and [row["x"] for row in content["settings"]] == [3, 2, 1]
+    hover = next(trace for trace in content["effects"][0].plot["data"] if trace["name"] == "mean")["text"]
+    assert hover[1] == "x 2<br>mean 0.3500, trials: 1" and "±" in hover[0], "one trial has no interval"
 
 
 @pytest.mark.parametrize("empty", ["all failed", "no curves", "one trial"])

@@ -101,6 +101,7 @@ def test_the_typical_value_is_more_common_here_than_elsewhere():
     assert typical(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 1, 1])) == {"value": 1, "share": 1 / 2, "overall": 1 / 3}
     assert typical(np.array([0]), np.array([], dtype=int)) is None
     assert typical(np.array([0, 1, 2]), np.array([1])) is None
+    assert typical(np.array([0] * 9 + [1]), np.array([0, 0, 1])) is None, "the value of two is rarer here than overall"
 
 
 def test_spread_of_codes():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from qbert_ray.sequence.beam_search import AnyCodes, Beams, Trie, _widened, beam_search, search
+from qbert_ray.sequence.decoder import Generator
 from tests.sequence.t5 import t5_of
 from tests.sequence.test_decoder import CODES, HISTORIES, ITEMS, LEVELS, SIZE, build, encode
 
@@ -113,6 +114,16 @@ def test_a_batch_never_changes_a_result(removing):
         assert torch.equal(alone.items[0], together.items[row, :count])
         assert torch.allclose(alone.scores[0], together.scores[row, :count], atol=1e-5)
         assert (together.items[row, count:] == -1).all()
+
+
+def test_ids_of_one_level_are_scored_by_their_code_alone():
+    torch.manual_seed(0)
+    model = Generator(1, 8, width=16, num_layers=1, num_heads=2, head_width=8, ffn_width=16).eval()
+    codes = torch.tensor([[3], [0], [5], [7]])
+    memory = encode(model, [np.array([0, 2]), np.array([1])], codes.numpy())
+    scores, found = model.score_all(memory, codes), beam_search(model, memory, Trie.build(codes), 4)
+    assert torch.equal(found.items, scores.sort(dim=1, descending=True).indices)
+    assert (scores.exp().sum(1) < 1).all(), "four of the eight codes are an item's"
 
 
 def test_items_with_one_id_share_a_score_and_come_in_order():

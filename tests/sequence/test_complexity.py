@@ -4,6 +4,7 @@ import pytest
 
 from qbert_ray.config.loading import load_config
 from qbert_ray.sequence.complexity import as_it_is, as_printed, complexity_table
+from qbert_ray.sequence.decoder import Generator
 from qbert_ray.sequence.model import Sequencer
 from tests import ROOT
 
@@ -47,6 +48,16 @@ def built(config):
 def test_parameters_are_those_of_the_model(changes):
     config = load_config([], [*SMALL, *changes])
     assert sum(as_it_is(config, ITEMS)["parameters"].values()) == sum(each.numel() for each in built(config).parameters())
+
+
+def test_the_encoder_decoder_is_counted_as_it_is_built():
+    config = load_config([], [*SMALL, "sequencer.kind=generative"])
+    s, q = config.sequencer, config.quantizer
+    sizes = (s.width, s.num_layers, s.num_heads, s.head_width or s.width // s.num_heads, s.ffn_width, s.dropout, s.max_items)
+    built = Generator(q.num_levels, q.codebook_size, *sizes)
+    counted = as_it_is(config, ITEMS)
+    assert sum(counted["parameters"].values()) == sum(each.numel() for each in built.parameters()) and not counted["multiply_adds"]
+    assert "recall" not in counted["parameters"] and complexity_table(config, ITEMS).row_count
 
 
 @pytest.mark.parametrize(("items", "parameters", "multiply_adds"), [(6250, 3.71, 185.36), (9416, 4.51, 225.68), (13839, 5.64, 282.14)])

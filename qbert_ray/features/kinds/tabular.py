@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import polars as pl
@@ -23,7 +23,7 @@ from qbert_ray.features.modality import DomainEncoder, Encoded, Source, absent
 from qbert_ray.inputs.rows import mix, stable_hash
 from qbert_ray.inputs.values import AMOUNT
 from qbert_ray.storage.columns import COLD, VALUE_PREFIX
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import ArtifactError, RunDir
 
 QUANTILES = 101  # of a column that are kept, from the least to the largest number
 NUMBERS = 0.95  # share of a column's cells that must be a single number each for it to be a column of numbers
@@ -35,6 +35,13 @@ DECIMAL_COMMA = re.compile(r"\d,(?:\d{1,2}|\d{4,})(?!\d)|\d(?:\.\d{3}){2,}(?!\d)
 DECIMAL_POINT = re.compile(r"\d\.(?:\d{1,2}|\d{4,})(?!\d)")
 
 Cells = list[list[str]]  # N texts of a column; empty where missing
+
+
+class Column(TypedDict):
+    """What a column of numbers is read by, new items included."""
+
+    quantiles: list[float]  # the least and the largest number included
+    comma: bool  # whether decimals come after a comma
 
 
 class Encoder(DomainEncoder):
@@ -56,28 +63,32 @@ class Encoder(DomainEncoder):
         if not run.exists(fitted):
             warm = np.flatnonzero(~table[COLD].to_numpy())
             run.write_json(fitted, {name: self.fit(name, [cells[row] for row in warm]) for name, cells in columns.items()})
-        quantiles = run.read_json(fitted)
+        known = run.read_json(fitted)
+        if any(isinstance(each, list) for each in known.values()):
+            raise ArtifactError(f"{run.path(fitted)} has an older format; redo the run from its stage features")
         vectors, present = absent(len(table), num_vectors, self.width)
         for slot, (name, cells) in enumerate(columns.items()):
-            vectors[:, slot], present[:, slot] = self.encode(name, cells, quantiles[name])
+            vectors[:, slot], present[:, slot] = self.encode(name, cells, known[name])
         return Encoded(vectors, present, {f"columns_of_{source.modality}": len(names)})
 
-    def fit(self, name: str, cells: Cells) -> list[float] | None:
-        """Quantiles of a column of numbers, the least and the largest included; None for categories."""
-        numbers, given = _numbers(cells), sum(map(bool, cells))
+    def fit(self, name: str, cells: Cells) -> Column | None:
+        """What a column of numbers is read by; None for categories."""
+        texts, given = _texts(cells), sum(map(bool, cells))
+        comma = any(map(DECIMAL_COMMA.search, texts)) and not any(map(DECIMAL_POINT.search, texts))
+        numbers = _numbers(cells, comma)
         found = numbers[np.isfinite(numbers)]
         if name in self.settings.categories or not len(found) or len(found) < NUMBERS * given:
             return None
-        return np.quantile(found, np.linspace(0, 1, QUANTILES)).tolist()
+        return {"quantiles": np.quantile(found, np.linspace(0, 1, QUANTILES)).tolist(), "comma": comma}
 
-    def encode(self, name: str, cells: Cells, quantiles: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, name: str, cells: Cells, fitted: Column | None) -> tuple[np.ndarray, np.ndarray]:
         """[N, D] vectors of a column, and [N] which are there."""
-        if quantiles is None:
+        if fitted is None:
             return category_vectors(name, cells, self.width)
-        numbers = _numbers(cells)
+        numbers = _numbers(cells, fitted["comma"])
         there = np.isfinite(numbers)
         vectors = np.zeros((len(cells), self.width), np.float32)
-        vectors[there] = number_vectors(name, quantile_of(numbers[there], quantiles), self.width)
+        vectors[there] = number_vectors(name, quantile_of(numbers[there], fitted["quantiles"]), self.width)
         return vectors, there
 
 
@@ -118,11 +129,14 @@ def sign_vectors(texts: Sequence[str], width: int) -> np.ndarray:
     return (2 * bits.astype(np.float32) - 1) / np.float32(width**0.5)
 
 
-def _numbers(cells: Cells) -> np.ndarray:
+def _texts(cells: Cells) -> list[str]:
+    """The single text of each cell, empty where there is none or there are several."""
+    return [cell[0].strip() if len(cell) == 1 else "" for cell in cells]
+
+
+def _numbers(cells: Cells, comma: bool) -> np.ndarray:
     """[N] the single number of each cell; NaN where there is none."""
-    texts = [cell[0].strip() if len(cell) == 1 else "" for cell in cells]
-    comma = any(map(DECIMAL_COMMA.search, texts)) and not any(map(DECIMAL_POINT.search, texts))
-    return np.array([_number(text, comma) for text in texts], dtype=float)
+    return np.array([_number(text, comma) for text in _texts(cells)], dtype=float)
 
 
 def _number(text: str, comma: bool) -> Any:
