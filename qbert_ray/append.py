@@ -35,10 +35,11 @@ from qbert_ray.storage.columns import COLD, DOMAIN, GONE, ITEM_ID, ITEM_INDEX, i
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.storage.lock import check_held
 from qbert_ray.storage.seals import APPENDING, seal
-from qbert_ray.storage.stages import BY_NAME, STAGES
+from qbert_ray.storage.stages import BY_NAME, REQUESTED, STAGES
 
 IDS = "semantic_ids"
 GROWN = ("ingest", "features", "fusion", IDS)  # stages that get further parts, the last written last
+RANKED = ("ranking", "evaluate", "score")  # stages that read the whole catalog
 CONTENT = "_content"
 DROPPED = "below min_item_interactions"  # reason of ingest/rejected for items that the k-core left out
 
@@ -182,6 +183,9 @@ def _publish(config: Config, run: RunDir, versions: list[Version], found: Counte
         LockedError: another process has taken the lock of the run meanwhile.
     """
     check_held(run)
+    for later in (*(BY_NAME[name] for name in RANKED), *REQUESTED):
+        if Manifest.load(run, later.name) is None:  # what an interrupted one wrote is of the catalog before
+            run.delete(later.name)
     listed = {part for version in versions for part in version["parts"]}
     parts = [part for part in run.parts(IDS) if part not in listed]
     counts = {name: found[name] for name in ("left_out", "changed", "unchanged", "gone")}

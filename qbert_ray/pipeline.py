@@ -22,7 +22,7 @@ from qbert_ray.inputs.rules import check_rules, rule_files
 from qbert_ray.storage.directory import ArtifactError, Counts, Manifest, RunDir
 from qbert_ray.storage.lock import check_held
 from qbert_ray.storage.seals import STARTED, seal
-from qbert_ray.storage.stages import BY_NAME, STAGES, Stage
+from qbert_ray.storage.stages import BY_NAME, REQUESTED, STAGES, Stage
 
 # Names of a run's folders before the first release -> current names.
 RENAMED = {"rqvae": "quantizer", "memory": "ranking", "evaluation": "evaluate", "recommendations": "score"}
@@ -61,8 +61,9 @@ def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Man
         )
     inputs = _input_fingerprints(stage, config, run)
     stale = [name for name, fingerprint in inputs.items() if done.inputs.get(name) != fingerprint]
+    stale += [name for name in done.inputs if name in BY_NAME and name not in inputs and BY_NAME[name].skipped(config)]
     read = run.read_json(APPENDED) if stale and run.exists(APPENDED) else {}
-    stale = [name for name in stale if read.get(name) != inputs[name] and (files or not name.startswith("data."))]
+    stale = [name for name in stale if read.get(name) != inputs.get(name, "") and (files or not name.startswith("data."))]
     if stale:
         new_items = all(name.startswith("data.domains.") and name.endswith(".items") for name in stale)
         hint = "; or give only the new items IDs: qbert-ray semantic-ids --append" if new_items else ""
@@ -133,8 +134,8 @@ def preflight(stages: Sequence[Stage], config: Config, run: RunDir, executor: Ex
 
 
 def redo_from(name: str, run: RunDir) -> None:
-    """Delete the outputs of a stage and of all stages after it."""
-    for stage in reversed(STAGES[STAGES.index(BY_NAME[name]) :]):  # in reverse order, so that an interruption leaves a consistent run
+    """Delete the outputs of a stage and of all stages after it, and of those that are done at request, which read the last ones."""
+    for stage in reversed((*STAGES[STAGES.index(BY_NAME[name]) :], *REQUESTED)):  # in this order an interruption leaves a consistent run
         run.delete(f"{stage.name}/manifest.json")
         run.delete(stage.name)
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from qbert_ray.config.loading import load_config
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import redo_from, run_stage, status
@@ -212,6 +213,23 @@ def test_a_changed_config_is_refused_with_the_key_that_changed(finished, shop):
         assert status(stage, more_machines, run) is not None
 
 
+def test_a_model_that_was_pre_trained_is_not_that_of_a_config_without(tmp_path):
+    run, stage = RunDir(str(tmp_path)), BY_NAME["finetune"]
+    config = load_config([], ["data.domains={shop: {}}", "finetune.objective=causal"])  # one domain, so nothing to pre-train on
+    Manifest("finetune", stage.depends_on(config), {}, "0").save(run, "finetune")
+    assert status(stage, config, run) is not None
+    Manifest("finetune", stage.depends_on(config), {"pretrain": "a fingerprint"}, "0").save(run, "finetune")
+    with pytest.raises(ArtifactError, match="made from other outputs of pretrain; redo it with --from finetune"):
+        status(stage, config, run)
+
+
+def test_given_ids_leave_the_settings_of_structure_to_the_sequence_model():
+    paths = [f"features.structure.{name}" for name in ("dim", "window")]
+    for stage in (BY_NAME["pretrain"], BY_NAME["finetune"]):
+        given, own = (stage.depends_on(load_config([], [f"data.semantic_ids={file}"])) for file in ("ids.parquet", "null"))
+        assert set(paths) <= given.keys() and not set(paths) & own.keys()
+
+
 def test_a_stage_without_its_input_names_the_command(shop, tmp_path):
     config = small_config(shop, tmp_path)
     with pytest.raises(ArtifactError, match="evaluate needs finetune, which is not done.*qbert-ray finetune"):
@@ -223,7 +241,9 @@ def test_redo_forgets_a_stage_and_what_follows(finished, shop, tmp_path):
     copy = RunDir(str(tmp_path / "copy"))
     for stage in STAGES:
         copy.write_json(f"{stage.name}/manifest.json", run.read_json(f"{stage.name}/manifest.json"))
+    copy.write_json("score_histories/manifest.json", run.read_json("score/manifest.json"))
     redo_from("finetune", copy)
+    assert not copy.exists("score_histories/manifest.json"), "its lists are of the models before"
     left = [stage.name for stage in STAGES if Manifest.load(copy, stage.name)]
     assert left == ["ingest", "features", "fusion", "quantizer", "semantic_ids", "pretrain"]
 

@@ -16,8 +16,9 @@ from qbert_ray.cli.console import trials_table
 from qbert_ray.cli.journal import Journal, Terminal
 from qbert_ray.cli.stage_commands import journal_of, of_ray, run_stages, show_metrics
 from qbert_ray.cli.terminal import open_console, shown
-from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials, with_values
+from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials
 from qbert_ray.config.schema import Config
+from qbert_ray.config.search import Sweep
 from qbert_ray.execution.failures import root_cause, stoppable
 from qbert_ray.storage.directory import ArtifactError, RunDir
 from qbert_ray.storage.lock import locked
@@ -158,8 +159,11 @@ def reproduce(
     seeds = settings.sweep.seeds or what.seeds
     skipped = tables.impossible_rows(settings, what)
     variants = {name: overlay for name, overlay in what.variants.items() if name not in skipped}
-    compared = {"name": table.stem, "stage": "evaluate", "search": "variants", "variants": variants, "seeds": seeds}
-    settings = with_values(settings, {"sweep": compared})
+    limits = settings.sweep.model_dump(include={"max_seconds", "max_tokens", "max_concurrent", "max_failures"})
+    compared = {"name": f"table-{table.stem}", "stage": "evaluate", "search": "variants", "variants": variants, "seeds": seeds}
+    settings = settings.model_copy(
+        update={"sweep": Sweep.model_validate(limits | compared)}
+    )  # a search of the config's own is another sweep
     from qbert_ray.sweeps import tuning
     from qbert_ray.sweeps.trials import Plan
 

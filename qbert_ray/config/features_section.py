@@ -259,3 +259,7 @@ def check_inputs(features: Features, domains: dict[str, Domain]) -> None:
                 f"features.modalities names {name!r}, which is none of the kinds {', '.join(KINDS)}; give its kind, as in "
                 f"{{{name}: {{kind: image}}}}, or vectors of your own: data.domains.<name>.vectors.{name}"
             )
+    known = modalities_of(features, domains)
+    unknown = [f"{field}.{name}" for field in ("missing", "noise") for name in getattr(features, field) if name not in known]
+    if unknown:
+        raise ValueError(f"features.{unknown[0]}: the run has no such modality; it has {', '.join(known)}")

@@ -199,11 +199,16 @@ def _as_typed(tree: Tree, overrides: list[str]) -> Tree:
 
 
 def _parse_value(text: str) -> Any:
-    """A value parsed as YAML, except that dates stay text: a folder may be called 2024-01-01, and no field takes a date."""
+    """A value parsed as YAML, except that dates stay text: a folder may be called 2024-01-01, and no field takes a date.
+
+    Nor is there a comment: a folder may be called `try #2`.
+    """
     try:
-        return read_yaml(text)
+        value = read_yaml(text)
     except YamlError:
         return text
+    plain = isinstance(value, str) and not text.lstrip().startswith(("'", '"'))
+    return text.strip() if plain or text.lstrip().startswith("#") else value
 
 
 def _explain(problem: Any) -> str:

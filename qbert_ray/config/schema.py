@@ -26,7 +26,7 @@ MaskStrategy = Literal["span", "tail", "multi_region", "random"]
 
 class Run(Section):
     dir: str = Field("runs/run", description="run directory: a local path or an s3:// or gs:// URI")
-    seed: int = Field(0, description="seeds initialisation, batch order, masks and dropout")
+    seed: NonNegativeInt = Field(0, description="seeds initialisation, batch order, masks and dropout")
     deterministic: bool = Field(
         False, description="equal runs on equal machines give equal weights to the bit: trainings have one thread, so they take longer"
     )
@@ -276,7 +276,7 @@ class Gates(Section):
 
 
 class Evaluate(Section):
-    cutoffs: list[PositiveInt] = Field([1, 5, 10], description="k of hr@k and ndcg@k", json_schema_extra=paper("§4.1"))
+    cutoffs: list[PositiveInt] = Field([1, 5, 10], min_length=1, description="k of hr@k and ndcg@k", json_schema_extra=paper("§4.1"))
     users: PositiveInt | None = Field(
         None, description="users, chosen by hash, whose test items are ranked; intervals say what the sample leaves open. None: all"
     )

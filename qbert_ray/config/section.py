@@ -8,8 +8,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -19,7 +19,7 @@ def _different(seeds: list[int]) -> list[int]:
     return seeds
 
 
-Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_different)]
+Seeds = Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(_different)]
 
 Tree = dict[str, Any]  # a nested mapping of a config, as YAML holds it
 Values = dict[str, Any]  # dotted path of a field -> its value

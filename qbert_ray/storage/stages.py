@@ -74,6 +74,11 @@ def _unread_by_features(config: Config) -> tuple[str, ...]:
     return tuple(f"features.{kind}" for kind in KINDS if kind not in used)
 
 
+def _unread_by_sequences(config: Config) -> tuple[str, ...]:
+    """The vectors of structure, which `features` depends on too where it runs."""
+    return () if config.data.semantic_ids else ("features.structure",)
+
+
 def _given_ids(config: Config) -> str | None:
     return "semantic IDs are given" if config.data.semantic_ids else None
 
@@ -138,10 +143,11 @@ STAGES = (
         "qbert_ray.sequence.stage:pretrain",
         "Multi-mask pre-training on the source domains.",
         _SEQUENCE,
-        ("run.seed", "sequencer", "pretrain"),
+        ("run.seed", "sequencer", "pretrain", "features.structure"),
         ("semantic_ids",),
         ("pretrain",),
         ignores=("sequencer.beam",),
+        unread=_unread_by_sequences,
         skipped=lambda config: config.no_pretraining,
     ),
     Stage(
@@ -149,10 +155,11 @@ STAGES = (
         "qbert_ray.sequence.stage:finetune",
         "Fine-tune on each target domain.",
         _SEQUENCE,
-        ("run.seed", "sequencer", "finetune", "pretrain.enabled"),
+        ("run.seed", "sequencer", "finetune", "pretrain.enabled", "features.structure"),
         ("semantic_ids", "pretrain"),
         ("finetune",),
         ignores=("sequencer.beam",),
+        unread=_unread_by_sequences,
     ),
     Stage(
         "ranking",

@@ -290,7 +290,7 @@ def collect(folder: RunDir, ranks: pl.DataFrame, table: Table, skipped: dict[str
     if folder.exists(RANKS):
         before = pl.read_parquet(folder.read_bytes(RANKS))
         kept = before.join(ranks.select("domain", "row").unique(), on=["domain", "row"], how="anti")
-        ranks = pl.concat([kept, ranks], how="diagonal")  # ranks of other systems may lack the seconds
+        ranks = pl.concat([kept, ranks], how="diagonal_relaxed")  # ranks of other systems may lack the seconds
     content = io.BytesIO()
     ranks.write_parquet(content)
     folder.write_bytes(RANKS, content.getvalue())

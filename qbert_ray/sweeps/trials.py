@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +25,15 @@ from qbert_ray.config.search import objectives, settings
 from qbert_ray.config.section import Values
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
-from qbert_ray.pipeline import run_stage, save_config
+from qbert_ray.pipeline import FILTERED, file_fingerprints, run_stage, save_config
 from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.ranker import batches
 from qbert_ray.storage import columns
 from qbert_ray.storage.directory import RunDir
-from qbert_ray.storage.stages import BY_NAME, STAGES, Stage
+from qbert_ray.storage.stages import BY_NAME, REQUESTED, STAGES, Stage
 from qbert_ray.training import EpochMetrics
 
+CONTENT = "content of "  # in `Plan.base`, before the setting that names a file
 BEGUN, RESULT, CURVE = "trial.json", "result.json", "curve.jsonl"  # in the folder of a trial
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 EPOCH_METRICS = ("ndcg@10", "hr@10", "train_loss")  # of pre-training and fine-tuning
@@ -96,6 +98,8 @@ class Plan:
         sweep = self.sweep
         if bool(sweep.variants) != (sweep.search == "variants") or (sweep.variants and sweep.space):
             raise ValueError("sweep.search=variants compares sweep.variants, the other searches sweep.space: give what belongs together")
+        if sweep.name in (*BY_NAME, *(stage.name for stage in REQUESTED)) or not re.fullmatch(r"\w[\w.-]*", sweep.name):
+            raise ValueError(f"sweep.name={sweep.name!r} becomes a folder of the run: letters, digits, _, . and -, and no name of a stage")
         fixed = [path for path in self.paths if path.split(".")[0] in FIXED]
         if fixed:
             raise ValueError(
@@ -220,7 +224,8 @@ class Plan:
         if self.trials:
             return self.trials
         folders = [name for name in self.folder.folders("trials") if self.folder.exists(f"trials/{name}/{BEGUN}")]
-        return [Trial(**self.folder.read_json(f"trials/{name}/{BEGUN}")) for name in folders]
+        trials = [Trial(**self.folder.read_json(f"trials/{name}/{BEGUN}")) for name in folders]
+        return [trial for trial in trials if trial.seed in self.seeds]
 
     def result(self, trial: Trial) -> Result:
         """How a trial ended."""
@@ -249,10 +254,18 @@ class Plan:
         return {"variant": self.names[trial.name]} if self.variants else trial.values
 
     def base(self) -> Values:
-        """Dotted path -> value of all settings that the trials have in common."""
+        """Dotted path -> value of all settings that the trials have in common; and what their input files hold."""
         leaves = [stage.depends_on(self.config) for stage in self.stages]
         swept = tuple(f"{path}." for path in ("run.seed", *self.paths))
-        return {path: value for common in leaves for path, value in common.items() if not f"{path}.".startswith(swept)}
+        base = {path: value for common in leaves for path, value in common.items() if not f"{path}.".startswith(swept)}
+        files = [file_fingerprints(stage, self.config) for stage in self.stages if stage.name not in FILTERED]
+        return base | {f"{CONTENT}{path}": content for found in files for path, content in found.items()}
+
+    def changed(self, known: Values) -> list[str]:
+        """What differs from another `base`; files that are gone, or that it does not know, count as the same."""
+        now = self.base()
+        of_both = {path for path in known.keys() | now.keys() if not path.startswith(CONTENT)} | (known.keys() & now.keys())
+        return sorted(path for path in of_both if known.get(path) != now.get(path))
 
 
 def _affects(path: str, stage: Stage) -> bool:

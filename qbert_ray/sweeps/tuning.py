@@ -67,10 +67,9 @@ def is_prepared(plan: Plan, seed: int, stage: str) -> bool:
 
 def check_base(plan: Plan) -> None:
     """Raise if the sweep's folder holds trials of another base config, or without a metric that is compared now."""
-    known = plan.folder.read_json(SWEEP)["base"] if plan.folder.exists(SWEEP) else plan.base()
     now = plan.base()
-    changed = [path for path in sorted(set(known) | set(now)) if known.get(path) != now.get(path)]
-    if changed:
+    known = plan.folder.read_json(SWEEP)["base"] if plan.folder.exists(SWEEP) else now
+    if changed := plan.changed(known):
         lines = "\n".join(f"  {path}: swept on {known.get(path)!r}, now {now.get(path)!r}" for path in changed[:5])
         raise ArtifactError(
             f"{plan.folder.uri} holds a sweep on another config:\n{lines}\nchoose another sweep.name, or delete that folder"

@@ -62,6 +62,11 @@ def test_masks_are_replaced_whole():
         ("pretrain.masks={}", "masks must name at least one strategy"),
         ("compute.finetune.num_workers=[3, 2]", "[3, 2] must be [fewest, most]"),
         ("data.domains.a/b.items=x", "'a/b' cannot name a domain"),
+        ("run.seed=-1", "run.seed: Input should be greater than or equal to 0"),
+        ("evaluate.cutoffs=[]", "evaluate.cutoffs: List should have at least 1 item"),
+        ("finetune.learning_rate=.inf", "finetune.learning_rate: Input should be a finite number"),
+        ("features.missing.tetx=0.9", "features.missing.tetx: the run has no such modality; it has text"),
+        ("features={modalities: [image], noise: {text: 0.5}}", "features.noise.text: the run has no such modality; it has image"),
     ],
 )
 def test_errors_name_the_path_and_what_is_valid(override, said):
@@ -101,7 +106,7 @@ def test_merge_leaves_its_arguments_alone():
     assert base == {"a": {"b": 1}}
 
 
-@pytest.mark.parametrize("name", ["2024-01-01", "2024", "1_000", "0x1f", "yes", "1.50", "null_run", "12:30", "on"])
+@pytest.mark.parametrize("name", ["2024-01-01", "2024", "1_000", "0x1f", "yes", "1.50", "null_run", "12:30", "on", "try #2", "#2"])
 def test_a_folder_may_be_called_like_a_date_or_a_number(name, tmp_path):
     assert load_config([], [f"run.dir={name}"]).run.dir == name
     (tmp_path / "x.yaml").write_text("run: {dir: 2024-01-01}")

@@ -62,7 +62,9 @@ def test_every_figure_is_one_that_plotly_takes(page):
 
 def test_masks_of_the_last_item_are_drawn_as_training_draws_them(run):
     facts = Facts(run)
-    facts.config = Config.model_validate({"pretrain": {"enabled": False}, "finetune": {"objective": "masked", "prefix_share": 1.0}}).model_dump(mode="json")
+    facts.config = Config.model_validate(
+        {"pretrain": {"enabled": False}, "finetune": {"objective": "masked", "prefix_share": 1.0}}
+    ).model_dump(mode="json")
     strategies = {row["strategy"]: row["draws"] for row in evaluation.masks(facts)}
     assert {len(draw) for draw in strategies["random"]} == {20}
     assert len({len(draw) for draw in strategies["last"]}) > 1  # beginnings of other lengths

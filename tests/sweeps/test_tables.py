@@ -103,8 +103,8 @@ def test_data_sets_add_up_in_one_folder_and_a_repeated_one_is_replaced(ranks, tm
     assert "## shop, all items ranked: 400 users, 2 seeds" in page and "## books, unseen items ranked: 30 users, 1 seed\n" in page
     assert len(pl.read_parquet(tmp_path / RANKS)) == len(ranks) + len(other)
     theirs = ranks.filter(pl.col("row") == "base").with_columns(row=pl.lit("another system"))  # added by hand
-    theirs = theirs.drop("training_seconds")
-    pl.concat([pl.read_parquet(tmp_path / RANKS), theirs], how="diagonal").write_parquet(tmp_path / RANKS)
+    theirs = theirs.drop("training_seconds").cast({"rank_all": pl.Int64, "seed": pl.Int64})
+    pl.concat([pl.read_parquet(tmp_path / RANKS), theirs], how="diagonal_relaxed").write_parquet(tmp_path / RANKS)
     collect(folder, ranks, TABLE)
     assert "| another system |" in (tmp_path / MARKDOWN).read_text()
 
@@ -187,7 +187,7 @@ def test_every_table_that_comes_with_the_project_is_one_a_sweep_accepts(file, tm
 
     table = load_table(file)
     config = load_config([ROOT / "configs" / "movielens.yaml"], [f"run.dir={tmp_path}"])
-    sweep = {"name": file.stem, "stage": "evaluate", "search": "variants", "variants": table.variants, "seeds": [0, 1]}
+    sweep = {"name": f"table-{file.stem}", "stage": "evaluate", "search": "variants", "variants": table.variants, "seeds": [0, 1]}
     plan = Plan(with_values(config, {"sweep": sweep}))
     assert len(plan.trials) == 2 * len(table.variants) and set(plan.names.values()) == set(table.variants)
     assert "ingest" in plan.shared(plan.trials[-1])
@@ -228,16 +228,23 @@ def test_the_command_runs_the_other_rows_and_says_which_it_left_out(monkeypatch,
     from qbert_ray.cli import main as cli
     from qbert_ray.sweeps import tuning
 
-    ran, users = [], np.arange(1, 31)
+    ran, plans, users = [], [], np.arange(1, 31)
 
     def search(plan, journal):
+        plans.append(plan)
         ran.extend(plan.names.values())
 
     monkeypatch.setattr(cli, "_search", search)
     monkeypatch.setattr(tuning, "ranks", lambda plan, table: pl.concat([ranks_of(evaluated(users), name, 0, table) for name in ran]))
     table, config = ROOT / "configs" / "tables" / "modalities.yaml", ROOT / "configs" / "instruments.yaml"
     with pytest.raises(SystemExit):  # no trial was run
-        main(["reproduce", str(table), "-c", str(config), "-o", str(tmp_path / "out"), f"run.dir={tmp_path / 'run'}", "sweep.seeds=[0]"])
+        main(["reproduce", str(table), "-c", str(config), "-o", str(tmp_path / "out"), f"run.dir={tmp_path / 'run'}", "sweep.seeds=[0]",
+              "sweep.space.sequencer.dropout=[0.1]", "sweep.objectives={hr@5: max}", "sweep.max_concurrent=3"])  # fmt: skip
+    (plan,) = plans
+    assert (plan.sweep.space, plan.sweep.max_concurrent, plan.metric) == ({}, 3, "ndcg@10"), (
+        "limits hold, a search of the config's own does not"
+    )
+    assert plan.folder.uri == f"{tmp_path / 'run'}/table-modalities", "no folder of a stage, whatever the table is called"
     told = " ".join("".join(capsys.readouterr()).split())
     assert ran == ["all", "structure", "id"] and "row 'image' is left out: no domain has input" in told
     page = (tmp_path / "out" / MARKDOWN).read_text()

@@ -40,6 +40,12 @@ def test_a_value_that_is_written_in_two_ways_is_one_setting(search, tmp_path):
     assert sorted(found) == sorted((seed, *each) for seed in (0, 1) for each in settings)
 
 
+@pytest.mark.parametrize("name", ["finetune", "score_histories", "a/b", "", ".hidden", ".."])
+def test_a_sweep_is_no_folder_of_a_stage(name, tmp_path):
+    with pytest.raises(ValueError, match="becomes a folder of the run"):
+        plan_of(tmp_path, {"name": name, "space": {"finetune.batch_size": [64]}})
+
+
 def test_variants_that_set_the_same_are_refused_by_name(tmp_path):
     variants = read_yaml("{fast: {finetune: {learning_rate: 1e-2}}, faster: {finetune: {learning_rate: 0.01}}, slow: {}}")
     with pytest.raises(ValueError, match="sweep.variants: 'fast' and 'faster' set the same values"):

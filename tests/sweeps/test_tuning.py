@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from qbert_ray.storage.directory import ArtifactError
 from qbert_ray.sweeps import tuning
-from qbert_ray.sweeps.trials import DONE
+from qbert_ray.sweeps.trials import BEGUN, DONE, Trial
 from tests.sweeps.test_trials import plan_of
 
 EPOCHS = 4
@@ -52,6 +53,28 @@ def test_finished_trials_that_lack_a_new_objective_are_named_before_anything_run
         ValueError, match="names ms_per_user; a trial up to finetune has hr@10, ndcg@10; these are finished: choose another"
     ):
         tuning.check_base(plan_of(tmp_path, {"space": SIZES, "objectives": {"ms_per_user": "min"}}))
+
+
+def test_a_sweep_on_other_data_is_refused_and_one_whose_files_are_gone_is_not(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id\ni1\n")
+    plan = plan_of(tmp_path / "run", {"space": SIZES}, **{"data.root": str(tmp_path)})
+    plan.folder.write_json(tuning.SWEEP, tuning._description(plan))
+    tuning.check_base(plan)
+    (tmp_path / "items.csv").write_text("item_id\ni2\n")
+    with pytest.raises(ArtifactError, match="holds a sweep on another config:\n  content of data.domains.shop.items"):
+        tuning.check_base(plan)
+    (tmp_path / "items.csv").unlink()
+    tuning.check_base(plan)
+
+
+def test_optuna_counts_the_trials_of_its_own_seed(tmp_path):
+    first, second = (plan_of(tmp_path, {"space": SIZES, "search": "optuna", "num_trials": 2, "seeds": [seed]}) for seed in (0, 1))
+    for size in (64, 128):
+        trial = Trial({"finetune.batch_size": size}, 0)
+        first.folder.write_json(f"trials/{trial.name}/{BEGUN}", {"values": trial.values, "seed": 0})
+        first.conclude(trial, DONE, 1.0, {"ndcg@10": 0.1})
+    assert (tuning.unfinished(first), tuning.unfinished(second)) == (0, 2)
+    assert len(tuning.trial_rows(first)) == 2 and not tuning.trial_rows(second)
 
 
 def test_the_best_setting_holds_a_value_that_was_written_in_two_ways(tmp_path):
