@@ -161,9 +161,8 @@ def reproduce(
     variants = {name: overlay for name, overlay in what.variants.items() if name not in skipped}
     limits = settings.sweep.model_dump(include={"max_seconds", "max_tokens", "max_concurrent", "max_failures"})
     compared = {"name": f"table-{table.stem}", "stage": "evaluate", "search": "variants", "variants": variants, "seeds": seeds}
-    settings = settings.model_copy(
-        update={"sweep": Sweep.model_validate(limits | compared)}
-    )  # a search of the config's own is another sweep
+    # A search that the config has of its own is another sweep.
+    settings = settings.model_copy(update={"sweep": Sweep.model_validate(limits | compared)})
     from qbert_ray.sweeps import tuning
     from qbert_ray.sweeps.trials import Plan
 

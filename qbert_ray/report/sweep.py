@@ -33,9 +33,8 @@ def gather(run: RunDir) -> dict[str, Any]:
     swept = [name for name in sweep["parameters"] if trials[name].n_unique() > 1]
     settings, seeds = summarise(finished, sweep["parameters"], metric, up), len(sweep.get("seeds") or []) or 1
     done = summarise(finished.filter(pl.col("status") == "done"), sweep["parameters"], metric, up).filter(pl.col("seeds") == seeds)
-    best = (
-        (done if len(done) else settings).head(1).rows(named=True)
-    )  # as best.yaml: a trial that was stopped, or a seed alone, decides nothing
+    # As in best.yaml: a trial that was stopped, or one seed of several, decides nothing.
+    best = (done if len(done) else settings).head(1).rows(named=True)
     return {
         "sweep": sweep,
         "statuses": dict(trials.group_by("status", maintain_order=True).len().rows()),
