@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -100,6 +100,7 @@ def ingest_domain(
     progress.advance()
     counts = {"items_read": item_rows.count(), "interactions_read": num_rows, **counts, "core_rounds": left.rounds}
     counts["users_evaluated"] = counts.get("users_evaluated", 0)
+    counts["times"] = asdict(interactions.times)  # how they were read, so that later files are read alike
     if split is not None:
         counts["split"] = split.summary(counts, name)
     seen = {unit: counts.pop(f"time_{unit}", 0) for unit in UNITS}
