@@ -287,8 +287,11 @@ def _temporal(executor: Executor, partitions: list[Partition], left: Core, data:
 
 
 def as_date(time: int, unit: str) -> str:
-    """A time as text, such as 1998-03-01 or 1998-03-01T12:00:00, in UTC."""
-    found = EPOCH + timedelta(microseconds=time * 1_000_000 // int(UNITS[unit][1]))
+    """A time as text, such as 1998-03-01 or 1998-03-01T12:00:00, in UTC; as the number where it is no date, such as the largest of 64 bits."""
+    try:
+        found = EPOCH + timedelta(microseconds=time * 1_000_000 // int(UNITS[unit][1]))
+    except OverflowError:
+        return str(time)
     text = found.replace(tzinfo=None).isoformat(timespec="seconds")
     return text.removesuffix("T00:00:00")
 

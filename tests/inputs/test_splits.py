@@ -63,6 +63,10 @@ def histories(run):
     return found
 
 
+def test_a_time_that_is_no_date_is_shown_as_its_number():
+    assert as_date(2**63 - 1, "s") == "9223372036854775807" and as_date(0, "s") == "1970-01-01"
+
+
 def test_targets_and_histories_by_hand(tmp_path):
     counts, run = ingested(write(tmp_path))
     assert histories(run) == {  # validation target, test target, histories up to validation, up to test, all
