@@ -131,7 +131,7 @@ def open_source(
         domain: names the files and their columns.
         needs_rating: the rating column must be there.
         key: of the config that named the files, for errors, where it is another than that of the table.
-        with_split: of interactions, also the files for validation and test, or the column that says what is.
+        with_split: of interactions, also the files for validation and test, or the column that says what is; a source domain may have neither.
 
     Raises:
         SourceError: no such file, one that is empty or unreadable, or one without a column that the config names.
@@ -144,7 +144,8 @@ def open_source(
     if with_split and table == "interactions" and domain.validation and domain.test:
         files, parts = _with_held_out(root, name, domain, files, inside)
     form = domain.format if domain.format != "auto" else detect_format(files)
-    columns = _choose_columns(label, name, table, domain, form, files, needs_rating, with_split and not parts)
+    with_split = with_split and not parts and (domain.role == "target" or _says_split(domain, files))
+    columns = _choose_columns(label, name, table, domain, form, files, needs_rating, with_split)
     _check_single(label, files, columns)
     if table == "interactions":
         source = Source(label, uri, filesystem, files, form, columns, None)
@@ -153,6 +154,10 @@ def open_source(
     source = Source(label, uri, filesystem, files, form, columns, domain.image_column, domain.image_template, lists=lists)
     _check_images(source, name)
     return source
+
+
+def _says_split(domain: Domain, files: tuple[File, ...]) -> bool:
+    return SPLIT in domain.interaction_columns or all(SPLIT in file.columns for file in files)
 
 
 def _with_held_out(

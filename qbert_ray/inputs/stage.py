@@ -27,7 +27,7 @@ from qbert_ray.inputs.readers import REASON, ROW, Fragment
 from qbert_ray.inputs.reasons import UNITS, nothing_left, odd_ids, rejected, suspicions
 from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sequences import sequences_of, times_seen
-from qbert_ray.inputs.sources import GIVEN_WEIGHT, PERIOD, PERIODS, POSITION, Source, SourceError, open_source
+from qbert_ray.inputs.sources import GIVEN_WEIGHT, PERIOD, PERIODS, POSITION, SPLIT, Source, SourceError, open_source
 from qbert_ray.inputs.splits import Split, find_split, remarks
 from qbert_ray.storage.columns import (
     COLD,
@@ -93,7 +93,8 @@ def ingest_domain(
         raise SourceError(f"domain {name}: {_nothing_left(executor, partitions, item_rows, catalog, num_rows)}")
     progress.advance()
 
-    split = find_split(executor, partitions, left, data, name)
+    evaluated = domain.role == "target"
+    split = find_split(executor, partitions, left, data, name, bool(interactions.parts) or SPLIT in interactions.columns)
     weighted = bool(interactions.events or interactions.columns.get(GIVEN_WEIGHT))
     writer = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions, weighted, split)
     counts = writer.write(item_rows, partitions)
@@ -102,10 +103,11 @@ def ingest_domain(
     counts["users_evaluated"] = counts.get("users_evaluated", 0)
     counts["times"] = asdict(interactions.times)  # how they were read, so that later files are read alike
     if split is not None:
-        counts["split"] = split.summary(counts, name)
+        counts["split"] = split.summary(counts, name, evaluated)
     seen = {unit: counts.pop(f"time_{unit}", 0) for unit in UNITS}
     at_one_time, implausible = counts.pop("users_at_one_time", 0), counts.pop("implausible_times", 0)
-    counts["warnings"] = suspicions(counts["users"], counts["users_evaluated"], at_one_time, seen, implausible, counts["interactions"])
+    found = counts["users_evaluated"] if evaluated else counts["users"]  # of a source domain nobody needs to be evaluated
+    counts["warnings"] = suspicions(counts["users"], found, at_one_time, seen, implausible, counts["interactions"])
     counts["warnings"] += [
         f"{file.path} is not in UTF-8 and was read as Windows-1252 (Latin-1), in which its texts make no sense: write it in UTF-8"
         for file in (*items.files, *interactions.files)
