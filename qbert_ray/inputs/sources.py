@@ -145,7 +145,7 @@ def open_source(
         files, parts = _with_held_out(root, name, domain, files, inside)
     form = domain.format if domain.format != "auto" else detect_format(files)
     with_split = with_split and not parts and (domain.role == "target" or _says_split(domain, files))
-    columns = _choose_columns(label, name, table, domain, form, files, needs_rating, with_split)
+    columns = _choose_columns(label, name, table, domain, form, filesystem, files, needs_rating, with_split)
     _check_single(label, files, columns)
     if table == "interactions":
         source = Source(label, uri, filesystem, files, form, columns, None)
@@ -314,19 +314,31 @@ def detect_format(files: tuple[File, ...]) -> str:
 
 
 def _choose_columns(
-    label: str, name: str, table: Table, domain: Domain, form: str, files: tuple[File, ...], needs_rating: bool, needs_split: bool
+    label: str,
+    name: str,
+    table: Table,
+    domain: Domain,
+    form: str,
+    filesystem: fs.FileSystem,
+    files: tuple[File, ...],
+    needs_rating: bool,
+    needs_split: bool,
 ) -> dict[str, tuple[str, ...]]:
-    """Contract name -> columns of the files; raises if a wanted column is missing."""
+    """Contract name -> columns of the files; raises if a wanted column is missing.
+
+    JSON names columns row by row, and only the first rows are known: columns that need not be in all rows may come later.
+    """
     required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP, *([SPLIT] if needs_split else [])]
     given: dict[str, str] = dict(domain.item_columns.items() if table == "items" else domain.interaction_columns.items())
     wanted = _wanted(name, table, domain, needs_rating, needs_split)
     anywhere = {column for file in files for column in file.columns}
-    chosen = {}
+    chosen, known_in_part = {}, any(file.kind == "jsonl" for file in files)
     for column, key in wanted.items():
         candidates = [given[column]] if column in given else AMAZON.get(form, {}).get(column, [column])
-        chosen[column] = tuple(candidate for candidate in candidates if candidate in anywhere)
+        there = any(candidate in anywhere for candidate in candidates)
+        chosen[column] = tuple(candidate for candidate in candidates if candidate in anywhere or known_in_part)
         lacking = [file for file in files if column in required and not set(candidates) & set(file.columns)]
-        if lacking or (key and not chosen[column]):
+        if lacking or (key and not there and not any(readers.may_hold(filesystem, file, candidates) for file in files)):
             file = (lacking or files)[0]
             raise SourceError(
                 f"{label}: {file.path} has no column {' or '.join(candidates)}, wanted for {column}; "

@@ -22,12 +22,12 @@ from pyarrow import fs
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor, Handle, Rows
 from qbert_ray.execution.progress import Progress
-from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, Core, Partition, core, partition, survivors
+from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, Core, Partition, core, have_weights, partition, survivors
 from qbert_ray.inputs.readers import REASON, ROW, Fragment
 from qbert_ray.inputs.reasons import UNITS, nothing_left, odd_ids, rejected, suspicions
 from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sequences import sequences_of, times_seen
-from qbert_ray.inputs.sources import GIVEN_WEIGHT, PERIOD, PERIODS, POSITION, SPLIT, Source, SourceError, open_source
+from qbert_ray.inputs.sources import PERIOD, PERIODS, POSITION, SPLIT, Source, SourceError, open_source
 from qbert_ray.inputs.splits import Split, find_split, remarks
 from qbert_ray.storage.columns import (
     COLD,
@@ -95,7 +95,7 @@ def ingest_domain(
 
     evaluated = domain.role == "target"
     split = find_split(executor, partitions, left, data, name, bool(interactions.parts) or SPLIT in interactions.columns)
-    weighted = bool(interactions.events or interactions.columns.get(GIVEN_WEIGHT))
+    weighted = have_weights(executor, partitions, interactions)
     writer = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions, weighted, split)
     counts = writer.write(item_rows, partitions)
     progress.advance()

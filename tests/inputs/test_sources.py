@@ -230,3 +230,17 @@ def test_times_at_an_offset_are_the_same_moments(tmp_path):
     source = open_source(str(tmp_path), "shop", "interactions", Domain())
     rows = [normalise_interactions(frame, source, None) for file, fragment in source.fragments() for frame in source.read(file, fragment)]
     assert pl.concat(rows)["timestamp"].to_list() == [1_700_000_000_000_000, None]
+
+
+def test_columns_of_json_may_come_late(tmp_path, monkeypatch):
+    monkeypatch.setattr("qbert_ray.inputs.json_files.SAMPLED_LINES", 1)
+    first, second = {"user_id": "u", "item_id": "a", "timestamp": 1}, {"user_id": "u", "item_id": "b", "timestamp": 2}
+    lines = [json.dumps(first), json.dumps(second | {"rating": 4, "interaction_weight": 3})]
+    write_lines(tmp_path / "interactions.jsonl", lines)
+    domain = Domain(interactions="interactions.jsonl")
+    source = open_source(str(tmp_path), "shop", "interactions", domain, needs_rating=True)
+    rows = [normalise_interactions(frame, source, None) for file, fragment in source.fragments() for frame in source.read(file, fragment)]
+    assert pl.concat(rows).select("rating", "weight").rows() == [(None, 1.0), (4.0, 3.0)]
+    write_lines(tmp_path / "interactions.jsonl", lines[:1])
+    with pytest.raises(SourceError, match="no column rating"):
+        open_source(str(tmp_path), "shop", "interactions", domain, needs_rating=True)
