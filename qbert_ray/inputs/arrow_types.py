@@ -14,7 +14,7 @@ UUID_BYTES = 16
 def plain_table(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     """The given columns of a table, in types that polars supports.
 
-    UUIDs and other binary values of fixed length, maps, durations, intervals, unions, 256-bit decimals, views and encoded runs
+    UUIDs and other binary values of fixed length, maps, durations, times at an offset such as +05:30, intervals, unions, 256-bit decimals, views and encoded runs
     are converted; any other unsupported type becomes the text that Python prints of its values.
     """
     chosen = [table.column(table.schema.names.index(name)) for name in columns]
@@ -50,6 +50,8 @@ def plain(array: pa.Array) -> pa.Array:
         return plain(array.cast(pa.large_list(kind.value_type)))
     if types.is_list(kind) or types.is_large_list(kind):
         return _lists(array)
+    if types.is_timestamp(kind) and str(kind.tz).startswith(("+", "-")):
+        return array.cast(pa.timestamp(kind.unit, "UTC"))  # the same moments; polars knows zones by name alone
     if types.is_duration(kind):
         return _durations(array)
     if types.is_binary_view(kind):

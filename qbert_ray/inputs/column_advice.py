@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 
 from qbert_ray.inputs.names import named
 from qbert_ray.inputs.readers import File
@@ -18,7 +19,7 @@ def shown(columns: tuple[str, ...]) -> str:
     return names if len(names) <= MOST_SHOWN else f"{names[:MOST_SHOWN]}..."
 
 
-def advice(name: str, table: str, missing: list[str], file: File) -> str:
+def advice(name: str, table: str, missing: list[str], file: File, given: Mapping[str, str]) -> str:
     """Advice that ends in "or", on how to map columns of the contract that have other names in a file.
 
     Args:
@@ -26,13 +27,15 @@ def advice(name: str, table: str, missing: list[str], file: File) -> str:
         table: items or interactions.
         missing: columns of the contract that the file lacks.
         file: with the columns that it has.
+        given: column of the contract -> what the config says that the file calls it.
     """
     found, column = file.columns, missing[0]
     if odd := _odd_header(file):
         return f"{odd}, or "
-    twin = next((other for other in found if _bare(other) == _bare(column)), None)
+    wanted = given.get(column, column)
+    twin = next((other for other in found if other != wanted and _bare(other) == _bare(wanted)), None)
     if twin is not None:
-        return f"{twin!a} looks the same as {column!a}, but is written with other characters (accents apart from their letters, or invisible ones); rename it, or "
+        return f"{twin!a} looks the same as {wanted!a}, but is written with other characters (accents apart from their letters, or invisible ones); rename it, or "
     if column in ("event_type", "split"):
         return f"say what the file calls it: data.domains.{name}.interaction_columns.{column}=<column>, or "
     if column not in (USER_ID, ITEM_ID, TIMESTAMP, RATING):
@@ -40,7 +43,12 @@ def advice(name: str, table: str, missing: list[str], file: File) -> str:
     keys = [
         f"data.domains.{name}.{table.removesuffix('s')}_columns.{each}={next(iter(named(found, each)), '<column>')}" for each in missing
     ]
-    return f"say what the file calls {'it' if len(keys) == 1 else 'them'}: {' '.join(keys)}, or "
+    wrong = (
+        f"data.domains.{name}.{table.removesuffix('s')}_columns.{column}={wanted} names a column that is not there; "
+        if column in given
+        else ""
+    )
+    return f"{wrong}say what the file calls {'it' if len(keys) == 1 else 'them'}: {' '.join(keys)}, or "
 
 
 def _bare(name: str) -> str:

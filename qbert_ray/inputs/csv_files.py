@@ -11,7 +11,7 @@ import csv as python_csv
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import BinaryIO
 
@@ -25,9 +25,11 @@ from qbert_ray.inputs.text_files import Text, blocks
 DELIMITERS = ",;\t|"
 OPEN_QUOTE, WRONG_CELLS, LONG_LINE = "open quotation mark", "invalid CSV row", "line too long"  # why a row is rejected
 MOST_QUOTED = 1 << 20  # bytes of one cell: a quotation mark that is not closed within them is taken for a stray one
+FEWEST_ROWS = 2  # between two stray marks; with fewer, a text of several lines is likelier
 SHOWN_LINE = 1 << 14  # bytes of a line past the bound that are kept
 _BLANKS = " \t\r\n\f\v\u00a0\ufeff\u200b\u200c\u200d\u2060\u200e\u200f"  # around names, the invisible ones included
 _SPELLED_MARK = "\u00ef\u00bb\u00bf"  # a byte order mark that was read as Latin-1 and written again
+_LINE_END, _BYTES_END = re.compile(r"\r\n?|\n"), re.compile(rb"\r\n?|\n")
 _QUOTE, _NEWLINE, _RETURN = b'"'[0], b"\n"[0], b"\r"[0]
 
 
@@ -69,19 +71,18 @@ def header(content: bytes, kind: str) -> tuple[Dialect, tuple[str, ...]]:
     """
     text = content.decode(errors="replace").removeprefix(_SPELLED_MARK)
     before = len(text) - len(text.lstrip("\r\n"))
-    skipped = text[:before].count("\n")
+    skipped = len(_LINE_END.findall(text[:before]))
     text = text[before:]
-    said = re.match(r"(?i)sep=(.)\r?\n", text)  # a line that Excel writes above the header
+    said = re.match(r"(?i)sep=(.)(?:\r\n?|\n)", text)  # a line that Excel writes above the header
     if said:
         text, skipped = text[said.end() :], skipped + 1
     if not text.strip():
         return Dialect(), ()
-    choices = said[1] if said else "\t" if kind == "tsv" and "\t" in text.partition("\n")[0] else DELIMITERS
+    choices = said[1] if said else "\t" if kind == "tsv" and "\t" in _first_line(text) else DELIMITERS
     delimiter = max(choices, key=lambda sign: len(_first_row(text, sign)[0]))  # the first of equals
     names, lines = _first_row(text, delimiter)
-    quoted = kind != "tsv" or text.startswith('"') and text.partition("\n")[0].rstrip("\r").endswith('"')
-    inside = re.compile(rf'\\"[^\r\n"{re.escape(delimiter)}]')  # no cell of the usual rules holds this
-    escaped = quoted and any(inside.search(cell) for cell in _escaped_cells(text, delimiter))
+    quoted = kind != "tsv" or text.startswith('"') and _first_line(text).endswith('"')
+    escaped = quoted and _shows_escapes(text.encode(), delimiter)
     return Dialect(delimiter, quoted, skipped + lines, escaped), _named([name.strip(_BLANKS).strip('"').strip(_BLANKS) for name in names])
 
 
@@ -94,10 +95,13 @@ def read(stream: BinaryIO, text: Text, dialect: Dialect, names: Sequence[str], w
     """
     rest, above = b"", dialect.header_lines
     for piece, last in _and_whether_last(blocks(stream, text)):
-        while above and piece:
-            piece, above = piece[piece.find(b"\n") + 1 :] if b"\n" in piece else b"", above - 1
+        while above and piece:  # by the line ends that `header` counted: files that were put together have several kinds
+            end = _BYTES_END.search(piece)
+            piece, above = piece[end.end() :] if end else b"", above - 1
         content, long = _short_lines(rest + piece, dialect)
         yield from long
+        if dialect.quoted and not dialect.escaped and _shows_escapes(content, dialect.delimiter):  # the beginning may have had no such cell
+            dialect = replace(dialect, escaped=True)
         block = _check(_unescaped(content, dialect), dialect, len(names), last)
         rest = _last_lines(content, block.rest.count(b"\n")) if block.rest else b""  # as given: no backslash is taken away twice
         yield from block.rejected
@@ -172,7 +176,11 @@ def _first_row(text: str, delimiter: str) -> tuple[list[str], int]:
         cells = []
     if cells and rows.line_num < 20:
         return cells, rows.line_num
-    return text.partition("\n")[0].rstrip("\r").split(delimiter), 1
+    return _first_line(text).split(delimiter), 1
+
+
+def _first_line(text: str) -> str:
+    return _LINE_END.split(text, maxsplit=1)[0]
 
 
 def _named(names: list[str]) -> tuple[str, ...]:
@@ -190,9 +198,10 @@ def _named(names: list[str]) -> tuple[str, ...]:
 # quotation marks
 
 
-def _escaped_cells(text: str, delimiter: str) -> Iterator[str]:
-    """Quoted cells with backslashes in them, by the rule that one before a quotation mark keeps the cell open."""
-    return (found[2].decode() for found in _quoted_cell(delimiter).finditer(text.encode()) if b"\\" in found[2])
+def _shows_escapes(content: bytes, delimiter: str) -> bool:
+    """Whether a quoted cell holds a quotation mark after a backslash, which no cell of the usual rules does."""
+    inside = re.compile(rb'\\"[^\r\n"%s]' % re.escape(delimiter.encode()))
+    return b'\\"' in content and any(inside.search(found[2]) for found in _quoted_cell(delimiter).finditer(content))
 
 
 def _unescaped(content: bytes, dialect: Dialect) -> bytes:
@@ -277,7 +286,7 @@ class _Grammar:
             opened = position < len(content) and content[position] == _QUOTE
             if opened:
                 found = self.quoted.match(content, position, limit)
-                if not found or not self._ends(content, found.end()) or self._holds_rows(found[0], width):
+                if not found or not self._ends(content, found.end()) or self._holds_rows(content, found.start(), found.end(), width):
                     return None
                 position = found.end()
             else:
@@ -293,10 +302,31 @@ class _Grammar:
     def _ends(self, content: bytes, position: int) -> bool:
         return position >= len(content) or content[position] in (self.delimiter, _NEWLINE, _RETURN)
 
-    def _holds_rows(self, cell: bytes, width: int) -> bool:
-        """Whether the lines inside a cell look like rows of the table."""
-        inner = cell.split(b"\n")[1:-1]
-        return width > 1 and bool(inner) and all(line.count(bytes([self.delimiter])) == width - 1 for line in inner)
+    def _holds_rows(self, content: bytes, start: int, end: int, width: int) -> bool:
+        """Whether what seems to be a cell is the rows of the table between two stray marks.
+
+        Then each line is a row, also the first and the last, which hold the marks. Lines of a text may have as many delimiters by chance, so
+        the ones between have to be several and to look like the row that the cell begins in: a wrong guess invents rows.
+        """
+        if width < 2 or content.count(b"\n", start, end) <= FEWEST_ROWS:
+            return False
+        begin, sign = content.rfind(b"\n", 0, start) + 1, bytes([self.delimiter])
+        rows = [line.split(sign) for line in content[begin : _line_end(content, end)].removesuffix(b"\n").split(b"\n")]
+        if any(len(row) != width for row in rows):
+            return False
+        known = max(content.count(sign, begin, start), 1)  # cells of the first row that the marks do not touch
+        return all(_alike(rows[0][:known], row) for row in rows[1:-1])
+
+
+def _alike(one: list[bytes], other: list[bytes]) -> bool:
+    """Whether the first cells, and numbers and times after them, are of the same kinds of signs."""
+    looks = [(_look(a), _look(b)) for a, b in zip(one, other, strict=False)]
+    return looks[0][0] == looks[0][1] and all(a == b for a, b in looks[1:] if a[:2] == (False, True) and any(b))
+
+
+def _look(cell: bytes) -> tuple[bool, bool, bool]:
+    """Whether a cell holds letters, digits and blanks."""
+    return re.search(rb"[A-Za-z\x80-\xff]", cell) is not None, re.search(rb"[0-9]", cell) is not None, re.search(rb"\s", cell) is not None
 
 
 @lru_cache(maxsize=8)

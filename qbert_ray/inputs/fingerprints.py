@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from pyarrow import fs
 
-from qbert_ray.inputs.sources import find_files
+from qbert_ray.inputs.globs import find_files
 from qbert_ray.storage.directory import join, resolve
 
 WHOLE, BLOCK = 32 << 20, 1 << 18  # bytes

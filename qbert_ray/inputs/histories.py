@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -23,14 +24,15 @@ from qbert_ray.inputs.reasons import UNITS, time_units
 from qbert_ray.inputs.rows import stable_hash
 from qbert_ray.inputs.sources import POSITION, Source, SourceError, open_files, open_source
 from qbert_ray.inputs.stage import MAX_TASKS, ROWS_PER_PARTITION, read_interactions, read_rows
+from qbert_ray.inputs.times import TimeStyle
 from qbert_ray.inputs.values import as_id
 from qbert_ray.storage.columns import DOMAIN, HISTORIES, ITEM_ID, ITEM_INDEX, RATING, REJECTED, TIMESTAMP, USER_ID, WEIGHT
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import Manifest, RunDir
 
 INTERACTIONS = "score.interactions"  # key of the config
 HISTORY = "history"  # column of lists of item_id, in files with a row per user
 USERS_PER_PART = 8192
-KNOWN = "duplicate interaction"  # reason of rows that the run has already
+KNOWN, REPEATED = "known", "duplicate interaction"  # reasons of rows that the run has already, and of those that the file has twice
 EMPTY = "empty history"  # reason of rows that stand for a user without items
 _BETWEEN = "\x1f"  # IDs of a JSON list as one text
 
@@ -122,6 +124,7 @@ def write_histories(
     """
     lists = source.format == "histories"
     arguments = {} if lists else {"min_rating": config.data.min_rating}
+    source = source if lists else replace(source, times=_times_of_run(run, domain, source.times))
     rows = read_rows(executor, source, read_lists if lists else read_interactions, **arguments)
     old = [executor.submit(_known_rows, run, part) for part in (run.parts("ingest/interactions", domain) if newer else [])]
     count = max(1, min(math.ceil(rows.count() / ROWS_PER_PARTITION) + len(old) // 8, MAX_TASKS))
@@ -137,6 +140,13 @@ def write_histories(
     known, _ = rejected.pop(KNOWN, 0), rejected.pop(EMPTY, 0)
     found = {"file": source.uri, "rows": rows.count(), "new": total["new"], "known": known, "rejected": rejected, "users": total["users"]}
     return found | ({"new_users": total["new_users"]} if newer else {})
+
+
+def _times_of_run(run: RunDir, domain: str, seen: TimeStyle) -> TimeStyle:
+    """How the run read times; a few new rows may not show which number is the day. As seen in the file where the run does not say it."""
+    manifest = Manifest.load(run, "ingest")
+    found = manifest.counts.get(domain, {}).get("times") if manifest else None
+    return TimeStyle(**found) if found else seen
 
 
 def _catalog(run: RunDir, domain: str) -> pa.Table:
@@ -155,9 +165,14 @@ def _known_rows(run: RunDir, part: str) -> pa.Table:
 
 
 def _write_partition(run: RunDir, domain: str, output: str, number: int, size: int, catalog: pa.Table, *blocks: pa.Table) -> Counter[str]:
-    given = pl.concat([pl.DataFrame(block).select(USER_ID, HASH, POSITION) for block in blocks]).drop_nulls(USER_ID)
+    same = [USER_ID, ITEM_ID, TIMESTAMP]
+    given = pl.concat([pl.DataFrame(block).select(*same, HASH, POSITION) for block in blocks]).drop_nulls(USER_ID)
     kept, rejected = (pl.DataFrame(table) for table in merge_rows(catalog, *blocks))
-    users = given.group_by(USER_ID, HASH).agg((pl.col(POSITION).min() >= 0).alias("new")).sort(HASH, USER_ID)
+    in_file = pl.col(POSITION) >= 0
+    known = given.filter(in_file).join(given.filter(~in_file), on=same, how="semi")[POSITION].implode()
+    again = (pl.col(REASON) == REPEATED) & pl.col(POSITION).is_in(known)
+    rejected = rejected.filter(in_file).with_columns(pl.when(again).then(pl.lit(KNOWN)).otherwise(REASON).alias(REASON))
+    users = given.group_by(USER_ID, HASH).agg(in_file.all().alias("new")).sort(HASH, USER_ID)
     histories = kept.group_by(USER_ID).agg(pl.col(CODE).cast(pl.Int32).alias(HISTORY))
     table = users.join(histories, on=USER_ID, how="left", maintain_order="left").with_columns(
         pl.col(HISTORY).fill_null(pl.lit([], pl.List(pl.Int32))), pl.lit(domain).alias(DOMAIN)
@@ -172,7 +187,9 @@ def _write_partition(run: RunDir, domain: str, output: str, number: int, size: i
             pl.lit(domain).alias(DOMAIN), pl.lit(output).alias("table"), pl.col(REASON).alias("reason"), pl.col(ROW).alias("row")
         )
         run.write_part(f"{output}/rejected", f"{domain}-{number:05d}.parquet", lost.to_arrow().cast(REJECTED))
-    fresh = kept[POSITION] >= 0
+    of_run = pl.col(POSITION).is_in(known)  # of two equal rows that of the larger weight is kept, which may be the file's
+    counts[f"rejected: {KNOWN}"] += len(kept.filter(of_run))
+    fresh = kept.select(in_file & ~of_run).to_series()
     counts.update({"new": int(fresh.sum()), "users": len(table), "new_users": int(table["new"].sum())})
     for name, times in (("new", kept.filter(fresh)[TIMESTAMP]), ("run", kept.filter(~fresh)[TIMESTAMP])):
         counts.update({f"{name} times in {unit}": number for unit, number in time_units(times.to_numpy()).items()})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import polars as pl
+import polars.selectors as cs
 
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs.readers import KINDS, REASON, kind_of
 from qbert_ray.inputs.sources import POSITION, Source, SourceError, open_files
-from qbert_ray.inputs.values import as_id
+from qbert_ray.inputs.values import NOTHING, as_id
 from qbert_ray.storage.columns import ITEM_ID, USER_ID
 
 
@@ -97,9 +98,9 @@ def read_columns(source: Source, names: list[str]) -> pl.DataFrame:
     except pl.exceptions.PolarsError as error:
         raise SourceError(f"{source.label}: the files of {source.uri} have columns of different types: {error}") from None
     rows = rows.sort(POSITION).unique(f"<{ITEM_ID}>", keep="first", maintain_order=True).drop(POSITION)
-    if source.files[0].kind == "parquet":
-        return rows
-    return rows.with_columns(_typed(rows[name]) for name in names)
+    if source.files[0].kind != "parquet":
+        rows = rows.with_columns(_typed(rows[name]) for name in names)
+    return rows.with_columns(cs.float().fill_nan(None))  # polars takes NaN for larger than every number
 
 
 def _typed(values: pl.Series) -> pl.Series:
@@ -107,7 +108,7 @@ def _typed(values: pl.Series) -> pl.Series:
     if values.dtype != pl.String:
         return values
     text = values.str.strip_chars()
-    text = text.set(text == "", None) if text.len() else text
+    text = text.set((text == "") | text.is_in(NOTHING), None) if text.len() else text
     lower = text.str.to_lowercase()
     if text.drop_nulls().is_empty():
         return text

@@ -16,7 +16,7 @@ import pyarrow as pa
 from qbert_ray.execution.executor import Executor, Handle
 from qbert_ray.inputs.readers import REASON, ROW
 from qbert_ray.inputs.rows import as_json, mix, stable_hash
-from qbert_ray.inputs.sources import PERIOD, POSITION
+from qbert_ray.inputs.sources import GIVEN_WEIGHT, PERIOD, POSITION, Source
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID, WEIGHT
 
 CODE, USER, HASH = "_code", "_user", "_hash"
@@ -54,6 +54,18 @@ def partition(executor: Executor, blocks: list[Handle], catalog: Handle, count: 
     pieces = zip(*split, strict=True) if count > 1 else [split]
     merged = [executor.submit(merge_rows, catalog, *rows, num_returns=2) for rows in pieces]
     return [Partition(*refs) for refs in merged]
+
+
+def have_weights(executor: Executor, partitions: list[Partition], source: Source) -> bool:
+    """Whether interactions have weights; where no file is known to have the column, which JSON may name late, the rows say it."""
+    names = source.columns.get(GIVEN_WEIGHT, ())
+    if source.events or any(set(names) & set(file.columns) for file in source.files):
+        return True
+    return bool(names) and any(map(executor.get, [executor.submit(_has_weights, part.kept) for part in partitions]))
+
+
+def _has_weights(kept: pa.Table) -> bool:
+    return bool((pl.DataFrame(kept)[WEIGHT] != 1).any())
 
 
 def core(executor: Executor, partitions: list[Partition], cold: np.ndarray, min_user: int, min_item: int) -> Core:

@@ -200,7 +200,21 @@ def _sample(paths: tuple[Path, ...], file: File) -> pl.DataFrame:
             break
     if not rows:
         raise FileError(f"{file.path} has no rows")
-    return pl.concat(frames).head(SAMPLED_ROWS)
+    return _one_table(frames).head(SAMPLED_ROWS)
+
+
+def _one_table(frames: list[pl.DataFrame]) -> pl.DataFrame:
+    """Rows of several parts, whose types may differ; a column whose types have none in common is text."""
+    odd = [name for name in frames[0].columns if not _have_common_type([frame.select(name).clear() for frame in frames])]
+    return pl.concat([frame.with_columns(_text(frame, name) for name in odd) for frame in frames], how="vertical_relaxed")
+
+
+def _have_common_type(columns: list[pl.DataFrame]) -> bool:
+    try:
+        pl.concat(columns, how="vertical_relaxed")
+    except pl.exceptions.PolarsError:
+        return False
+    return True
 
 
 def _text(frame: pl.DataFrame, name: str) -> pl.Expr:

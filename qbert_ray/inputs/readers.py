@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
@@ -22,9 +22,22 @@ from qbert_ray.inputs import csv_files, json_files, layouts, limits, signatures
 from qbert_ray.inputs.arrow_types import plain_table
 from qbert_ray.inputs.csv_files import Dialect, Rejected
 from qbert_ray.inputs.json_files import REASON, ROW, ROW_LENGTH, Converters, JsonError, as_line
-from qbert_ray.inputs.text_files import LATIN, UTF8, Text, TextError, detect_encoding, open_text
+from qbert_ray.inputs.text_files import LATIN, UTF8, Text, TextError, blocks, detect_encoding, open_text
 
-__all__ = ["REASON", "ROW", "ROW_LENGTH", "Converters", "File", "FileError", "Fragment", "describe", "fragments", "kind_of", "read"]
+__all__ = [
+    "REASON",
+    "ROW",
+    "ROW_LENGTH",
+    "Converters",
+    "File",
+    "FileError",
+    "Fragment",
+    "describe",
+    "fragments",
+    "kind_of",
+    "may_hold",
+    "read",
+]
 
 KINDS = {
     ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".inter": "tsv", ".item": "tsv", ".user": "tsv",
@@ -131,6 +144,22 @@ def describe(filesystem: fs.FileSystem, path: str) -> File:
         raise FileError(f"{path} is damaged: {_brief(error)}") from None
     except (*BROKEN, limits.LimitError) as error:
         raise FileError(f"{path} cannot be read as {kind}: {_brief(error)}") from None
+
+
+def may_hold(filesystem: fs.FileSystem, file: File, names: Sequence[str]) -> bool:
+    """Whether a JSON file, whose lines each name their own columns, has one of some names anywhere as a text; all of it may be read.
+
+    Raises:
+        FileError: the file is damaged.
+    """
+    if file.kind != "jsonl":
+        return False
+    written = {json.dumps(name, ensure_ascii=ascii_only).encode() for name in names for ascii_only in (True, False)}
+    try:
+        with open_text(filesystem, file.path) as stream:
+            return any(name in block for block in blocks(stream, file.text) for name in written)
+    except (*BROKEN, limits.LimitError) as error:
+        raise FileError(f"{file.path} is damaged: {_brief(error)}") from None
 
 
 def _foreign(filesystem: fs.FileSystem, path: str, kind: str | None) -> str:

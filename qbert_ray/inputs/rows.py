@@ -87,7 +87,7 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
         _pick(raw, source, GIVEN_WEIGHT, as_rating),
         _pick(raw, source, GIVEN_WEIGHT, is_given).alias(_GIVEN_WEIGHT),
         _pick(raw, source, SPLIT, as_text),
-        *(_pick(raw, source, name, inexact).alias(f"<inexact {name}>") for name in (USER_ID, ITEM_ID)),
+        *(_pick(raw, source, name, _inexact(source)).alias(f"<inexact {name}>") for name in (USER_ID, ITEM_ID)),
         *(POSITION, REASON, ROW),
     )
     reasons = [pl.when(pl.col(name).is_null()).then(pl.lit(f"missing {name}")) for name in (USER_ID, ITEM_ID)]
@@ -129,7 +129,7 @@ def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain
     values = {f"{VALUE_PREFIX}{name}": name for inputs in domain.inputs.values() for name in inputs.values}
     rows = raw.select(
         _pick(raw, source, ITEM_ID, as_id),
-        _pick(raw, source, ITEM_ID, inexact).alias("<inexact>"),
+        _pick(raw, source, ITEM_ID, _inexact(source)).alias("<inexact>"),
         _pick(raw, source, source.image, image_path).alias(_GIVEN_PATH),
         _pick(raw, source, source.image, image_bytes).alias("image_bytes"),
         _pick(raw, source, source.image, unread_image).alias(UNREAD),
@@ -155,6 +155,10 @@ def normalise_items(raw: pl.DataFrame, source: Source, file: int, domain: Domain
         pl.when("<inexact>").then(pl.lit(f"inexact {ITEM_ID}")),
     ]
     return _explain(rows.with_columns(refused).drop(_GIVEN_PATH), reasons, raw).drop("<inexact>")
+
+
+def _inexact(source: Source) -> Converter:
+    return partial(inexact, of_json=source.files[0].kind == "jsonl")
 
 
 def _pick(raw: pl.DataFrame, source: Source, name: str | None, convert: Converter) -> pl.Expr:

@@ -8,11 +8,10 @@ the result does not depend on which task reads what and when.
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,11 +25,12 @@ from qbert_ray.config.schema import Domain
 from qbert_ray.inputs import readers
 from qbert_ray.inputs.arrow_types import plain_table
 from qbert_ray.inputs.column_advice import advice, shown
+from qbert_ray.inputs.globs import find_files
 from qbert_ray.inputs.image_columns import can_hold_images, from_template
 from qbert_ray.inputs.json_files import first_image, json_list, plain_text
 from qbert_ray.inputs.limits import leading_outside
 from qbert_ray.inputs.readers import REASON, ROW, File, FileError, Fragment
-from qbert_ray.inputs.times import TimeStyle, detect_style
+from qbert_ray.inputs.times import TimeStyle, detect_style, one_style
 from qbert_ray.storage.columns import ITEM_ID, RATING, TIMESTAMP, USER_ID
 from qbert_ray.storage.directory import join, resolve
 
@@ -52,7 +52,7 @@ AMAZON = {
         USER_ID: ["reviewerID"], ITEM_ID: ["asin"], TIMESTAMP: ["unixReviewTime"], RATING: ["overall"],
         "categories": ["category", "categories"], "image": ["imageURLHighRes", "imageURL", "imURL", "imUrl", "image"],
     },
-    "amazon_2023": {ITEM_ID: ["parent_asin"], "brand": ["store"], "image": ["images"]},
+    "amazon_2023": {ITEM_ID: ["parent_asin"], "brand": ["store", "brand"], "image": ["images", "image"]},
 }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def open_source(
         domain: names the files and their columns.
         needs_rating: the rating column must be there.
         key: of the config that named the files, for errors, where it is another than that of the table.
-        with_split: of interactions, also the files for validation and test, or the column that says what is.
+        with_split: of interactions, also the files for validation and test, or the column that says what is; a source domain may have neither.
 
     Raises:
         SourceError: no such file, one that is empty or unreadable, or one without a column that the config names.
@@ -144,7 +144,8 @@ def open_source(
     if with_split and table == "interactions" and domain.validation and domain.test:
         files, parts = _with_held_out(root, name, domain, files, inside)
     form = domain.format if domain.format != "auto" else detect_format(files)
-    columns = _choose_columns(label, name, table, domain, form, files, needs_rating, with_split and not parts)
+    with_split = with_split and not parts and (domain.role == "target" or _says_split(domain, files))
+    columns = _choose_columns(label, name, table, domain, form, filesystem, files, needs_rating, with_split)
     _check_single(label, files, columns)
     if table == "interactions":
         source = Source(label, uri, filesystem, files, form, columns, None)
@@ -153,6 +154,10 @@ def open_source(
     source = Source(label, uri, filesystem, files, form, columns, domain.image_column, domain.image_template, lists=lists)
     _check_images(source, name)
     return source
+
+
+def _says_split(domain: Domain, files: tuple[File, ...]) -> bool:
+    return SPLIT in domain.interaction_columns or all(SPLIT in file.columns for file in files)
 
 
 def _with_held_out(
@@ -282,66 +287,22 @@ def _check_single(label: str, files: tuple[File, ...], columns: dict[str, tuple[
 
 
 def _time_style(source: Source) -> TimeStyle:
-    """How times are written, judged by the first values of the first file that has them, or by more if these are ambiguous."""
-    try:
+    """How times are written, judged by the first values of every file, or by more of one if these are ambiguous."""
+
+    def of_file(file: File) -> TimeStyle:
         return detect_style(
             frame[column]
-            for file, column in itertools.product(source.files, source.columns[TIMESTAMP])
+            for column in source.columns[TIMESTAMP]
             for fragment in readers.fragments(file)
             for _, frame in readers.read(source.filesystem, fragment, {column: plain_text})
             if column in frame.columns and len(frame)
         )
+
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            return one_style(pool.map(of_file, source.files))
     except FileError:  # it is found again and reported when the rows are read
         return TimeStyle()
-
-
-def find_files(filesystem: fs.FileSystem, path: str, wanted: Callable[[str], object] = readers.kind_of) -> list[str]:
-    """Sorted paths of the files that a file, folder or glob of the config names.
-
-    Args:
-        filesystem: file system of the path.
-        path: as the file system takes it.
-        wanted: selects among the names of a folder or glob; by default those of tables.
-    """
-    kind = filesystem.get_file_info(path).type
-    if kind == fs.FileType.File:
-        return [path]
-    parts = path.rstrip("/").split("/")
-    fixed = len(parts)
-    if kind == fs.FileType.NotFound:  # a path that exists literally is not a glob
-        fixed = _first_glob(filesystem, parts)
-    selector = fs.FileSelector("/".join(parts[:fixed]), recursive=True, allow_not_found=True)
-    infos = (info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File)
-    found = sorted(info.path for info in infos if wanted(info.path) and _matches(info.path.split("/"), parts, fixed))
-    if not isinstance(filesystem, fs.LocalFileSystem):
-        return found
-    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]  # a link to a folder above it repeats all files
-
-
-def _first_glob(filesystem: fs.FileSystem, parts: list[str]) -> int:
-    """Number of the first part of a path that is a pattern: it has wildcards, and no folder has literally that name."""
-    for number, part in enumerate(parts):
-        missing = (
-            any(sign in part for sign in "*?[") and filesystem.get_file_info("/".join(parts[: number + 1])).type == fs.FileType.NotFound
-        )
-        if missing:
-            return number
-    return len(parts)
-
-
-def _matches(found: list[str], wanted: list[str], fixed: int) -> bool:
-    """Whether a path is inside the wanted folder, or matches the wanted glob; hidden files never do."""
-    hidden = any(part.startswith((".", "_", "~$")) and "=" not in part for part in found[fixed:])  # ~$ are the locks of office programs
-    return not hidden and _fits(found[fixed:], wanted[fixed:])
-
-
-def _fits(found: list[str], wanted: list[str]) -> bool:
-    """Whether the first parts of a path match those of a pattern, in which ** is any number of folders."""
-    if not wanted:
-        return True
-    if wanted[0] == "**":
-        return any(_fits(found[depth:], wanted[1:]) for depth in range(len(found) + 1))
-    return bool(found) and fnmatch.fnmatchcase(found[0], wanted[0]) and _fits(found[1:], wanted[1:])
 
 
 def detect_format(files: tuple[File, ...]) -> str:
@@ -353,23 +314,35 @@ def detect_format(files: tuple[File, ...]) -> str:
 
 
 def _choose_columns(
-    label: str, name: str, table: Table, domain: Domain, form: str, files: tuple[File, ...], needs_rating: bool, needs_split: bool
+    label: str,
+    name: str,
+    table: Table,
+    domain: Domain,
+    form: str,
+    filesystem: fs.FileSystem,
+    files: tuple[File, ...],
+    needs_rating: bool,
+    needs_split: bool,
 ) -> dict[str, tuple[str, ...]]:
-    """Contract name -> columns of the files; raises if a wanted column is missing."""
+    """Contract name -> columns of the files; raises if a wanted column is missing.
+
+    JSON names columns row by row, and only the first rows are known: columns that need not be in all rows may come later.
+    """
     required = [ITEM_ID] if table == "items" else [USER_ID, ITEM_ID, TIMESTAMP, *([SPLIT] if needs_split else [])]
     given: dict[str, str] = dict(domain.item_columns.items() if table == "items" else domain.interaction_columns.items())
     wanted = _wanted(name, table, domain, needs_rating, needs_split)
     anywhere = {column for file in files for column in file.columns}
-    chosen = {}
+    chosen, known_in_part = {}, any(file.kind == "jsonl" for file in files)
     for column, key in wanted.items():
         candidates = [given[column]] if column in given else AMAZON.get(form, {}).get(column, [column])
-        chosen[column] = tuple(candidate for candidate in candidates if candidate in anywhere)
+        there = any(candidate in anywhere for candidate in candidates)
+        chosen[column] = tuple(candidate for candidate in candidates if candidate in anywhere or known_in_part)
         lacking = [file for file in files if column in required and not set(candidates) & set(file.columns)]
-        if lacking or (key and not chosen[column]):
+        if lacking or (key and not there and not any(readers.may_hold(filesystem, file, candidates) for file in files)):
             file = (lacking or files)[0]
             raise SourceError(
                 f"{label}: {file.path} has no column {' or '.join(candidates)}, wanted for {column}; "
-                f"columns found: {shown(file.columns)}; {advice(name, table, [column, *_others(column, required, given, form, file)], file)}change {key}"
+                f"columns found: {shown(file.columns)}; {advice(name, table, [column, *_others(column, required, given, form, file)], file, given)}change {key}"
             )
     return chosen
 

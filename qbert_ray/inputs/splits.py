@@ -77,15 +77,20 @@ class Split(ABC):
             "untrained_targets": int(untrained.sum()),
         }
 
-    def summary(self, counts: dict[str, Any], domain: str) -> dict[str, Any]:
+    def summary(self, counts: dict[str, Any], domain: str, evaluated: bool = True) -> dict[str, Any]:
         """What the split is and the numbers of all users, which are taken out of the domain's counts.
 
+        Args:
+            counts: of the domain.
+            domain: for messages.
+            evaluated: it needs targets for validation and test.
+
         Raises:
-            SourceError: there is no validation or no test target.
+            SourceError: there is no validation or no test target, and the domain is evaluated.
         """
         found = {name: counts.pop(name, 0) for name in self.summed}
         for targets, period in ((found["users_validated"], "validation"), (counts["users_evaluated"], "test")):
-            if not targets:
+            if evaluated and not targets:
                 raise SourceError(f"domain {domain}: {self._no_target(period)}")
         return found | {"items_only_later": int(self.only_later.sum())}
 
@@ -106,8 +111,8 @@ class TemporalSplit(Split):
         times = rows[TIMESTAMP].to_numpy()
         return (times >= self.valid).astype(np.int8) + (times >= self.test)
 
-    def summary(self, counts: dict[str, Any], domain: str) -> dict[str, Any]:
-        return self._cuts() | super().summary(counts, domain)
+    def summary(self, counts: dict[str, Any], domain: str, evaluated: bool = True) -> dict[str, Any]:
+        return self._cuts() | super().summary(counts, domain, evaluated)
 
     def _cuts(self) -> dict[str, str]:
         return {"validation_from": as_date(self.valid, self.unit), "test_from": as_date(self.test, self.unit)}
@@ -135,8 +140,8 @@ class LastSplit(Split):
         held_out = np.repeat(sizes > self.valid + self.test, sizes)
         return np.where(held_out, (left <= self.valid + self.test).astype(np.int8) + (left <= self.test), 0)
 
-    def summary(self, counts: dict[str, Any], domain: str) -> dict[str, Any]:
-        return {"last": [self.valid, self.test]} | super().summary(counts, domain)
+    def summary(self, counts: dict[str, Any], domain: str, evaluated: bool = True) -> dict[str, Any]:
+        return {"last": [self.valid, self.test]} | super().summary(counts, domain, evaluated)
 
     def _no_target(self, period: str) -> str:
         held_out = self.valid + self.test
@@ -233,7 +238,7 @@ def by_period(periods: np.ndarray, length: np.ndarray) -> Places:
     return Places(train, valid, np.where((later > 0) & (length > later), later, -1), later)
 
 
-def find_split(executor: Executor, partitions: list[Partition], left: Core, data: Data, domain: str) -> Split | None:
+def find_split(executor: Executor, partitions: list[Partition], left: Core, data: Data, domain: str, given: bool = True) -> Split | None:
     """The split of a domain; None for leave-one-out.
 
     Args:
@@ -241,10 +246,11 @@ def find_split(executor: Executor, partitions: list[Partition], left: Core, data
         partitions: of the interactions.
         left: what the k-core keeps of them.
         data: the config's section.
-        domain: for messages.
+        domain: its name.
+        given: with data.split=given, its files say the split; those of a source domain need not, and then all of it is trained on.
 
     Raises:
-        SourceError: of a temporal split, the times are none, or a period has no interactions.
+        SourceError: of a temporal split, the times are none, or a period has no interactions; of a source domain, the first.
     """
     nothing = np.zeros(len(left.items), bool)
     split: Split
@@ -256,9 +262,9 @@ def find_split(executor: Executor, partitions: list[Partition], left: Core, data
         case "last_n":
             split = LastSplit(nothing, nothing, *data.split_last)
         case "given":
-            split = GivenSplit(nothing, nothing)
-    given = executor.put((split, left.items))
-    seen = [executor.submit(_seen, part.kept, given, data.min_interactions) for part in partitions]
+            split = GivenSplit(nothing, nothing) if given else LastSplit(nothing, nothing, 0, 0)
+    reference = executor.put((split, left.items))
+    seen = [executor.submit(_seen, part.kept, reference, data.min_interactions) for part in partitions]
     before, later = np.logical_or.reduce([executor.get(each) for each in seen])
     return replace(split, trained=before, only_later=later & ~before)
 
@@ -271,12 +277,10 @@ def _temporal(executor: Executor, partitions: list[Partition], left: Core, data:
     unit = _unit(of_units, total, first, last, domain)
     valid, test = (_cut(executor, times, cut, total, (first, last), unit) for cut in data.split_cuts)
     before_valid, before_test = _counts(executor, times, np.array([valid - 1, test - 1]))
-    for name, count in (
-        ("training", before_valid),
-        ("validation", before_test - before_valid),
-        ("test", total - before_test),
-    ):
-        if not count:
+    periods = {"training": before_valid, "validation": before_test - before_valid, "test": total - before_test}
+    evaluated = data.domains[domain].role == "target"
+    for name, count in periods.items():
+        if not count and (evaluated or name == "training"):
             raise SourceError(
                 f"domain {domain}: data.split_cuts={data.split_cuts} leaves no interaction for {name}: validation begins at "
                 f"{as_date(valid, unit)}, the test period at {as_date(test, unit)}, and the interactions are from {as_date(first, unit)} "
@@ -287,8 +291,11 @@ def _temporal(executor: Executor, partitions: list[Partition], left: Core, data:
 
 
 def as_date(time: int, unit: str) -> str:
-    """A time as text, such as 1998-03-01 or 1998-03-01T12:00:00, in UTC."""
-    found = EPOCH + timedelta(microseconds=time * 1_000_000 // int(UNITS[unit][1]))
+    """A time as text, such as 1998-03-01 or 1998-03-01T12:00:00, in UTC; as the number where it is no date, such as the largest of 64 bits."""
+    try:
+        found = EPOCH + timedelta(microseconds=time * 1_000_000 // int(UNITS[unit][1]))
+    except OverflowError:
+        return str(time)
     text = found.replace(tzinfo=None).isoformat(timespec="seconds")
     return text.removesuffix("T00:00:00")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,12 @@ from pyarrow import fs
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor, Handle, Rows
 from qbert_ray.execution.progress import Progress
-from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, Core, Partition, core, partition, survivors
+from qbert_ray.inputs.k_core import CODE, COLD_SALT, HASH, ITEM_SALT, Core, Partition, core, have_weights, partition, survivors
 from qbert_ray.inputs.readers import REASON, ROW, Fragment
 from qbert_ray.inputs.reasons import UNITS, nothing_left, odd_ids, rejected, suspicions
 from qbert_ray.inputs.rows import UNREAD, UNSAFE, as_json, normalise_interactions, normalise_items, stable_hash
 from qbert_ray.inputs.sequences import sequences_of, times_seen
-from qbert_ray.inputs.sources import GIVEN_WEIGHT, PERIOD, PERIODS, POSITION, Source, SourceError, open_source
+from qbert_ray.inputs.sources import PERIOD, PERIODS, POSITION, SPLIT, Source, SourceError, open_source
 from qbert_ray.inputs.splits import Split, find_split, remarks
 from qbert_ray.storage.columns import (
     COLD,
@@ -93,18 +93,21 @@ def ingest_domain(
         raise SourceError(f"domain {name}: {_nothing_left(executor, partitions, item_rows, catalog, num_rows)}")
     progress.advance()
 
-    split = find_split(executor, partitions, left, data, name)
-    weighted = bool(interactions.events or interactions.columns.get(GIVEN_WEIGHT))
+    evaluated = domain.role == "target"
+    split = find_split(executor, partitions, left, data, name, bool(interactions.parts) or SPLIT in interactions.columns)
+    weighted = have_weights(executor, partitions, interactions)
     writer = Writer(run, executor, name, catalog, left, data.rows_per_part, data.min_interactions, weighted, split)
     counts = writer.write(item_rows, partitions)
     progress.advance()
     counts = {"items_read": item_rows.count(), "interactions_read": num_rows, **counts, "core_rounds": left.rounds}
     counts["users_evaluated"] = counts.get("users_evaluated", 0)
+    counts["times"] = asdict(interactions.times)  # how they were read, so that later files are read alike
     if split is not None:
-        counts["split"] = split.summary(counts, name)
+        counts["split"] = split.summary(counts, name, evaluated)
     seen = {unit: counts.pop(f"time_{unit}", 0) for unit in UNITS}
     at_one_time, implausible = counts.pop("users_at_one_time", 0), counts.pop("implausible_times", 0)
-    counts["warnings"] = suspicions(counts["users"], counts["users_evaluated"], at_one_time, seen, implausible, counts["interactions"])
+    found = counts["users_evaluated"] if evaluated else counts["users"]  # of a source domain no user has to be
+    counts["warnings"] = suspicions(counts["users"], found, at_one_time, seen, implausible, counts["interactions"])
     counts["warnings"] += [
         f"{file.path} is not in UTF-8 and was read as Windows-1252 (Latin-1), in which its texts make no sense: write it in UTF-8"
         for file in (*items.files, *interactions.files)

@@ -77,13 +77,23 @@ def detect_style(batches: Iterable[pl.Series]) -> TimeStyle:
     return style
 
 
+def one_style(styles: Iterable[TimeStyle]) -> TimeStyle:
+    """The style of a column by those of its files: what any of them shows, and the order of days and months by the first that shows one."""
+    found = list(styles)
+    return TimeStyle(
+        any(style.fractional for style in found),
+        next((style.day_first for style in found if style.day_first is not None), None),
+        any(style.year_first for style in found),
+    )
+
+
 def as_timestamp(value: pl.Expr, kind: Any, style: TimeStyle = TimeStyle()) -> pl.Expr:
     """Whole numbers as given; dates and times as microseconds since 1970; null for anything else.
 
     Fractions of numbers are dropped unless the style says that the column has them.
     """
     if kind.is_integer():
-        return value.cast(pl.Int64, strict=False)
+        return _whole(value.cast(pl.Int64, strict=False), style)
     if kind.is_numeric():
         return _number(value.cast(pl.Float64), style)
     if isinstance(kind, pl.Datetime | pl.Date):
@@ -111,6 +121,10 @@ def _plausible(time: pl.Expr) -> pl.Expr:
     return pl.when(time.is_between(_EARLIEST, _LATEST)).then(time)
 
 
+def _whole(value: pl.Expr, style: TimeStyle) -> pl.Expr:
+    return pl.when(value.abs() < _LARGEST / MICROSECONDS).then(value * MICROSECONDS) if style.fractional else value
+
+
 def _number(value: pl.Expr, style: TimeStyle) -> pl.Expr:
     scaled = (value * MICROSECONDS).round() if style.fractional else value.floor()
     return pl.when(scaled.is_finite() & (scaled.abs() < _LARGEST)).then(scaled).cast(pl.Int64, strict=False)
@@ -119,11 +133,8 @@ def _number(value: pl.Expr, style: TimeStyle) -> pl.Expr:
 def _read(values: pl.Series, style: TimeStyle) -> pl.Series:
     """Times in a column of text; each step reads what the ones before it could not."""
     text = values.str.strip_chars()
-    times = text.cast(pl.Int64, strict=False)  # digits first: only they keep all 64 bits
-    if style.fractional:
-        times = (
-            times.to_frame("x").select(pl.when(pl.col("x").abs() < _LARGEST / MICROSECONDS).then(pl.col("x") * MICROSECONDS)).to_series()
-        )
+    digits = text.cast(pl.Int64, strict=False)  # first: only they keep all 64 bits
+    times = digits.to_frame("x").select(_whole(pl.col("x"), style)).to_series()
     steps: list[Callable[[pl.Series], pl.Series]] = [
         partial(_numbers, style=style),
         _iso,

@@ -17,6 +17,7 @@ NO_ID = [*NOTHING, "none", "NONE", "na", "Na", "nil", "NIL", "<null>", "<none>",
 _SIGN = r"(?:[€$£¥₹₽₩₺%]|(?i:eur|usd|gbp|chf|jpy|cny|sek|nok|dkk|pln|czk|huf|kr|zł|rs|us\$))"
 # A number with a currency or a percent sign and with thousands separators, such as 1.234,50 € or USD 1,234.50.
 AMOUNT = rf"^[+-]?(?:{_SIGN}\s*)?[+-]?(?:\d{{1,3}}(?:[.,'’\s]\d{{3}})+|\d+)(?:[.,]\d+)?(?:\s*{_SIGN}\.?)?$"
+_LARGE_FLOAT = r"^-?(?:[0-9]{16,}[.]0|[0-9](?:[.][0-9]+)?e[+][0-9]+)$"  # as Python writes floats from 2^53 on
 EXACT = {pl.Float32: 2.0**24, pl.Float64: 2.0**53}  # type -> whole numbers from here on may be other ones, rounded
 _WHOLE = 2.0**53  # below it, floats represent whole numbers exactly
 
@@ -40,8 +41,14 @@ def as_id(value: pl.Expr, kind: Kind) -> pl.Expr:
     return pl.when((text != "") & ~text.is_in(NO_ID)).then(text.map_batches(_whole_numbers, return_dtype=pl.String))
 
 
-def inexact(value: pl.Expr, kind: Kind) -> pl.Expr:
-    """True where a number is too large for its type to tell it from its neighbours, else null."""
+def inexact(value: pl.Expr, kind: Kind, of_json: bool = False) -> pl.Expr:
+    """True where a number is too large for its type to tell it from its neighbours, else null.
+
+    Args:
+        of_json: texts are values of JSON, whose numbers with a point or an exponent are floats.
+    """
+    if of_json and kind == pl.String:
+        value, kind = value.str.extract(_LARGE_FLOAT, 0).cast(pl.Float64, strict=False), pl.Float64()
     return pl.when(value.abs() >= EXACT[kind]).then(True) if kind in EXACT else pl.lit(None, pl.Boolean)
 
 

@@ -65,6 +65,29 @@ def test_cells_of_several_lines_stay_whole(tmp_path):
     assert rows(written(tmp_path, stream.getvalue()))["text"].to_list() == texts
 
 
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A good shirt.\nSizes S, M, L\nWash cold.",
+        "nice,\ni2,17,x\nbye",  # one line that looks like a row
+        "a\nSizes S, M, L\nMade of a, b, c\nx, y",  # each line has as many delimiters as a row
+        "sizes,in,cm\n10,20,30\n11,21,31\n12,22,32",
+    ],
+)
+def test_a_text_whose_lines_have_as_many_delimiters_as_rows_is_one_cell(tmp_path, text):
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([["id", "price", "text"], ["i0", 3, "fine"], ["i1", 12, text], ["i2", 5, "fine"]])
+    assert rows(written(tmp_path, stream.getvalue())).rows() == [("i0", "3", "fine"), ("i1", "12", text), ("i2", "5", "fine")]
+
+
+@pytest.mark.usefixtures("block")
+def test_two_stray_quotation_marks_swallow_no_rows_between_them(tmp_path):
+    lines = ["u0,p0,fine", 'u1,p1,"', "u2,p2,fine", "u3,p3,fine", 'u4,p4,"', "u5,p5,fine"]
+    found = rows(written(tmp_path, "\n".join(["user,item,comment", *lines])))
+    assert found["user"].to_list() == ["u0", "u1", "u2", "u3", "u4", "u5"]
+
+
 @given(st.lists(st.lists(st.text("ab,\" \n'", max_size=8), min_size=3, max_size=3), min_size=1, max_size=20))
 @settings(max_examples=150, deadline=None)
 def test_what_a_csv_writer_writes_is_what_is_read(tmp_path_factory, table):
@@ -169,6 +192,18 @@ def test_repeated_names_are_distinguished(tmp_path):
 def test_old_line_ends(tmp_path):
     assert rows(written(tmp_path, "id,t\r1,a\r2,b"))["t"].to_list() == ["a", "b"]
     assert rows(written(tmp_path, 'id,t\r\n1,"a\r\nb"\r\n2,c\r\n'))["t"].to_list() == ["a\r\nb", "c"]
+
+
+def test_files_with_old_line_ends_before_others_lose_no_row(tmp_path):
+    content = "\rid,t\r1,a\r2,b\r" + "3,c\n4,d\n"
+    assert rows(written(tmp_path, content)).rows() == [("1", "a"), ("2", "b"), ("3", "c"), ("4", "d")]
+
+
+def test_backslashes_before_quotation_marks_are_seen_where_they_come_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "SAMPLE_BYTES", 64)
+    plain = [f'{n},"a, b",x' for n in range(20)]
+    content = "\n".join(["id,text,more", *plain, '20,"a \\"big\\" one, red",x', *plain])
+    assert rows(written(tmp_path, content))["text"].to_list() == [*["a, b"] * 20, 'a "big" one, red', *["a, b"] * 20]
 
 
 # JSON of one value

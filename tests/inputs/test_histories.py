@@ -13,7 +13,7 @@ from qbert_ray.inputs.histories import open_histories, write_histories
 from qbert_ray.inputs.sources import SourceError
 from qbert_ray.inputs.stage import ingest
 from qbert_ray.storage import columns
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import Manifest, RunDir
 
 START = 1_600_000_000
 ROWS = [(user, item, START + 60 * place) for user in range(6) for place, item in enumerate(range(user, user + 5))]
@@ -46,6 +46,16 @@ def written(shop, file, newer=True):
     return counts, by_user(run, run.read("score/histories", "shop"))
 
 
+def finished(shop, interactions):
+    """A run of the stage ingest on other interactions, with its manifest."""
+    config, _, folder = shop
+    (folder / "log.csv").write_text(interactions)
+    data = config.data.model_copy(update={"domains": {"shop": config.data.domains["shop"].model_copy(update={"interactions": "log.csv"})}})
+    config, run = config.model_copy(update={"data": data}), RunDir(str(folder / "finished"))
+    Manifest("ingest", {}, {}, "1", counts=ingest(config, run, LocalExecutor(), Quiet())).save(run, "ingest")
+    return config, run, folder
+
+
 def by_user(run, table):
     items = run.read("ingest/items", "shop")["item_id"].to_pylist()
     users, histories = columns.to_histories(table)
@@ -76,6 +86,31 @@ def test_newer_rows_come_at_their_time_and_others_are_counted(shop):
     assert counts["rows"] == counts["new"] + counts["known"] + sum(counts["rejected"].values())
     rejected = shop[1].read("score/rejected", "shop").to_pylist()
     assert {json.loads(row["row"])["item_id"] for row in rejected} == {"i99"} and len(rejected) == 2
+
+
+def test_rows_that_the_file_has_twice_are_not_known_to_the_run(shop):
+    write(shop[2] / "twice.csv", [(0, 9, START + 1000), (0, 9, START + 1000), (0, 0, START), (0, 0, START)])
+    counts, _ = written(shop, "twice.csv")
+    assert (counts["new"], counts["known"], counts["rejected"]) == (1, 2, {"duplicate interaction": 1})
+
+
+def test_an_interaction_of_the_run_with_a_larger_weight_is_known(shop):
+    rows = {"user_id": "u0", "item_id": ["i0", "i9"], "timestamp": [START, START + 1000], "interaction_weight": [2.0, 2.0]}
+    pl.DataFrame(rows).write_csv(shop[2] / "heavy.csv")
+    counts, _ = written(shop, "heavy.csv")
+    assert (counts["new"], counts["known"], counts["rejected"]) == (1, 1, {})
+
+
+def test_days_are_told_from_months_as_in_the_run(shop):
+    run_of_it = finished(shop, "user_id,item_id,timestamp\nu,i1,31/01/2024\nu,i2,01/02/2024\n")
+    (shop[2] / "today.csv").write_text("user_id,item_id,timestamp\nu,i4,05/05/2024\nu,i3,09/04/2024\n")
+    assert written(run_of_it, "today.csv")[1] == {"u": ["i1", "i2", "i3", "i4"]}
+
+
+def test_whole_seconds_fit_a_run_with_fractions_of_them(shop):
+    run_of_it = finished(shop, f"user_id,item_id,timestamp\nu,i1,{START}.5\nu,i2,{START + 1}.25\n")
+    pl.DataFrame({"user_id": ["u"], "item_id": ["i3"], "timestamp": [START + 1]}).write_parquet(shop[2] / "today.parquet")
+    assert written(run_of_it, "today.parquet")[1] == {"u": ["i1", "i3", "i2"]}
 
 
 def test_times_of_another_unit_are_refused(shop):

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from qbert_ray.config.schema import Domain
+from qbert_ray.inputs.conditions import matching
 from qbert_ray.inputs.id_tables import is_table, open_ids, read_columns, read_ids
 from qbert_ray.inputs.sources import SourceError, open_source
 
@@ -35,6 +36,19 @@ def test_columns_of_parquet_files_stay_as_they_are_and_the_first_row_of_an_item_
     pl.DataFrame({"item_id": [2, 1, None], "size": ["1", "x", "y"]}).write_parquet(folder / "a.parquet")
     pl.DataFrame({"item_id": [1, 3], "size": ["3", "4"]}).write_parquet(folder / "b.parquet")
     assert columns_of(tmp_path, "items", "size").rows() == [("2", "1"), ("1", "x"), ("3", "4")]
+
+
+@pytest.mark.parametrize("name", ["items.parquet", "items.csv"])
+def test_no_condition_holds_for_a_missing_number(tmp_path, name):
+    frame = pl.DataFrame({"item_id": ["1", "2", "3"], "price": [float("nan"), 5.0, 500.0]})
+    frame.write_parquet(tmp_path / name) if name == "items.parquet" else frame.write_csv(tmp_path / name)
+    found = matching("price > 100", "score.exclude", open_source(str(tmp_path), "shop", "items", Domain(items=name, text_fields=[])))
+    assert found.rows() == [("1", False), ("2", False), ("3", True)]
+
+
+def test_spellings_of_nothing_are_missing_in_columns_of_text_files(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,price,brand\n1,NULL,N/A\n2,5,x\n3,n/a,y\n")
+    assert columns_of(tmp_path, "items.csv", "price", "brand").rows() == [("1", None, None), ("2", 5, "x"), ("3", None, "y")]
 
 
 def test_files_whose_columns_are_of_different_types_are_refused(tmp_path):

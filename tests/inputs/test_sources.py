@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qbert_ray.config.schema import Domain
@@ -192,3 +194,53 @@ def test_a_config_without_data_says_so(tmp_path, monkeypatch):
     said = "no items.parquet here, and neither data.domains.items.items nor data.root is set; .* -c shop.yaml -c configs/paper.yaml"
     with pytest.raises(SourceError, match=said):
         open_source(".", "items", "items", Domain())
+
+
+def test_every_file_may_show_how_times_are_written(tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/2023.csv").write_text("user_id,item_id,timestamp\nu,a,2023-12-31\n")
+    (tmp_path / "log/2024.csv").write_text("user_id,item_id,timestamp\nu,b,31/01/2024\nu,c,05/02/2024\n")
+    assert open_source(str(tmp_path), "shop", "interactions", Domain(interactions="log")).times.day_first is True
+
+
+def test_a_mapping_to_a_column_that_is_not_there_is_named(tmp_path):
+    ITEMS.write_parquet(tmp_path / "items.parquet")
+    with pytest.raises(SourceError, match="item_columns.item_id=sku names a column that is not there; say what") as error:
+        raw_items(tmp_path, item_columns={"item_id": "sku"})
+    assert "looks the same" not in str(error.value)
+
+
+def test_amazon_files_with_own_brands_and_images_are_read(tmp_path):
+    pl.DataFrame({"parent_asin": ["a"], "brand": ["B"], "image": ["a.jpg"]}).write_parquet(tmp_path / "items.parquet")
+    source = open_source(str(tmp_path), "shop", "items", Domain(text_fields=[], attributes=["brand"], image_column="image"))
+    assert source.format == "amazon_2023" and (source.columns["brand"], source.columns["image"]) == (("brand",), ("image",))
+
+
+def test_floats_that_round_ids_are_told_in_json(tmp_path):
+    ids = ["9007199254740992.0", "1e17", "12.0", "9007199254740993", '"9007199254740993"']
+    (tmp_path / "interactions.jsonl").write_text("".join(f'{{"user_id": {each}, "item_id": "a", "timestamp": 1}}\n' for each in ids))
+    source = open_source(str(tmp_path), "shop", "interactions", Domain(interactions="interactions.jsonl"))
+    rows = [normalise_interactions(frame, source, None) for file, fragment in source.fragments() for frame in source.read(file, fragment)]
+    assert pl.concat(rows)[REASON].to_list() == ["inexact user_id", "inexact user_id", None, None, None]
+
+
+def test_times_at_an_offset_are_the_same_moments(tmp_path):
+    times = pa.array([1_700_000_000_000_000, None], pa.timestamp("us", "+05:30"))
+    pq.write_table(pa.table({"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": times}), tmp_path / "interactions.parquet")
+    source = open_source(str(tmp_path), "shop", "interactions", Domain())
+    rows = [normalise_interactions(frame, source, None) for file, fragment in source.fragments() for frame in source.read(file, fragment)]
+    assert pl.concat(rows)["timestamp"].to_list() == [1_700_000_000_000_000, None]
+
+
+def test_columns_of_json_may_come_late(tmp_path, monkeypatch):
+    monkeypatch.setattr("qbert_ray.inputs.json_files.SAMPLED_LINES", 1)
+    first, second = {"user_id": "u", "item_id": "a", "timestamp": 1}, {"user_id": "u", "item_id": "b", "timestamp": 2}
+    lines = [json.dumps(first), json.dumps(second | {"rating": 4, "interaction_weight": 3})]
+    write_lines(tmp_path / "interactions.jsonl", lines)
+    domain = Domain(interactions="interactions.jsonl")
+    source = open_source(str(tmp_path), "shop", "interactions", domain, needs_rating=True)
+    rows = [normalise_interactions(frame, source, None) for file, fragment in source.fragments() for frame in source.read(file, fragment)]
+    assert pl.concat(rows).select("rating", "weight").rows() == [(None, 1.0), (4.0, 3.0)]
+    write_lines(tmp_path / "interactions.jsonl", lines[:1])
+    with pytest.raises(SourceError, match="no column rating"):
+        open_source(str(tmp_path), "shop", "interactions", domain, needs_rating=True)

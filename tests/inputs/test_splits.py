@@ -63,6 +63,43 @@ def histories(run):
     return found
 
 
+def test_a_time_that_is_no_date_is_shown_as_its_number():
+    assert as_date(2**63 - 1, "s") == "9223372036854775807" and as_date(0, "s") == "1970-01-01"
+
+
+def ingested_with_source(root, **data):
+    """Counts of a source domain whose interactions are all of 2020 in the run of a target of 2021, and its run."""
+    write(root / "old")
+    write(root / "new", start=START + 366 * DAY)
+    domains = {"new": {"items": "new/items.parquet", "interactions": "new/interactions.parquet"}}
+    domains["old"] = {"items": "old/items.parquet", "interactions": "old/interactions.parquet", "role": "source"}
+    data = {"root": str(root), "domains": domains, "min_interactions": 0, **data}
+    config = Config.model_validate({"data": data, "run": {"dir": str(root / "run")}})
+    run = RunDir(config.run.dir)
+    return ingest_domain(config, "old", run, LocalExecutor(), Quiet()), columns.to_sequences(run.read("ingest/sequences", "old"))
+
+
+@pytest.mark.parametrize(
+    "data", [{"split": "temporal", "split_cuts": ["2021-01-11", "2021-01-21"]}, {"split": "given"}], ids=["temporal", "given"]
+)
+def test_a_source_domain_needs_no_targets(tmp_path, data):
+    counts, sequences = ingested_with_source(tmp_path, **data)
+    assert not counts["warnings"] and counts["split"]["users_validated"] == counts["users_evaluated"] == 0
+    assert len(sequences.items) == counts["interactions"] == sum(map(len, LOG.values()))
+
+
+def test_users_of_a_source_domain_may_be_shorter_than_what_is_held_out(tmp_path):
+    counts, sequences = ingested_with_source(tmp_path, split="last_n", split_last=[3, 4])
+    assert len(sequences.items) == counts["interactions"] and not counts["warnings"]
+
+
+def test_of_a_source_domain_too_only_what_is_before_the_first_cut_is_trained_on(tmp_path):
+    counts, sequences = ingested_with_source(tmp_path, split="temporal", split_cuts=["2020-01-11", "2021-01-21"])
+    assert len(sequences.items) == 8 and counts["users_evaluated"] == 0
+    with pytest.raises(SourceError, match="leaves no interaction for training"):
+        ingested_with_source(tmp_path, split="temporal", split_cuts=["2019-01-11", "2021-01-21"])
+
+
 def test_targets_and_histories_by_hand(tmp_path):
     counts, run = ingested(write(tmp_path))
     assert histories(run) == {  # validation target, test target, histories up to validation, up to test, all

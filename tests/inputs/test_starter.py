@@ -11,6 +11,7 @@ import yaml
 
 from qbert_ray.cli.main import main
 from qbert_ray.config.loading import load_config
+from qbert_ray.inputs.profile import find_tables
 from qbert_ray.inputs.starter import StarterError
 from qbert_ray.inputs.starter_page import write_config
 
@@ -315,3 +316,15 @@ def test_orders_in_two_tables_are_joined_by_the_code_that_is_shown(tmp_path, nam
     config, _ = made(tmp_path, "goods.csv", "interactions.parquet")
     assert pl.read_parquet(tmp_path / "interactions.parquet").shape == (len(rows), 3)
     assert config.data.domains["shop"].item_columns == {"item_id": item}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [([4] * 30, [4.5] * 30, "number"), ([None] * 30, ["a", "b"] * 15, "text"), ([["a"]] * 30, [1] * 30, "text")],
+    ids=["whole", "null", "lists"],
+)
+def test_parts_whose_types_differ_are_one_table(tmp_path, first, second, kind):
+    for number, values in enumerate((first, second)):
+        pl.DataFrame({"item_id": range(30), "x": values}).write_parquet(tmp_path / f"part-{number}.parquet")
+    tables, aside = find_tables([tmp_path])
+    assert not aside and tables[0].columns["x"].kind == kind and len(tables[0].sample) == 60

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import polars as pl
 import pytest
 
-from qbert_ray.inputs.times import TimeStyle, as_timestamp, detect_style
+from qbert_ray.inputs.times import TimeStyle, as_timestamp, detect_style, one_style
 
 
 def read(values: list, style: TimeStyle | None = None) -> list:
@@ -66,6 +66,15 @@ def test_which_number_is_the_day_is_said_by_the_column():
     assert detect_style([pl.Series(["2020-01-13"])]).day_first is None
     assert read(["01/02/2020", "13/02/2020 12:00"], TimeStyle(day_first=True)) == [at(2020, 2, 1), at(2020, 2, 13, 12)]
     assert read(["01/02/2020"]) == [at(2020, 1, 2)] and read(["01-02-2020"]) == [at(2020, 2, 1)]
+
+
+def test_a_table_of_several_files_has_one_style():
+    assert one_style([TimeStyle(), TimeStyle(day_first=True), TimeStyle(day_first=False)]) == TimeStyle(day_first=True)
+    assert one_style([TimeStyle(), TimeStyle(fractional=True)]) == TimeStyle(fractional=True) and one_style([]) == TimeStyle()
+
+
+def test_whole_numbers_next_to_fractions_are_multiplied_too():
+    assert read([1_600_000_789], TimeStyle(fractional=True)) == read(["1600000789"], TimeStyle(fractional=True)) == [1_600_000_789_000_000]
 
 
 @pytest.mark.parametrize("values", [[1_600_000_789.5, 1_600_000_790.0], ["1600000789.5", "1600000790"]])
