@@ -105,4 +105,4 @@ def test_appended_items_have_the_vectors_of_equal_ones(finished):
                 assert np.array_equal(present[new], present[place[item]]), (name, item)
                 assert vectors[new] == pytest.approx(vectors[place[item]], abs=1e-4), (name, item)
     fitted = json.loads(run.read_bytes("features/tabular/.fitted/demo.json"))
-    assert set(fitted) == {"price", "brand", "category"} and fitted["brand"] is None and len(fitted["price"]) == 101
+    assert set(fitted) == {"price", "brand", "category"} and fitted["brand"] is None and len(fitted["price"]["quantiles"]) == 101

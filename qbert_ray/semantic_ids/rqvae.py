@@ -255,6 +255,7 @@ def sample(vectors: np.ndarray, size: int, seed: int) -> np.ndarray:
     return vectors[np.random.default_rng(seed).choice(len(vectors), 256 * size, replace=False)]
 
 
+@torch.no_grad()
 def normalised_error(model: RQVAE, embeddings: Sequence[Tensor]) -> float:
     """Reconstruction error of pieces [n, D] as a share of their common variance: 0 is perfect, 1 is predicting the mean."""
     error = square = total = count = 0.0

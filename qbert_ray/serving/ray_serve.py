@@ -152,7 +152,7 @@ def deploy(config: Config) -> None:
     running, s = cast(str | None, ray.get(actor.get.remote())), config.serve
     before = Config.model_validate_json(running).serve if running and APPLICATION in serve.status().applications else None
     if before is not None and (before.host, before.port) != (s.host, s.port):
-        raise ArtifactError(f"a run is served at {before.host}:{before.port} already; end that first: qbert-ray serve --stop")
+        raise ArtifactError(f"a run is served at {before.host}:{before.port} already; end that first: qbert-ray serve --stop -c <config>")
     ray.get(actor.set.remote(content))
     if before == s:
         return
@@ -197,6 +197,6 @@ def serve_run(config: Config, say: Callable[[str], None], until: Callable[[], bo
         example = json.dumps({"history": ["item"], "k": 3})
         say(f"serving {config.run.dir} at http://{s.host}:{s.port}: curl -d '{example}' http://{s.host}:{s.port}/recommend")
         if not ray_session.started_locally():
-            say("the cluster serves on when this command ends; qbert-ray serve --stop ends it")
+            say("the cluster serves on when this command ends; qbert-ray serve --stop -c <config> ends it")
         while not until():
             time.sleep(1)

@@ -202,7 +202,7 @@ def test_vectors_are_left_out_and_replaced_for_shares_of_the_items():
 
     def disturbed(**settings):
         made = Encoded(vectors.copy(), present.copy(), {})
-        disturb(made, ids, "audio", Config.model_validate({"features": settings}))
+        disturb(made, ids, "audio", Config.model_validate({"features": {"modalities": ["text", "audio"]} | settings}))
         return made
 
     same = disturbed(missing={"text": 1.0})

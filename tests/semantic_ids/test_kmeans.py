@@ -56,7 +56,7 @@ def test_fewer_items_than_codewords_are_all_distinguished_and_exact(name):
     data = embeddings(5)
     model = trained(name, data)
     assert collision_rate(codes_of(model, data)) == 0.0
-    assert float(normalised_error(model, data)) < 1e-3
+    assert normalised_error(model, [data]) < 1e-3
 
 
 @each_quantizer
@@ -110,7 +110,7 @@ def test_the_learned_rotation_lowers_the_error(monkeypatch):
     learned = trained("opq", data)
     monkeypatch.setattr("qbert_ray.semantic_ids.kmeans.ROUNDS", 1)
     axes = trained("opq", data)
-    assert float(normalised_error(learned, data)) < 0.98 * float(normalised_error(axes, data))
+    assert normalised_error(learned, [data]) < 0.98 * normalised_error(axes, [data])
     rotated = learned.encoder.linear.weight
     assert torch.allclose(rotated @ rotated.T, torch.eye(DIM), atol=1e-4)
 
