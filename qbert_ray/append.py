@@ -39,7 +39,7 @@ from qbert_ray.storage.stages import BY_NAME, REQUESTED, STAGES
 
 IDS = "semantic_ids"
 GROWN = ("ingest", "features", "fusion", IDS)  # stages that get further parts, the last written last
-RANKED = ("ranking", "evaluate", "score")  # stages that read the whole catalog
+RANKED = ("ranking", "refit", "evaluate", "score")  # stages that read the whole catalog
 CONTENT = "_content"
 DROPPED = "below min_item_interactions"  # reason of ingest/rejected for items that the k-core left out
 

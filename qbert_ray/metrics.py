@@ -29,6 +29,7 @@ class Evaluation(TypedDict):
 
     users: int
     sampled_from: NotRequired[int]  # users with a test item, where only a sample of them was ranked
+    trained_on: NotRequired[str]  # held-out interactions that the models were trained on as well: "validation"
     protocols: dict[str, dict[str, Figures]]  # all, unseen or cold -> the model, a part of it or a baseline -> metrics
     cold: NotRequired[Evaluation]  # of users with a held-out cold item
 

@@ -61,7 +61,9 @@ def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Man
         )
     inputs = _input_fingerprints(stage, config, run)
     stale = [name for name, fingerprint in inputs.items() if done.inputs.get(name) != fingerprint]
-    stale += [name for name in done.inputs if name in BY_NAME and name not in inputs and BY_NAME[name].skipped(config)]
+    read_now = {name for name in stage.reads(config) if not BY_NAME[name].skipped(config)}
+    read_then = {name for name in done.inputs if name in BY_NAME}
+    stale += sorted((read_now ^ read_then) - set(stale))
     read = run.read_json(APPENDED) if stale and run.exists(APPENDED) else {}
     stale = [name for name in stale if read.get(name) != inputs.get(name, "") and (files or not name.startswith("data."))]
     if stale:
@@ -84,7 +86,7 @@ def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, pro
     done = status(stage, config, run)
     if done is not None:
         return done
-    for name in stage.inputs:
+    for name in stage.reads(config):
         source = BY_NAME[name]
         if not source.skipped(config) and Manifest.load(run, source.name) is None:
             raise ArtifactError(f"{stage.name} needs {name}, which is not done in {run.uri}; run it first: qbert-ray {source.command}")
@@ -154,7 +156,7 @@ def _forget_unfinished(stage: Stage, manifest: Manifest, run: RunDir) -> None:
 
 def _input_fingerprints(stage: Stage, config: Config, run: RunDir) -> dict[str, str]:
     inputs = {}
-    for name in stage.inputs:
+    for name in stage.reads(config):
         source = BY_NAME[name]
         manifest = None if source.skipped(config) else Manifest.load(run, source.name)
         if manifest is not None:

@@ -104,7 +104,7 @@ def test_new_items_get_ids_and_everything_else_stays(copied, catalog, shop, fini
     assert last["model"] == first["model"] == Manifest.load(run, "quantizer").fingerprint
     assert manifest.counts["items"] == last["items"] == len(after)
     for stage in STAGES:  # the run continues as before
-        assert status(stage, config, run) is not None
+        assert stage.skipped(config) or status(stage, config, run) is not None
 
     written = files(run)
     again = append_ids(config, run, RayExecutor(), Quiet())

@@ -88,8 +88,9 @@ def metrics_table(domain: str, content: Evaluation, ranked: str = "every item ra
     models = next(iter(content["protocols"].values()))
     names = list(next(iter(models.values())))
     sampled = f" drawn from {content['sampled_from']:,}" if "sampled_from" in content else ""
+    refit = f", by models trained on {content['trained_on']} items too" if "trained_on" in content else ""
     table = Table(
-        title=f"{domain}: {ranked} for {content['users']:,} users{sampled}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
+        title=f"{domain}: {ranked} for {content['users']:,} users{sampled}{refit}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
     )
     table.add_column("items", no_wrap=True)
     table.add_column("ranking", no_wrap=True)
@@ -153,6 +154,11 @@ def _summary(manifest: Manifest) -> str:
             return f"on {', '.join(counts['domains'])}; {ranked} after {counts['metrics']['epoch'] + 1} epochs"
         case "finetune":
             return "; ".join(f"{name}: {figures['epoch'] + 1} epochs" for name, figures in counts["metrics"].items())
+        case "refit":
+            return "; ".join(
+                f"{name}: {figures['held_out']:,} held-out interactions, {figures['interactions']:,} in all, {figures['epochs']} epochs"
+                for name, figures in counts.items()
+            )
         case "ranking":
             return "; ".join(
                 f"{name}: {_blending(figures.get('blending', {}))}{_reranking(figures.get('reranking', {}))}"

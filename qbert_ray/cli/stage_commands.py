@@ -204,7 +204,7 @@ def run_stages(config: Config, journal: Journal, only: Stage | None, redo: str |
 
 def _before(only: Stage | None, forgotten: Stage | None) -> tuple[Stage, ...]:
     """The stages whose outputs are used as they are."""
-    last = BY_NAME["ranking"] if only in REQUESTED else only
+    last = BY_NAME["refit"] if only in REQUESTED else only
     ends = [STAGES.index(last) + 1] if last else []
     return STAGES[: min([len(STAGES), *ends, *([STAGES.index(forgotten)] if forgotten in STAGES else [])])]
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 from qbert_ray.inputs.k_core import USER
 from qbert_ray.inputs.reasons import implausible_times, time_units
 from qbert_ray.inputs.splits import Places, Split, by_period, leave_one_out
-from qbert_ray.storage.columns import COLD, DOMAIN, FURTHER, ITEM_INDEX, TRAIN_WEIGHTS, USER_ID, WEIGHT
+from qbert_ray.storage.columns import COLD, DOMAIN, FURTHER, ITEM_INDEX, LATER_WEIGHTS, TRAIN_WEIGHTS, USER_ID, WEIGHT
 
 
 def sequences_of(rows: pl.DataFrame, split: Split | None) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -38,6 +38,7 @@ def sequences_of(rows: pl.DataFrame, split: Split | None) -> tuple[pl.DataFrame,
             pl.Series("rows", sizes),
             _lists(warm, first, places.train).alias("train"),
             _lists(rows[WEIGHT].to_numpy()[~cold], first, places.train).alias(TRAIN_WEIGHTS),
+            _lists(rows[WEIGHT].to_numpy()[~cold], first + places.train, length - places.train).alias(LATER_WEIGHTS),
             *(_at(warm, first, each).alias(name) for name, each in (("valid", places.valid), ("test", places.test))),
             *_cold_targets(items, warm, cold, place, first, sizes),
         )

@@ -37,6 +37,7 @@ from qbert_ray.storage.columns import (
     ITEM_ID,
     ITEM_INDEX,
     ITEMS,
+    LATER_WEIGHTS,
     RATING,
     REJECTED,
     SEQUENCES,
@@ -352,7 +353,8 @@ def _write_users(
     interactions_schema = INTERACTIONS.append(pa.field(WEIGHT, pa.float32())) if weighted else INTERACTIONS
     sequences_schema = SEQUENCES if split is None else TEMPORAL_SEQUENCES
     if weighted:
-        sequences_schema = sequences_schema.append(pa.field(TRAIN_WEIGHTS, pa.list_(pa.float32())))
+        for name in (TRAIN_WEIGHTS, LATER_WEIGHTS):
+            sequences_schema = sequences_schema.append(pa.field(name, pa.list_(pa.float32())))
     for offset in range(0, len(sequences), size):
         name, end = f"{domain}-{first_part + offset // size:05d}.parquet", min(offset + size, len(sequences))
         run.write_part("ingest/interactions", name, _to_arrow(left[ends[offset] : ends[end]], interactions_schema))

@@ -39,7 +39,7 @@ def evaluate_cold(config: Config, run: RunDir, domain: str, executor: Executor, 
     if not parts:
         return None
     arguments = {"run": run, "domain": domain, "settings": config.ranking, "latest": config.evaluate.co_occurrence_history}
-    arguments["modalities"] = content_modalities(run, domain, config)
+    arguments |= {"modalities": content_modalities(run, domain, config), "refit": config.refit.include == "validation"}
     executor.map_parts(run, ColdPart, arguments, parts, "evaluate/cold", config.compute.evaluate, progress)
     return summarise_cold(run.read("evaluate/cold", domain), list(config.evaluate.cutoffs))
 
@@ -58,9 +58,9 @@ def summarise_cold(table: pa.Table, cutoffs: list[int]) -> metrics.Evaluation:
 class ColdPart:
     """Ranks of the cold targets of a part of the users."""
 
-    def __init__(self, run: RunDir, domain: str, settings: Ranking, latest: int, modalities: Sequence[str]) -> None:
+    def __init__(self, run: RunDir, domain: str, settings: Ranking, latest: int, modalities: Sequence[str], refit: bool = False) -> None:
         self.run, self.domain, self.latest = run, domain, latest
-        self.ranker = load_catalog_ranker(run, domain, settings, own_device())
+        self.ranker = load_catalog_ranker(run, domain, settings, own_device(), refit=refit)
         self.item_ids = item_ids(run, domain).to_pylist()
         self.warm = self.ranker.trained
         vectors = {name: modality_vectors(run, domain, name) for name in modalities}

@@ -2,7 +2,7 @@
 
 Two protocols: all items (the paper's), and unseen items only. The baselines read the same training interactions: popularity and item
 co-occurrence as counts, ridge regression and transitions as item-item weights, and the blend of these weights with cosines of texts,
-which is fitted on validation items as the model's own blend is.
+which is fitted on validation items as the model's own blend is. With `refit.include=validation` all of them read validation interactions too.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ def evaluate(config: Config, run: RunDir, executor: Executor, progress: Progress
     """Write evaluate/ranks and evaluate/metrics.json; counts of ranked users."""
     counts: dict[str, dict[str, int]] = {}
     report: dict[str, metrics.Evaluation] = {}
+    included = "validation" if config.refit.include == "validation" else "none"  # models that saw test items say nothing about them
     for domain in config.data.targets:
         progress.note(domain)
-        baselines = executor.submit(_baselines, run, domain)
+        baselines = executor.submit(_baselines, run, domain, included)
         arguments = {"run": run, "domain": domain, "settings": config.ranking, "baselines": baselines}
-        arguments["latest"] = config.evaluate.co_occurrence_history
+        arguments |= {"latest": config.evaluate.co_occurrence_history, "refit": included != "none"}
         parts = run.parts("ingest/sequences", domain)
         with_target, arguments["sampled"] = _sample(run, parts, config.evaluate.users)
         counts[domain] = dict(executor.map_parts(run, RankPart, arguments, parts, "evaluate/ranks", config.compute.evaluate, progress))
         report[domain] = summarise(run.read("evaluate/ranks", domain), list(config.evaluate.cutoffs))
         if report[domain]["users"] < with_target:
             report[domain]["sampled_from"] = with_target
+        if included != "none":
+            report[domain]["trained_on"] = included
         if cold := evaluate_cold(config, run, domain, executor, progress):
             report[domain]["cold"] = cold
     run.write_json("evaluate/metrics.json", report)
@@ -69,8 +72,8 @@ def summarise(table: pa.Table, cutoffs: list[int]) -> metrics.Evaluation:
     return {"users": int((model == MODEL).sum()), "protocols": protocols}
 
 
-def _baselines(run: RunDir, domain: str) -> tuple[sparse.csr_matrix, np.ndarray]:
-    sequences = columns.to_sequences(run.read("ingest/sequences", domain))
+def _baselines(run: RunDir, domain: str, include: str) -> tuple[sparse.csr_matrix, np.ndarray]:
+    sequences = columns.to_sequences(run.read("ingest/sequences", domain)).training_on(include)
     size = run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows
     together = co_occurrence(sequences.indptr, sequences.items, size, weights=sequences.weights)
     return together, popularity(sequences.indptr, sequences.items, size, sequences.weights)
@@ -99,10 +102,11 @@ class RankPart:
         baselines: tuple[sparse.csr_matrix, np.ndarray],
         latest: int,
         sampled: dict[str, np.ndarray] | None = None,
+        refit: bool = False,
     ) -> None:
         self.run, self.domain, self.latest, self.sampled = run, domain, latest, sampled
         self.counts, self.popularity = baselines
-        self.ranker = load_catalog_ranker(run, domain, settings, own_device(), baselines=True)
+        self.ranker = load_catalog_ranker(run, domain, settings, own_device(), baselines=True, refit=refit)
         self.item_ids = item_ids(run, domain).to_pylist()
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qbert_ray.config.schema import Ranking
 from qbert_ray.ranking.filters import EVERYTHING, Filter
-from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.ranking.loader import load_ranker, model_folder
 from qbert_ray.sequence.beam_search import Trie, encode, search
 from qbert_ray.sequence.decoder import Generator
 from qbert_ray.storage.catalog import available_items, catalog_codes, run_config, warm_items
@@ -168,32 +168,35 @@ class GenerativeRanker:
         return torch.cat(found)
 
 
-def load_generative_ranker(run: RunDir, domain: str, beam: int, device: str = "cpu") -> GenerativeRanker:
-    """The fine-tuned generative model of a domain with its catalog.
+def load_generative_ranker(run: RunDir, domain: str, beam: int, device: str = "cpu", refit: bool = False) -> GenerativeRanker:
+    """The fine-tuned generative model of a domain with its catalog; with `refit`, the one that the stage of that name trained.
 
     Raises:
         ArtifactError: the model or the IDs are not there.
     """
-    model = run.load_module(Generator, f"finetune/{domain}/model").to(device)
+    model = run.load_module(Generator, model_folder(domain, refit)).to(device)
     codes = catalog_codes(run, domain)[:, : model.num_levels]
     return GenerativeRanker(model, codes, warm_items(run, domain), beam)
 
 
-def load_catalog_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu", baselines: bool = False) -> CatalogRanker:
+def load_catalog_ranker(
+    run: RunDir, domain: str, settings: Ranking, device: str = "cpu", baselines: bool = False, refit: bool = False
+) -> CatalogRanker:
     """The ranker of a domain for the kind of sequence model that the run was made with.
 
     Args:
         settings: the config's section `ranking`; beams rank without it.
         baselines: as in `load_ranker`.
+        refit: as in `load_ranker`.
 
     Raises:
         ArtifactError: a model or table is not there.
     """
     sequencer = run_config(run).sequencer
     ranker = (
-        load_generative_ranker(run, domain, sequencer.beam, device)
+        load_generative_ranker(run, domain, sequencer.beam, device, refit)
         if sequencer.kind == "generative"
-        else load_ranker(run, domain, settings, device, baselines=baselines)
+        else load_ranker(run, domain, settings, device, baselines=baselines, refit=refit)
     )
     ranker.available = available_items(run, domain)
     return ranker

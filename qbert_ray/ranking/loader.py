@@ -32,9 +32,18 @@ from qbert_ray.storage.directory import ArtifactError, RunDir
 WEIGHTS, BLEND, RERANKER = "ranking/weights", "ranking/blend", "ranking/reranker"
 ITEM_ITEM_TEXT = "ranking/item_item_text"  # blend of a baseline
 RIDGE = "ranking/ridge"  # settings that were chosen
+REFIT, REFIT_WEIGHTS = "refit/sequencer", "refit/weights"  # trained again with interactions that were held out
 
 
-def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu", blended: bool = True, baselines: bool = False) -> Ranker:
+def load_ranker(
+    run: RunDir,
+    domain: str,
+    settings: Ranking,
+    device: str = "cpu",
+    blended: bool = True,
+    baselines: bool = False,
+    refit: bool = False,
+) -> Ranker:
     """The fine-tuned sequence model of a domain with its item-item model, blend and reranker, where they are enabled.
 
     Args:
@@ -44,6 +53,7 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
         device: where the models compute.
         blended: false: without the blend and the reranker, which are still to be fitted.
         baselines: with the blend of the baseline, which needs the vectors of texts even where the blend does not.
+        refit: the sequence model and the item-item weights that the stage `refit` trained, in place of those they were chosen with.
 
     Raises:
         ArtifactError: a model or table is not there.
@@ -53,7 +63,7 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
     cold = None
     if fused is not None and trained < len(fused):
         cold = nearest_trained_items(fused, torch.arange(trained, len(fused)), torch.arange(trained))
-    model = run.load_module(Sequencer, f"finetune/{domain}/model").to(device)
+    model = run.load_module(Sequencer, model_folder(domain, refit)).to(device)
     config = run_config(run)
     content = item_content(run, domain, config) if model.content is not None else None
     items = _item_table(run, domain, model, content, cold).to(device)
@@ -65,13 +75,19 @@ def load_ranker(run: RunDir, domain: str, settings: Ranking, device: str = "cpu"
     baseline = _load_blend(run, domain, names, ITEM_ITEM_TEXT) if without_network else None
     used = [name for each in (blend, baseline) if each is not None for name in each.used(names)] if blend else names
     contents = {name: vectors.to(device) for name, vectors in _contents(run, domain, fused, used).items()}
-    item_item = _load_item_item(run, domain, settings, model.max_items, contents, cold, len(items.codes), names)
+    table = run.read(REFIT_WEIGHTS if refit else WEIGHTS, domain)
+    item_item = _load_item_item(run, domain, table, settings, model.max_items, contents, cold, len(items.codes), names)
     ranker = Ranker(model, items, trained, item_item, settings.rerank, settings.new_item_bonus)
     if not settings.sequence_scores:
         ranker.vectors, ranker.bias = torch.zeros_like(ranker.vectors), torch.zeros_like(ranker.bias)
     if blend is not None:
         ranker.use(blend, _load_reranker(run, domain) if settings.rerank else None, baseline)
     return ranker
+
+
+def model_folder(domain: str, refit: bool) -> str:
+    """Folder of a domain's sequence model: of the stage `refit`, or of `finetune`."""
+    return f"{REFIT}/{domain}/model" if refit else f"finetune/{domain}/model"
 
 
 def _item_table(run: RunDir, domain: str, model: Sequencer, content: Tensor | None, cold: ColdItems | None) -> ItemTable:
@@ -94,6 +110,7 @@ def _contents(run: RunDir, domain: str, content: Tensor | None, used: list[str] 
 def _load_item_item(
     run: RunDir,
     domain: str,
+    table: pa.Table,
     settings: Ranking,
     latest: int,
     contents: dict[str, Tensor],
@@ -102,7 +119,6 @@ def _load_item_item(
     names: tuple[str, ...],
 ) -> ItemItem:
     """The item-item model of a domain; items that came after the stage have no weights in its table."""
-    table = run.read(WEIGHTS, domain)
     ridge, transitions = (read_matrix(table, name, num_items) for name in ("ridge", "following"))
     popularity = torch.zeros(num_items)
     popularity[: table.num_rows] = torch.from_numpy(table["popularity"].to_numpy().copy())

@@ -77,7 +77,8 @@ class Recommender:
             alone = with_values(config, {"score.exclude": None, "score.allow": None} | {f"score.{key}": text})
             return load_rules(alone, run, name)[0]
 
-        return cls(load_catalog_ranker(run, name, config.ranking, device), item_ids(run, name).to_pylist(), read_rules)
+        ranker = load_catalog_ranker(run, name, config.ranking, device, refit=config.refit.include != "none")
+        return cls(ranker, item_ids(run, name).to_pylist(), read_rules)
 
     def __contains__(self, item_id: object) -> bool:
         return item_id in self.index

@@ -59,6 +59,7 @@ def _score(config: Config, run: RunDir, executor: Executor, progress: Progress, 
             table = f"{output}/histories"
         arguments = {"run": run, "domain": domain, "settings": config.ranking, "k": config.score.top_k, "rules": rules}
         arguments |= {"remove_seen": config.score.remove_seen, "histories": table, "output": output, "prefixes": config.score.prefixes}
+        arguments["refit"] = config.refit.include != "none"
         done = executor.map_parts(run, ScorePart, arguments, run.parts(table, domain), output, config.compute.score, progress)
         counts[domain] = dict(done) | found
     return counts | ({"warnings": warnings} if warnings else {})
@@ -78,10 +79,11 @@ class ScorePart:
         histories: str = SEQUENCES,
         output: str = SCORE,
         prefixes: int | None = None,
+        refit: bool = False,
     ) -> None:
         self.run, self.domain, self.k, self.remove_seen, self.rules = run, domain, k, remove_seen, rules
         self.histories, self.output = histories, output
-        self.ranker = load_catalog_ranker(run, domain, settings, own_device())
+        self.ranker = load_catalog_ranker(run, domain, settings, own_device(), refit=refit)
         if prefixes is not None:
             assert isinstance(self.ranker, Ranker), "the config refuses prefixes for the generative model"
             self.ranker.search_prefixes(torch.from_numpy(catalog_codes(run, domain)), prefixes)

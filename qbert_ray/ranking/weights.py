@@ -52,11 +52,12 @@ class WeightsPart:
         domain: whose catalog it is.
         settings: the config's section `ranking`, with a number for the penalty of the ridge regression.
         output: table that the parts are written to.
+        include: of `Sequences.training_on`.
     """
 
-    def __init__(self, run: RunDir, domain: str, settings: Ranking, output: str = WEIGHTS) -> None:
+    def __init__(self, run: RunDir, domain: str, settings: Ranking, output: str = WEIGHTS, include: str = "none") -> None:
         self.run, self.output, s = run, output, settings
-        sequences = columns.to_sequences(run.read("ingest/sequences", domain))
+        sequences = columns.to_sequences(run.read("ingest/sequences", domain)).training_on(include)
         size = run.read("ingest/items", domain, [columns.ITEM_INDEX]).num_rows
         train = (sequences.indptr, sequences.items, size)
         weights = sequences.weights
@@ -107,6 +108,17 @@ def write_weights(config: Config, run: RunDir, domain: str, executor: Executor, 
         counts = write(chosen.regularisation, WEIGHTS)
         run.delete(SEARCHED)
     return {"items": counts["items"], "weights": counts["weights"], "ridge": chosen._asdict()}
+
+
+def write_weights_again(config: Config, run: RunDir, domain: str, output: str, executor: Executor, progress: Progress) -> WeightCounts:
+    """Write the weights of a domain with the held-out interactions of `refit.include`, with the penalty that was chosen without them."""
+    penalty = config.ranking.regularisation
+    if penalty == "auto":
+        penalty = run.read_json(f"{RIDGE}/{domain}.json")["regularisation"]
+    arguments = {"run": run, "domain": domain, "settings": config.ranking.model_copy(update={"regularisation": penalty})}
+    arguments |= {"output": output, "include": config.refit.include}
+    done = executor.map_parts(run, WeightsPart, arguments, run.parts("ingest/items", domain), output, config.compute.ranking, progress)
+    return {"items": done["items"], "weights": done["weights"]}
 
 
 def _tried(value: float | str, every: tuple[float, ...]) -> tuple[float, ...]:

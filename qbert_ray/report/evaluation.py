@@ -73,6 +73,7 @@ def comparison(content: dict[str, Any]) -> list[Figure]:
         return []
     shown = [name for name in ("ndcg@10", "hr@10") if name in first] or list(first)[-2:]
     sampled = f" drawn from {content['sampled_from']:,}" if "sampled_from" in content else ""
+    sampled += f", by models trained on {content['trained_on']} items too" if "trained_on" in content else ""
     result = []
     for metric in shown:
         rows = [

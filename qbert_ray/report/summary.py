@@ -160,6 +160,8 @@ def _work(facts: Facts, stage: str) -> tuple[int, str]:
             return sum(users.get(name, 0) for name in counts["domains"]) * (counts["metrics"]["epoch"] + 1), "histories × epochs"
         case "finetune":
             return sum(users.get(name, 0) * (one["epoch"] + 1) for name, one in counts["metrics"].items()), "histories × epochs"
+        case "refit":
+            return sum(one["interactions"] * one["epochs"] for one in per_domain), "interactions × epochs"
         case "ranking":
             return sum(figures.get("weights", 0) for figures in per_domain), "item-item weights"
     return sum(figures.get("users", 0) for figures in per_domain), "users"

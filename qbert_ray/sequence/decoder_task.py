@@ -26,13 +26,15 @@ class GenerativeTask:
 
     criterion = ("ndcg@10", 1.0)
 
-    def __init__(self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None) -> None:
+    def __init__(
+        self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None, include: str = "none"
+    ) -> None:
         self.config, self.settings, self.seed, self.run, self.start = config, settings, config.run.seed, run, start
         self.domains = domains
         counts = run.read_json("semantic_ids/manifest.json")["counts"]
         self.num_levels, self.codebook_size = counts["num_levels"], counts["codebook_size"]
         self.catalogs = {name: catalog_codes(run, name)[: warm_items(run, name), : self.num_levels] for name in domains}
-        self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
+        self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)).training_on(include) for name in domains}
 
     def description(self) -> dict[str, Any]:
         """Arguments of the `Generator`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
@@ -41,11 +41,29 @@ def pretrain(config: Config, run: RunDir, executor: Executor, progress: Progress
 def finetune(config: Config, run: RunDir, executor: Executor, progress: Progress) -> dict[str, dict[str, ValidationMetrics]]:
     """Fine-tune on each target domain, from the pre-trained weights where there are any; returns the last metrics of each."""
     figures: dict[str, ValidationMetrics] = {}
-    start = None if config.no_pretraining else "pretrain/model"
     for domain in config.data.targets:
         progress.note(domain)
-        arguments = {"domains": [domain], "settings": config.finetune, "start": start}
-        figures[domain] = executor.fit(
-            sequence_task(config), config, run, f"finetune/{domain}", config.compute.finetune, progress, **arguments
-        )
+        figures[domain] = _finetune(config, run, f"finetune/{domain}", executor, progress, domains=[domain], settings=config.finetune)
     return {"metrics": figures}
+
+
+def finetune_again(config: Config, run: RunDir, domain: str, folder: str, executor: Executor, progress: Progress) -> int:
+    """Fine-tune on a domain again, with the held-out interactions of `refit.include`; returns the number of epochs.
+
+    There are as many as the training without them kept, in which the schedule of the learning rate ends; nothing is chosen any more.
+    """
+    epochs = epochs_kept(run.read_lines(f"finetune/{domain}/metrics.jsonl"))
+    settings = config.finetune.model_copy(update={"epochs": epochs, "patience": None})
+    _finetune(config, run, folder, executor, progress, domains=[domain], settings=settings, include=config.refit.include)
+    return epochs
+
+
+def epochs_kept(log: list[ValidationMetrics]) -> int:
+    """Number of epochs after which a training was best, by its lines of metrics.jsonl; all where nothing was validated."""
+    values = [line.get("ndcg@10", float("-inf")) for line in log]
+    return 1 + (values.index(max(values)) if max(values) > float("-inf") else len(log) - 1)
+
+
+def _finetune(config: Config, run: RunDir, folder: str, executor: Executor, progress: Progress, **arguments: Any) -> ValidationMetrics:
+    start = None if config.no_pretraining else "pretrain/model"
+    return executor.fit(sequence_task(config), config, run, folder, config.compute.finetune, progress, start=start, **arguments)

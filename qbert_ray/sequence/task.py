@@ -45,17 +45,21 @@ class SequencerTask:
 
     criterion = ("ndcg@10", 1.0)
 
-    def __init__(self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None) -> None:
+    def __init__(
+        self, config: Config, run: RunDir, domains: list[str], settings: SequenceTraining, start: str | None = None, include: str = "none"
+    ) -> None:
         self.config, self.settings, self.seed, self.run, self.start = config, settings, config.run.seed, run, start
+        self.include = include  # of `Sequences.training_on`
         self.domains = domains
         self.causal = settings.objective == "causal"
         counts = run.read_json("semantic_ids/manifest.json")["counts"]
         self.codebook_size = counts["codebook_size"]
         # codes that are read: all of an item's, the ID's alone where each has a position, none where the whole ID is a word
         levels = {"item": None, "flat": counts["num_levels"], "word": 0}[config.sequencer.tokens]
-        self.sequences = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
+        chosen_on = {name: columns.to_sequences(run.read("ingest/sequences", name)) for name in domains}
+        self.repeated = {name: repeated_share(each.indptr, each.items) for name, each in chosen_on.items()}
+        self.sequences = {name: each.training_on(include) for name, each in chosen_on.items()}
         self.frequency: dict[str, Tensor] = {}  # [N] share of each item in a domain's training interactions
-        self.repeated = {name: repeated_share(each.indptr, each.items) for name, each in self.sequences.items()}
         self.tables = {name: self._table(name, levels) for name in domains}  # of the items that training may see
 
     def _table(self, name: str, levels: int | None) -> ItemTable:
@@ -225,7 +229,7 @@ class SequencerTask:
     def complete(self, model: Sequencer, device: torch.device) -> None:
         """Fit what a fine-tuned model asks for after an empty history, and what it adds to the scores of items of the history.
 
-        The second by validation items.
+        The second by validation items; where these are trained on, it is what the model has that was trained without them.
         """
         if not isinstance(self.settings, Finetune):
             return
@@ -235,7 +239,9 @@ class SequencerTask:
             counts = np.bincount(self.sequences[name].items, minlength=len(table.codes))
             model.empty_query.copy_(query_of_popularity(model, table, torch.from_numpy(counts)))
         histories, targets = validation_items(self.sequences[name], MOST_FOR_REPEATS)
-        if model.repeats is not None and len(targets):
+        if model.repeats is not None and self.include != "none":
+            model.repeats.copy_(self.run.load_model(f"finetune/{name}/model")[0]["repeats"])
+        elif model.repeats is not None and len(targets):
             model.repeats.fill_(calibrated_repeats(*repeat_odds(model, table, histories, targets)))
 
     def _table_on(self, name: str, device: torch.device) -> ItemTable:

@@ -28,7 +28,7 @@ from qbert_ray.storage.stages import BY_NAME
 
 MOST_ITEMS = 1000  # that a request may ask for
 MOST_BYTES = 1 << 20  # of a request
-STAGES = ("ingest", "semantic_ids", "finetune", "ranking")  # that are served
+STAGES = ("ingest", "semantic_ids", "finetune", "ranking", "refit")  # that are served
 RECOMMEND = ("history", "k", "remove_seen", "exclude", "allow", "user_id", "domain")
 SIMILAR = ("item", "k", "exclude", "allow", "domain")
 
@@ -106,7 +106,7 @@ class Service:
         version, run = served_version(config), RunDir(config.run.dir)
         recommenders, rules = {}, {}
         for domain in config.data.targets:
-            ranker = load_catalog_ranker(run, domain, config.ranking, device)
+            ranker = load_catalog_ranker(run, domain, config.ranking, device, refit=config.refit.include != "none")
             recommenders[domain] = Recommender(ranker, item_ids(run, domain).to_pylist())
             rules[domain] = load_rules(config, run, domain)[0]
             with torch.inference_mode():

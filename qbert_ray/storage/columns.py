@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from qbert_ray.storage.seals import ArtifactError
+
 DOMAIN = "domain"
 USER_ID = "user_id"
 ITEM_ID = "item_id"
@@ -19,6 +21,7 @@ TIMESTAMP = "timestamp"
 RATING = "rating"
 WEIGHT = "weight"  # of an interaction: how much it counts in training and in item-item models; a column where any differs from 1
 TRAIN_WEIGHTS = "train_weights"
+LATER_WEIGHTS = "later_weights"
 COLD = "cold"
 FURTHER = "further"  # of a split into periods: interactions of the later ones that are no targets
 EXTRA_CODES = "extra_codes"
@@ -69,7 +72,7 @@ SEQUENCES = pa.schema(
         ("valid", pa.int32()),
         ("test", pa.int32()),
     ]
-)  # and, with event types or weights, those of the training items under TRAIN_WEIGHTS, lists of float32
+)  # and, with event types or weights, lists of float32: those of the training items under TRAIN_WEIGHTS, of all after them under LATER_WEIGHTS
 
 # score/histories and score_histories/histories: whole histories from a file that `score` is given, which may be empty.
 HISTORIES = pa.schema([(DOMAIN, pa.string()), (USER_ID, pa.string()), ("history", pa.list_(pa.int32()))])  # item_index in time order
@@ -251,6 +254,35 @@ class Sequences(NamedTuple):
     between: Ragged | None = None  # items after the validation item and before the test item, if there are any
     after: Ragged | None = None  # items after the test item
     weights: np.ndarray | None = None  # of the training items; None: all are 1
+    later_weights: Ragged | None = None  # of the items after them; None: all are 1, or not known
+
+    def training_on(self, include: str) -> Sequences:
+        """The same users with held-out items among their training items, in the same order.
+
+        Args:
+            include: "none"; "validation": items before those of the test period; "all".
+
+        Raises:
+            ArtifactError: training items have weights, and those of the held-out ones are not known.
+        """
+        if include == "none":
+            return self
+        nothing = np.full(len(self.valid), -1)
+        held_out = [_single(self.valid), self.between]
+        if include == "all":
+            held_out += [_single(self.test), self.after]
+        pieces = [Ragged(self.indptr, self.items), *(each for each in held_out if each is not None)]
+        indptr, items = _joined(pieces)
+        weights = None
+        if self.weights is not None:
+            if self.later_weights is None:
+                raise ArtifactError(
+                    "ingest is of an earlier version, which did not write the weights of held-out interactions; redo it: --from ingest"
+                )
+            later = np.diff(indptr) - np.diff(self.indptr)
+            weights = _joined([Ragged(self.indptr, self.weights), _first(self.later_weights, later)]).items
+        kept = (nothing, None) if include == "all" else (self.test, self.after)
+        return Sequences(self.user_ids, indptr, items, nothing, kept[0], None, kept[1], weights)
 
     def history(self, user: int, upto: str) -> np.ndarray:
         """Items of a user before the "valid" or the "test" item, or all of them ("end")."""
@@ -281,6 +313,7 @@ def to_sequences(table: pa.Table) -> Sequences:
     train = _ragged(table["train"])
     weighted = TRAIN_WEIGHTS in table.column_names and table.num_rows
     weights = table[TRAIN_WEIGHTS].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32) if weighted else None
+    later = _ragged(table[LATER_WEIGHTS]) if weighted and LATER_WEIGHTS in table.column_names else None
     return Sequences(
         table[USER_ID].to_pylist(),
         train.indptr,
@@ -290,6 +323,7 @@ def to_sequences(table: pa.Table) -> Sequences:
         between,
         after,
         weights,
+        later,
     )
 
 
@@ -298,4 +332,28 @@ def _ragged(column: pa.ChunkedArray) -> Ragged:
     if isinstance(lists, pa.ChunkedArray):  # no rows: nothing to combine
         lists = pa.array([], column.type)
     indptr = lists.offsets.to_numpy().astype(np.int64)
-    return Ragged(indptr - indptr[0], lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64))
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    return Ragged(indptr - indptr[0], values.astype(np.int64 if np.issubdtype(values.dtype, np.integer) else np.float32))
+
+
+def _single(items: np.ndarray) -> Ragged:
+    """A list of one item for every user, or of none where it is -1."""
+    return Ragged(np.concatenate([[0], np.cumsum(items >= 0)]), items[items >= 0])
+
+
+def _first(lists: Ragged, lengths: np.ndarray) -> Ragged:
+    """The first values of each list, as many as `lengths` says."""
+    ends = np.cumsum(lengths)
+    places = np.repeat(lists.indptr[:-1] - (ends - lengths), lengths) + np.arange(int(lengths.sum()))
+    return Ragged(np.concatenate([[0], ends]), lists.items[places])
+
+
+def _joined(pieces: list[Ragged]) -> Ragged:
+    """Each user's lists one after another."""
+    lengths = np.stack([np.diff(piece.indptr) for piece in pieces], axis=1)  # [U, pieces]
+    ends = np.cumsum(lengths).reshape(lengths.shape)
+    joined = np.empty(int(lengths.sum()), np.result_type(*(piece.items.dtype for piece in pieces)))
+    for number, piece in enumerate(pieces):
+        starts = ends[:, number] - lengths[:, number]
+        joined[np.repeat(starts - piece.indptr[:-1], lengths[:, number]) + np.arange(len(piece.items))] = piece.items
+    return Ragged(np.concatenate([[0], np.cumsum(lengths.sum(1))]), joined)

@@ -29,6 +29,7 @@ class Stage:
         compute: keys of `compute` that name what it runs on.
         ignores: dotted paths under those of `config` that its outputs do not depend on.
         unread: further ones, which its outputs do not depend on under a config.
+        also: further stages whose outputs it reads under a config.
         keeps: whether an unfinished try is kept, because the stage resumes part by part or from a checkpoint; others start over.
         skipped: why there is nothing to do under a config; None if there is.
     """
@@ -42,6 +43,7 @@ class Stage:
     compute: tuple[str, ...] = ()
     ignores: tuple[str, ...] = ()
     unread: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    also: Callable[[Config], tuple[str, ...]] = lambda config: ()
     keeps: bool = True
     skipped: Callable[[Config], str | None] = lambda config: None
 
@@ -49,6 +51,10 @@ class Stage:
     def command(self) -> str:
         """The command that runs it: `qbert-ray <command>`."""
         return self.name.replace("_", "-")
+
+    def reads(self, config: Config) -> tuple[str, ...]:
+        """Stages whose outputs it reads under a config."""
+        return (*self.inputs, *self.also(config))
 
     def depends_on(self, config: Config) -> Values:
         """Dotted path -> value of the config fields that the stage's outputs depend on."""
@@ -172,6 +178,16 @@ STAGES = (
         skipped=lambda config: config.no_blend,
     ),
     Stage(
+        "refit",
+        "qbert_ray.ranking.refit:refit",
+        "Train again with the held-out interactions of refit.include, as everything was chosen without them.",
+        _RANKING,
+        ("refit",),
+        ("finetune", "ranking"),
+        ("finetune", "ranking"),
+        skipped=lambda config: "refit.include is none" if config.refit.include == "none" else None,
+    ),
+    Stage(
         "evaluate",
         "qbert_ray.ranking.evaluate:evaluate",
         "Rank every item for every user: hit rate and NDCG, next to baselines.",
@@ -179,6 +195,7 @@ STAGES = (
         ("evaluate", "ranking.enabled", "sequencer.beam"),
         ("finetune", "ranking"),
         ("evaluate",),
+        also=lambda config: ("refit",) if config.refit.include == "validation" else (),
     ),
     Stage(
         "score",
@@ -186,7 +203,7 @@ STAGES = (
         "Write the k best items for every user.",
         _RANKING,
         ("score", "ranking.enabled", "sequencer.beam"),
-        ("finetune", "ranking"),
+        ("finetune", "ranking", "refit"),
         ("score",),
         ignores=("score.histories",),
     ),
@@ -198,7 +215,7 @@ REQUESTED = (  # in addition to a run: done where a setting asks for it
         "Write the k best items for the users of score.histories.",
         _RANKING,
         ("score", "ranking.enabled", "sequencer.beam"),
-        ("finetune", "ranking"),
+        ("finetune", "ranking", "refit"),
         ("score",),
         ignores=("score.interactions",),
         skipped=lambda config: None if config.score.histories else "score.histories names no file",
