@@ -34,6 +34,7 @@ COUNTS = {
                               "sequencer_ndcg@10": 0.1, "model_ndcg@10": 0.2,
                               "blending": {"kept": True, "alone": 0.1, "blended": 0.2, "error": 0.01},
                               "reranking": {"kept": True, "blended": 0.2, "reranked": 0.25, "error": 0.01}}},
+    "refit": {"shop": {"interactions": 72, "held_out": 24, "epochs": 3, "weights": 50}},
     "evaluate": {"shop": {"users": USERS}},
     "score": {"shop": {"users": USERS, "rows": 60}},
 }  # fmt: skip

@@ -298,7 +298,7 @@ def main() -> None:
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     chaos = Chaos(folder, options.seed)
-    stages = [name for name in BY_NAME if name in options.stages]
+    stages = [name for name in BY_NAME if name in options.stages and name != "refit"]  # which the demo leaves out
     there = {"link cut": chaos.link, "disk full": chaos.disk}  # None where this machine does not let us
     cases = [Case(stage, fault) for stage, fault in itertools.product(stages, options.faults) if there.get(fault, True)]
     chaos.random.shuffle(cases)
