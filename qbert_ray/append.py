@@ -183,11 +183,11 @@ def _publish(config: Config, run: RunDir, versions: list[Version], found: Counte
         LockedError: another process has taken the lock of the run meanwhile.
     """
     check_held(run)
-    for later in (*(BY_NAME[name] for name in RANKED), *REQUESTED):
-        if Manifest.load(run, later.name) is None:  # what an interrupted one wrote is of the catalog before
-            run.delete(later.name)
     listed = {part for version in versions for part in version["parts"]}
     parts = [part for part in run.parts(IDS) if part not in listed]
+    for later in (*(BY_NAME[name] for name in RANKED), *REQUESTED) if parts or _gone_changed(run) else ():
+        if Manifest.load(run, later.name) is None:  # what an interrupted one wrote is of the catalog before
+            run.delete(later.name)
     counts = {name: found[name] for name in ("left_out", "changed", "unchanged", "gone")}
     last = versions[-1]
     if not parts:
@@ -219,11 +219,18 @@ def _publish(config: Config, run: RunDir, versions: list[Version], found: Counte
     return version
 
 
+def _gone_changed(run: RunDir) -> bool:
+    """Whether there are parts of ingest/gone that the manifest does not name; yes where it names no files."""
+    manifest = Manifest.load(run, "ingest")
+    assert manifest is not None
+    return manifest.files is None or any(f"ingest/gone/{name}" not in manifest.files for name in run.names("ingest/gone"))
+
+
 def _record_gone(run: RunDir) -> None:
     """Add parts of ingest/gone to the manifest, where nothing else was added."""
     manifest = Manifest.load(run, "ingest")
     assert manifest is not None
-    if manifest.files is not None and any(f"ingest/gone/{name}" not in manifest.files for name in run.names("ingest/gone")):
+    if manifest.files is not None and _gone_changed(run):
         manifest.files = _recorded(run, "ingest", manifest.files)
         manifest.save(run, "ingest")
 

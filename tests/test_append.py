@@ -19,6 +19,7 @@ from qbert_ray.features.kinds import text
 from qbert_ray.features.stage import write_rejected
 from qbert_ray.pipeline import redo_from, run_stage, status
 from qbert_ray.storage.catalog import available_items, gone_items, run_config
+from qbert_ray.storage.columns import GONE
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.storage.lock import LockedError, locked
 from qbert_ray.storage.seals import APPENDING, seal
@@ -139,6 +140,18 @@ def test_a_table_of_rejected_rows_of_which_none_is_left_is_not_missed(grown):
     version = appending._publish(run_config(run), run, versions, Counter())
     run.delete(APPENDING)
     assert version["parts"] == ["shop-00002.parquet"] and run.parts("features/rejected") == []
+
+
+def test_what_an_interrupted_stage_wrote_is_deleted_where_the_catalog_changed_alone(grown):
+    run, versions = grown
+    appending._publish(run_config(run), run, versions, Counter())
+    run.write_bytes("score/shop-00000.parquet", b"so far")
+    now = Manifest.load(run, "semantic_ids").counts["versions"]
+    assert appending._publish(run_config(run), run, now, Counter())["added"] == 0
+    assert run.exists("score/shop-00000.parquet")
+    run.write_part("ingest/gone", "shop-00000.parquet", GONE.empty_table())
+    appending._publish(run_config(run), run, now, Counter())
+    assert not run.exists("score/shop-00000.parquet"), "of a catalog with items that are gone now, or are back"
 
 
 def test_nothing_is_published_by_a_process_that_lost_the_lock(grown):

@@ -96,9 +96,9 @@ def score(
 
 
 def serve(
-    config: Files,
+    config: Files = [],  # noqa: B006 - typer hands over a list of its own
     overrides: Overrides = None,
-    stop: Annotated[bool, typer.Option("--stop", help="End what is served on the cluster.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End what is served on the cluster; needs no --config.")] = False,
 ) -> None:
     """Answer requests over HTTP from a finished run, with Ray Serve: /recommend, /similar and /health.
 
@@ -108,6 +108,8 @@ def serve(
 
     Example: curl -d '{"history": ["item-1"], "k": 3}' http://127.0.0.1:8000/recommend
     """
+    if not (config or stop):
+        raise typer.BadParameter("name the config of the run with --config")
     settings = load_config(list(config), list(overrides or []))
     from qbert_ray.execution.ray_session import session
     from qbert_ray.serving import ray_serve

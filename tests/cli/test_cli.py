@@ -41,6 +41,7 @@ def test_describe_prints_the_counts_of_table_6(capsys):
     ("arguments", "said"),
     [
         (["run"], "Missing option '--config'"),
+        (["serve"], "name the config of the run with --config"),
         (
             ["run", "-c", "nowhere.yaml"],
             "no config file at nowhere.yaml; the ones that come with the package are named configs/<name>.yaml",
