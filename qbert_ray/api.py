@@ -20,7 +20,7 @@ from qbert_ray.execution.executor import open_executor
 from qbert_ray.execution.progress import Progress, Quiet
 from qbert_ray.inputs.sources import check_root
 from qbert_ray.metrics import Evaluation
-from qbert_ray.pipeline import preflight, run_stage
+from qbert_ray.pipeline import preflight, run_stage, save_config
 from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.storage.catalog import run_config
 from qbert_ray.storage.directory import RunDir
@@ -71,6 +71,7 @@ def run(config: Config, executor: Literal["ray", "local"] | None = None, progres
         preflight(stages, config, directory, opened)
         for stage in stages:
             run_stage(stage, config, directory, opened, progress or Quiet())
+        save_config(directory, config)  # stages that were done before have not
     return FinishedRun(directory)
 
 

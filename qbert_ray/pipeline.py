@@ -59,11 +59,12 @@ def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Man
         raise ArtifactError(
             f"{run.uri}/{stage.name} was made with another config:\n{lines}\nredo it with --from {stage.command}{own}, or choose another run.dir"
         )
+    read_now = {name for name in stage.reads(config) if not BY_NAME[name].skipped(config)}
+    for name in sorted(read_now ^ {name for name in done.inputs if name in BY_NAME}):
+        how = f"without {BY_NAME[name].command}" if name in read_now else f"with {BY_NAME[name].command}, which is left out now"
+        raise ArtifactError(f"{run.uri}/{stage.name} was made {how}; redo it with --from {stage.command}")
     inputs = _input_fingerprints(stage, config, run)
     stale = [name for name, fingerprint in inputs.items() if done.inputs.get(name) != fingerprint]
-    read_now = {name for name in stage.reads(config) if not BY_NAME[name].skipped(config)}
-    read_then = {name for name in done.inputs if name in BY_NAME}
-    stale += sorted((read_now ^ read_then) - set(stale))
     read = run.read_json(APPENDED) if stale and run.exists(APPENDED) else {}
     stale = [name for name in stale if read.get(name) != inputs.get(name, "") and (files or not name.startswith("data."))]
     if stale:
@@ -107,8 +108,10 @@ def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, pro
 
 
 def save_config(run: RunDir, config: Config) -> None:
-    """Write config.yaml, from which the run is read later."""
-    run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    """Write config.yaml, from which the run is read later, unless it is there."""
+    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+    if not run.exists("config.yaml") or run.read_bytes("config.yaml") != content:
+        run.write_bytes("config.yaml", content)
 
 
 def _function(stage: Stage) -> Callable[..., Counts]:

@@ -216,10 +216,10 @@ def test_a_changed_config_is_refused_with_the_key_that_changed(finished, shop):
 def test_a_model_that_was_pre_trained_is_not_that_of_a_config_without(tmp_path):
     run, stage = RunDir(str(tmp_path)), BY_NAME["finetune"]
     config = load_config([], ["data.domains={shop: {}}", "finetune.objective=causal"])  # one domain, so nothing to pre-train on
-    Manifest("finetune", stage.depends_on(config), {}, "0").save(run, "finetune")
+    Manifest("finetune", stage.depends_on(config), {"semantic_ids": "a fingerprint"}, "0").save(run, "finetune")
     assert status(stage, config, run) is not None
-    Manifest("finetune", stage.depends_on(config), {"pretrain": "a fingerprint"}, "0").save(run, "finetune")
-    with pytest.raises(ArtifactError, match="made from other outputs of pretrain; redo it with --from finetune"):
+    Manifest("finetune", stage.depends_on(config), {"semantic_ids": "a fingerprint", "pretrain": "another"}, "0").save(run, "finetune")
+    with pytest.raises(ArtifactError, match="was made with pretrain, which is left out now; redo it with --from finetune"):
         status(stage, config, run)
 
 

@@ -174,7 +174,7 @@ def run_stages(config: Config, journal: Journal, only: Stage | None, redo: str |
     journal.begin(f"run directory {config.run.dir}{of_ray(config)}")
     from qbert_ray.execution.executor import open_executor
     from qbert_ray.inputs.sources import check_root
-    from qbert_ray.pipeline import preflight, redo_from, run_stage, status
+    from qbert_ray.pipeline import preflight, redo_from, run_stage, save_config, status
 
     by_command = {stage.command: stage for stage in (*STAGES, *REQUESTED)}
     if redo is not None and redo not in by_command:
@@ -187,7 +187,7 @@ def run_stages(config: Config, journal: Journal, only: Stage | None, redo: str |
     if not directory.exists("ingest/manifest.json") and not config.compute.address:
         check_root(config.data.root)  # before Ray starts, which takes longer than this check
     with stoppable(errors), locked(directory), open_executor(config) as executor:
-        if forgotten in STAGES:
+        if forgotten in STAGES and not (only and only.skipped(config)):
             redo_from(forgotten.name, directory)
         for stage in REQUESTED:
             if stage in stages and (stage == forgotten or _is_other(stage, config, directory)):
@@ -202,6 +202,8 @@ def run_stages(config: Config, journal: Journal, only: Stage | None, redo: str |
             journal.done(stage.command, manifest, None if known else time.monotonic() - started, why)
             for warning in manifest.counts.get("warnings", []) if manifest else []:
                 journal.warn(warning)
+        if only is None:  # all stages are of this config; those that were done before have not saved it
+            save_config(directory, config)
 
 
 def _before(only: Stage | None, forgotten: Stage | None) -> tuple[Stage, ...]:

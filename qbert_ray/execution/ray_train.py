@@ -27,6 +27,7 @@ from qbert_ray.execution.ray_board import Watch, start_board
 from qbert_ray.execution.ray_capacity import nodes, plain, sized, worker_bundle
 from qbert_ray.execution.ray_trainers import SingleWorker, WorkerGroup, fit_with_retries
 from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.stages import training_section
 from qbert_ray.training import EpochMetrics, Loop, M, Task, last_metrics, publish, trained
 
 
@@ -37,7 +38,7 @@ def fit(
     if trained(run, folder):
         return last_metrics(run, folder)
     if workers.num_workers == "auto":
-        workers = sized(workers, nodes(), getattr(config, folder.partition("/")[0]).microbatches)
+        workers = sized(workers, nodes(), getattr(config, training_section(folder)).microbatches)
     scaling = scaling_config(workers)
     board = start_board(folder)
     threads = int(worker_bundle(workers, nodes())["CPU"])
@@ -58,8 +59,8 @@ def fit(
     run.filesystem.create_dir(run.path(folder), recursive=True)
 
     def further(epoch: int, metrics: dict[str, float]) -> None:
-        stage, _, domain = folder.partition("/")
-        ray_metrics.measure(run, stage, metrics, domain=domain)
+        stage, _, rest = folder.partition("/")
+        ray_metrics.measure(run, stage, metrics, domain=rest.rpartition("/")[2])
 
     with (
         tracking.trackers(config, run, folder, progress, {"Ray's metrics": further}) as track,

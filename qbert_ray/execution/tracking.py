@@ -18,6 +18,7 @@ from qbert_ray.config.loading import flatten
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.progress import Progress
 from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.stages import training_section
 
 EXPERIMENT = "qbert-ray"
 
@@ -97,7 +98,7 @@ def _mlflow(config: Config, uri: str, folder: str) -> Iterator[Tracker]:
         raise ValueError(f"run.mlflow is {uri}, and MLflow is not installed; pip install mlflow-skinny, or leave run.mlflow out") from None
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment(EXPERIMENT)
-    section = folder.partition("/")[0]
+    section = training_section(folder)
     with mlflow.start_run(run_name=f"{config.run.dir} {folder}"):
         settings = {"run.seed": config.run.seed} | flatten({section: getattr(config, section).model_dump(mode="json")})
         mlflow.log_params({name: str(value)[:250] for name, value in settings.items()})

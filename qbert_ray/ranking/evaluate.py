@@ -49,10 +49,11 @@ def evaluate(config: Config, run: RunDir, executor: Executor, progress: Progress
         report[domain] = summarise(run.read("evaluate/ranks", domain), list(config.evaluate.cutoffs))
         if report[domain]["users"] < with_target:
             report[domain]["sampled_from"] = with_target
-        if included != "none":
-            report[domain]["trained_on"] = included
         if cold := evaluate_cold(config, run, domain, executor, progress):
             report[domain]["cold"] = cold
+        if included != "none":
+            for each in [report[domain], *([cold] if cold else [])]:
+                each["trained_on"] = included
     run.write_json("evaluate/metrics.json", report)
     return counts
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-from qbert_ray.config.schema import Ranking
+from qbert_ray.config.schema import Config, Ranking
 from qbert_ray.ranking.blend import Blend
 from qbert_ray.ranking.item_item import ItemItem
 from qbert_ray.ranking.ranker import Ranker
@@ -83,6 +83,11 @@ def load_ranker(
     if blend is not None:
         ranker.use(blend, _load_reranker(run, domain) if settings.rerank else None, baseline)
     return ranker
+
+
+def ranks_by_refit(run: RunDir, config: Config) -> bool:
+    """Whether recommendations come from models that were trained again: the config asks for them, and the stage `refit` is done."""
+    return config.refit.include != "none" and run.exists("refit/manifest.json")
 
 
 def model_folder(domain: str, refit: bool) -> str:

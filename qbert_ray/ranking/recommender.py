@@ -23,6 +23,7 @@ from qbert_ray.config.schema import Config
 from qbert_ray.ranking.arguments import Items, read_count, read_filter, read_histories, read_ids, read_unknown
 from qbert_ray.ranking.filters import EVERYTHING, Filter, HiddenItems
 from qbert_ray.ranking.generative import CatalogRanker, load_catalog_ranker
+from qbert_ray.ranking.loader import ranks_by_refit
 from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.ranking.rules import Rules, load_rules
 from qbert_ray.storage.catalog import item_ids, run_config
@@ -42,6 +43,8 @@ class Recommendation(NamedTuple):
 
 class Recommender:
     """Recommends items of one domain of a run for any histories, as `qbert-ray score` does for the run's users.
+
+    Where the run's config asks for it, by the models that the stage `refit` trained, as soon as that is done.
 
     Filters are arguments: `score.exclude` and `score.allow` of the config are not applied, nor is `score.prefixes`. Items that are gone
     from the catalog's files since an append are never recommended.
@@ -77,7 +80,7 @@ class Recommender:
             alone = with_values(config, {"score.exclude": None, "score.allow": None} | {f"score.{key}": text})
             return load_rules(alone, run, name)[0]
 
-        ranker = load_catalog_ranker(run, name, config.ranking, device, refit=config.refit.include != "none")
+        ranker = load_catalog_ranker(run, name, config.ranking, device, refit=ranks_by_refit(run, config))
         return cls(ranker, item_ids(run, name).to_pylist(), read_rules)
 
     def __contains__(self, item_id: object) -> bool:

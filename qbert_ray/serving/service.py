@@ -18,6 +18,7 @@ from qbert_ray.inputs.rules import rule_files
 from qbert_ray.ranking.arguments import read_count, read_ids
 from qbert_ray.ranking.filters import Filter
 from qbert_ray.ranking.generative import load_catalog_ranker
+from qbert_ray.ranking.loader import ranks_by_refit
 from qbert_ray.ranking.recommender import Recommendation, Recommender
 from qbert_ray.ranking.rules import Rules, load_rules
 from qbert_ray.storage.catalog import item_ids
@@ -106,7 +107,7 @@ class Service:
         version, run = served_version(config), RunDir(config.run.dir)
         recommenders, rules = {}, {}
         for domain in config.data.targets:
-            ranker = load_catalog_ranker(run, domain, config.ranking, device, refit=config.refit.include != "none")
+            ranker = load_catalog_ranker(run, domain, config.ranking, device, refit=ranks_by_refit(run, config))
             recommenders[domain] = Recommender(ranker, item_ids(run, domain).to_pylist())
             rules[domain] = load_rules(config, run, domain)[0]
             with torch.inference_mode():

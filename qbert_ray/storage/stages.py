@@ -66,6 +66,12 @@ def _under(path: str, keys: tuple[str, ...]) -> bool:
     return any(path == key or path.startswith(f"{key}.") for key in keys)
 
 
+def training_section(folder: str) -> str:
+    """The section of the config with the settings of a training, by the training's folder in the run directory."""
+    stage = folder.partition("/")[0]
+    return "finetune" if stage == "refit" else stage
+
+
 def _unread_by_ingest(config: Config) -> tuple[str, ...]:
     """Settings of the other splits; leave-one-out has none, and is what runs did that know no other."""
     split = config.data.split

@@ -29,7 +29,13 @@ ALONE = ", sequencer"  # suffix of the row of a variant whose sequence model ran
 PROTOCOLS = {"all": "rank_all", "unseen": "rank_unseen"}
 RESAMPLES, BATCH = 2000, 50
 SECONDS = "training_seconds"  # column of the ranks; they may lack it
-TRAINED = ("fusion", "quantizer", "pretrain", "finetune")  # stages whose time the sequence model takes, and `ranking` the full ranking
+TRAINED = (
+    "fusion",
+    "quantizer",
+    "pretrain",
+    "finetune",
+    "refit",
+)  # stages whose time the sequence model takes, and `ranking` the full ranking
 
 
 class Table(Section):

@@ -72,6 +72,8 @@ class Plan:
     """
 
     def __init__(self, config: Config) -> None:
+        if config.refit.include == "all":  # for score and serve, which trials do not run
+            config = with_values(config, {"refit.include": "none"})
         self.config, self.sweep = config, config.sweep
         self.objectives = objectives(config.sweep)
         self.metric = next(iter(self.objectives))
@@ -88,6 +90,10 @@ class Plan:
         # as the config parses them, since YAML reads 1e-3 as text; an invalid value fails here, before anything runs
         configs = [with_values(config, values) for values in given]
         chosen = [{path: _at(each, path) for path in values} for each, values in zip(configs, given, strict=True)]
+        if any(each.refit.include == "all" for each in configs):
+            raise ValueError("refit.include=all trains for score and serve, which trials do not run: compare none and validation")
+        if not any(each.refit.include == "validation" for each in [config, *configs]):
+            self.stages = tuple(stage for stage in self.stages if stage.name != "refit")
         self._check_read(configs or self._likely() or [config])
         self._check_variants(chosen)
         different = {Trial(values, 0).name: values for values in chosen}  # values that were given in two ways are one setting

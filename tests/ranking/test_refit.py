@@ -7,6 +7,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+import qbert_ray
+from qbert_ray.cli.main import main
 from qbert_ray.config.loading import with_values
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
@@ -14,14 +16,16 @@ from qbert_ray.features.structure import co_occurrence
 from qbert_ray.inputs.demo_shop import generate
 from qbert_ray.pipeline import run_stage, status
 from qbert_ray.ranking.item_item import co_occurrence_scores, popularity
-from qbert_ray.ranking.loader import BLEND, REFIT_WEIGHTS, RERANKER, RIDGE, WEIGHTS, load_ranker
+from qbert_ray.ranking.loader import BLEND, REFIT, REFIT_WEIGHTS, RERANKER, RIDGE, WEIGHTS, load_ranker
 from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.ranking.weights import WeightsPart
 from qbert_ray.sequence.stage import epochs_kept, sequence_task
 from qbert_ray.storage import columns
+from qbert_ray.storage.catalog import run_config
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.storage.seals import seal
-from qbert_ray.storage.stages import BY_NAME
+from qbert_ray.storage.stages import BY_NAME, STAGES, training_section
+from qbert_ray.sweeps.trials import Plan
 from tests.benchmarks.without_ray import run_stages
 from tests.shop import small_config
 
@@ -29,7 +33,7 @@ SETTINGS = [
     "features.modalities=[structure]",  # no encoder to load
     "quantizer={kind: kmeans, extra_quantizers: []}",
     "finetune={epochs: 3, patience: 1, batch_size: 64}",
-    "data.cold_share=0",
+    "data.cold_share=0.1",
     "ranking.regularisation=auto",
 ]
 INCLUDED = ["validation", "all"]
@@ -125,7 +129,7 @@ def test_test_items_are_ranked_by_models_that_did_not_see_them(refitted, finishe
     if config.refit.include == "all":
         assert table.equals(before) and "trained_on" not in report
         return
-    assert report["trained_on"] == "validation" and not table.equals(before)
+    assert report["trained_on"] == report["cold"]["trained_on"] == "validation" and not table.equals(before)
     sequences = columns.to_sequences(run.read("ingest/sequences"))
     users = np.flatnonzero(sequences.test >= 0)
     histories = [sequences.history(user, "test") for user in users]
@@ -167,11 +171,64 @@ def test_a_finished_run_goes_on_with_it(finished, tmp_path):
     assert BY_NAME["refit"].skipped(finished) == "refit.include is none" and BY_NAME["refit"].skipped(config) is None
     assert status(BY_NAME["evaluate"], config, run) is not None  # it does not read the stage
     for stage, settings in (("evaluate", measured), ("score", measured), ("score", config)):
-        with pytest.raises(ArtifactError, match="refit"):  # what is there was ranked without it
+        with pytest.raises(ArtifactError, match=f"{stage} was made without refit; redo it with --from {stage}"):
             status(BY_NAME[stage], settings, run)
     run.delete("score")
     with pytest.raises(ArtifactError, match="score needs refit, which is not done in .*; run it first: qbert-ray refit"):
         run_stage(BY_NAME["score"], config, run, LocalExecutor(), Quiet())
+
+
+def lists(recommender, histories):
+    return [[each.item_id for each in row] for row in recommender.recommend(histories, 10)]
+
+
+def test_until_it_is_done_the_chosen_models_recommend(refitted, finished, tmp_path):
+    """Also where parts of its weights are there already."""
+    config, run = refitted
+    shutil.copytree(run.uri, tmp_path / "run")
+    unfinished, histories = RunDir(str(tmp_path / "run")), [[item] for item in run.read("ingest/items")["item_id"].to_pylist()[:20]]
+    before, after = (lists(Recommender.load(each), histories) for each in (finished.run.dir, run.uri))
+    assert before != after == lists(Recommender.load(unfinished.uri), histories)
+    unfinished.delete("refit/manifest.json")
+    unfinished.delete(f"{REFIT_WEIGHTS}/{unfinished.parts(REFIT_WEIGHTS)[0]}")
+    assert lists(Recommender.load(unfinished.uri), histories) == before
+
+
+def test_a_run_that_is_done_already_keeps_the_config_that_was_asked_for_last(finished, tmp_path):
+    config = beside(finished, tmp_path, "all")
+    run = RunDir(config.run.dir)
+    run_stage(BY_NAME["refit"], config, run, LocalExecutor(), Quiet())
+    assert run_config(run).refit.include == "all"
+    qbert_ray.run(with_values(config, {"refit.include": "none"}))
+    assert run_config(run).refit.include == "none"
+
+
+def test_redoing_a_stage_that_is_left_out_deletes_nothing(finished, tmp_path):
+    config = beside(finished, tmp_path, "none")
+    with pytest.raises(SystemExit) as end:
+        main(["refit", "--redo", "-c", f"{config.run.dir}/config.yaml", f"run.dir={config.run.dir}", "compute.executor=local"])
+    assert end.value.code == 0
+    run = RunDir(config.run.dir)
+    assert all(Manifest.load(run, name) is not None for name in ("evaluate", "score"))
+
+
+def test_settings_and_names_of_a_training():
+    assert [training_section(folder) for folder in ("fusion", "finetune/shop", f"{REFIT}/shop")] == ["fusion", "finetune", "finetune"]
+
+
+def test_sweeps_train_again_where_it_says_something_about_their_figures_alone(finished):
+    def plan(include, **sweep):
+        return Plan(with_values(finished, {"refit.include": include, "sweep": {"name": "s", "stage": "evaluate"} | sweep}))
+
+    names = [stage.name for stage in STAGES]
+    for include, given in (("none", False), ("all", False), ("validation", True)):
+        made = plan(include, space={"finetune.learning_rate": {"choice": [1e-3, 2e-3]}})
+        assert [stage.name for stage in made.stages] == [name for name in names[: names.index("evaluate") + 1] if given or name != "refit"]
+        assert ("refit.include" in made.base()) == given
+    variants = {"search": "variants", "variants": {"as it is": {}, "again": {"refit": {"include": "validation"}}}}
+    assert "refit" in [stage.name for stage in plan("none", **variants).stages]
+    with pytest.raises(ValueError, match="refit.include=all trains for score and serve"):
+        plan("none", space={"refit.include": {"choice": ["none", "all"]}})
 
 
 def test_ranks_of_other_models_are_refused(refitted, finished):
@@ -181,9 +238,9 @@ def test_ranks_of_other_models_are_refused(refitted, finished):
         status(BY_NAME["refit"], other, run)
     if config.refit.include == "validation":
         for changed in (other, with_values(config, {"refit.include": "none"})):
-            with pytest.raises(ArtifactError, match="refit"):
+            with pytest.raises(ArtifactError, match="evaluate was made with refit, which is left out now"):
                 status(BY_NAME["evaluate"], changed, run)
-    with pytest.raises(ArtifactError, match="refit"):
+    with pytest.raises(ArtifactError, match="score was made with refit, which is left out now; redo it with --from score"):
         status(BY_NAME["score"], with_values(config, {"refit.include": "none"}), run)
 
 
