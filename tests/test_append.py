@@ -237,7 +237,7 @@ def test_an_append_that_was_cut_resumes(copied, catalog, shop, in_process, monke
         if name == "assign_parts":
             last = run.parts("semantic_ids", "demo")[-1]
             run.delete(f"semantic_ids/{last}")
-    run.write_bytes("score_histories/recommendations/demo-00000.parquet", b"of the catalog before")
+            run.write_bytes("score_histories/recommendations/demo-00000.parquet", b"of the catalog before")
     version = append_ids(config, run, RayExecutor(), Quiet())
     assert not run.exists("score_histories/recommendations/demo-00000.parquet"), (
         "a resumed stage would leave some users without the new items"
