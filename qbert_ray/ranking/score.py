@@ -16,6 +16,7 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.histories import open_histories, write_histories
 from qbert_ray.ranking.generative import load_catalog_ranker
+from qbert_ray.ranking.loader import ranks_by_refit
 from qbert_ray.ranking.ranker import Ranker, batches
 from qbert_ray.ranking.rules import EVERYBODY, Rules, load_rules
 from qbert_ray.storage import columns
@@ -59,7 +60,7 @@ def _score(config: Config, run: RunDir, executor: Executor, progress: Progress, 
             table = f"{output}/histories"
         arguments = {"run": run, "domain": domain, "settings": config.ranking, "k": config.score.top_k, "rules": rules}
         arguments |= {"remove_seen": config.score.remove_seen, "histories": table, "output": output, "prefixes": config.score.prefixes}
-        arguments["refit"] = config.refit.include != "none"
+        arguments["refit"] = ranks_by_refit(run, config)
         done = executor.map_parts(run, ScorePart, arguments, run.parts(table, domain), output, config.compute.score, progress)
         counts[domain] = dict(done) | found
     return counts | ({"warnings": warnings} if warnings else {})

@@ -88,11 +88,7 @@ def write_weights(config: Config, run: RunDir, domain: str, executor: Executor, 
     penalties = _tried(settings.regularisation, PENALTIES)
 
     def write(penalty: float, output: str) -> WeightCounts:
-        with_penalty = settings.model_copy(update={"regularisation": penalty})
-        arguments = {"run": run, "domain": domain, "settings": with_penalty, "output": output}
-        parts = run.parts("ingest/items", domain)
-        done = executor.map_parts(run, WeightsPart, arguments, parts, output, config.compute.ranking, progress)
-        return {"items": done["items"], "weights": done["weights"]}
+        return _write(config, run, domain, penalty, output, executor, progress)
 
     if len(penalties) == 1:
         counts, tables = write(penalties[0], WEIGHTS), {penalties[0]: WEIGHTS}
@@ -115,8 +111,14 @@ def write_weights_again(config: Config, run: RunDir, domain: str, output: str, e
     penalty = config.ranking.regularisation
     if penalty == "auto":
         penalty = run.read_json(f"{RIDGE}/{domain}.json")["regularisation"]
-    arguments = {"run": run, "domain": domain, "settings": config.ranking.model_copy(update={"regularisation": penalty})}
-    arguments |= {"output": output, "include": config.refit.include}
+    return _write(config, run, domain, penalty, output, executor, progress, config.refit.include)
+
+
+def _write(
+    config: Config, run: RunDir, domain: str, penalty: float, output: str, executor: Executor, progress: Progress, include: str = "none"
+) -> WeightCounts:
+    settings = config.ranking.model_copy(update={"regularisation": penalty})
+    arguments = {"run": run, "domain": domain, "settings": settings, "output": output, "include": include}
     done = executor.map_parts(run, WeightsPart, arguments, run.parts("ingest/items", domain), output, config.compute.ranking, progress)
     return {"items": done["items"], "weights": done["weights"]}
 

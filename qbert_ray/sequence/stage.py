@@ -9,7 +9,7 @@ from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.sequence.decoder_task import GenerativeTask
 from qbert_ray.sequence.task import SequencerTask, ValidationMetrics
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import ArtifactError, RunDir
 
 
 class PretrainCounts(TypedDict):
@@ -51,8 +51,16 @@ def finetune_again(config: Config, run: RunDir, domain: str, folder: str, execut
     """Fine-tune on a domain again, with the held-out interactions of `refit.include`; returns the number of epochs.
 
     There are as many as the training without them kept, in which the schedule of the learning rate ends; nothing is chosen any more.
+
+    Raises:
+        ArtifactError: the log of the training without them is not there.
     """
-    epochs = epochs_kept(run.read_lines(f"finetune/{domain}/metrics.jsonl"))
+    log = run.read_lines(f"finetune/{domain}/metrics.jsonl")
+    if not log:
+        raise ArtifactError(
+            f"{run.uri}/finetune/{domain}/metrics.jsonl, which says how many epochs were kept, is missing; redo it: --from finetune"
+        )
+    epochs = epochs_kept(log)
     settings = config.finetune.model_copy(update={"epochs": epochs, "patience": None})
     _finetune(config, run, folder, executor, progress, domains=[domain], settings=settings, include=config.refit.include)
     return epochs
@@ -60,8 +68,7 @@ def finetune_again(config: Config, run: RunDir, domain: str, folder: str, execut
 
 def epochs_kept(log: list[ValidationMetrics]) -> int:
     """Number of epochs after which a training was best, by its lines of metrics.jsonl; all where nothing was validated."""
-    values = [line.get("ndcg@10", float("-inf")) for line in log]
-    return 1 + (values.index(max(values)) if max(values) > float("-inf") else len(log) - 1)
+    return 1 + max(range(len(log)), key=lambda epoch: log[epoch].get("ndcg@10", epoch))
 
 
 def _finetune(config: Config, run: RunDir, folder: str, executor: Executor, progress: Progress, **arguments: Any) -> ValidationMetrics:

@@ -40,9 +40,9 @@ INCLUDED = ["validation", "all"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def plain(tmp_path_factory):
     """A run without the stage."""
-    folder = tmp_path_factory.mktemp("finished")
+    folder = tmp_path_factory.mktemp("plain")
     generate(folder / "shop", seed=0, num_items=80, num_users=120)
     config = small_config(folder / "shop", folder / "run", *SETTINGS)
     run_stages(config, threads=1)
@@ -50,15 +50,15 @@ def finished(tmp_path_factory):
     return config
 
 
-def beside(config, folder, include):
+def copy_of(config, folder, include):
     """A copy of the run whose config trains again."""
     shutil.copytree(config.run.dir, folder / "run")
     return with_values(config, {"run.dir": str(folder / "run"), "refit.include": include, "compute.executor": "local"})
 
 
 @pytest.fixture(scope="module", params=INCLUDED)
-def refitted(request, finished, tmp_path_factory):
-    config = beside(finished, tmp_path_factory.mktemp(request.param), request.param)
+def refitted(request, plain, tmp_path_factory):
+    config = copy_of(plain, tmp_path_factory.mktemp(request.param), request.param)
     run = RunDir(config.run.dir)
     for name in ("evaluate", "score"):
         run.delete(name)
@@ -108,9 +108,9 @@ def test_training_again_is_training_on_such_sequences(refitted, tmp_path):
     assert run.read(REFIT_WEIGHTS).equals(other.read("again/weights")) and not run.read(REFIT_WEIGHTS).equals(run.read(WEIGHTS))
 
 
-def test_what_was_chosen_stays(refitted, finished):
+def test_what_was_chosen_stays(refitted, plain):
     config, run = refitted
-    before = RunDir(finished.run.dir)
+    before = RunDir(plain.run.dir)
     for stage in ("ingest", "semantic_ids", "finetune", "ranking"):
         assert run.read_bytes(f"{stage}/manifest.json") == before.read_bytes(f"{stage}/manifest.json")
     counts = Manifest.load(run, "refit").counts["demo"]
@@ -122,9 +122,9 @@ def test_what_was_chosen_stays(refitted, finished):
     )
 
 
-def test_test_items_are_ranked_by_models_that_did_not_see_them(refitted, finished):
+def test_test_items_are_ranked_by_models_that_did_not_see_them(refitted, plain):
     config, run = refitted
-    table, before = run.read("evaluate/ranks"), RunDir(finished.run.dir).read("evaluate/ranks")
+    table, before = run.read("evaluate/ranks"), RunDir(plain.run.dir).read("evaluate/ranks")
     report = run.read_json("evaluate/metrics.json")["demo"]
     if config.refit.include == "all":
         assert table.equals(before) and "trained_on" not in report
@@ -148,7 +148,7 @@ def test_test_items_are_ranked_by_models_that_did_not_see_them(refitted, finishe
             assert found[sequences.user_ids[user], model] == expected, model
 
 
-def test_recommendations_are_those_of_the_models_trained_again(refitted, finished):
+def test_recommendations_are_those_of_the_models_trained_again(refitted, plain):
     config, run = refitted
     users, histories = columns.to_histories(run.read("ingest/sequences"))
     ranker = load_ranker(run, "demo", config.ranking, refit=True)
@@ -162,13 +162,13 @@ def test_recommendations_are_those_of_the_models_trained_again(refitted, finishe
     recommender = Recommender.load(run.uri)
     given = [[ids[item] for item in history] for history in histories]
     assert [[each.item_id for each in row] for row in recommender.recommend(given, 10)] == best
-    assert not run.read("score").equals(RunDir(finished.run.dir).read("score"))
+    assert not run.read("score").equals(RunDir(plain.run.dir).read("score"))
 
 
-def test_a_finished_run_goes_on_with_it(finished, tmp_path):
-    config = beside(finished, tmp_path, "all")
+def test_a_finished_run_is_taken_further(plain, tmp_path):
+    config = copy_of(plain, tmp_path, "all")
     run, measured = RunDir(config.run.dir), with_values(config, {"refit.include": "validation"})
-    assert BY_NAME["refit"].skipped(finished) == "refit.include is none" and BY_NAME["refit"].skipped(config) is None
+    assert BY_NAME["refit"].skipped(plain) == "refit.include is none" and BY_NAME["refit"].skipped(config) is None
     assert status(BY_NAME["evaluate"], config, run) is not None  # it does not read the stage
     for stage, settings in (("evaluate", measured), ("score", measured), ("score", config)):
         with pytest.raises(ArtifactError, match=f"{stage} was made without refit; redo it with --from {stage}"):
@@ -182,20 +182,20 @@ def lists(recommender, histories):
     return [[each.item_id for each in row] for row in recommender.recommend(histories, 10)]
 
 
-def test_until_it_is_done_the_chosen_models_recommend(refitted, finished, tmp_path):
+def test_until_it_is_done_the_chosen_models_recommend(refitted, plain, tmp_path):
     """Also where parts of its weights are there already."""
     config, run = refitted
     shutil.copytree(run.uri, tmp_path / "run")
     unfinished, histories = RunDir(str(tmp_path / "run")), [[item] for item in run.read("ingest/items")["item_id"].to_pylist()[:20]]
-    before, after = (lists(Recommender.load(each), histories) for each in (finished.run.dir, run.uri))
+    before, after = (lists(Recommender.load(each), histories) for each in (plain.run.dir, run.uri))
     assert before != after == lists(Recommender.load(unfinished.uri), histories)
     unfinished.delete("refit/manifest.json")
     unfinished.delete(f"{REFIT_WEIGHTS}/{unfinished.parts(REFIT_WEIGHTS)[0]}")
     assert lists(Recommender.load(unfinished.uri), histories) == before
 
 
-def test_a_run_that_is_done_already_keeps_the_config_that_was_asked_for_last(finished, tmp_path):
-    config = beside(finished, tmp_path, "all")
+def test_a_run_that_is_done_already_keeps_the_config_that_was_asked_for_last(plain, tmp_path):
+    config = copy_of(plain, tmp_path, "all")
     run = RunDir(config.run.dir)
     run_stage(BY_NAME["refit"], config, run, LocalExecutor(), Quiet())
     assert run_config(run).refit.include == "all"
@@ -203,8 +203,8 @@ def test_a_run_that_is_done_already_keeps_the_config_that_was_asked_for_last(fin
     assert run_config(run).refit.include == "none"
 
 
-def test_redoing_a_stage_that_is_left_out_deletes_nothing(finished, tmp_path):
-    config = beside(finished, tmp_path, "none")
+def test_redoing_a_stage_that_is_left_out_deletes_nothing(plain, tmp_path):
+    config = copy_of(plain, tmp_path, "none")
     with pytest.raises(SystemExit) as end:
         main(["refit", "--redo", "-c", f"{config.run.dir}/config.yaml", f"run.dir={config.run.dir}", "compute.executor=local"])
     assert end.value.code == 0
@@ -216,9 +216,9 @@ def test_settings_and_names_of_a_training():
     assert [training_section(folder) for folder in ("fusion", "finetune/shop", f"{REFIT}/shop")] == ["fusion", "finetune", "finetune"]
 
 
-def test_sweeps_train_again_where_it_says_something_about_their_figures_alone(finished):
+def test_sweeps_train_again_where_it_says_something_about_their_figures_alone(plain):
     def plan(include, **sweep):
-        return Plan(with_values(finished, {"refit.include": include, "sweep": {"name": "s", "stage": "evaluate"} | sweep}))
+        return Plan(with_values(plain, {"refit.include": include, "sweep": {"name": "s", "stage": "evaluate"} | sweep}))
 
     names = [stage.name for stage in STAGES]
     for include, given in (("none", False), ("all", False), ("validation", True)):
@@ -231,7 +231,7 @@ def test_sweeps_train_again_where_it_says_something_about_their_figures_alone(fi
         plan("none", space={"refit.include": {"choice": ["none", "all"]}})
 
 
-def test_ranks_of_other_models_are_refused(refitted, finished):
+def test_ranks_of_other_models_are_refused(refitted, plain):
     config, run = refitted
     other = with_values(config, {"refit.include": INCLUDED[1 - INCLUDED.index(config.refit.include)]})
     with pytest.raises(ArtifactError, match="refit.include: made with"):
@@ -244,8 +244,8 @@ def test_ranks_of_other_models_are_refused(refitted, finished):
         status(BY_NAME["score"], with_values(config, {"refit.include": "none"}), run)
 
 
-def test_the_generative_model_is_trained_again(finished, tmp_path):
-    config = beside(finished, tmp_path, "validation")
+def test_the_generative_model_is_trained_again(plain, tmp_path):
+    config = copy_of(plain, tmp_path, "validation")
     config = with_values(config, {"sequencer.kind": "generative", "finetune.epochs": 1, "sequencer.beam": 10})
     run = RunDir(config.run.dir)
     for name in ("finetune", "ranking", "evaluate", "score"):
@@ -263,6 +263,14 @@ def test_the_generative_model_is_trained_again(finished, tmp_path):
 def test_as_many_epochs_as_were_kept(values, epochs):
     """The first of equal ones, as the loop keeps it; the last without validation items."""
     assert epochs_kept([{"train_loss": 1.0} | ({} if value is None else {"ndcg@10": value}) for value in values]) == epochs
+
+
+def test_a_log_that_is_gone_is_named(plain, tmp_path):
+    config = copy_of(plain, tmp_path, "all")
+    run = RunDir(config.run.dir)
+    run.delete("finetune/demo/metrics.jsonl")
+    with pytest.raises(ArtifactError, match="finetune/demo/metrics.jsonl, which says how many epochs were kept, is missing"):
+        run_stage(BY_NAME["refit"], config, run, LocalExecutor(), Quiet())
 
 
 def test_blend_and_reranker_are_not_fitted_again(refitted):
