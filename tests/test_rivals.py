@@ -10,7 +10,7 @@ import torch
 
 from qbert_ray.sequence.beam_search import Trie
 from tests.benchmarks.peers_table import Split, ranks
-from tests.benchmarks.rivals import bsarec, cid, missrec, mql4grec, sasrec, vq_rec
+from tests.benchmarks.rivals import bert4rec, bsarec, cid, fdsa, gru4rec, missrec, mql4grec, sasrec, vq_rec
 from tests.benchmarks.rivals.content import content_vectors
 from tests.benchmarks.rivals.encoders import Frequencies
 from tests.benchmarks.rivals.generative import generator, listed, prefixes
@@ -37,23 +37,29 @@ def product_codes():
     return np.random.default_rng(0).integers(0, 4, (ITEMS, 8))
 
 
-def missrec_of(**settings):
+def content_of_items():
     """Texts of all items but two, and images of all but four others."""
     random = np.random.default_rng(0)
     content = [random.normal(size=(ITEMS, width)).astype(np.float32) for width in (8, 6)]
-    present = [np.isin(np.arange(ITEMS), gone, invert=True) for gone in ([0, 1], [4, 5, 6, 7])]
-    return missrec.MISSRec(content, present, missrec.DEFAULTS | SMALL | {"interests": 0.5} | settings)
+    return content, [np.isin(np.arange(ITEMS), gone, invert=True) for gone in ([0, 1], [4, 5, 6, 7])]
+
+
+def missrec_of(**settings):
+    return missrec.MISSRec(*content_of_items(), missrec.DEFAULTS | SMALL | {"interests": 0.5} | settings)
 
 
 ENCODERS = {
     "missrec": missrec_of,
+    "fdsa": lambda: fdsa.FDSA(*content_of_items(), fdsa.DEFAULTS | SMALL),
+    "bert4rec": lambda: bert4rec.BERT4Rec(ITEMS, bert4rec.DEFAULTS | SMALL),
+    "gru4rec": lambda: gru4rec.GRU4Rec(ITEMS, gru4rec.DEFAULTS | SMALL),
     "sasrec": lambda: sasrec.SASRec(ITEMS, sasrec.DEFAULTS | SMALL),
     "bsarec": lambda: bsarec.BSARec(ITEMS, bsarec.DEFAULTS | SMALL),
     "vq_rec": lambda: vq_rec.VQRec(product_codes(), vq_rec.DEFAULTS | SMALL | {"codebook_size": 4}),
 }
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "bert4rec"])
 def test_an_encoder_learns_what_is_certain(name):
     torch.manual_seed(0)
     split = circle()
@@ -73,7 +79,42 @@ def test_neither_padding_nor_other_histories_of_a_batch_matter(name):
         torch.testing.assert_close(scores([history])[0], together[row], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sasrec", "vq_rec"])
+def test_masked_training_learns_what_is_certain():
+    torch.manual_seed(0)
+    split = circle()
+    given = Namespace(**vars(GIVEN) | {"epochs": 120, "patience": 40})
+    found = bert4rec.train(split, bert4rec.DEFAULTS | SMALL | {"last_alone": 0.5}, given, 0)
+    assert found.value > 0.9
+
+
+def test_every_history_masks_an_item_and_some_the_last_alone():
+    torch.manual_seed(0)
+    model = bert4rec.BERT4Rec(ITEMS, bert4rec.DEFAULTS | SMALL)
+    items = torch.full((4000, 6), ITEMS)
+    items[:, 2:] = torch.arange(4)
+    chosen = model.masked(items, 0.25, 0.2)
+    assert chosen.any(1).all() and not chosen[:, :2].any()
+    # three ways to mask the last alone: a fifth of all, and of the others those that drew it alone or nothing
+    assert (chosen[:, -1] & (chosen.sum(1) == 1)).float().mean().item() == pytest.approx(0.2 + 0.8 * (0.25 * 0.75**3 + 0.75**4), abs=0.03)
+    assert chosen[:, 2].float().mean().item() == pytest.approx(0.8 * 0.25, abs=0.03)
+    assert model.masked(items, 0.0, 0.0).sum(1).eq(1).all()
+
+
+def test_features_without_content_are_zeros_and_others_are_averaged():
+    torch.manual_seed(0)
+    content, present = content_of_items()
+    present[0][4] = False  # which has no image either
+    model = fdsa.FDSA(content, present, fdsa.DEFAULTS | SMALL).eval()
+    described = model.described()
+    text, image = (adapter(torch.from_numpy(vectors)) for adapter, vectors in zip(model.adapters, content, strict=True))
+    assert (described[4] == 0).all()
+    torch.testing.assert_close(described[0], image[0])
+    torch.testing.assert_close(described[5], text[5])
+    weights = torch.cat([model.weight(text[9]), model.weight(image[9])]).softmax(0)
+    torch.testing.assert_close(described[9], weights[0] * text[9] + weights[1] * image[9])
+
+
+@pytest.mark.parametrize("name", ["fdsa", "gru4rec", "sasrec", "vq_rec"])
 def test_states_do_not_see_later_items(name):
     torch.manual_seed(0)
     model = ENCODERS[name]().eval()
@@ -218,6 +259,7 @@ def test_validation_items_join_what_is_trained_on(tmp_path):
     split = Split(tmp_path, "shop")
     assert (split.every, split.train, split.valid) == ([[0, 1], [2]], [[0, 1]], [2])
     assert split.with_validation().every == [[0, 1, 2], [2]] and split.every == [[0, 1], [2]]
+    assert split.num_items == 4, "items have no texts"
 
 
 def languages():

@@ -24,9 +24,7 @@ class Split:
         self.train, self.valid, self.test = (tested[name].to_list() for name in ("train", "valid", "test"))
         items = _read(run, f"ingest/items/{domain}-*.parquet").sort("item_index")
         told = [name for name in items.columns if name.startswith(("text.", "attribute."))]
-        self.texts = items.select(polars.concat_str(told or polars.lit(""), separator=" ", ignore_nulls=True).alias("text"))[
-            "text"
-        ].to_list()
+        self.texts = [" ".join(filter(None, row)) for row in items.select(told).iter_rows()] if told else [""] * len(items)
 
     @property
     def num_items(self):

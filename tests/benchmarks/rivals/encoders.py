@@ -92,6 +92,11 @@ def visible(known: Tensor) -> Tensor:
     return ((causal & known[:, None]) | torch.eye(length, dtype=torch.bool))[:, None]
 
 
+def among(known: Tensor) -> Tensor:
+    """[B, 1, T, T] attention in both directions among the places that are `known` [B, T]; the others look at themselves."""
+    return (known[:, None] | torch.eye(known.shape[1], dtype=torch.bool))[:, None]
+
+
 def start(model: nn.Module) -> None:
     """Normal weights and no biases, as BERT starts."""
     for module in model.modules():

@@ -30,7 +30,7 @@ from qbert_ray.products import Linear, product
 from qbert_ray.sequence.dropout import Dropout
 from tests.benchmarks.peers_table import Split
 from tests.benchmarks.rivals.content import content_vectors
-from tests.benchmarks.rivals.encoders import Attention, CrossAttention, FeedForward, from_start, start
+from tests.benchmarks.rivals.encoders import Attention, CrossAttention, FeedForward, among, from_start, start
 from tests.benchmarks.rivals.training import Encoder, Settings, Trained, compare, fit_encoder, parser
 
 DEFAULTS: Settings = {"width": 300, "num_heads": 4, "ffn_width": 256, "dropout": 0.5, "longest": 50, "temperature": 0.07}
@@ -115,11 +115,6 @@ class MISSRec(Encoder):
         lowest = -1 / float(self.temperature or 1)
         weights = similar.masked_fill(~self.present, -torch.inf).softmax(-1)
         return torch.where(self.present.any(1), (weights.nan_to_num() * similar).sum(-1), lowest)
-
-
-def among(known: Tensor) -> Tensor:
-    """[B, 1, T, T] attention in both directions among the places that are `known` [B, T]; the others look at themselves."""
-    return (known[:, None] | torch.eye(known.shape[1], dtype=torch.bool))[:, None]
 
 
 def train(split: Split, settings: Settings, given: argparse.Namespace, seed: int) -> Trained:

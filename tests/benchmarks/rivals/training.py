@@ -109,8 +109,6 @@ def fit_encoder(model: Encoder, split: Split, settings: Settings, given: argpars
             trained at once, which for a causal model is the same loss at a fraction of the cost.
     """
     longest, padding = model.longest, split.num_items
-    order = sorted(range(len(split.train)), key=lambda user: len(split.train[user]))  # users of about equal histories together
-    history, item = [split.train[user] for user in order], [split.valid[user] for user in order]
     if prefixes:
         samples = [items[max(0, end - longest) : end + 1] for items in split.every for end in range(1, len(items))]
     else:
@@ -134,15 +132,13 @@ def fit_encoder(model: Encoder, split: Split, settings: Settings, given: argpars
         drawn = np.random.default_rng([seed, epoch, 1]).permutation(len(samples))[:most] if most < len(samples) else np.arange(most)
         return [drawn[rows] for rows in by_length(lengths[drawn], settings["batch_size"], seed, epoch)]
 
-    return fit(
-        model,
-        batches,
-        loss,
-        lambda: ndcg(ranks(model.scorer(), history, item, 1)[0]),
-        model.scorer,
-        settings,
-        given,
-    )
+    return fit(model, batches, loss, lambda: validation(model, split), model.scorer, settings, given)
+
+
+def validation(model: Encoder, split: Split) -> float:
+    """ndcg@10 of the validation items among all items."""
+    order = sorted(range(len(split.train)), key=lambda user: len(split.train[user]))  # users of about equal histories together
+    return ndcg(ranks(model.scorer(), [split.train[user] for user in order], [split.valid[user] for user in order], 1)[0])
 
 
 def fit(
