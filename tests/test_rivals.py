@@ -10,7 +10,7 @@ import torch
 
 from qbert_ray.sequence.beam_search import Trie
 from tests.benchmarks.peers_table import Split, ranks
-from tests.benchmarks.rivals import bert4rec, bsarec, cid, fdsa, gru4rec, missrec, mql4grec, sasrec, vq_rec
+from tests.benchmarks.rivals import bert4rec, bsarec, cid, fdsa, gru4rec, missrec, mql4grec, s3rec, sasrec, vq_rec
 from tests.benchmarks.rivals.content import content_vectors
 from tests.benchmarks.rivals.encoders import Frequencies
 from tests.benchmarks.rivals.generative import generator, listed, prefixes
@@ -53,6 +53,7 @@ ENCODERS = {
     "fdsa": lambda: fdsa.FDSA(*content_of_items(), fdsa.DEFAULTS | SMALL),
     "bert4rec": lambda: bert4rec.BERT4Rec(ITEMS, bert4rec.DEFAULTS | SMALL),
     "gru4rec": lambda: gru4rec.GRU4Rec(ITEMS, gru4rec.DEFAULTS | SMALL),
+    "s3rec": lambda: s3rec.S3Rec(np.eye(ITEMS, dtype=bool), s3rec.DEFAULTS | SMALL),
     "sasrec": lambda: sasrec.SASRec(ITEMS, sasrec.DEFAULTS | SMALL),
     "bsarec": lambda: bsarec.BSARec(ITEMS, bsarec.DEFAULTS | SMALL),
     "vq_rec": lambda: vq_rec.VQRec(product_codes(), vq_rec.DEFAULTS | SMALL | {"codebook_size": 4}),
@@ -100,6 +101,59 @@ def test_every_history_masks_an_item_and_some_the_last_alone():
     assert model.masked(items, 0.0, 0.0).sum(1).eq(1).all()
 
 
+def test_the_losses_of_s3_rec_read_the_places_that_they_should():
+    torch.manual_seed(0)
+    model = ENCODERS["s3rec"]().eval()
+    with torch.no_grad():
+        for weight in (model.attribute.weight, model.embedding.weight):
+            weight.mul_(50)  # far from zero, so that scores differ
+    items = torch.tensor([[ITEMS, 3, 4, 5], [1, 2, 7, 8]])
+    hidden = torch.tensor([[True, False, True, False], [False, True, False, False]])  # padding is nothing to predict
+    segment = torch.tensor([[False, False, True, False], [True, True, False, False]])
+    foreign, negative = torch.full_like(items, 9), torch.full_like(items, 10)
+    found = model.losses(items, hidden, segment, foreign, negative)
+    states = model.both_ways(items, hidden)
+    for name, places in (("map", [(0, 2), (1, 1)]), ("aap", [(0, 1), (0, 3), (1, 0), (1, 2), (1, 3)])):
+        probability = torch.stack([torch.sigmoid(model.forms[name](states[place]) @ model.attribute.weight.T) for place in places])
+        own = torch.eye(ITEMS)[torch.stack([items[place] for place in places])]
+        torch.testing.assert_close(found[name], -torch.where(own > 0, probability, 1 - probability).log().sum())
+    vectors = model.embedding.weight
+    gap = [(model.forms["mip"](states[place]) * (vectors[items[place]] - vectors[10])).sum() for place in ((0, 2), (1, 1))]
+    torch.testing.assert_close(found["mip"], -torch.sigmoid(torch.stack(gap)).log().sum())
+    around = model.forms["sp"](model.both_ways(items, segment)[:, -1])
+    strange = torch.tensor([[ITEMS, 3, 9, 5], [9, 9, 7, 8]])
+    own, other = (model.both_ways(each, ~segment)[:, -1] for each in (items, strange))
+    torch.testing.assert_close(found["sp"], -torch.sigmoid((around * (own - other)).sum(-1)).log().sum())
+
+
+def test_segments_are_half_of_a_history_at_most():
+    torch.manual_seed(0)
+    lengths = torch.tensor([1, 2, 3, 8]).repeat(500)
+    found = s3rec.segments(lengths, 8)
+    assert not (found & (torch.arange(8) < 8 - lengths[:, None])).any(), "padding is in none"
+    sizes = found.sum(1).view(-1, 4)
+    assert sizes.amin(0).tolist() == [1, 1, 1, 1] and sizes.amax(0).tolist() == [1, 1, 1, 4]
+    assert found[3::4].any(0).all(), "every place is in some"
+    edges = torch.diff(found.int(), dim=1, prepend=torch.zeros(len(found), 1, dtype=torch.int32))
+    assert (edges == 1).sum(1).eq(1).all(), "no segment has a gap"
+
+
+def test_pre_training_of_s3_rec_learns_the_attributes_of_masked_items():
+    torch.manual_seed(0)
+    model, split = ENCODERS["s3rec"](), circle()
+    s3rec.pretrain(model, split, s3rec.DEFAULTS | SMALL | {"pretrain_epochs": 60, "pretrain_batch_size": 8}, 0)
+    model.eval()
+    items = torch.tensor([[2, 3, 4, 5, 6]])
+    state = model.both_ways(items, torch.tensor([[False, False, True, False, False]]))[0, 2]
+    assert (model.forms["map"](state) @ model.attribute.weight.T).argmax() == 4
+
+
+def test_attributes_are_frequent_words_or_codes():
+    found = s3rec.words(["red shoe", "red hat of wool", "the red shoe"], 2)
+    assert found.tolist() == [[True, True], [True, False], [True, True]], "red, shoe"
+    assert s3rec.one_hot(np.array([[3, 1], [5, 1], [3, 2]])).tolist() == [[1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]]
+
+
 def test_features_without_content_are_zeros_and_others_are_averaged():
     torch.manual_seed(0)
     content, present = content_of_items()
@@ -114,7 +168,7 @@ def test_features_without_content_are_zeros_and_others_are_averaged():
     torch.testing.assert_close(described[9], weights[0] * text[9] + weights[1] * image[9])
 
 
-@pytest.mark.parametrize("name", ["fdsa", "gru4rec", "sasrec", "vq_rec"])
+@pytest.mark.parametrize("name", ["fdsa", "gru4rec", "s3rec", "sasrec", "vq_rec"])
 def test_states_do_not_see_later_items(name):
     torch.manual_seed(0)
     model = ENCODERS[name]().eval()
