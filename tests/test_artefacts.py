@@ -1,4 +1,4 @@
-"""The measures of `tests/benchmarks/artefacts.py` on histories made by hand."""
+"""The measures of `tests/benchmarks/artefacts.py` and `tuned_ridge.py` on histories made by hand."""
 
 from itertools import permutations
 
@@ -7,6 +7,7 @@ import pytest
 
 from qbert_ray.config.schema import Ranking
 from tests.benchmarks.artefacts import Histories, ascending_pairs, evaluate, largest_of_three, shuffled
+from tests.benchmarks.tuned_ridge import Regression
 
 
 def histories(*given, order=None):
@@ -39,3 +40,12 @@ def test_direction_tells_what_comes_after_from_what_comes_before():
     assert (found.directed[:9] == 1).all()
     assert found.symmetric[:9] == pytest.approx(1 / np.log2(3))
     assert found.ascends.tolist() == [True] * 9 + [False] * 21
+
+
+def test_ridge_ranks_what_goes_with_a_history_and_holds_out_what_it_is_asked_for():
+    found = Regression(histories(*[[0, 1]] * 6, *[[0, 2]] * 3, [3, 0, 1, 2]), Ranking())
+    assert found.items.tolist() == [0, 1] * 6 + [0, 2] * 3 + [3, 0] and len(found.whole) == 1
+    # by the weights of 0 alone: 6 / (10 + 1) for item 1, 3 / 11 for item 2, 1 / 11 for item 3
+    assert found.ranks(1.0, 1.0, 1).tolist() == [1], "1, after 3 and 0"
+    assert found.ranks(1.0, 1.0, 0).tolist() == [1], "2, which alone is unseen"
+    assert found.ranks(1.0, 1.0, 0, unseen=False).tolist() == [3], "behind 1, by 0, and 0, by 1"
