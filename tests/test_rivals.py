@@ -80,6 +80,40 @@ def test_neither_padding_nor_other_histories_of_a_batch_matter(name):
         torch.testing.assert_close(scores([history])[0], together[row], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("longest", [3, 50])
+@pytest.mark.parametrize("name", ["sasrec", "bert4rec"])
+def test_every_target_of_every_history_counts_the_same(name, longest, monkeypatch):
+    """Scores that are all equal cost log N for each target, so the losses of an epoch count them."""
+    module, split, counted = {"sasrec": sasrec, "bert4rec": bert4rec}[name], circle(), {}
+
+    def counting(model, batches, loss, *others):
+        with torch.no_grad():
+            model.embedding.weight.zero_()
+            counted[size] = size * sum(loss(rows).item() for rows in batches(0)) / np.log(ITEMS)
+
+    monkeypatch.setattr(f"tests.benchmarks.rivals.{'training' if name == 'sasrec' else name}.fit", counting)
+    for size in (4, 64):
+        torch.manual_seed(0)
+        module.train(split, module.DEFAULTS | SMALL | {"longest": longest, "batch_size": size, "masked": 1.0, "last_alone": 0.0}, GIVEN, 0)
+    items, histories = sum(map(len, split.every)), len(split.every)
+    if name == "sasrec":  # each item but the first
+        windows = [items[max(0, end - longest - 1) : end] for items in split.every for end in range(len(items), 1, -longest)]
+        assert sum(len(each) - 1 for each in windows) == items - histories
+        expected = (items - histories) / (np.mean([len(each) for each in windows]) - 1)
+    else:  # each item, of windows of at least two
+        windows = [items[max(0, end - longest) : end] for items in split.every for end in range(len(items), 1, -longest)]
+        expected = sum(map(len, windows)) / np.mean([len(each) for each in windows])
+    assert list(counted.values()) == pytest.approx([expected, expected])
+
+
+def test_a_training_that_diverges_ends_and_ranks_nothing(tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(SystemExit, match="the loss of epoch 0 is"):
+        fit_encoder(ENCODERS["sasrec"](), circle(), SMALL | {"weight_decay": 0.0, "learning_rate": 1e30}, GIVEN, 0)
+    with pytest.raises(SystemExit, match="not a number"):
+        ranks(lambda histories: torch.full((len(histories), 3), torch.nan), [[0]], [1])
+
+
 def test_masked_training_learns_what_is_certain():
     torch.manual_seed(0)
     split = circle()
@@ -314,6 +348,12 @@ def test_validation_items_join_what_is_trained_on(tmp_path):
     assert (split.every, split.train, split.valid) == ([[0, 1], [2]], [[0, 1]], [2])
     assert split.with_validation().every == [[0, 1, 2], [2]] and split.every == [[0, 1], [2]]
     assert split.num_items == 4, "items have no texts"
+    polars.DataFrame({"item_index": [0]}).write_parquet(tmp_path / "ingest/items/shop-two-0.parquet")
+    assert Split(tmp_path, "shop").num_items == 4, "another domain's name begins alike"
+    path = tmp_path / "ingest/sequences/shop-0.parquet"
+    polars.read_parquet(path).with_columns(between=[]).write_parquet(path)
+    with pytest.raises(SystemExit, match="not split by leave-one-out"):
+        Split(tmp_path, "shop")
 
 
 def languages():

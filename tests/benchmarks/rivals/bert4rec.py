@@ -1,7 +1,7 @@
 """BERT4Rec with a softmax over the whole catalog, on a run's sequences.
 
     python -m tests.benchmarks.rivals.bert4rec runs/scientific scientific results/rivals/ranks.parquet --epochs 200 --patience 15 \\
-        --set '{"dropout": 0.2}' --set '{"dropout": 0.4}' --seeds 0 1 2
+        --set '{"masked": 0.2}' --set '{"masked": 0.4}' --set '{"masked": 0.6}' --seeds 0 1 2
 
 BERT4Rec (Sun et al., arXiv 1904.06690): the layers of SASRec, with attention in both directions. A share of the items of a training
 history is masked and predicted; in every tenth history the last item alone is, as at the end of a history that is ranked. One mask for
@@ -82,15 +82,18 @@ class BERT4Rec(Encoder):
 
 def train(split: Split, settings: Settings, given: argparse.Namespace, seed: int) -> Trained:
     model = BERT4Rec(split.num_items, settings)
-    samples = [items[-model.longest :] for items in split.every if len(items) > 1]
+    longest = model.longest
+    samples = [items[max(0, end - longest) : end] for items in split.every for end in range(len(items), 1, -longest)]
     lengths = np.array([len(sample) for sample in samples])
+    targets = settings["batch_size"] * max(1.0, settings["masked"] * float(lengths.mean()))  # of a batch, about
 
     def loss(rows: np.ndarray) -> Tensor:
-        items = padded([samples[row] for row in rows], model.longest, split.num_items)
+        items = padded([samples[row] for row in rows], longest, split.num_items)
         chosen = model.masked(items, settings["masked"], settings["last_alone"])
         catalog = model.catalog()
         states = model(items.masked_fill(chosen, model.mask), catalog)
-        return F.cross_entropy(model.logits(states[chosen], catalog), items[chosen])
+        # every target counts the same, not every batch: batches are of histories of about one length
+        return F.cross_entropy(model.logits(states[chosen], catalog), items[chosen], reduction="sum") / targets
 
     def batches(epoch: int) -> list[np.ndarray]:
         return by_length(lengths, settings["batch_size"], seed, epoch)

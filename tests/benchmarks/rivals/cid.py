@@ -16,7 +16,6 @@ Shapes: N items, K codes of an ID.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import polars
@@ -25,7 +24,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from qbert_ray.sequence.beam_search import Trie
-from tests.benchmarks.peers_table import Split
+from tests.benchmarks.peers_table import Split, table_parts
 from tests.benchmarks.rivals.generative import SMALL, allowed, cut, generator, listed, prefixes, token_loss, valid_ndcg
 from tests.benchmarks.rivals.training import Scores, Settings, Trained, compare, fit, parser
 
@@ -85,7 +84,7 @@ def collaborative_ids(affinity: csr_matrix, clusters: int, largest: int, deepest
 
 def run_ids(run: str, domain: str) -> np.ndarray:
     """[N, K] the run's own semantic IDs."""
-    parts = sorted(Path(run).glob(f"semantic_ids/{domain}-*.parquet"))
+    parts = table_parts(run, "semantic_ids", domain)
     table = polars.concat([polars.read_parquet(part, columns=["item_index", "codes"]) for part in parts]).sort("item_index")
     return np.array(table["codes"].to_list(), np.int64)
 

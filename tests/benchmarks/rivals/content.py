@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import polars
+
+from tests.benchmarks.peers_table import table_parts
 
 
 def content_vectors(run: str, domain: str, modality: str) -> tuple[np.ndarray, np.ndarray]:
     """[N, E] mean of each item's vectors, zeros where it has none; and [N] whether it has one."""
-    parts = sorted(Path(run).glob(f"features/{modality}/{domain}-*.parquet"))
+    parts = table_parts(run, f"features/{modality}", domain)
     if not parts:
         raise SystemExit(f"{run} has no vectors of {modality} of {domain}: run the stage features first")
     table = polars.concat([polars.read_parquet(part) for part in parts]).sort("item_index")

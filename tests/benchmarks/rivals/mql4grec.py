@@ -19,7 +19,6 @@ Shapes: B histories, N items, K codes of an ID, M codewords of a level and langu
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import polars
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from qbert_ray.sequence.beam_search import Trie
 from qbert_ray.sequence.decoder import Generator
-from tests.benchmarks.peers_table import Split
+from tests.benchmarks.peers_table import Split, table_parts
 from tests.benchmarks.rivals.generative import SMALL, Sample, allowed, cut, generator, listed, prefixes, token_loss, valid_ndcg
 from tests.benchmarks.rivals.training import Scores, Settings, Trained, compare, fit, parser
 
@@ -93,7 +92,7 @@ def merged(text: Tensor, image: Tensor) -> Tensor:
 
 def read_codes(run: str, domain: str, codes: str) -> np.ndarray:
     """[N, K] codes of a Parquet file with item_id and codes, in the order of a run's items."""
-    parts = sorted(Path(run).glob(f"ingest/items/{domain}-*.parquet"))
+    parts = table_parts(run, "ingest/items", domain)
     items = polars.concat([polars.read_parquet(part, columns=["item_id", "item_index"]) for part in parts]).sort("item_index")
     table = items.join(polars.read_parquet(codes, columns=["item_id", "codes"]), on="item_id", how="left", maintain_order="left")
     if table["codes"].null_count():

@@ -40,7 +40,7 @@ class Trained(NamedTuple):
     scores: Scores
     epoch: int
     value: float  # validation ndcg@10
-    seconds: float  # of CPU time, which does not depend on what else the machine does
+    seconds: float  # of CPU time, which does not depend on what else the machine does, with all that goes before
 
 
 Fit = Callable[[Split, Settings, argparse.Namespace, int], Trained]  # (split, settings, command line, seed)
@@ -105,15 +105,17 @@ def fit_encoder(model: Encoder, split: Split, settings: Settings, given: argpars
 
     Args:
         settings: `epoch_samples` is the most samples of an epoch, drawn for each.
-        prefixes: each prefix of a history is a sample of its own, for models that are not causal; else all places of a history are
-            trained at once, which for a causal model is the same loss at a fraction of the cost.
+        prefixes: each prefix of a history is a sample of its own, for models that are not causal; else all places of a window of a
+            history are trained at once. Batches are of histories of about one length, so every target counts the same, not every batch:
+            for a causal model that is the loss of the prefixes at a fraction of its cost.
     """
     longest, padding = model.longest, split.num_items
     if prefixes:
         samples = [items[max(0, end - longest) : end + 1] for items in split.every for end in range(1, len(items))]
     else:
-        samples = [items[-longest - 1 :] for items in split.every if len(items) > 1]
+        samples = [items[max(0, end - longest - 1) : end] for items in split.every for end in range(len(items), 1, -longest)]
     lengths = np.array([len(sample) for sample in samples])
+    targets = 1.0 if prefixes else float(lengths.mean()) - 1  # of a sample
 
     def loss(rows: np.ndarray) -> Tensor:
         read = padded([samples[row][:-1] for row in rows], longest, padding)
@@ -124,7 +126,8 @@ def fit_encoder(model: Encoder, split: Split, settings: Settings, given: argpars
         chosen[:, -1] = True
         if not prefixes:
             chosen = target < padding
-        return F.cross_entropy(model.logits(states[chosen], catalog), target[chosen])
+        total = F.cross_entropy(model.logits(states[chosen], catalog), target[chosen], reduction="sum")
+        return total / (settings["batch_size"] * targets)
 
     def batches(epoch: int) -> list[np.ndarray]:
         model.start_epoch(epoch)
@@ -154,7 +157,7 @@ def fit(
 
     With `given.last` train to the end of that epoch, and keep its weights whatever validation says.
     """
-    begin = time.process_time()
+    begin = getattr(given, "begun", time.process_time())
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"], fused=True)
     best, weights = (0, -1.0), copy.deepcopy(model.state_dict())
     for epoch in range(given.epochs):
@@ -168,6 +171,8 @@ def fit(
                 optimizer.param_groups[0]["lr"] = settings["learning_rate"] * warm * falling
             optimizer.zero_grad(set_to_none=True)
             value = loss(rows)
+            if not torch.isfinite(value):
+                raise SystemExit(f"the loss of epoch {epoch} is {value.item()}: choose other settings")
             value.backward()
             optimizer.step()
             total += value.item()
@@ -229,6 +234,7 @@ def _written(model: str, split: Split, settings: Settings, given: argparse.Names
 
 def _announced(train: Fit, split: Split, settings: Settings, given: argparse.Namespace, seed: int) -> Trained:
     torch.manual_seed(seed)
+    given = argparse.Namespace(**vars(given) | {"begun": time.process_time()})  # pre-training and clusters count too
     trained = train(split, settings, given, seed)
     print(
         f"{json.dumps(settings)}, seed {seed}: epoch {trained.epoch}, validation ndcg@10 {trained.value:.4f}, {trained.seconds:.0f} s",
