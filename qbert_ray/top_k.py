@@ -18,7 +18,7 @@ def ranks(scores: Tensor, target: Tensor, seen: list[np.ndarray] | None = None) 
     """[B] 1-based rank of each target among all N items, or among the unseen ones.
 
     Args:
-        scores: [B, N].
+        scores: [B, N]; minus infinity for items that were not reached. A target that was not is the last of all, N, whatever is tied with it.
         target: [B] item_index.
         seen: item indices to leave out, one array per user; the target itself always stays in.
     """
@@ -28,7 +28,8 @@ def ranks(scores: Tensor, target: Tensor, seen: list[np.ndarray] | None = None) 
     if len(rows):
         before = torch.arange(scores.shape[1], device=scores.device) < target[rows, None]
         better[rows] += _count((scores[rows] == own[rows]) & before)
-    return better + 1 if seen is None else better + 1 - _better_among(scores, own, target, seen)
+    rank = better + 1 if seen is None else better + 1 - _better_among(scores, own, target, seen)
+    return rank.masked_fill(own[:, 0] == -torch.inf, scores.shape[1])
 
 
 def rank_pairs(scores: Tensor, target: Tensor, seen: list[np.ndarray], repeats: float = 0.0) -> Tensor:
@@ -40,8 +41,8 @@ def rank_pairs(scores: Tensor, target: Tensor, seen: list[np.ndarray], repeats: 
         seen: item indices that each user had.
         repeats: added to the scores of seen items where all are ranked.
     """
-    rank = ranks(scores, target)
-    unseen = rank - _better_among(scores, scores.gather(1, target[:, None]), target, seen)
+    rank, own = ranks(scores, target), scores.gather(1, target[:, None])
+    unseen = torch.where(own[:, 0] == -torch.inf, rank, rank - _better_among(scores, own, target, seen))
     return torch.stack([ranks(add_to_seen(scores, seen, repeats), target) if repeats else rank, unseen], dim=1)
 
 

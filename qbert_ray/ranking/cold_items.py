@@ -74,8 +74,10 @@ class ColdPart:
         rows = []
         for batch in batches(len(users), self.ranker.num_features * len(self.item_ids)):
             target = torch.from_numpy(targets[batch].astype(np.int64))
+            among_themselves = self.ranker.cold_scores(histories[batch])
             for model, scores in self._scores(histories[batch]).items():
-                pair = (ranks(scores, target, seen=histories[batch]), ranks(scores[:, self.warm :], target - self.warm))
+                cold = among_themselves if model == "model" and among_themselves is not None else scores[:, self.warm :]
+                pair = (ranks(scores, target, seen=histories[batch]), ranks(cold, target - self.warm))
                 rows.append(self._table(users[batch], model, targets[batch], *pair, histories[batch]))
         self.run.write_part("evaluate/cold", name, pa.concat_tables(rows) if rows else columns.COLD_RANKS.empty_table())
         return {"users": len(users)}

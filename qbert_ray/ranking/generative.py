@@ -50,6 +50,10 @@ class CatalogRanker(Protocol):
         """[B, N] scores of the catalog by the "model", and by parts of it; minus infinity for items that it does not reach."""
         ...
 
+    def cold_scores(self, histories: list[np.ndarray]) -> Tensor | None:
+        """[B, N - trained] scores of cold items among themselves, where `scores` does not reach all of them; None: it does."""
+        ...
+
 
 class GenerativeRanker:
     """Best items and scores of one catalog for any histories, as a `Ranker` gives them.
@@ -98,7 +102,7 @@ class GenerativeRanker:
         if searched and (only.items is None or only.items.any()):
             seen = [hidden[row] for row in searched]
             found = search(
-                self.model, self.codes, self._trie(only.items), [histories[row] for row in searched], max(self.beam, k),
+                self.model, self.codes, self._trie(only.items), [histories[row] for row in searched], max(self.beam, scores.shape[1]),
                 seen if any(map(len, seen)) else None,
             )  # fmt: skip
             width = min(found.scores.shape[1], scores.shape[1])
@@ -147,17 +151,24 @@ class GenerativeRanker:
         return found[1]
 
     def scores(self, histories: list[np.ndarray]) -> dict[str, Tensor]:
-        """[B, N] log-probabilities of the "model", on the CPU: of the beams' items; minus infinity for all others.
+        """[B, N] log-probabilities of the "model", on the CPU: of the beams' items; minus infinity for all others."""
+        return {"model": self._found(self.trie, histories)}
 
-        Cold items are searched for among themselves too, so that they can be compared with each other.
+    def cold_scores(self, histories: list[np.ndarray]) -> Tensor | None:
+        """[B, N - trained] the same of a search for cold items alone: in one of the catalog others take their places.
+
+        They cannot be compared with items of the other search, which leaves out items that are better than these.
         """
+        return None if self.cold is None else self._found(self.cold, histories)[:, self.trained :]
+
+    def _found(self, trie: Trie, histories: list[np.ndarray]) -> Tensor:
+        """[B, N] log-probabilities of the items that a search finds; minus infinity for all others. On the CPU."""
+        found = search(self.model, self.codes, trie, histories, self.beam)
         result = torch.full((len(histories), self.num_items), -torch.inf)
-        for trie in [self.trie] if self.cold is None else [self.trie, self.cold]:
-            found = search(self.model, self.codes, trie, histories, self.beam)
-            there = (found.items >= 0).cpu()
-            row = torch.arange(len(histories))[:, None].expand_as(there)
-            result[row[there], found.items.cpu()[there]] = found.scores.cpu()[there]
-        return {"model": result}
+        there = (found.items >= 0).cpu()
+        row = torch.arange(len(histories))[:, None].expand_as(there)
+        result[row[there], found.items.cpu()[there]] = found.scores.cpu()[there]
+        return result
 
     def exact_scores(self, histories: list[np.ndarray]) -> Tensor:
         """[B, N] log-probability of every item, without a search; on the CPU. Costs grow with the catalog."""

@@ -232,6 +232,10 @@ class Ranker:
             found["item_item_text"] = torch.cat([scores for _, scores in pieces], dim=1).cpu()
         return found
 
+    def cold_scores(self, histories: list[np.ndarray]) -> Tensor | None:
+        """None: `scores` has those of all items."""
+        return None
+
     # what the blend and the reranker are fitted on
 
     def score_features(self, histories: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:

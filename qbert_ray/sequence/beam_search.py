@@ -21,7 +21,8 @@ from qbert_ray.sequence.decoder import Generator, Memory, unpacked
 from qbert_ray.top_k import pairs, top_k
 
 MOST_DISTANCES = 2**22  # from generated codes to items, computed at once
-SEARCHED_AT_ONCE = 128  # histories; more do not fit the processor's caches
+SEARCHED_AT_ONCE = 128  # histories with beams of BEAM; more do not fit the processor's caches
+BEAM = 20
 
 
 class Beams(NamedTuple):
@@ -228,9 +229,10 @@ def search(
         trie: of that catalog, or of a part of it.
         seen: items that each history must not get.
     """
-    found = []
-    for begin in range(0, len(histories), SEARCHED_AT_ONCE):
-        rows = slice(begin, begin + SEARCHED_AT_ONCE)
+    found, beam = [], min(beam, len(catalog))
+    size = max(1, SEARCHED_AT_ONCE * BEAM // max(beam, BEAM))  # keys and values of all beams are kept
+    for begin in range(0, len(histories), size):
+        rows = slice(begin, begin + size)
         memory = encode(model, histories[rows], catalog)
         found.append(beam_search(model, memory, trie, beam, None if seen is None else seen[rows]))
     width = max(each.items.shape[1] for each in found)

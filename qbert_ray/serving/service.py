@@ -21,7 +21,7 @@ from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.loader import ranks_by_refit
 from qbert_ray.ranking.recommender import Recommendation, Recommender
 from qbert_ray.ranking.rules import Rules, load_rules
-from qbert_ray.storage.catalog import item_ids
+from qbert_ray.storage.catalog import item_ids, run_config
 from qbert_ray.storage.checksums import checksum
 from qbert_ray.storage.directory import ArtifactError, RunDir
 from qbert_ray.storage.seals import APPENDING
@@ -73,6 +73,7 @@ def served_version(config: Config) -> str:
     content = [
         run.uri,
         config.score.model_dump_json(),
+        str(run_config(run).sequencer.beam),  # an evaluate or score with another one changes no manifest of a model
         *map(str, files),
         *(run.read_json(f"{name}/manifest.json")["checksum"] for name in stages),
     ]

@@ -1,6 +1,7 @@
 """The generative kind of sequence model from training to recommendations, in this process."""
 
 import json
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -16,11 +17,13 @@ from qbert_ray.ranking import evaluate, score
 from qbert_ray.ranking.filters import Filter
 from qbert_ray.ranking.generative import GenerativeRanker, load_generative_ranker
 from qbert_ray.ranking.recommender import Recommender
+from qbert_ray.sequence import beam_search
 from qbert_ray.sequence import stage as sequence
 from qbert_ray.sequence.beam_search import Trie
 from qbert_ray.sequence.decoder import Generator
 from qbert_ray.sequence.decoder_task import GenerativeTask
 from qbert_ray.storage import columns
+from qbert_ray.storage.directory import RunDir
 from qbert_ray.storage.stages import BY_NAME
 from qbert_ray.training import Loop
 from tests.ranking.test_filters import FILTERS, HISTORIES, left, plainly_best
@@ -151,14 +154,46 @@ def test_candidates_have_exact_scores_and_items_are_similar_by_their_codes(ranke
             method()
 
 
-def test_scores_are_those_of_the_beams_and_cold_items_are_among_them(ranker, config_and_run):
+def test_scores_are_those_of_the_beams_and_cold_items_are_searched_for_by_themselves(ranker, config_and_run):
     histories = histories_of(config_and_run[1])
     narrow = GenerativeRanker(ranker.model, ranker.codes, ranker.trained, 10)
-    scores, exact = narrow.scores(histories)["model"], narrow.exact_scores(histories)
+    scores, cold, exact = narrow.scores(histories)["model"], narrow.cold_scores(histories), narrow.exact_scores(histories)
     found = scores > -torch.inf
-    assert (found.sum(1) >= 10).all() and (found.sum(1) <= 10 + COLD).all() and not found.all()
-    assert found[:, -COLD:].all()
+    assert (found.sum(1) == 10).all()
     torch.testing.assert_close(scores[found], exact[found], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cold, exact[:, -COLD:], atol=1e-5, rtol=1e-5)
+    assert GenerativeRanker(ranker.model, ranker.codes, ITEMS, 10).cold_scores(histories) is None
+
+
+def test_a_target_in_no_beam_is_the_last_of_all(ranker, config_and_run, tmp_path):
+    run = RunDir(str(shutil.copytree(config_and_run[1].uri, tmp_path / "run")))
+    sequences = columns.to_sequences(run.read("ingest/sequences", "shop"))
+    found = GenerativeRanker(ranker.model, ranker.codes, ranker.trained, 3).scores(histories_of(run))["model"]
+    table = {row["user_id"]: row for row in run.read("evaluate/ranks", "shop").to_pylist() if row["model"] == "model"}
+    run.delete("evaluate")
+    config = make_config(run, sequencer=SEQUENCER | {"beam": 3}, evaluate={"cutoffs": [1]}, score={"top_k": 3})
+    evaluate.evaluate(config, run, LocalExecutor(), Quiet())
+    again = {row["user_id"]: row for row in run.read("evaluate/ranks", "shop").to_pylist() if row["model"] == "model"}
+    unfound = [f"user-{user}" for user in range(USERS) if found[user, sequences.test[user]] == -torch.inf]
+    assert unfound and all((again[user]["rank_all"], again[user]["rank_unseen"]) == (ITEMS, ITEMS) for user in unfound)
+    assert any(table[user]["rank_all"] < ITEMS for user in unfound), "wider beams reach some of them"
+
+
+def test_more_items_than_the_catalog_has_are_asked_for_in_bounded_memory(ranker, monkeypatch):
+    histories = [np.array([3, 1, 4])] * 9
+    expected = ranker.best(histories, ITEMS)
+    sizes = []
+    searched = beam_search.beam_search
+
+    def seen(model, memory, trie, beam, *others):
+        sizes.append((memory.size, beam))
+        return searched(model, memory, trie, beam, *others)
+
+    monkeypatch.setattr(beam_search, "beam_search", seen)
+    monkeypatch.setattr(beam_search, "SEARCHED_AT_ONCE", 8)
+    found = ranker.best(histories, 10**7)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert sizes == [(4, ITEMS), (4, ITEMS), (1, ITEMS)], "half as many histories where beams are twice as wide as 20"
 
 
 def test_the_scores_table_holds_unseen_items_by_beams(ranker, config_and_run):

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 
 from qbert_ray.config.loading import with_values
 from qbert_ray.ranking import score as scoring
@@ -137,6 +138,11 @@ def test_versions_change_with_what_is_served(tmp_path):
     config = run_config(run)
     first = served_version(config)
     assert served_version(config) == first != served_version(with_values(config, {"score.top_k": 3}))
+    wider = config.model_dump(mode="json") | {"sequencer": config.sequencer.model_dump(mode="json") | {"beam": 40}}
+    run.write_bytes("config.yaml", yaml.safe_dump(wider).encode())  # as an evaluate with sequencer.beam=40 leaves it
+    assert served_version(config) != first
+    run.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json")).encode())
+    assert served_version(config) == first
     run.write_json("ranking/manifest.json", {"stage": "ranking", "counts": {}, "checksum": "another"})
     assert served_version(config) != first
     run.write_json("ingest/appending.json", {})
