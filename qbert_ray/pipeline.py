@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import yaml
 
+from qbert_ray.config.loading import read_config, with_values
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
@@ -21,9 +22,18 @@ from qbert_ray.inputs.histories import open_histories
 from qbert_ray.inputs.rules import check_rules, rule_files
 from qbert_ray.storage.directory import ArtifactError, Counts, Manifest, RunDir
 from qbert_ray.storage.lock import check_held
-from qbert_ray.storage.seals import STARTED, seal
+from qbert_ray.storage.seals import MANIFEST, STARTED, seal
 from qbert_ray.storage.stages import BY_NAME, REQUESTED, STAGES, Stage
 
+WHOLE = {
+    "run",
+    "data",
+    "features",
+    "quantizer",
+    "sequencer",
+    "evaluate",
+    "compute",
+}  # sections that a run's config.yaml has, and hardly a user's
 # Names of a run's folders before the first release -> current names.
 RENAMED = {"rqvae": "quantizer", "memory": "ranking", "evaluation": "evaluate", "recommendations": "score"}
 
@@ -94,7 +104,11 @@ def run_stage(stage: Stage, config: Config, run: RunDir, executor: Executor, pro
     executor.check(config, run, stage.compute)
     manifest = Manifest(stage.name, stage.depends_on(config), _input_fingerprints(stage, config, run), _version())
     _forget_unfinished(stage, manifest, run)
-    save_config(run, config)
+    if stage in REQUESTED:  # a request says what is scored now, not what the run is
+        saved = read_config(run.read_bytes("config.yaml"), f"{run.uri}/config.yaml")
+        save_config(run, with_values(config, {"score.histories": saved.score.histories}))
+    else:
+        save_config(run, config)
     check_held(run)
     started = time.monotonic()
     manifest.counts = _function(stage)(config, run, executor, progress)
@@ -140,6 +154,7 @@ def preflight(stages: Sequence[Stage], config: Config, run: RunDir, executor: Ex
 
 def redo_from(name: str, run: RunDir) -> None:
     """Delete the outputs of a stage and of all stages after it, and of those that are done at request, which read the last ones."""
+    _refuse_others_files(run)
     for stage in reversed((*STAGES[STAGES.index(BY_NAME[name]) :], *REQUESTED)):  # in this order an interruption leaves a consistent run
         run.delete(f"{stage.name}/manifest.json")
         run.delete(stage.name)
@@ -148,8 +163,26 @@ def redo_from(name: str, run: RunDir) -> None:
 APPENDED = "ingest/appended.json"  # state of the input files up to which items were appended
 
 
+def _refuse_others_files(run: RunDir) -> None:
+    """Raise if the directory is no run's yet, and holds what the stages would delete or replace.
+
+    Raises:
+        ArtifactError: the message names it.
+    """
+    saved = yaml.safe_load(run.read_bytes("config.yaml")) if run.exists("config.yaml") else None
+    if isinstance(saved, dict) and set(saved) >= WHOLE:
+        return
+    others = [name for name in run.folders("") if name in BY_NAME and not any(run.exists(f"{name}/{file}") for file in (MANIFEST, STARTED))]
+    others = [f"{name}/" for name in others] + ["config.yaml"] * (saved is not None)
+    if others:
+        raise ArtifactError(
+            f"{run.uri} is not the directory of a run, and a run would replace {', '.join(others)} there; choose another run.dir"
+        )
+
+
 def _forget_unfinished(stage: Stage, manifest: Manifest, run: RunDir) -> None:
     """Keep the partial outputs of an earlier try if this stage can resume from them; delete any others."""
+    _refuse_others_files(run)
     marker = f"{stage.name}/{STARTED}"
     same = run.exists(marker) and run.read_json(marker) == {"fingerprint": manifest.fingerprint}
     if not (same and stage.keeps):

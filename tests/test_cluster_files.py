@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import tomllib
 
 import jsonschema
 import pytest
@@ -155,6 +156,17 @@ def test_the_image_holds_what_the_package_needs():
     ]
     assert {"pyproject.toml", "constraints.txt", "qbert_ray", "jobs", "configs"} <= set(copied)
     assert [name for name in copied if not (ROOT / name).exists()] == []
+
+
+def test_the_dependencies_of_the_image_are_installed_where_the_package_can_be_built():
+    """Before the code is copied: its build reads the version from a file, and wants every folder that the wheel includes by name."""
+    text = (ROOT / "cluster" / "Dockerfile").read_text()
+    before = text[: text.index("'.[jobs]'")]
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]
+    wanted = [build["version"]["path"], *build["build"]["targets"]["wheel"]["force-include"]]
+    copied = {word for line in re.findall(r"^COPY (.*)$", before, re.MULTILINE) for word in line.split()}
+    made = set(re.findall(r"mkdir (\S+)", before))
+    assert set(wanted) <= copied | made and build["version"]["path"] in copied and "touch" not in before
 
 
 def test_the_image_without_cuda_takes_torch_from_an_index_without_cuda():

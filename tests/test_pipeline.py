@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qbert_ray.config.loading import load_config
+from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import redo_from, run_stage, status
@@ -247,6 +248,30 @@ def test_redo_forgets_a_stage_and_what_follows(finished, shop, tmp_path):
     assert not copy.exists("score_histories/manifest.json"), "its lists are of the models before"
     left = [stage.name for stage in STAGES if Manifest.load(copy, stage.name)]
     assert left == ["ingest", "features", "fusion", "quantizer", "semantic_ids", "pretrain"]
+
+
+@pytest.mark.parametrize("there", ["features/text.parquet", "score/main.py", "config.yaml"])
+def test_nothing_of_others_is_deleted_or_replaced(shop, tmp_path, there):
+    """`run.dir` may be a folder of the user's own, by mistake or by a variable that is not set."""
+    config, run = small_config(shop, tmp_path), RunDir(str(tmp_path))
+    run.write_bytes(there, b"run: {seed: 3}")
+    named = there.partition("/")[0] + "/" * ("/" in there)
+    for begin in (lambda: run_stage(BY_NAME["ingest"], config, run, LocalExecutor(), Quiet()), lambda: redo_from("ingest", run)):
+        with pytest.raises(ArtifactError, match=f"is not the directory of a run, and a run would replace {named} there; choose another"):
+            begin()
+        assert run.read_bytes(there) == b"run: {seed: 3}" and run.folders("") == [named.rstrip("/")] * ("/" in there)
+
+
+def test_a_run_that_was_cut_before_its_first_stage_goes_on(shop, tmp_path):
+    config, run = small_config(shop, tmp_path), RunDir(str(tmp_path))
+    run.write_json("ingest/started.json", {"fingerprint": ""})
+    run.write_bytes("notes/mine.txt", b"")
+    run_stage(BY_NAME["ingest"], config, run, LocalExecutor(), Quiet())
+    assert Manifest.load(run, "ingest") and run.exists("notes/mine.txt")
+    run.delete("ingest/manifest.json")  # as a deletion that was cut leaves it
+    run_stage(BY_NAME["ingest"], config, run, LocalExecutor(), Quiet())
+    with pytest.raises(ValueError, match=r"run\.dir"):
+        small_config(shop, tmp_path, "run.dir=")
 
 
 def test_rows_in_are_rows_out_and_rejected(finished, shop):

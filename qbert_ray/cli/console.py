@@ -90,7 +90,12 @@ def metrics_table(domain: str, content: Evaluation, ranked: str = "every item ra
     sampled = f" drawn from {content['sampled_from']:,}" if "sampled_from" in content else ""
     refit = f", by models trained on {content['trained_on']} items too" if "trained_on" in content else ""
     table = Table(
-        title=f"{domain}: {ranked} for {content['users']:,} users{sampled}{refit}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
+        title=f"{domain}: {ranked} for {content['users']:,} users{sampled}{refit}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,  # so narrow that a terminal of 80 columns shows all
     )
     table.add_column("items", no_wrap=True)
     table.add_column("ranking", no_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,11 @@ from rich.padding import Padding
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from qbert_ray.cli.terminal import open_console, printable, shown
-from qbert_ray.config.loading import with_values
+from qbert_ray.config.loading import ConfigError, with_values
 from qbert_ray.config.schema import Config
 
 console = open_console()
+PER_USER, WIDTH = 10.0, 64  # of a large demo shop: purchases, numbers of an item's vector
 
 
 def fetch(
@@ -50,7 +52,7 @@ def fetch(
         console.print(
             f"[green]✓[/green] {shown(file.name)}, {size:,} bytes{'' if file.name in came else ': was there, and is what came then'}"
         )
-    console.print(f"next: qbert-ray init {shown(str(folder))} -o {shown(folder.name)}.yaml", soft_wrap=True)
+    console.print(f"next: qbert-ray init {_argument(folder)} -o {_argument(f'{folder.name}.yaml')}", soft_wrap=True)
 
 
 def init(
@@ -67,7 +69,7 @@ def init(
     from qbert_ray.inputs.starter_page import write_config  # imports polars
 
     console.print(printable(write_config(files, output, force)), end="", markup=False, soft_wrap=True)
-    console.print(f"[green]✓[/green] {shown(str(output))}; next: qbert-ray validate -c {shown(str(output))}", soft_wrap=True)
+    console.print(f"[green]✓[/green] {shown(str(output))}; next: qbert-ray validate -c {_argument(output)}", soft_wrap=True)
 
 
 def check_files(config: Config) -> bool:
@@ -97,9 +99,13 @@ def demo_data(
     scale: Annotated[
         int | None, typer.Option(metavar="ITEMS", help="A shop of so many items with vectors instead of images, for configs/scale.yaml.")
     ] = None,
-    users: Annotated[int | None, typer.Option(help="With --scale: number of users; as many as items unless said otherwise.")] = None,
-    per_user: Annotated[float, typer.Option(help="With --scale: purchases per user, on average.")] = 10.0,
-    width: Annotated[int, typer.Option(help="With --scale: width of the item vectors.")] = 64,
+    users: Annotated[int | None, typer.Option(min=1, help="With --scale: number of users; as many as items unless said otherwise.")] = None,
+    per_user: Annotated[
+        float | None, typer.Option(min=5, help=f"With --scale: purchases per user, on average; {PER_USER:g} unless said otherwise.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help=f"With --scale: width of the item vectors; {WIDTH} unless said otherwise.")
+    ] = None,
 ) -> None:
     """Generate the demo shop: a made-up catalog with images, and made-up shoppers; or a large one without images.
 
@@ -111,19 +117,28 @@ def demo_data(
     """
     from qbert_ray.inputs import demo_shop, scaled_shop
 
+    if scale is None and (users is not None or per_user is not None or width is not None):
+        raise ConfigError("--users, --per-user and --width are of a shop of a given size: say --scale too")
+    if scale is not None and media:
+        raise ConfigError("--media is not made with --scale: such a shop has vectors, no files")
     if (folder / "interactions.parquet").exists():  # written last
-        console.print(f"the demo shop is already in {folder}; delete the folder for another")
+        console.print(f"the demo shop is already in {shown(folder)}; delete the folder for another")
         return
     counts = (
         demo_shop.generate(folder, seed, media=media)
         if scale is None
-        else scaled_shop.generate(folder, scale, scale if users is None else users, per_user, width, seed)
+        else scaled_shop.generate(folder, scale, users or scale, per_user or PER_USER, width or WIDTH, seed)
     )
     console.print(
-        f"generated a demo shop in {folder}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+        f"generated a demo shop in {shown(folder)}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
     )
     if scale is not None:
-        console.print(f"next: qbert-ray run -c configs/scale.yaml data.root={shown(str(folder))}", soft_wrap=True)
+        console.print(f"next: qbert-ray run -c configs/scale.yaml data.root={_argument(folder)}", soft_wrap=True)
+
+
+def _argument(path: object) -> str:
+    """A path for a command that is shown: quoted where a shell would split it."""
+    return shown(shlex.quote(str(path)))
 
 
 @contextmanager

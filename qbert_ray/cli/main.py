@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -97,7 +98,8 @@ def demo(
     Example: qbert-ray demo runs/demo compute.executor=local
     """
     data_commands.demo_data(folder / "data")
-    run(["configs/demo.yaml"], [f"run.dir={folder}", f"data.root={folder / 'data'}", *(overrides or [])])
+    places = [f"run.dir={json.dumps(str(folder))}", f"data.root={json.dumps(str(folder / 'data'))}"]  # a name may look like YAML
+    run(["configs/demo.yaml"], [*places, *(overrides or [])])
 
 
 for _stage in STAGES:
@@ -236,7 +238,7 @@ def validate(config: Files, overrides: Overrides = None) -> None:
 def describe(
     config: Files,
     overrides: Overrides = None,
-    items: Annotated[int, typer.Option(help="Items of the catalog.")] = 6250,
+    items: Annotated[int, typer.Option(min=1, help="Items of the catalog.")] = 6250,
 ) -> None:
     """Parameters and multiply-adds of the sequence model by module, as the paper counts and as they are.
 

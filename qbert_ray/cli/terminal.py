@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console
@@ -32,9 +33,11 @@ class Piped(Console):
 def open_console(stderr: bool = False) -> Console:
     """A console for the output, or for errors; where it is no terminal, tables keep all their columns."""
     stream = sys.stderr if stderr else sys.stdout
-    if stream.isatty() or "COLUMNS" in os.environ:
-        return Console(stderr=stderr, highlight=False)
-    return Piped(stderr=stderr, highlight=False, width=WIDTH)
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")  # an encoding of eight bits has no tick
+    if (stream is not None and stream.isatty()) or "COLUMNS" in os.environ:  # it is None where the caller closed it
+        return Console(stderr=stderr, highlight=False, emoji=False)  # an ID such as sku:100:5 is no emoji
+    return Piped(stderr=stderr, highlight=False, emoji=False, width=WIDTH)
 
 
 def printable(text: object) -> str:

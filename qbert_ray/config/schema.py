@@ -39,7 +39,7 @@ MaskStrategy = Literal["span", "tail", "multi_region", "random"]
 
 
 class Run(Section):
-    dir: str = Field("runs/run", description="run directory: a local path or an s3:// or gs:// URI")
+    dir: str = Field("runs/run", min_length=1, description="run directory: a local path or an s3:// or gs:// URI")
     seed: NonNegativeInt = Field(0, description="seeds initialisation, batch order, masks and dropout")
     deterministic: bool = Field(
         False, description="equal runs on equal machines give equal weights to the bit: trainings have one thread, so they take longer"

@@ -225,7 +225,7 @@ def _column(values: pl.Series) -> Column:
     kind, name = values.dtype, values.name
     inner = kind.inner if isinstance(kind, pl.List | pl.Array) else kind
     filled = values.drop_nulls()
-    if inner == pl.Binary or isinstance(kind, pl.Struct):
+    if (inner == pl.Binary and not _is_text(filled)) or isinstance(kind, pl.Struct):
         images = _share_of_images(filled)
         return Column(
             name,
@@ -255,6 +255,14 @@ def _column(values: pl.Series) -> Column:
         float(text.str.contains(LINK).mean() or 0),  # type: ignore[arg-type]
         str(text[0])[:60] if len(text) else "",
     )
+
+
+def _is_text(values: pl.Series) -> bool:
+    """Whether bytes are texts, as which Parquet files of some writers have them."""
+    try:
+        return values.dtype == pl.Binary and len(values.cast(pl.String)) > 0
+    except pl.exceptions.ComputeError:
+        return False
 
 
 def _kind(values: pl.Series, text: pl.Series) -> str:

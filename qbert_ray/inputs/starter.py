@@ -50,7 +50,7 @@ def guess(tables: list[Files], aside: dict[str, str], paths: Sequence[Path]) -> 
     found = [guessed for table in sales if (guessed := _pair(table, catalogs, plain))]
     if not found:
         what = "items that the interactions name" if catalogs else "items"
-        raise StarterError(_none_found(tables, aside, paths, what, _in_two_tables(plain)))
+        raise StarterError(_none_found(tables, aside, paths, what, _in_two_tables(plain) or _repeated(plain)))
     chosen = _one_for_each_catalog(found, aside)
     for domain in chosen:
         read_catalog(domain, [path for path in paths if path.is_dir()])
@@ -68,7 +68,7 @@ def _pair(table: Files, catalogs: list[Files], plain: list[Files]) -> Guess | No
         return None
     candidates = _amazon(table, ITEM_ID) + table.named(ITEM_ID)
     item = next((name for name in candidates if name not in _users(table) and not _is_order(table, name)), None)
-    if item is None or (len(plain) == 1 and not _describes_items(table, item)):
+    if item is None or (not _describes_items(table, item) and (len(plain) == 1 or _repeated(plain))):
         return None
     return Guess(table, table, "contract", Match(1.0, 0, item, item), _names(table, item))
 
@@ -77,6 +77,16 @@ def _describes_items(table: Files, item: str) -> bool:
     """Whether a table of interactions also describes its items, judged by values or names of its columns."""
     taken = {_time(table), *_users(table)[:1]}
     return bool(item_columns(table, item, taken)) or any(re.search(PRODUCT, name) for name in table.columns if name != item)
+
+
+def _repeated(plain: list[Files]) -> str:
+    """Advice on a catalog that names its items several times, such as one of a file for each day; empty where there is none."""
+    for table in plain:
+        item = next((name for name in table.named(ITEM_ID) if name in _single(table)), None)
+        told = [name for name in table.columns if name != item and re.search(PRODUCT, name)]
+        if item and told and not _users(table) and not _keys(table):
+            return f"{table.location} describes items ({', '.join(told)}), but its {item} names many of them several times: keep one row of each\n"
+    return ""
 
 
 def _one_for_each_catalog(found: list[Guess], aside: dict[str, str]) -> list[Guess]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def write_config(paths: Sequence[Path], output: Path, force: bool = False) -> st
     """
     if output.exists() and not force:
         raise StarterError(f"{output} is there already; choose another name, or replace it with --force")
+    if remote := [str(path) for path in paths if re.match(r"[a-z][a-z0-9+.-]+:/", str(path))]:
+        raise StarterError(f"{remote[0]}: init looks at local files alone; copy some of them here, and change data.root in what it writes")
     paths = [path.absolute() for path in paths]
     tables, aside = find_tables(paths)
     text = _page(guess(tables, aside, paths), tables, aside, output)
@@ -36,7 +39,7 @@ def write_config(paths: Sequence[Path], output: Path, force: bool = False) -> st
         open_source(config.data.root, name, "items", domain)
         open_source(config.data.root, name, "interactions", domain, with_split=config.data.split == "given")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text)
+    output.write_bytes(text.encode())
     return text
 
 
@@ -46,8 +49,8 @@ def _page(guesses: list[Guess], tables: list[Files], aside: dict[str, str], outp
     names = [_name(output.stem)] if len(guesses) == 1 else _distinct([_name_of(found) for found in guesses])
     lines = [
         "# Written by qbert-ray init: guesses from names and values, so check them. Then",
-        f"#   qbert-ray validate -c {output}",
-        f"#   qbert-ray run -c {output}",
+        f"#   qbert-ray validate -c {_word(output)}",
+        f"#   qbert-ray run -c {_word(output)}",
         "# Every field with its default: qbert-ray config --describe.",
         "run:",
         f"  dir: {_yaml(f'runs/{_name(output.stem)}')}",
@@ -62,15 +65,15 @@ def _page(guesses: list[Guess], tables: list[Files], aside: dict[str, str], outp
         ]
     else:
         core, why = min((found.core for found in guesses), key=lambda core: core[0])
-        lines += [f"  min_interactions: {core} # {why}", "  domains:"]
+        lines += [f"  min_interactions: {core} # {_line(why)}", "  domains:"]
     for name, found in zip(names, guesses, strict=True):
-        lines += [f"    {name}:", *(f"      {line}" for line in _domain(found, Path(root), given))]
+        lines += [f"    {_yaml(name)}:", *(f"      {line}" for line in _domain(found, Path(root), given))]
     used = {id(table) for found in guesses for table in (found.items, found.interactions)}
     for table in tables:
         if id(table) not in used and str(table.location) not in aside:
             key = given_features(table)
-            lines.append(f"# not used: {table.location}" + (f"; {key} can name it" if key else ""))
-    return "\n".join([*lines, *(f"# not used: {why}" for why in aside.values())]) + "\n"
+            lines.append(f"# not used: {_line(table.location)}" + (f"; {key} can name it" if key else ""))
+    return "\n".join([*lines, *(f"# not used: {_line(why)}" for why in aside.values())]) + "\n"
 
 
 def _domain(found: Guess, root: Path, given: bool) -> Iterator[str]:
@@ -88,14 +91,14 @@ def _domain(found: Guess, root: Path, given: bool) -> Iterator[str]:
     yield f"text_fields: {_yaml(list(found.texts))}{_reasons(found.texts)}"
     yield f"attributes: {_yaml(list(found.attributes))}{_reasons(found.attributes)}"
     if found.image:
-        yield f"image_column: {_yaml(found.image[0])} # {found.image[1]}"
+        yield f"image_column: {_yaml(found.image[0])} # {_line(found.image[1])}"
     if found.template:
-        yield f"image_template: {_yaml(found.template[0])} # {found.template[1]}"
+        yield f"image_template: {_yaml(found.template[0])} # {_line(found.template[1])}"
     for name, why in found.aside.items():
-        yield f"# left aside: {name} ({why})"
+        yield f"# left aside: {_line(name)} ({_line(why)})"
     if found.items is not found.interactions:
         unread = [name for name in found.interactions.columns if name not in found.names.values()]
-        yield from (f"# left aside of the interactions: {name} ({_unread(found.interactions, name)})" for name in unread)
+        yield from (f"# left aside of the interactions: {_line(name)} ({_line(_unread(found.interactions, name))})" for name in unread)
 
 
 def _unread(table: Files, name: str) -> str:
@@ -109,11 +112,20 @@ def _unread(table: Files, name: str) -> str:
 
 def _columns(table: Files) -> str:
     count = f"{len(table.paths)} files; " if len(table.paths) > 1 else ""
-    return f"{count}columns: {', '.join(table.columns)}".replace("\n", " ")
+    return _line(f"{count}columns: {', '.join(table.columns)}")
 
 
 def _reasons(reasons: dict[str, str]) -> str:
-    return f" # {'; '.join(f'{name}: {why}' for name, why in reasons.items())}".replace("\n", " ") if reasons else ""
+    return f" # {_line('; '.join(f'{name}: {why}' for name, why in reasons.items()))}" if reasons else ""
+
+
+def _line(text: object) -> str:
+    """A text for a comment: names of columns and files may have line breaks, which would end it, and control characters."""
+    return "".join(sign if sign.isprintable() else " " for sign in str(text))
+
+
+def _word(path: Path) -> str:
+    return shlex.quote(_line(path))
 
 
 def _relative(table: Files, root: Path) -> str:

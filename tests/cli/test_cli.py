@@ -100,6 +100,22 @@ def test_demo_data_is_generated_once(capsys, tmp_path, monkeypatch):
     assert made == [0] and "already" in text
 
 
+@pytest.mark.parametrize("words", [["--users", "5"], ["--width", "3"], ["--per-user", "7"], ["--scale", "2048", "--media"]])
+def test_options_of_another_kind_of_demo_shop_are_refused(capsys, tmp_path, words):
+    status, text = call(capsys, "demo-data", str(tmp_path / "shop"), *words)
+    assert status == 2 and words[-1 if "--media" in words else 0] in text and not (tmp_path / "shop").exists()
+
+
+def test_a_demo_in_a_folder_whose_name_is_like_yaml(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = []
+    monkeypatch.setattr("qbert_ray.cli.main.run", lambda config, overrides: given.append(load_config(config, overrides)))
+    monkeypatch.setattr("qbert_ray.inputs.demo_shop.generate", lambda folder, *_, **__: {"items": 1})
+    for name in ("[x]", "a: b", "null", "[/x]"):
+        assert call(capsys, "demo", name) == (0, f"generated a demo shop in {name}/data: 1 items\n")
+        assert (given[-1].run.dir, given[-1].data.root) == (name, f"{name}/data")
+
+
 def test_demo_data_of_a_scale_says_how_to_run_it(capsys, tmp_path):
     _, text = call(capsys, "demo-data", str(tmp_path / "shop"), "--scale", "2048", "--users", "300", "--width", "8")
     assert "2,048 items, 300 users" in " ".join(text.split())

@@ -8,6 +8,7 @@ import yaml
 
 from qbert_ray.cli.main import main
 from qbert_ray.ranking.recommender import Recommender
+from qbert_ray.storage.catalog import run_config
 from qbert_ray.storage.directory import Manifest, RunDir
 
 
@@ -39,7 +40,7 @@ def recommended(table):
 
 def test_histories_of_other_users_are_scored_next_to_the_run(copied, capsys, monkeypatch):
     arguments, run, folder = copied
-    before, recommender = run.read("score"), Recommender.load(run.uri)
+    before, recommender, settings = run.read("score"), Recommender.load(run.uri), run_config(run)
     histories = {"new-1": recommender.ids[:4], "new-2": [], "new-3": recommender.ids[7:9]}
     for number in range(2):  # another request takes the place of the one before, without a word
         pl.DataFrame({"user_id": list(histories), "history": list(histories.values())}).write_parquet(folder / f"new{number}.parquet")
@@ -55,6 +56,7 @@ def test_histories_of_other_users_are_scored_next_to_the_run(copied, capsys, mon
     call(["score", "--histories", "new1.parquet", *arguments])
     assert run.read_bytes("score_histories/manifest.json") == written  # it is done
     assert run.read("score").equals(before)
+    assert run_config(run).score == settings.score, "the next score of the run is of its own users"
 
 
 def test_newer_interactions_are_scored_without_training(copied, shop, capsys):

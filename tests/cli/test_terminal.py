@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import unicodedata
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qbert_ray.cli import id_commands, main, terminal
-from qbert_ray.cli.console import trials_table
+from qbert_ray.cli.console import metrics_table, trials_table
 from qbert_ray.cli.journal import JsonLines, Terminal
 from qbert_ray.cli.terminal import json_safe, printable, shown
 from qbert_ray.semantic_ids import lookup
@@ -100,6 +101,32 @@ def test_a_piped_table_is_cut_nowhere_and_text_wraps(monkeypatch, capsys):
     table, text = capsys.readouterr().out.split("0a1b2c3d")
     assert "…" not in table and all(name.partition(".")[2] in table for name in values) and "minutes" in table
     assert text.count("a long value") == 12 and max(map(len, text.splitlines()[-3:])) <= terminal.WIDTH
+
+
+def test_ids_are_no_emoji_and_an_encoding_without_a_sign_gets_its_number(monkeypatch):
+    for name, kept in (("stdout", False), ("stderr", True)):
+        stream = io.TextIOWrapper(io.BytesIO(), "latin-1")
+        monkeypatch.setattr(sys, name, stream)
+        terminal.open_console(stderr=kept).print("[green]✓[/green] sku:100:5 ä")
+        stream.flush()
+        assert stream.buffer.getvalue() == b"\\u2713 sku:100:5 \xe4\n"
+
+
+def test_streams_that_the_caller_closed_stop_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    for stderr in (False, True):
+        terminal.open_console(stderr=stderr).print("a word")
+
+
+def test_the_figures_of_a_run_fit_a_terminal_of_eighty_columns():
+    values = {
+        f"{name}@{k}": {"value": 0.1, "low": 0.0, "high": 0.2} for k in (1, 5, 10) for name in ("hr", "ndcg") if (name, k) != ("ndcg", 1)
+    }
+    table = metrics_table("shop", {"users": 1, "protocols": {"unseen": {"item_item_text": values, "popularity": values}}})
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    assert "…" not in console.file.getvalue() and "item-item + text" in console.file.getvalue()
 
 
 def test_a_domain_without_test_items_is_said_in_words(console):

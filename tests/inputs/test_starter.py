@@ -328,3 +328,55 @@ def test_parts_whose_types_differ_are_one_table(tmp_path, first, second, kind):
         pl.DataFrame({"item_id": range(30), "x": values}).write_parquet(tmp_path / f"part-{number}.parquet")
     tables, aside = find_tables([tmp_path])
     assert not aside and tables[0].columns["x"].kind == kind and len(tables[0].sample) == 60
+
+
+def test_a_catalog_that_names_its_items_several_times_is_not_passed_over(tmp_path):
+    catalog().write_csv(tmp_path / "items.csv")
+    catalog().with_columns(price=pl.lit(1.0)).write_csv(tmp_path / "items (1).csv")
+    sales().write_csv(tmp_path / "sales.csv")
+    with pytest.raises(
+        StarterError, match=r"items\*.csv describes items \(title, brand, price\), but its item_id names many of them several"
+    ):
+        write_config([tmp_path], tmp_path / "shop.yaml")
+
+
+def test_items_whose_ids_are_bytes_are_a_catalog(tmp_path):
+    catalog().with_columns(pl.col("item_id").cast(pl.Binary)).write_parquet(tmp_path / "items.parquet")
+    sales().with_columns(pl.col("item_id").cast(pl.Binary)).write_parquet(tmp_path / "sales.parquet")
+    shop = made(tmp_path)[0].data.domains["shop"]
+    assert (shop.items, shop.interactions) == ("items.parquet", "sales.parquet") and "title" in shop.text_fields
+
+
+@pytest.mark.parametrize("name", ["2024", "no", "null", "1e3"])
+def test_a_name_that_yaml_would_misread_is_that_of_the_domain(tmp_path, name):
+    catalog().write_csv(tmp_path / "items.csv")
+    sales().write_csv(tmp_path / "sales.csv")
+    write_config([tmp_path], tmp_path / f"{name}.yaml")
+    config = load_config([tmp_path / f"{name}.yaml"])
+    assert (list(config.data.domains), config.run.dir) == ([name], f"runs/{name}")
+
+
+@pytest.mark.parametrize("name", ["note\nrun: {dir: elsewhere}\n#", "Preis\n(EUR)", "a\u2028run: {dir: elsewhere}", "bell\x07", "a\rb: c"])
+def test_names_of_columns_and_files_stay_in_their_comments(tmp_path, name):
+    """They are content: whoever supplies a table must not choose where the run writes."""
+    catalog().with_columns(pl.col("price").alias(name)).rename({"about": f"{name} text"}).write_parquet(tmp_path / "items.parquet")
+    sales().with_columns(pl.lit(1).alias(name)).write_parquet(tmp_path / "sales.parquet")
+    config, text = made(tmp_path)
+    assert config.run.dir == "runs/shop" and set(yaml.safe_load(text)) == {"run", "data"}
+    assert f"{name} text" in config.data.domains["shop"].text_fields
+
+
+def test_files_elsewhere_are_refused_in_words(tmp_path):
+    with pytest.raises(StarterError, match="s3:/bucket/shop: init looks at local files alone"):
+        write_config([Path("s3://bucket/shop")], tmp_path / "shop.yaml")
+
+
+def test_a_config_is_utf_8_whatever_the_locale_and_names_the_command_as_a_shell_reads_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pathlib.Path.write_text", lambda *_, **__: pytest.fail("in the encoding of the locale"))
+    catalog().with_columns(pl.lit("ärmel 日本").alias("größe")).write_parquet(tmp_path / "items.parquet")
+    sales().write_csv(tmp_path / "sales.csv")
+    with pytest.raises(SystemExit):
+        main(["init", str(tmp_path), "-o", str(tmp_path / "my shop.yaml")])
+    assert "größe" in (tmp_path / "my shop.yaml").read_text(encoding="utf-8")
+    said = capsys.readouterr().out
+    assert said.count(f"qbert-ray validate -c '{tmp_path / 'my shop.yaml'}'") == 2
