@@ -10,11 +10,13 @@ import importlib
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import yaml
 
 from qbert_ray.config.loading import read_config, with_values
 from qbert_ray.config.schema import Config
+from qbert_ray.config.yaml_files import YamlError, read_yaml
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.fingerprints import fingerprint
@@ -169,7 +171,7 @@ def _refuse_others_files(run: RunDir) -> None:
     Raises:
         ArtifactError: the message names it.
     """
-    saved = yaml.safe_load(run.read_bytes("config.yaml")) if run.exists("config.yaml") else None
+    saved = _saved(run)
     if isinstance(saved, dict) and set(saved) >= WHOLE:
         return
     others = [name for name in run.folders("") if name in BY_NAME and not any(run.exists(f"{name}/{file}") for file in (MANIFEST, STARTED))]
@@ -178,6 +180,14 @@ def _refuse_others_files(run: RunDir) -> None:
         raise ArtifactError(
             f"{run.uri} is not the directory of a run, and a run would replace {', '.join(others)} there; choose another run.dir"
         )
+
+
+def _saved(run: RunDir) -> Any:
+    """The content of config.yaml, None if there is none; a text where it cannot be read, so that it is nobody's but is there."""
+    try:
+        return read_yaml(run.read_bytes("config.yaml")) if run.exists("config.yaml") else None
+    except YamlError as error:
+        return str(error)
 
 
 def _forget_unfinished(stage: Stage, manifest: Manifest, run: RunDir) -> None:

@@ -250,16 +250,17 @@ def test_redo_forgets_a_stage_and_what_follows(finished, shop, tmp_path):
     assert left == ["ingest", "features", "fusion", "quantizer", "semantic_ids", "pretrain"]
 
 
+@pytest.mark.parametrize("content", [b"run: {seed: 3}", b"a: [" * 3000], ids=["yaml", "none"])
 @pytest.mark.parametrize("there", ["features/text.parquet", "score/main.py", "config.yaml"])
-def test_nothing_of_others_is_deleted_or_replaced(shop, tmp_path, there):
+def test_nothing_of_others_is_deleted_or_replaced(shop, tmp_path, there, content):
     """`run.dir` may be a folder of the user's own, by mistake or by a variable that is not set."""
     config, run = small_config(shop, tmp_path), RunDir(str(tmp_path))
-    run.write_bytes(there, b"run: {seed: 3}")
+    run.write_bytes(there, content)
     named = there.partition("/")[0] + "/" * ("/" in there)
     for begin in (lambda: run_stage(BY_NAME["ingest"], config, run, LocalExecutor(), Quiet()), lambda: redo_from("ingest", run)):
         with pytest.raises(ArtifactError, match=f"is not the directory of a run, and a run would replace {named} there; choose another"):
             begin()
-        assert run.read_bytes(there) == b"run: {seed: 3}" and run.folders("") == [named.rstrip("/")] * ("/" in there)
+        assert run.read_bytes(there) == content and run.folders("") == [named.rstrip("/")] * ("/" in there)
 
 
 def test_a_run_that_was_cut_before_its_first_stage_goes_on(shop, tmp_path):

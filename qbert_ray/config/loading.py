@@ -110,13 +110,32 @@ def _validate(tree: dict[Any, Any]) -> Config:
         raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
 
 
+_SECRETS = re.compile(
+    r"(?i)(?:^|&)[\w.-]*(?:secret|password|passwd|token|sig|signature|credential|access_?key|account_?key|api_?key)[\w.-]*="
+)
+
+
 def refuse_credentials(name: str, value: str) -> None:
     """Raise ConfigError if a URI given as `name` holds credentials; the message omits the value, since it is logged too."""
-    if re.match(r"\w+://[^/?]*@", value):
+    if _has_credentials(value):
         raise ConfigError(
             f"{name} holds credentials, which would end up in manifests and logs; write {value.partition('://')[0]}://bucket/path and "
             "give them by the environment of every node (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
         )
+
+
+def _has_credentials(value: str) -> bool:
+    scheme, found, rest = value.partition("://")
+    place, _, query = rest.partition("?")
+    if not found or not re.fullmatch(r"[\w.+-]+", scheme):
+        return False
+    if _SECRETS.search(query):
+        return True
+    before, at, _ = place.partition("@")
+    if scheme in ("abfs", "abfss"):  # container@account.dfs.core.windows.net
+        return bool(at) and ":" in before
+    # user@host or user:password@host; a password may have a slash, where host:port/path@x has none
+    return bool(at) and bool(re.match(r"[^/]*$|[^/:]*:(?!\d*/)", before))
 
 
 def read_layer(file: Path, above: tuple[Path, ...] = ()) -> Tree:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 MOST_BYTES, MOST_NODES, MOST_NESTED = 4 << 20, 200_000, 64
+NUMBERS, LONGEST_NUMBER = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"), 100
 
 
 class YamlError(ValueError):
@@ -62,6 +63,8 @@ def _count(root: yaml.Node) -> None:
         if len(above) >= MOST_NESTED:
             raise YamlError(f"is nested more than {MOST_NESTED} levels deep")
         above.add(mine)
+        if _is_leaf(node) and node.tag in NUMBERS and len(node.value) > LONGEST_NUMBER:
+            raise YamlError(f"holds a number of {len(node.value):,} digits")  # whose reading takes time by their square
         inner = [each for pair in node.value for each in (pair if isinstance(pair, tuple) else (pair,))] if not _is_leaf(node) else []
         for each in inner:
             visit(each)

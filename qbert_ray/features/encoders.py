@@ -36,6 +36,7 @@ OTHERS = {
     "JSON, not an image": rb"\s*[{\[]\s*[\"{\[]",
     "a PDF, not an image": rb"%PDF",
 }
+MOST_SCANS = 100  # of a JPEG, which is decoded once for each: progressive ones have about ten
 PNG_BEGINS, PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 LONGEST_SIDE_RATIO = 4  # a centre crop cuts off everything beyond it, and resizing a 1 x 1,000,000 strip would fill the memory
 
@@ -279,6 +280,8 @@ def _decode(content: bytes, max_pixels: int) -> Image.Image:
         raise ImageRejected(_unread(content)) from None
     if image.width * image.height > max_pixels:
         raise ImageRejected("too many pixels")
+    if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > MOST_SCANS:
+        raise ImageRejected("too many scans")
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # noqa: BLE001 - as above

@@ -23,7 +23,11 @@ from PIL import Image
 
 from qbert_ray.features.encoders import FileRejected
 
-SOUND_CODECS = ("flac", "vorbis", "opus", "mp3", "mp3float", "mp2", "mp2float", "aac", "alac", "libopus", "libvorbis")  # and PCM
+SOUND_CODECS = ("flac", "vorbis", "opus", "mp3", "mp3float", "mp2", "mp2float", "aac", "alac", "libopus", "libvorbis")
+PCM = (
+    *(f"pcm_{sign}{bits}{end}" for sign in "su" for bits in (16, 24, 32) for end in ("le", "be")),
+    *("pcm_u8", "pcm_s8", "pcm_s64le", "pcm_s64be", "pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "pcm_alaw", "pcm_mulaw"),
+)
 FILM_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9", "av1", "libdav1d", "libvpx", "libvpx-vp9", "gif")
 LEAST_RATE, MOST_RATE = 1_000, 384_000  # Hz; resampling from less would multiply the samples
 MOST_CHANNELS = 16
@@ -187,7 +191,7 @@ def _picture(frame: Any, resize: Any) -> Image.Image:
 
 def _check_sound(stream: Any) -> None:
     context = stream.codec_context
-    if context is None or not (context.name in SOUND_CODECS or context.name.startswith("pcm_")):
+    if context is None or context.name not in (*SOUND_CODECS, *PCM):
         raise MediaRejected("codec that is not read")
     if not LEAST_RATE <= context.sample_rate <= MOST_RATE:
         raise MediaRejected("odd sample rate")
@@ -233,6 +237,7 @@ def _opened(content: bytes, limits: Limits) -> Iterator[Any]:
     if len(content) > limits.max_bytes:
         raise MediaRejected("too many bytes")
     options = {"max_pixels": str(limits.max_pixels), "threads": "1", "enable_drefs": "0"}
+    options["codec_whitelist"] = ",".join((*SOUND_CODECS, *FILM_CODECS, *PCM))  # to open a file is to decode the first of it
     try:
         form = container_of(content)
         # A WAV's header says all; FFmpeg would look through as much of its samples for another codec as it may, which takes longer than the rest.

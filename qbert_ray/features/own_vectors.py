@@ -25,6 +25,7 @@ from qbert_ray.storage.columns import ITEM_ID
 from qbert_ray.storage.directory import resolve
 
 BATCH_ROWS = 8192
+READ = (ITEM_ID, "vector", "vectors")  # arrays of an .npz; others are not unpacked
 _INDEX = r"Unnamed: [0-9]+"  # a column of row numbers, as pandas writes it
 ID_FILES = ("_ids.npy", ".ids.npy", "_ids.txt", ".ids.txt", "_ids.csv", ".ids.csv")  # after the name of a matrix without .npy
 
@@ -81,7 +82,7 @@ def _load(filesystem: fs.FileSystem, path: str, uri: str) -> np.ndarray | dict[s
         raw = io.BytesIO(stream.read())
     try:
         loaded = np.load(raw, allow_pickle=False)
-        return loaded if isinstance(loaded, np.ndarray) else dict(loaded.items())
+        return loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] if name in READ else np.zeros(0) for name in loaded.files}
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{uri} is damaged: {error}; copy it again") from None
     except ValueError as error:

@@ -22,6 +22,7 @@ from qbert_ray.inputs.rows import stable_hash
 from qbert_ray.storage.columns import DOMAIN, ITEM_ID, ITEM_INDEX, features_schema, to_fixed_lists
 
 DISTURB_SALT = 77
+MOST_VECTORS = 256  # of an item: space for the most that any item has is made for all
 LARGEST = 1e15  # number of a vector; the squares and sums of larger ones are no float32
 
 
@@ -65,7 +66,8 @@ def vectors_shape(uri: str) -> tuple[int, int]:
     most, widths = 1, Counter[int]()
     for batch in batches(uri):
         row, width, _ = _flat(batch.column(1))
-        most = max(most, int(np.bincount(row).max(initial=1)))
+        counts = np.bincount(row)
+        most = max(most, int(counts[counts <= MOST_VECTORS].max(initial=1)))
         widths.update(width[width > 0].tolist())
     if not widths:
         raise ValueError(f"{uri} holds no vector")
@@ -132,7 +134,8 @@ def _check(column: pa.Array, num_vectors: int, width: int) -> tuple[np.ndarray, 
     row, widths, flat = _flat(column)
     starts = np.searchsorted(row, np.arange(len(column)))
     slot = np.arange(len(row)) - starts[row]
-    fits = widths == width
+    many = np.bincount(row, minlength=len(column)) > num_vectors
+    fits = (widths == width) & ~many[row]
     values = pc.list_flatten(flat.filter(pa.array(fits))).cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(-1, width)
     finite, given = np.isfinite(values).all(axis=1), values.any(axis=1)
     reasons = np.full(len(column), "", dtype=object)
@@ -142,6 +145,7 @@ def _check(column: pa.Array, num_vectors: int, width: int) -> tuple[np.ndarray, 
     reasons[row[fits][~finite]] = "not finite"
     reasons[row[~fits & (widths > 0)]] = "wrong width"
     reasons[row[widths == 0]] = "no vector"
+    reasons[many] = "too many vectors"
     slots = np.zeros((len(column), num_vectors, width), np.float32)
     filled = np.zeros((len(column), num_vectors), bool)
     slots[row[fits], slot[fits]], filled[row[fits], slot[fits]] = values, given

@@ -13,7 +13,9 @@ import ipaddress
 import os
 import re
 import socket
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,6 +31,7 @@ WEB, STORES = ("http", "https"), ("s3", "gs", "gcs")
 WAIT_SECONDS, WHOLE_SECONDS = 20, 60  # timeouts for the next bytes of a download, and for the whole of it
 POOLED = 8  # connections that are kept open to one host
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+GLOBAL_UNICAST, DOCUMENTATION = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("3fff::/20")
 
 
 class AddressError(ValueError):
@@ -136,6 +139,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(number) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if number not in GLOBAL_UNICAST or number in DOCUMENTATION:  # such as translations of IPv4 by other prefixes
+            return False
     return number.is_global and not number.is_multicast
 
 
@@ -189,16 +194,55 @@ def _download(uri: str, max_bytes: int, addresses: Addresses) -> bytes:
     pool = _pool(parts.scheme or "https", host, found[0], port)
     deadline, content = time.monotonic() + WHOLE_SECONDS, bytearray()
     response = pool.urlopen("GET", parts.request_uri, headers=headers, redirect=False, retries=False, preload_content=False)
+    timer = _cut_after(deadline - time.monotonic(), response.connection)
     try:
         if response.status != 200:
             raise AddressError("cannot be read")
-        while len(content) <= max_bytes and (piece := response.read1(max_bytes + 1 - len(content), decode_content=False)):
+        while (
+            len(content) <= max_bytes
+            and time.monotonic() <= deadline
+            and (piece := response.read1(max_bytes + 1 - len(content), decode_content=False))
+        ):
             content += piece
-            if time.monotonic() > deadline:
-                raise AddressError("cannot be read")
+        if time.monotonic() > deadline:  # what was cut can look as if it were whole
+            raise AddressError("cannot be read")
     finally:
+        timer.cancel()
         response.close()  # unread bytes must not reach the next image; a connection that was read to its end is already back in the pool
     return bytes(content)
+
+
+def _cut_after(seconds: float, connection: Any) -> threading.Timer:
+    """A timer that ends what a connection waits for: a host may send a byte now and then, of headers too, for ever."""
+    sock: Any = getattr(connection, "sock", None)  # the response may have come whole, and the connection be back in its pool
+
+    def cut() -> None:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(max(seconds, 0), cut if sock is not None else lambda: None)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+class _Bounded:
+    """A connection whose wait for the headers of a response ends after `WHOLE_SECONDS`."""
+
+    def getresponse(self) -> Any:
+        timer = _cut_after(WHOLE_SECONDS, self)
+        try:
+            return super().getresponse()  # type: ignore[misc]
+        finally:
+            timer.cancel()
+
+
+class _HTTP(_Bounded, urllib3.connection.HTTPConnection):
+    pass
+
+
+class _HTTPS(_Bounded, urllib3.connection.HTTPSConnection):
+    pass
 
 
 @lru_cache(maxsize=64)
@@ -206,8 +250,11 @@ def _pool(scheme: str, host: str, address: str, port: int) -> Any:
     """A connection pool for an IP address, whose certificate must match the host's name."""
     options: dict[str, Any] = {"timeout": urllib3.Timeout(WAIT_SECONDS), "maxsize": POOLED}
     if scheme == "http":
-        return urllib3.HTTPConnectionPool(address, port, **options)
-    return urllib3.HTTPSConnectionPool(address, port, server_hostname=host, assert_hostname=host, **options)
+        pool: Any = urllib3.HTTPConnectionPool(address, port, **options)
+    else:
+        pool = urllib3.HTTPSConnectionPool(address, port, server_hostname=host, assert_hostname=host, **options)
+    pool.ConnectionCls = _HTTP if scheme == "http" else _HTTPS
+    return pool
 
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:

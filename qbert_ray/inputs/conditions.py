@@ -11,8 +11,13 @@ from qbert_ray.inputs.id_tables import read_columns, table_endings
 from qbert_ray.inputs.sources import Source, SourceError
 from qbert_ray.storage.columns import ITEM_ID
 
-_QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"")
-_QUERIES = re.compile(r"\b(select|table|values|with)\b", re.IGNORECASE)  # they could read other files
+# What is in quotes, from left to right; or what an expression must not hold outside of them: queries, whose files polars opens when
+# it parses them, and comments and other quotes, which would hide these.
+_TOKENS = re.compile(
+    r"""(?P<quoted>'(?:[^']|'')*'|"[^"]*")|"""
+    r"""(?P<refused>\b(?:select|table|values|with|from|exists|read_\w+|scan_\w+)\b|--|/\*|[`$\\]|[\w&](?='))""",
+    re.IGNORECASE,
+)
 MATCHES = "<matches>"
 
 
@@ -26,11 +31,14 @@ def parse(text: str, key: str) -> pl.Expr:
     Raises:
         SourceError: it is no expression over columns.
     """
-    if query := _QUERIES.search(_QUOTED.sub("", text)):
-        raise SourceError(f"{key}: {text!r} holds {query[0]!r}; write an expression over columns of the items, without queries")
+    if refused := next((found["refused"] for found in _TOKENS.finditer(text) if found["refused"]), None):
+        raise SourceError(
+            f"{key}: {text!r} holds {refused!r}; write an expression over columns of the items, without queries and comments "
+            "(a column of such a name stands in double quotes)"
+        )
     try:
         found = pl.sql_expr(text)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         raise SourceError(
             f"{key}: {text!r} is neither an expression such as in_stock == true ({error}) nor a table (named *{table_endings()}, or with / at its end)"
         ) from None

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
-from qbert_ray.inputs.limits import MOST_LINE
+from qbert_ray.inputs.limits import MOST_LINE, check_columns
 from qbert_ray.inputs.text_files import Text, blocks
 
 DELIMITERS = ",;\t|"
@@ -73,7 +73,7 @@ def header(content: bytes, kind: str) -> tuple[Dialect, tuple[str, ...]]:
     before = len(text) - len(text.lstrip("\r\n"))
     skipped = len(_LINE_END.findall(text[:before]))
     text = text[before:]
-    said = re.match(r"(?i)sep=(.)(?:\r\n?|\n)", text)  # a line that Excel writes above the header
+    said = re.match(r"(?i)sep=([\t -~])(?:\r\n?|\n)", text)  # a line that Excel writes above the header
     if said:
         text, skipped = text[said.end() :], skipped + 1
     if not text.strip():
@@ -185,12 +185,14 @@ def _first_line(text: str) -> str:
 
 def _named(names: list[str]) -> tuple[str, ...]:
     """Distinct names: a number is appended to repeated ones, and columns without a name are called as pandas calls them."""
+    check_columns(names)
     found: dict[str, None] = {}
+    times: dict[str, int] = {}  # a name came before
     for place, given in enumerate(names):
-        name = given or f"Unnamed: {place}"
-        number, new = 1, name
+        name = new = given or f"Unnamed: {place}"
         while new in found:
-            number, new = number + 1, f"{name}_{number + 1}"
+            times[name] = times.get(name, 1) + 1
+            new = f"{name}_{times[name]}"
         found[new] = None
     return tuple(found)
 

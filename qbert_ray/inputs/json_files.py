@@ -24,7 +24,8 @@ ROW_LENGTH = 2000  # characters of a rejected row that are kept
 MOST_NESTED = 64  # lists and mappings inside each other in a line
 MOST_BYTES = 2 << 30  # of a file that has to be parsed as one value
 SAMPLED_LINES = 10_000  # each line names its own columns; `describe` collects those of so many lines
-BATCH_LINES = 1 << 14
+BATCH_LINES, BATCH_BYTES = 1 << 14, 16 << 20  # parsed at once, whichever is reached first
+MOST_SIGNS = 1 << 20  # brackets and commas of a line: about the number of its values, each of which takes a hundred bytes parsed
 LINES, ARRAY, KEYED, HISTORIES = "lines", "array", "keyed", "histories"
 IMAGE_KEYS = (  # of mappings, the best first
     *("large", "hi_res", "path", "url", "src", "href", "link", "uri", "image", "original", "full", "medium", "small", "thumb", "thumbnail"),
@@ -157,8 +158,7 @@ def read(stream: BinaryIO, text: Text, layout: str, converters: Converters) -> I
         converters: wanted column -> how its values become text.
     """
     if layout == LINES:
-        lines = _lines(stream, text)
-        while batch := list(itertools.islice(lines, BATCH_LINES)):
+        for batch in _batches(_lines(stream, text)):
             yield _frame([_parse(line) for line in batch], batch, converters)
         return
     content = b"".join(_limited(blocks(stream, text, most_line=MOST_BYTES)))  # an array is often a single line
@@ -191,6 +191,8 @@ def _frame(records: list[dict[str, Any] | None], lines: list[bytes], converters:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
+    if len(line) > MOST_SIGNS and line.count(b",") + line.count(b"[") + line.count(b"{") > MOST_SIGNS:
+        return None
     try:
         record = json.loads(line, strict=False)  # tabs and other control characters in texts are no error
     except (ValueError, RecursionError):
@@ -212,6 +214,20 @@ def _is_deep(value: Any) -> bool:
 def _lines(stream: BinaryIO, text: Text) -> Iterator[bytes]:
     stripped = (line.strip() for block in blocks(stream, text) for line in block.split(b"\n"))
     return (line[:MOST_LINE] for line in stripped if line)  # cut, an object is no JSON: the row is rejected
+
+
+def _batches(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Lines in lists of at most `BATCH_LINES`, and of about `BATCH_BYTES` where lines are long."""
+    batch: list[bytes] = []
+    size = 0
+    for line in lines:
+        batch.append(line)
+        size += len(line)
+        if len(batch) == BATCH_LINES or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _limited(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -52,7 +52,8 @@ def check_schema(schema: pa.Schema) -> None:
 def repeated_columns(metadata: pq.FileMetaData, schema: pa.Schema, names: Iterable[str]) -> list[str]:
     """Dictionary-encoded columns of texts or bytes, in which a few bytes may decode to gigabytes."""
     wanted = set(names)  # looked for field by field: a file may have two columns of one name, which cannot be asked for by it
-    plain = {field.name for field in schema if field.name in wanted and (pa.types.is_string(field.type) or pa.types.is_binary(field.type))}
+    kinds = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
+    plain = {field.name for field in schema if field.name in wanted and any(kind(field.type) for kind in kinds)}
     found: set[str] = set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         chunks = (group.column(place) for place in range(group.num_columns))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 
 import polars as pl
 
@@ -23,10 +24,15 @@ def strip_markup(texts: pl.Series) -> pl.Series:
     for _ in range(2):  # some feeds escape twice: &amp;lt;b&amp;gt;
         escaped = plain.str.contains(_ENTITY).fill_null(False).arg_true()
         if len(escaped):
-            decoded = plain[escaped].map_elements(html.unescape, pl.String)
+            decoded = plain[escaped].map_elements(_unescaped, pl.String)
             plain = plain.scatter(escaped, _without_tags(decoded))
     plain = plain.str.replace_all(r"\s+", " ").str.strip_chars()
     return texts.scatter(marked, plain.replace("", None))
+
+
+def _unescaped(text: str) -> str:
+    """A text with its entities decoded, but those that are none: html.unescape raises on numbers of thousands of digits."""
+    return re.sub(_ENTITY, lambda found: html.unescape(found[0]), text)
 
 
 def _without_tags(texts: pl.Series) -> pl.Series:

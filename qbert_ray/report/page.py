@@ -15,12 +15,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
+from qbert_ray.inputs.addresses import is_inside
 from qbert_ray.report import codes, evaluation, fused, recommendations, summary, sweep
 from qbert_ray.report.catalog import Album, Catalog
 from qbert_ray.report.facts import Facts, redact
 from qbert_ray.report.figures import dark_shades
 from qbert_ray.storage.columns import label
-from qbert_ray.storage.directory import RunDir
+from qbert_ray.storage.directory import ArtifactError, RunDir
 
 PAGE = "report/index.html"
 UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&'\u2028\u2029"}  # within <script> these could end it or open a tag
@@ -33,6 +34,8 @@ def write(uri: str) -> tuple[str, list[str]]:
         ArtifactError: there is neither a run nor a sweep.
     """
     run = RunDir(uri)
+    if "://" not in uri and not is_inside(run.path(PAGE), (run.path(),)):
+        raise ArtifactError(f"{run.path('report')} is a link to another folder; remove it, and the report is written in the run directory")
     swept = run.exists(sweep.SWEEP)
     content: dict[str, Any] = {"content": sweep.gather(run)} if swept else gather(run)
     name = "sweep.html" if swept else "run.html"

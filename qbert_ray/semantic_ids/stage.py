@@ -30,6 +30,7 @@ from qbert_ray.training import build, last_metrics, trained
 
 BATCH = 4096  # items that are encoded at once
 ENCODED = "semantic_ids/.encoded"
+MOST_CODES = 1 << 16  # of a level of given IDs, in catalogs of any size: figures count each
 
 
 class DomainCounts(TypedDict):
@@ -222,6 +223,10 @@ def _use_given_ids(config: Config, run: RunDir, progress: Progress) -> IdCounts:
     domains = list(config.data.domains)
     given = _read_given(source, domains)
     size = 1 + int(given["codes"].list.max().drop_nulls().to_numpy().max(initial=0))
+    if size > max(MOST_CODES, 4 * len(given)):
+        raise ArtifactError(
+            f"data.semantic_ids: {source} holds the code {size - 1:,}; codes are small numbers, from 0 to below {MOST_CODES:,}"
+        )
     counts = []
     for domain in domains:
         progress.note(domain)

@@ -17,7 +17,9 @@ BOMBS = {
     "[" * 65 + "]" * 65: "nested",
     "[" * 5000: "nested|not valid",
     "x" * (5 << 20): "larger than 4 MiB",
-    "x: " + "1" * 5000: "not valid YAML",
+    "x: " + "1" * 5000: "a number of 5,000 digits",
+    "x: 1" + ":0" * 60_000: "a number of 120,001 digits",  # to the base of 60
+    "x: -0x" + "f" * 6000: "a number of 6,003 digits",
     "x: !!python/object/apply:os.system [id]": "not valid YAML",
     "? {a: 1}\n: b": "not valid YAML",
     "x: \x1b[2J": "not valid YAML",

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from qbert_ray.features.encoders import ImageEncoder, ImageRejected, TextEncoder, decode_image
+from qbert_ray.features.encoders import MOST_SCANS, ImageEncoder, ImageRejected, TextEncoder, decode_image
 from qbert_ray.features.pretrained import EncoderUnavailable
 
 TEXTS = ["guitar strings", "folk guitar strings, nylon, ball end, a set of six", "x", "a stainless steel frying pan " * 6]
@@ -245,6 +245,14 @@ def test_bad_images_are_rejected_with_a_reason(reason):
     with pytest.raises(ImageRejected) as error:
         decode_image(REJECTED[reason], max_bytes=100_000, max_pixels=1_000_000)
     assert str(error.value) == reason
+
+
+def test_a_jpeg_that_is_decoded_anew_for_each_of_many_scans_is_rejected():
+    picture = encoded(photos(1, (64, 64))[0], "JPEG", progressive=True)
+    assert 5 < picture.count(b"\xff\xda") <= MOST_SCANS and decode_image(picture, 10**6, 10**6).size == (64, 64)
+    last = picture.rindex(b"\xff\xda")
+    with pytest.raises(ImageRejected, match="too many scans"):
+        decode_image(picture[:-2] + picture[last:-2] * MOST_SCANS + picture[-2:], 10**6, 10**6)
 
 
 def test_postscript_is_never_opened():

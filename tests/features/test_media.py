@@ -2,9 +2,11 @@
 
 import json
 
+import av
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from qbert_ray.config.loading import load_config
 from qbert_ray.features import media
@@ -137,6 +139,18 @@ def test_a_file_that_takes_too_long_is_left(monkeypatch):
 
 
 # hostile files
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "mpeg2video"])
+def test_no_other_decoder_is_even_opened(codec, capfd):
+    """FFmpeg decodes the first frames of a file to say what is in it."""
+    content = encode_clip([Image.new("RGB", (64, 48))] * 4, 4, "matroska", codec)
+    av.logging.set_level(av.logging.DEBUG)
+    seen = []
+    with av.logging.Capture() as logs, pytest.raises(MediaRejected):
+        decode_frames(content, 2, False, LIMITS)
+    seen += [message for *_, message in logs]
+    assert not [message for message in seen if "Format " in message and "chosen" in message]
 
 
 @pytest.mark.parametrize(("modality", "settings"), [("audio", {}), ("video", {"image": {"image_size": 64}})])

@@ -1,5 +1,6 @@
 """Vectors that a user brings along, in any of the usual files."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from qbert_ray.features import vectors
 from qbert_ray.features.vectors import read_vectors, vectors_shape
 
 IDS, MATRIX = ["a", "b", "7"], np.arange(6, dtype=np.float32).reshape(3, 2)
@@ -49,6 +51,27 @@ def test_several_vectors_of_an_item_in_a_cube(tmp_path):
     np.savez(tmp_path / "v.npz", item_id=np.array([1, 2]), vectors=np.ones((2, 3, 4)))
     assert vectors_shape(str(tmp_path / "v.npz")) == (3, 4)
     assert read_vectors(str(tmp_path / "v.npz"), pa.array(["2"]), 3, 4).present.all()
+
+
+def test_a_row_with_too_many_vectors_sets_no_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors, "MOST_VECTORS", 3)
+    rows = {"item_id": ["a", "b", "c"], "vectors": [[[1.0, 2.0]] * 2, [[1.0, 2.0]] * 4, [[1.0, 2.0]] * 3]}
+    pl.DataFrame(rows).write_parquet(tmp_path / "v.parquet")
+    uri = str(tmp_path / "v.parquet")
+    assert vectors_shape(uri) == (3, 2)
+    placed = read_vectors(uri, pa.array(["a", "b", "c"]), 3, 2)
+    assert placed.present.sum(1).tolist() == [2, 0, 3] and placed.rejected == [("too many vectors", {"item_id": "b"})]
+
+
+def test_arrays_that_are_not_asked_for_are_not_unpacked(tmp_path):
+    np.savez_compressed(tmp_path / "v.npz", item_id=np.array(IDS), vector=MATRIX, other=np.zeros(50 << 20, np.uint8))
+    tracemalloc.start()
+    assert vectors_shape(str(tmp_path / "v.npz")) == (1, 2)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+    np.savez(tmp_path / "w.npz", item_id=np.array(IDS), embedding=MATRIX)
+    with pytest.raises(ValueError, match="it has item_id, embedding"):
+        vectors_shape(str(tmp_path / "w.npz"))
 
 
 def test_vectors_of_no_item_are_an_error_that_shows_both_ids(tmp_path):

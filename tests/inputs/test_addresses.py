@@ -5,6 +5,7 @@ import os
 import socket
 import ssl
 import threading
+import time
 
 import polars as pl
 import pytest
@@ -18,6 +19,7 @@ from qbert_ray.inputs.sources import SourceError, open_source
 WEB = Addresses(schemes=("http", "https"))
 PRIVATE = ["127.0.0.1", "10.0.0.1", "192.168.1.1", "169.254.169.254", "100.100.100.200", "0.0.0.0", "224.0.0.1", "::1", "fe80::1%eth0"]
 PRIVATE += ["fd00:ec2::254", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "2002:7f00:1::", "::7f00:1", "::"]
+PRIVATE += ["64:ff9b:1::a9fe:a9fe", "::ffff:0:7f00:1", "fec0::1", "5f00::1", "3fff::1"]
 
 
 @pytest.mark.parametrize("address", PRIVATE)
@@ -137,6 +139,40 @@ def test_the_connection_goes_to_the_address_that_was_judged(monkeypatch, server)
     uri = f"http://rebinding.example.com:{there.server_port}/a%20b.jpg?x=1"
     assert read_image(uri, 10, WEB) == b"image"
     assert asked == ["rebinding.example.com"] and seen == [("/a%20b.jpg?x=1", f"rebinding.example.com:{there.server_port}")]
+
+
+@pytest.mark.parametrize(
+    "sent", [b"HTTP/1.1 100 Continue\r\n\r\n", b"X-Header: 1\r\n", b"1\r\nx\r\n"], ids=["continue", "headers", "chunks"]
+)
+def test_a_host_that_sends_a_little_for_ever_is_left(monkeypatch, sent):
+    listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def drip():
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            begin = b"" if sent.startswith(b"HTTP") else b"HTTP/1.1 200 OK\r\n"
+            connection.sendall(begin + (b"Transfer-Encoding: chunked\r\n\r\n" if sent.startswith(b"1") else b""))
+            while not over.wait(0.05):
+                try:
+                    connection.sendall(sent)
+                except OSError:
+                    return
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    monkeypatch.setattr(module, "WHOLE_SECONDS", 0.5)
+    port = listener.getsockname()[1]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.0.1", port))])
+    monkeypatch.setattr(module, "is_public", lambda _: True)
+    begin = time.monotonic()
+    with pytest.raises(AddressError, match="cannot be read"):
+        read_image(f"http://images.example.com:{port}/a.jpg", 1000, WEB)
+    took = time.monotonic() - begin
+    over.set()
+    thread.join()
+    listener.close()
+    assert 0.4 < took < 10
 
 
 def test_a_certificate_must_be_of_the_name_not_of_the_address(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from qbert_ray.config.schema import Domain
 from qbert_ray.inputs import limits
@@ -100,6 +101,38 @@ def written(kind: str, ids: list[str], titles: list[str]) -> str:
     return "item_id,title\n" + "\n".join(f'"{name}","{title}"' if kind == "quoted" else f"{name},{title}" for name, title in pairs)
 
 
+def test_lines_below_the_bound_are_parsed_a_few_at_a_time(tmp_path):
+    line = json.dumps({"item_id": "a", "title": "x" * (8 << 20)}).encode() + b"\n"
+    write_gz(tmp_path / "items.jsonl.gz", (line, 60))
+    answer, peak = read_bounded(tmp_path, "items.jsonl.gz")
+    assert answer == ["60", "0"] and peak < 600
+
+
+def test_a_line_of_millions_of_values_is_a_rejected_row(tmp_path):
+    (tmp_path / "items.jsonl").write_bytes(b'{"item_id": "a"}\n{"item_id": "b", "title": [' + b"[]," * (2 << 20) + b"[]]}\n")
+    answer, peak = read_bounded(tmp_path, "items.jsonl")
+    assert answer == ["2", "1"] and peak < 300
+
+
+def test_large_texts_of_parquet_are_read_in_pieces_too(tmp_path):
+    texts = pa.array(["x" * (1 << 20)] * 100, pa.large_string())
+    schema = pa.schema({"item_id": pa.string(), "title": pa.large_string()})
+    with pq.ParquetWriter(tmp_path / "items.parquet", schema, compression="zstd", dictionary_pagesize_limit=1 << 30) as writer:
+        for begin in range(0, 2000, 100):
+            writer.write_table(pa.table({"item_id": [f"i{begin + row}" for row in range(100)], "title": texts}, schema))
+    assert (tmp_path / "items.parquet").stat().st_size < 1 << 20
+    answer, peak = read_bounded(tmp_path, "items.parquet")
+    assert answer == ["2000", "0"] and peak < 1000
+
+
+def test_names_of_columns_that_repeat_are_counted_in_linear_time(tmp_path, monkeypatch):
+    (tmp_path / "items.csv").write_text(",".join(["a"] * 9_999) + "\n")
+    names = describe(fs.LocalFileSystem(), str(tmp_path / "items.csv")).columns
+    assert len(set(names)) == 9_999 and names[:3] == ("a", "a_2", "a_3") and names[-1] == "a_9999"
+    (tmp_path / "mixed.csv").write_text("a,a_2,a,a\n1,2,3,4\n")
+    assert describe(fs.LocalFileSystem(), str(tmp_path / "mixed.csv")).columns == ("a", "a_2", "a_3", "a_4")
+
+
 @pytest.mark.parametrize("megabytes", [17, 40])  # within the blocks that are read at once, and past them
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "quoted"])
@@ -136,7 +169,7 @@ def test_too_many_columns_are_refused(tmp_path, monkeypatch, kind):
     else:
         path.write_text("\n".join(json.dumps({name: 1}) for name in names))
     with pytest.raises(FileError, match=rf"items.{kind} .*more than 50 columns"):
-        describe(pa.fs.LocalFileSystem(), str(path))
+        describe(fs.LocalFileSystem(), str(path))
 
 
 def test_columns_that_are_nested_too_deeply_are_refused(tmp_path):
@@ -145,4 +178,4 @@ def test_columns_that_are_nested_too_deeply_are_refused(tmp_path):
         kind = pa.struct([("x", kind)])
     pq.write_table(pa.table({"item_id": pa.nulls(1, kind)}), tmp_path / "items.parquet")
     with pytest.raises(FileError, match=r"items.parquet .*nested more than 64 levels"):
-        describe(pa.fs.LocalFileSystem(), str(tmp_path / "items.parquet"))
+        describe(fs.LocalFileSystem(), str(tmp_path / "items.parquet"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qbert_ray.config.schema import Config, Ranking
+from qbert_ray.inputs import conditions
 from qbert_ray.inputs.rules import check_rules
 from qbert_ray.inputs.sources import SourceError
 from qbert_ray.ranking import blocks, ranker
@@ -285,6 +286,31 @@ def test_what_cannot_be_used_is_refused_by_name(run, files, text, said):
     if said.startswith(("names", "neither", "holds", "no Parquet", "has no")):  # known before anything is trained
         with pytest.raises(SourceError, match=said):
             check_rules(config(files, allow=text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "price = 1 or exists (from read_csv('/etc/passwd'))",
+        "price = 1 /* ' */ or exists (select a from read_csv('x')) /* ' */",
+        "price = 1 -- '\n or exists (from read_csv('x')) -- '",
+        "brand = E'\\'' or exists (from read_csv('x')) or brand = ''",
+        "brand = $$'$$ or price in (table x) or brand = $$'$$",
+        "brand = `'` or price in (values 1) or brand = `'`",
+        "read_parquet('x') = price",
+    ],
+)
+def test_expressions_hold_no_queries_however_they_are_hidden(text, monkeypatch):
+    monkeypatch.setattr(pl, "sql_expr", lambda _: pytest.fail("polars opens what a query names as it parses"))
+    with pytest.raises(SourceError, match="holds '.*without queries and comments"):
+        conditions.parse(text, "score.exclude")
+
+
+@pytest.mark.parametrize(
+    "text", ["brand = 'from $5 -- a select /* table'", '"from" > 3', "brand = 'it''s' and price > 1", "brand in ('a','b')", "a_from > 1"]
+)
+def test_words_of_queries_may_be_values_and_quoted_columns(text):
+    assert conditions.parse(text, "score.exclude").meta.root_names()
 
 
 def test_tables_of_items_and_of_users(run, files):

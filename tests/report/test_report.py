@@ -104,6 +104,19 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path, done):
     write(str(tmp_path))
 
 
+def test_a_report_is_written_in_its_run_alone(tmp_path):
+    run, elsewhere = write_run(tmp_path / "run", []), tmp_path / "site"
+    elsewhere.mkdir()
+    (elsewhere / "index.html").write_text("home")
+    (tmp_path / "run/report").symlink_to(elsewhere)
+    with pytest.raises(ArtifactError, match="report is a link to another folder"):
+        write(run.uri)
+    assert (elsewhere / "index.html").read_text() == "home"
+    (tmp_path / "link").symlink_to(tmp_path / "run")  # a run may lie behind a link itself
+    (tmp_path / "run/report").unlink()
+    write(str(tmp_path / "link"))
+
+
 def test_given_semantic_ids_leave_stages_one_and_two_out(tmp_path):
     stages = [stage for stage in BY_NAME if stage not in ("features", "fusion", "quantizer")]
     run = write_run(tmp_path, stages, data__semantic_ids="ids.parquet")

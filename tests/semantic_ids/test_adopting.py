@@ -62,6 +62,8 @@ def test_domains_are_apart(tmp_path):
         ({"item_id": ["7", "8", "9"], "codes": [[1.5], [2.0], [3.0]]}, (), "codes must be lists of whole numbers"),
         ({"item_id": ["7", "8", "9"], "codes": ["1 2", "1 3", "1 4"]}, (), "codes must be lists of whole numbers"),
         ({"item_id": ["7", "8", "9"], "codes": [[0], [1], [1]]}, (), r"3 items of shop, and the codes in .* span only 2\*\*1 = 2 IDs"),
+        ({"item_id": ["7", "8", "9"], "codes": [[1], [2], [2**31 + 5]]}, (), r"holds the code 2,147,483,653; codes are small numbers"),
+        ({"item_id": ["7", "8", "9"], "codes": [[1], [2], [2**16]]}, (), r"from 0 to below 65,536"),
         ({"item_id": ["7", "8", "9"], "codes": [[1], [2], [3]]}, ("a", "b"), "needs a domain column"),
     ],
 )

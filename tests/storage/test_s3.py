@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qbert_ray.config.loading import ConfigError, load_config
+from qbert_ray.config.loading import ConfigError, load_config, refuse_credentials
 from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.sweeps.tables import MARKDOWN, RANKS, Table, collect
 from tests.store import BUCKET, KEY, SECRET, Store
@@ -94,6 +94,31 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(key):
         load_config([], [f"{key}=s3://{KEY}:{SECRET}@bucket/path"])
     assert SECRET not in str(error.value) and KEY not in str(error.value)
     load_config([], [f"{key}=s3://bucket/a@b?endpoint_override=127.0.0.1:1"])
+
+
+@pytest.mark.parametrize(
+    ("value", "refused"),
+    [
+        ("abfs://account.dfs.core.windows.net/c/p?client_secret=hunter2", True),
+        ("abfs://account.dfs.core.windows.net/c/p?sv=2024&sig=hunter2", True),
+        ("s3://AKIAX:hunter2/abc@bucket/x", True),
+        ("s3://AKIAX@bucket/x", True),
+        ("postgresql+psycopg2://u:hunter2@db/mlflow", True),
+        ("gs://bucket/p?access_token=hunter2", True),
+        ("abfss://u:hunter2@account.dfs.core.windows.net/path", True),
+        ("abfss://container@account.dfs.core.windows.net/path", False),
+        ("s3://bucket/p?region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:9000&allow_bucket_creation=true", False),
+        ("http://127.0.0.1:5000/x@y", False),
+        ("runs/a:b@c", False),
+    ],
+)
+def test_credentials_are_refused_wherever_a_uri_may_hold_them(value, refused):
+    if not refused:
+        assert refuse_credentials("run.dir", value) is None
+        return
+    with pytest.raises(ConfigError, match="run.dir holds credentials") as error:
+        refuse_credentials("run.dir", value)
+    assert "hunter2" not in str(error.value)
 
 
 def test_a_table_of_comparisons_is_kept_there(run):
