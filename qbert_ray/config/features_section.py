@@ -242,6 +242,9 @@ def modalities_of(features: Features, domains: dict[str, Domain]) -> list[str]:
     return in_order(["text", "image", *(name for names in described for name in names), *made])
 
 
+TAKEN = ("sequencer", "ridge", "following", "content", "seen")  # names of score features that are no modalities
+
+
 def check_inputs(features: Features, domains: dict[str, Domain]) -> None:
     """Raise ValueError if a domain gives a modality columns that its kind does not read, or a modality has neither kind nor vectors."""
     for domain, files in domains.items():
@@ -260,6 +263,9 @@ def check_inputs(features: Features, domains: dict[str, Domain]) -> None:
                 f"{{{name}: {{kind: image}}}}, or vectors of your own: data.domains.<name>.vectors.{name}"
             )
     known = modalities_of(features, domains)
+    taken = next((name for name in known if name in TAKEN or name.endswith("rejected")), None)
+    if taken is not None:
+        raise ValueError(f"a modality cannot be called {taken!r}, since scores or tables are called so; choose another name")
     unknown = [f"{field}.{name}" for field in ("missing", "noise") for name in getattr(features, field) if name not in known]
     if unknown:
         raise ValueError(f"features.{unknown[0]}: the run has no such modality; it has {', '.join(known)}")

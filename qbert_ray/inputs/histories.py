@@ -29,6 +29,7 @@ from qbert_ray.inputs.values import as_id
 from qbert_ray.storage.columns import DOMAIN, HISTORIES, ITEM_ID, ITEM_INDEX, RATING, REJECTED, TIMESTAMP, USER_ID, WEIGHT
 from qbert_ray.storage.directory import Manifest, RunDir
 
+NO_UNIT = "no unit that is known"
 INTERACTIONS = "score.interactions"  # key of the config
 HISTORY = "history"  # column of lists of item_id, in files with a row per user
 USERS_PER_PART = 8192
@@ -192,15 +193,19 @@ def _write_partition(run: RunDir, domain: str, output: str, number: int, size: i
     fresh = kept.select(in_file & ~of_run).to_series()
     counts.update({"new": int(fresh.sum()), "users": len(table), "new_users": int(table["new"].sum())})
     for name, times in (("new", kept.filter(fresh)[TIMESTAMP]), ("run", kept.filter(~fresh)[TIMESTAMP])):
-        counts.update({f"{name} times in {unit}": number for unit, number in time_units(times.to_numpy()).items()})
+        units = time_units(times.to_numpy())
+        counts.update(
+            {f"{name} times in {unit}": number for unit, number in units.items()}
+            | {f"{name} times in {NO_UNIT}": len(times) - sum(units.values())}
+        )
     return counts
 
 
 def _check_units(source: Source, counts: Counter[str]) -> None:
     """Raise if most times of the file are of another unit than those of the run."""
-    usual = {name: max(UNITS, key=lambda unit: counts[f"{name} times in {unit}"]) for name in ("new", "run")}
+    usual = {name: max([*UNITS, NO_UNIT], key=lambda unit: counts[f"{name} times in {unit}"]) for name in ("new", "run")}
     found = {name: counts[f"{name} times in {unit}"] for name, unit in usual.items()}
-    if found["new"] and found["run"] and usual["new"] != usual["run"]:
+    if found["new"] and found["run"] and usual["new"] != usual["run"]:  # running numbers, 20240131 and days of a spreadsheet are in none
         raise SourceError(
             f"{source.label}: times of {source.uri} are in {usual['new']}, those of the run in {usual['run']}, so histories would be in the wrong "
             "order; write the newer ones as the run's files have them"

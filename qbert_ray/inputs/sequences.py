@@ -89,11 +89,13 @@ def times_seen(times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
     """Number of users whose interactions all have one time, how many times are no plausible dates, and how many look like seconds, ...
 
     Args:
-        times: in order of user and time.
+        times: in order of user, and of a split of one's own by its parts before the time.
         ends: [U + 1] where each user's begin, and the end of all.
     """
     first, last = ends[:-1], ends[1:]
-    same = (last - first > 1) & (times[first] == times[last - 1]) if len(times) else np.zeros(0, bool)
+    same = np.zeros(0, bool)
+    if len(times):
+        same = (last - first > 1) & (np.minimum.reduceat(times, first) == np.maximum.reduceat(times, first))
     return {"users_at_one_time": int(same.sum()), "implausible_times": implausible_times(times)} | {
         f"time_{unit}": count for unit, count in time_units(times).items()
     }

@@ -7,6 +7,7 @@ Which items may be recommended, `score.exclude` and `score.allow` say.
 from __future__ import annotations
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import torch
 
@@ -15,6 +16,7 @@ from qbert_ray.execution.device import own_device
 from qbert_ray.execution.executor import Executor
 from qbert_ray.execution.progress import Progress
 from qbert_ray.inputs.histories import open_histories, write_histories
+from qbert_ray.ranking.filters import EVERYTHING, Filter
 from qbert_ray.ranking.generative import load_catalog_ranker
 from qbert_ray.ranking.loader import ranks_by_refit
 from qbert_ray.ranking.ranker import Ranker, batches
@@ -57,6 +59,11 @@ def _score(config: Config, run: RunDir, executor: Executor, progress: Progress, 
         for field, (path, newer) in files.items():
             source = open_histories(config, domain, path.replace("{domain}", domain), f"score.{field}")
             found[f"score.{field}"] = write_histories(config, run, domain, source, output, executor, newer)
+            if newer and _later_in_training(run, domain):
+                warnings.append(
+                    f"{domain}: with score.interactions histories are in the order of time alone, and some users have training interactions "
+                    "later than their targets, which the run puts first (data.split=given)"
+                )
             table = f"{output}/histories"
         arguments = {"run": run, "domain": domain, "settings": config.ranking, "k": config.score.top_k, "rules": rules}
         arguments |= {"remove_seen": config.score.remove_seen, "histories": table, "output": output, "prefixes": config.score.prefixes}
@@ -64,6 +71,11 @@ def _score(config: Config, run: RunDir, executor: Executor, progress: Progress, 
         done = executor.map_parts(run, ScorePart, arguments, run.parts(table, domain), output, config.compute.score, progress)
         counts[domain] = dict(done) | found
     return counts | ({"warnings": warnings} if warnings else {})
+
+
+def _later_in_training(run: RunDir, domain: str) -> bool:
+    """Whether a split of one's own trains on interactions later than its targets."""
+    return bool(run.read_json("ingest/manifest.json")["counts"].get(domain, {}).get("split", {}).get("users_trained_on_later"))
 
 
 class ScorePart:
@@ -93,7 +105,7 @@ class ScorePart:
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:
         users, histories = columns.to_histories(self.run.read_part(self.histories, name))
-        only, scores, items = self.rules.of(users), [], []
+        only, scores, items = self.rules.of(users).also(self._had(name, users)), [], []
         for rows in batches(len(users)):
             values, indices = self.ranker.best(histories[rows], self.k, self.remove_seen, only.part(rows))
             scores.append(values.numpy())
@@ -102,6 +114,20 @@ class ScorePart:
         self.run.write_part(self.output, name, table)
         without = sum(int((each[:, :1] < 0).sum()) for each in items)
         return {"users": len(users), "rows": table.num_rows} | ({"users_without_items": without} if without else {})
+
+    def _had(self, name: str, users: list[str]) -> Filter:
+        """What leaves out the cold items that users had, which are in no sequence of the run."""
+        cold = self.item_ids[self.ranker.trained :]
+        of_run = self.remove_seen and self.histories == SEQUENCES
+        if not of_run or not len(cold) or name not in self.run.parts("ingest/interactions", self.domain):
+            return EVERYTHING
+        rows = pl.DataFrame(self.run.read_part("ingest/interactions", name, [columns.USER_ID, columns.ITEM_ID]))
+        index = pl.DataFrame(
+            {columns.ITEM_ID: pl.Series(cold.to_pylist(), dtype=pl.String), "place": np.arange(len(cold)) + self.ranker.trained}
+        )
+        had = rows.join(index, on=columns.ITEM_ID).group_by(columns.USER_ID).agg("place")
+        lists = dict(zip(had[columns.USER_ID], had["place"].to_list(), strict=True))
+        return Filter(excluded=[np.array(lists.get(user, ()), np.int64) for user in users])
 
     def _table(self, users: list[str], scores: np.ndarray, items: np.ndarray) -> pa.Table:
         """One row per user and rank; a user who has seen nearly everything gets fewer than k."""

@@ -236,7 +236,7 @@ class SequencerTask:
         (name,) = self.domains
         table = self._table_on(name, device)
         if model.empty_query is not None:
-            counts = np.bincount(self.sequences[name].items, minlength=len(table.codes))
+            counts = np.bincount(self.sequences[name].items, self.sequences[name].weights, minlength=len(table.codes))
             model.empty_query.copy_(query_of_popularity(model, table, torch.from_numpy(counts)))
         histories, targets = validation_items(self.sequences[name], MOST_FOR_REPEATS)
         if model.repeats is not None and self.include != "none":

@@ -358,7 +358,7 @@ def trial_metrics(plan: Plan, config: Config, run: RunDir) -> dict[str, float]:
     if "evaluate" in done:
         tested = run.read_json("evaluate/metrics.json")
         found |= _mean(
-            [{f"test_{name}": value["value"] for name, value in tested[d]["protocols"]["all"]["model"].items()} for d in targets]
+            [{f"test_{name}": value["value"] for name, value in tested[d]["protocols"]["all"].get("model", {}).items()} for d in targets]
         )
     if "ms_per_user" in plan.objectives and "finetune" in done:
         found["ms_per_user"] = float(np.mean([milliseconds_per_user(config, run, domain) for domain in targets]))
@@ -374,7 +374,9 @@ def _best(run: RunDir, folder: str) -> dict[str, float]:
 
 
 def _mean(figures: list[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
+    """Means over the domains that have a figure: those without validation or test items have none."""
+    names = dict.fromkeys(name for each in figures for name in each)
+    return {name: float(np.mean([each[name] for each in figures if name in each])) for name in names}
 
 
 @torch.inference_mode()

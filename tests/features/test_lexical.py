@@ -97,6 +97,10 @@ TEXTS = {"shop": ["red shoe", "red boot", "blue shoe", None], "other": ["boot", 
 
 @pytest.fixture
 def run(tmp_path):
+    return make(tmp_path)
+
+
+def make(tmp_path, *more):
     """The stages up to `features` on two domains of four items, in lexical vectors of two columns."""
     for name, texts in TEXTS.items():
         rows = [
@@ -117,6 +121,7 @@ def run(tmp_path):
         "compute.executor=local",
         "features.modalities=[lexical]",
         "features.lexical={dim: 8}",
+        *more,
     ]
     config = load_config([], overrides)
     directory = RunDir(config.run.dir)
@@ -135,6 +140,17 @@ def test_texts_and_attributes_of_all_domains_are_fitted_together(run):
         expected, _ = model([joined[item] for item in table["item_id"].to_pylist()])
         assert np.array_equal(columns.to_numpy(table["vectors"])[:, 0], expected)
         assert columns.to_numpy(table["present"])[:, 0].tolist() == expected.any(1).tolist()
+
+
+def test_items_that_are_held_out_as_cold_are_not_fitted_on(tmp_path, monkeypatch):
+    fit, given = LexicalModel.fit, []
+    monkeypatch.setattr(LexicalModel, "fit", lambda texts, *others: given.extend(texts) or fit(texts, *others))
+    _, directory = make(tmp_path, "data.cold_share=0.3")
+    items = [item for name in TEXTS for item in directory.read("ingest/items", name).to_pylist()]
+    assert 0 < sum(item["cold"] for item in items) < len(items)
+    assert sorted(given) == sorted(
+        " ".join(filter(None, (item["text.title"], item["attribute.brand"]))) for item in items if not item["cold"]
+    )
 
 
 def test_appended_items_are_encoded_by_the_model_that_was_fitted(run):

@@ -86,6 +86,12 @@ def test_what_is_wrong_with_a_modality_is_said_with_what_is_right(overrides, sai
         configure(*overrides)
 
 
+@pytest.mark.parametrize("name", ["sequencer", "ridge", "following", "content", "seen", "rejected", "texts_rejected"])
+def test_a_name_of_a_score_or_a_table_is_none_of_a_modality(name):
+    with pytest.raises(ValueError, match=f"a modality cannot be called '{name}'"):
+        configure(f"data.domains.items.vectors={{{name}: mine.parquet}}")
+
+
 def test_vectors_of_ones_own_are_a_modality_by_any_name():
     config = configure("data.domains.items.vectors={mine: mine.parquet}")
     assert config.modalities == ["text", "image", "lexical", "mine"]

@@ -119,6 +119,19 @@ def test_times_of_another_unit_are_refused(shop):
         written(shop, "ms.csv")
 
 
+@pytest.mark.parametrize("time", [7, 20_260_131, 46_000], ids=["running number", "day as a number", "day of a spreadsheet"])
+def test_times_of_no_unit_are_refused_where_the_run_has_one(shop, time):
+    write(shop[2] / "odd.csv", [(0, 9, time)])
+    with pytest.raises(SourceError, match="are in no unit that is known, those of the run in s, so histories would be in the wrong order"):
+        written(shop, "odd.csv")
+
+
+def test_running_numbers_follow_running_numbers(shop):
+    run_of_it = finished(shop, "user_id,item_id,timestamp\nu,i1,1\nu,i2,2\n")
+    pl.DataFrame({"user_id": ["u"], "item_id": ["i3"], "timestamp": [3]}).write_parquet(shop[2] / "today.parquet")
+    assert written(run_of_it, "today.parquet")[1] == {"u": ["i1", "i2", "i3"]}
+
+
 def test_other_histories_stand_alone(shop):
     write(shop[2] / "others.csv", [(0, 5, START + 2), (0, 4, START + 1)])
     counts, found = written(shop, "others.csv", newer=False)

@@ -13,6 +13,7 @@ from qbert_ray.execution.executor import open_executor
 from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.inputs.k_core import CODE
+from qbert_ray.inputs.sequences import times_seen
 from qbert_ray.inputs.sources import SourceError
 from qbert_ray.inputs.splits import TemporalSplit, _cut, as_date, by_period, leave_one_out, quantile
 from qbert_ray.inputs.stage import ingest_domain
@@ -522,3 +523,9 @@ def test_every_stage_runs_on_files_of_ones_own(tmp_path, shop):
     assert dict(ranks.select("user_id", "target").rows()) == {user: targets[user] for user in ranks["user_id"]} and len(ranks) > 50
     files = run.read_json("ingest/manifest.json")["inputs"]
     assert {"data.domains.demo.validation", "data.domains.demo.test"} <= set(files)
+
+
+def test_users_whose_times_begin_anew_in_each_part_are_not_of_one_time():
+    times, ends = np.array([1, 2, 3, 1, 2, 1, 7, 7, 9]), np.array([0, 6, 8, 9])  # a user of three parts, one of one time, one of one row
+    assert times_seen(times, ends)["users_at_one_time"] == 1
+    assert times_seen(np.zeros(0), np.zeros(1, int))["users_at_one_time"] == 0

@@ -17,7 +17,7 @@ from qbert_ray.report import evaluation, figures, fused, recommendations, summar
 from qbert_ray.report.catalog import SIDE, Album, Catalog, thumbnail
 from qbert_ray.report.facts import Facts, redact
 from qbert_ray.report.page import PAGE, embed, gather, seconds, write
-from qbert_ray.storage.directory import ArtifactError, RunDir
+from qbert_ray.storage.directory import ArtifactError, Manifest, RunDir
 from qbert_ray.storage.stages import BY_NAME
 from tests.reported import EVIL, ITEMS, NAME, write_run, write_sweep
 
@@ -102,6 +102,15 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path, done):
     assert missing == list(BY_NAME)[done:]
     assert any("not finished" in warning for warning in content["summary"]["warnings"]) == bool(missing)
     write(str(tmp_path))
+
+
+def test_a_run_without_a_reranker_or_a_blend_has_a_report(tmp_path):
+    run = write_run(tmp_path)
+    manifest = Manifest.load(run, "ranking")
+    for name in ("reranking", "blending"):
+        manifest.counts = {"shop": {key: value for key, value in manifest.counts["shop"].items() if key != name}}
+        manifest.save(run, "ranking")
+        assert "users it was fitted on" in Path(write(run.uri)[0]).read_text()
 
 
 def test_a_report_is_written_in_its_run_alone(tmp_path):

@@ -1,15 +1,20 @@
 """A history without items gets what is popular, which a causal model cannot learn from histories."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from qbert_ray.config.loading import with_values
+from qbert_ray.config.schema import Finetune
 from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.sequence import task
 from qbert_ray.sequence.empty_history import query_of_popularity
 from qbert_ray.sequence.item_table import ItemTable
 from qbert_ray.sequence.model import Sequencer
 from qbert_ray.sequence.task import SequencerTask
+from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import run_config
 from qbert_ray.training import Loop, publish
 from tests.small_run import COLD, ITEMS, LEVELS, SIZE, make_run
@@ -59,3 +64,16 @@ def test_the_published_model_ranks_an_empty_history_by_popularity(tmp_path, toke
     ranker = load_ranker(run, "shop", config.ranking.model_copy(update={"enabled": False}))
     scores = ranker.scores([np.zeros(0, np.int64)])["model"][0, : ITEMS - COLD]
     assert np.corrcoef(scores.exp().numpy(), counts[: ITEMS - COLD])[0, 1] > 0.9
+
+
+def test_what_is_popular_is_counted_by_the_weights_of_interactions(monkeypatch):
+    given = []
+    monkeypatch.setattr(task, "query_of_popularity", lambda model, table, counts: given.append(counts) or torch.zeros(3))
+    arrays = [np.array([0, 2, 3]), np.array([1, 0, 1]), np.full(2, -1), np.full(2, -1)]  # starts, items, no held-out items
+    model = SimpleNamespace(empty_query=torch.zeros(3), repeats=None)
+    for weights, expected in ((np.array([0.25, 1.0, 0.5], np.float32), [1.0, 0.75, 0.0]), (None, [1, 2, 0])):
+        of_shop = columns.Sequences(["a", "b"], *arrays, None, None, weights)
+        own = SimpleNamespace(settings=Finetune(), domains=["shop"], sequences={"shop": of_shop}, include="none")
+        own._table_on = lambda *_: SimpleNamespace(codes=np.zeros((3, 1)))
+        task.SequencerTask.complete(own, model, torch.device("cpu"))
+        assert given.pop().tolist() == expected

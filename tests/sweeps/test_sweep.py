@@ -12,7 +12,7 @@ from qbert_ray.config.loading import load_config, with_values
 from qbert_ray.config.search import Sweep
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.storage.directory import ArtifactError, RunDir
-from qbert_ray.sweeps import tuning
+from qbert_ray.sweeps import trials, tuning
 from qbert_ray.sweeps.tables import Table
 from qbert_ray.sweeps.trials import Plan, trial_metrics
 from tests.shop import small_config
@@ -123,6 +123,11 @@ def test_a_trial_shares_the_trainings_that_ignore_what_it_changes(shop, tmp_path
     assert plan.shared(plan.trials[0])[-2:] == ["finetune", "ranking"]
     with pytest.raises(ValueError, match="no stage up to finetune depends on sequencer.beam"):
         Plan(with_values(small_config(shop, tmp_path), {"sweep": {"space": {"sequencer.beam": [30]}, "stage": "finetune"}}))
+
+
+def test_figures_of_several_targets_are_means_over_those_that_have_them():
+    assert trials._mean([{"loss": 1.0}, {"loss": 3.0, "hr@10": 0.5}]) == {"loss": 2.0, "hr@10": 0.5}
+    assert trials._mean([{"loss": 3.0, "hr@10": 0.5}, {"loss": 1.0}, {}]) == {"loss": 2.0, "hr@10": 0.5}
 
 
 def test_the_figures_of_a_trial_are_those_of_its_stages_folders(shop, tmp_path):

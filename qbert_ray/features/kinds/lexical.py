@@ -9,14 +9,15 @@ from qbert_ray.features.kinds.text import texts_of
 from qbert_ray.features.lexical import LexicalModel
 from qbert_ray.features.modality import Encoded, FittedEncoder, Source, absent
 from qbert_ray.random_streams import TEXT_STREAM, uniform
-from qbert_ray.storage.columns import ITEM_INDEX
+from qbert_ray.storage.catalog import warm_items
+from qbert_ray.storage.columns import COLD, ITEM_INDEX
 from qbert_ray.storage.directory import RunDir
 
 SEED = 0  # of the factorisation; not a setting, since another seed only changes the last digits
 
 
 class Encoder(FittedEncoder):
-    """Terms and singular vectors are fitted on the items of all domains, so that their vectors can be compared."""
+    """Terms and singular vectors are fitted on the items of all domains but cold ones, so that their vectors can be compared."""
 
     def __init__(self, features: Features, modality: str, num_vectors: int) -> None:
         super().__init__(features, modality, num_vectors)
@@ -34,13 +35,14 @@ class Encoder(FittedEncoder):
         return list(texts_of(source))
 
     def fit(self, run: RunDir, sources: list[Source], folder: str) -> None:
-        total = sum(run.read("ingest/items", source.name, [ITEM_INDEX]).num_rows for source in sources)
+        total = sum(warm_items(run, source.name) for source in sources)
         share = min(1.0, self.settings.fitted_on / max(total, 1))
         texts: list[str] = []
         for number, source in enumerate(sources):
             for part in run.parts("ingest/items", source.name):
-                items = run.read_part("ingest/items", part, [ITEM_INDEX, *self.columns(source)])
+                items = run.read_part("ingest/items", part, [ITEM_INDEX, COLD, *self.columns(source)])
                 drawn = uniform(TEXT_STREAM, number, items[ITEM_INDEX].to_numpy(), 1)[:, 0] < share
+                drawn &= ~items[COLD].to_numpy()  # their terms are as new to the model as they will be
                 texts += _joined(items.filter(pa.array(drawn)), self.columns(source))
         LexicalModel.fit(texts, self.width, self.settings.max_terms, SEED).save(run, folder)
 
