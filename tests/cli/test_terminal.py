@@ -116,7 +116,7 @@ def test_streams_that_the_caller_closed_stop_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     for stderr in (False, True):
-        terminal.open_console(stderr=stderr).print("a word")
+        assert terminal.open_console(stderr=stderr).print("a word") is None
 
 
 def test_the_figures_of_a_run_fit_a_terminal_of_eighty_columns():

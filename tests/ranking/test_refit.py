@@ -15,6 +15,7 @@ from qbert_ray.execution.progress import Quiet
 from qbert_ray.features.structure import co_occurrence
 from qbert_ray.inputs.demo_shop import generate
 from qbert_ray.pipeline import run_stage, status
+from qbert_ray.ranking.filters import Filter
 from qbert_ray.ranking.item_item import co_occurrence_scores, popularity
 from qbert_ray.ranking.loader import BLEND, REFIT, REFIT_WEIGHTS, RERANKER, RIDGE, WEIGHTS, load_ranker
 from qbert_ray.ranking.recommender import Recommender
@@ -153,12 +154,18 @@ def test_recommendations_are_those_of_the_models_trained_again(refitted, plain):
     users, histories = columns.to_histories(run.read("ingest/sequences"))
     ranker = load_ranker(run, "demo", config.ranking, refit=True)
     ids = run.read("ingest/items")["item_id"].to_pylist()
+    place, had = {item: number for number, item in enumerate(ids)}, {user: [] for user in users}
+    for row in run.read("ingest/interactions").to_pylist():
+        had[row["user_id"]].append(place[row["item_id"]])  # also cold items, which are in no sequence
     with torch.inference_mode():
-        best = [[ids[item] for item in row] for row in ranker.best(histories, 10)[1].tolist()]
+        best, unseen = (
+            [[ids[item] for item in row] for row in ranker.best(histories, 10, only=only)[1].tolist()]
+            for only in (Filter(), Filter(excluded=[np.array(had[user]) for user in users]))
+        )
     written = {user: [] for user in users}
     for row in run.read("score").to_pylist():
         written[row["user_id"]].append(row["item_id"])
-    assert [written[user] for user in users] == best
+    assert [written[user] for user in users] == unseen
     recommender = Recommender.load(run.uri)
     given = [[ids[item] for item in history] for history in histories]
     assert [[each.item_id for each in row] for row in recommender.recommend(given, 10)] == best
