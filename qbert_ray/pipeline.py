@@ -27,15 +27,8 @@ from qbert_ray.storage.lock import check_held
 from qbert_ray.storage.seals import MANIFEST, STARTED, seal
 from qbert_ray.storage.stages import BY_NAME, REQUESTED, STAGES, Stage
 
-WHOLE = {
-    "run",
-    "data",
-    "features",
-    "quantizer",
-    "sequencer",
-    "evaluate",
-    "compute",
-}  # sections that a run's config.yaml has, and hardly a user's
+# Sections that a run's config.yaml has, and hardly a user's.
+WHOLE = {"run", "data", "features", "quantizer", "sequencer", "evaluate", "compute"}
 # Names of a run's folders before the first release -> current names.
 RENAMED = {"rqvae": "quantizer", "memory": "ranking", "evaluation": "evaluate", "recommendations": "score"}
 
@@ -183,7 +176,7 @@ def _refuse_others_files(run: RunDir) -> None:
 
 
 def _saved(run: RunDir) -> Any:
-    """The content of config.yaml, None if there is none; a text where it cannot be read, so that it is nobody's but is there."""
+    """The content of config.yaml, None if there is none; an error as text where it cannot be read."""
     try:
         return read_yaml(run.read_bytes("config.yaml")) if run.exists("config.yaml") else None
     except YamlError as error:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,15 +175,16 @@ def _shown(values: np.ndarray) -> str:
     return f"{values.mean():.4f}".removeprefix("0")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def print_table(about: str, head: tuple[str, ...], row: Callable[[Path, str, Ranking], tuple[str, ...]]) -> None:
+    """Print the lines of the data sets that the command line names."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder with a folder per data set")
     parser.add_argument("names", nargs="+", help="data sets with a config of that name")
     given = parser.parse_args()
-    print("| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD), sep="\n", flush=True)
+    print("| " + " | ".join(head) + " |", "|" + "---|" * len(head), sep="\n", flush=True)
     for name in given.names:
         print("| " + " | ".join(row(given.root, name, Ranking())) + " |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    print_table(__doc__, HEAD, row)

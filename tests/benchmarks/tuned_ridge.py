@@ -8,7 +8,6 @@ The decay of the history and the penalty are chosen by ndcg@10 of validation ite
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from qbert_ray.ranking.item_item import RidgeRegression, recency
 from qbert_ray.ranking.ranker import batches
 from qbert_ray.ranking.weights import DECAYS, PENALTIES
 from qbert_ray.top_k import ranks
-from tests.benchmarks.artefacts import LATEST, Histories, read
+from tests.benchmarks.artefacts import LATEST, Histories, print_table, read
 
 HEAD = ("data set", "decay", "penalty", "validation, shared settings", "chosen", "test, shared: unseen", "chosen: unseen", "chosen: all")
 
@@ -72,15 +71,5 @@ def row(root: Path, name: str, settings: Ranking) -> tuple[str, ...]:
     return (name, f"{chosen[0]:g}", f"{chosen[1]:g}", *validated, *shown)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, help="folder with a folder per data set")
-    parser.add_argument("names", nargs="+", help="data sets with a config of that name")
-    given = parser.parse_args()
-    print("| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD), sep="\n", flush=True)
-    for name in given.names:
-        print("| " + " | ".join(row(given.root, name, Ranking())) + " |", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_table(__doc__, HEAD, row)
