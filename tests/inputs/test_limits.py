@@ -114,6 +114,22 @@ def test_a_line_of_millions_of_values_is_a_rejected_row(tmp_path):
     assert answer == ["2", "1"] and peak < 300
 
 
+def test_an_array_is_parsed_element_by_element(tmp_path):
+    element = json.dumps({"item_id": "a", "title": "T", "sizes": [[]] * 1000}).encode()
+    write_gz(tmp_path / "items.json.gz", (b"[" + element, 1), (b",\n" + element, 19_999), (b"]", 1))
+    answer, peak = read_bounded(tmp_path, "items.json.gz")
+    assert answer == ["20000", "0"] and peak < 700
+
+
+@pytest.mark.parametrize("end", ["", "] 1", "}", ',{"item_id": '])
+def test_an_array_that_is_cut_or_goes_on_is_damaged(tmp_path, end):
+    (tmp_path / "items.json").write_text('[{"item_id": "a"},\n {"item_id": "b"}\n' + end)
+    with pytest.raises(SourceError, match="items.json"):
+        source = open_source(str(tmp_path), "shop", "items", Domain(items="items.json"))
+        for number, fragment in source.fragments():
+            list(source.read(number, fragment))
+
+
 def test_large_texts_of_parquet_are_read_in_pieces_too(tmp_path):
     texts = pa.array(["x" * (1 << 20)] * 100, pa.large_string())
     schema = pa.schema({"item_id": pa.string(), "title": pa.large_string()})
