@@ -23,16 +23,17 @@ from torch import Tensor, nn
 
 from qbert_ray.products import Linear, product
 from tests.benchmarks.peers_table import Split
-from tests.benchmarks.rivals import sasrec
 from tests.benchmarks.rivals.encoders import among, from_start, read, start
 from tests.benchmarks.rivals.mql4grec import read_codes
+from tests.benchmarks.rivals.sasrec import DEFAULTS as OF_SASREC
+from tests.benchmarks.rivals.sasrec import SASRec
 from tests.benchmarks.rivals.training import Settings, Trained, by_length, compare, fit_encoder, padded, parser
 
-DEFAULTS: Settings = sasrec.DEFAULTS | {"pretrain_epochs": 50, "pretrain_batch_size": 256, "masked": 0.2, "attributes": 1000}
+DEFAULTS: Settings = OF_SASREC | {"pretrain_epochs": 50, "pretrain_batch_size": 256, "masked": 0.2, "attributes": 1000}
 WEIGHTS = {"aap": 0.2, "mip": 1.0, "map": 1.0, "sp": 0.5}
 
 
-class S3Rec(sasrec.SASRec):
+class S3Rec(SASRec):
     """SASRec with a mask, attributes, and a bilinear form for each loss of pre-training.
 
     Args:
