@@ -2,8 +2,6 @@
 
 import logging
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 for name, value in {
@@ -19,7 +17,6 @@ for name, value in {
     os.environ.setdefault(name, value)  # read when ray and transformers are imported
 
 import pytest  # noqa: E402
-from filelock import FileLock  # noqa: E402
 
 from qbert_ray.execution import ray_session as _ray_session  # noqa: E402, F401, sets what Ray reads when it is imported
 from qbert_ray.storage.directory import RunDir  # noqa: E402
@@ -54,40 +51,20 @@ def real_data() -> Path:
     return Path(folder)
 
 
-def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """The folder that `make` fills, by the first of the processes of a test run that wants it; the others wait."""
-    done = folder.with_name(f"{folder.name}.done")
-    with FileLock(f"{folder}.lock"):
-        if not done.exists():
-            make(folder)
-            done.touch()
-    return folder
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    return make_two_shops(tmp_path_factory.mktemp("shop"))
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory) -> Path:
-    """A folder that the processes of a test run have in common."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
-@pytest.fixture(scope="session")
-def shop(shared):
-    return made_once(shared / "shop", make_two_shops)
-
-
-@pytest.fixture(scope="session")
-def finished(shop, shared, tmp_path_factory, ray_session):
-    """A whole small run: a minute of work, done once, of which every process has a copy that its tests may add to."""
+def finished(shop, tmp_path_factory, ray_session):
     from qbert_ray.execution.progress import Quiet
     from qbert_ray.execution.ray_executor import RayExecutor
     from qbert_ray.pipeline import run_stage
     from qbert_ray.storage.stages import STAGES
 
-    def make(folder: Path) -> None:
-        for stage in STAGES:
-            run_stage(stage, small_config(shop, folder, SOURCE), RunDir(str(folder)), RayExecutor(), Quiet())
-
-    folder = tmp_path_factory.mktemp("run")
-    shutil.copytree(made_once(shared / "run", make), folder, dirs_exist_ok=True)
-    return small_config(shop, folder, SOURCE), RunDir(str(folder))
+    config = small_config(shop, tmp_path_factory.mktemp("run"), SOURCE)
+    run = RunDir(config.run.dir)
+    for stage in STAGES:
+        run_stage(stage, config, run, RayExecutor(), Quiet())
+    return config, run

@@ -111,7 +111,7 @@ def _validate(tree: dict[Any, Any]) -> Config:
 
 
 _SECRETS = re.compile(
-    r"(?i)(?:^|&)[\w.-]*(?:secret|password|passwd|token|sig|signature|credential|access_?key|account_?key|api_?key)[\w.-]*="
+    r"(?i)(?:^|&)(?:sig|[\w.-]*(?:secret|secret_?key|password|passwd|token|signature|credential|access_?key|account_?key|api_?key))="
 )
 
 

@@ -101,6 +101,12 @@ class ScorePart:
             assert isinstance(self.ranker, Ranker), "the config refuses prefixes for the generative model"
             self.ranker.search_prefixes(torch.from_numpy(catalog_codes(run, domain)), prefixes)
         self.item_ids = item_ids(run, domain)
+        self.cold: pl.DataFrame | None = None  # item_id and item_index of the cold items, where users of the run may have had them
+        self.interactions: set[str] = set()
+        if remove_seen and histories == SEQUENCES and self.ranker.trained < len(self.item_ids):
+            ids = pl.Series(columns.ITEM_ID, self.item_ids[self.ranker.trained :].to_pylist(), pl.String)
+            self.cold = ids.to_frame().with_row_index(columns.ITEM_INDEX, offset=self.ranker.trained)
+            self.interactions = set(run.parts("ingest/interactions", domain))
 
     @torch.inference_mode()
     def __call__(self, name: str) -> dict[str, int]:
@@ -117,16 +123,11 @@ class ScorePart:
 
     def _had(self, name: str, users: list[str]) -> Filter:
         """What leaves out the cold items that users had, which are in no sequence of the run."""
-        cold = self.item_ids[self.ranker.trained :]
-        of_run = self.remove_seen and self.histories == SEQUENCES
-        if not of_run or not len(cold) or name not in self.run.parts("ingest/interactions", self.domain):
+        if self.cold is None or name not in self.interactions:
             return EVERYTHING
         rows = pl.DataFrame(self.run.read_part("ingest/interactions", name, [columns.USER_ID, columns.ITEM_ID]))
-        index = pl.DataFrame(
-            {columns.ITEM_ID: pl.Series(cold.to_pylist(), dtype=pl.String), "place": np.arange(len(cold)) + self.ranker.trained}
-        )
-        had = rows.join(index, on=columns.ITEM_ID).group_by(columns.USER_ID).agg("place")
-        lists = dict(zip(had[columns.USER_ID], had["place"].to_list(), strict=True))
+        had = rows.join(self.cold, on=columns.ITEM_ID).group_by(columns.USER_ID).agg(columns.ITEM_INDEX)
+        lists = dict(had.iter_rows())
         return Filter(excluded=[np.array(lists.get(user, ()), np.int64) for user in users])
 
     def _table(self, users: list[str], scores: np.ndarray, items: np.ndarray) -> pa.Table:

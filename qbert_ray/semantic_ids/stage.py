@@ -223,10 +223,8 @@ def _use_given_ids(config: Config, run: RunDir, progress: Progress) -> IdCounts:
     domains = list(config.data.domains)
     given = _read_given(source, domains)
     size = 1 + int(given["codes"].list.max().drop_nulls().to_numpy().max(initial=0))
-    if size > max(MOST_CODES, 4 * len(given)):
-        raise ArtifactError(
-            f"data.semantic_ids: {source} holds the code {size - 1:,}; codes are small numbers, from 0 to below {MOST_CODES:,}"
-        )
+    if size > (most := max(MOST_CODES, 4 * len(given))):
+        raise ArtifactError(f"data.semantic_ids: {source} holds the code {size - 1:,}; codes are small numbers, from 0 to below {most:,}")
     counts = []
     for domain in domains:
         progress.note(domain)

@@ -248,11 +248,11 @@ def test_bad_images_are_rejected_with_a_reason(reason):
 
 
 def test_a_jpeg_that_is_decoded_anew_for_each_of_many_scans_is_rejected():
-    picture = encoded(photos(1, (64, 64))[0], "JPEG", progressive=True)
-    assert 5 < picture.count(b"\xff\xda") <= MOST_SCANS and decode_image(picture, 10**6, 10**6).size == (64, 64)
-    last = picture.rindex(b"\xff\xda")
+    progressive = encoded(photos(1, (64, 64))[0], "JPEG", progressive=True)
+    assert 5 < progressive.count(b"\xff\xda") <= MOST_SCANS and decode_image(progressive, 10**6, 10**6).size == (64, 64)
+    last = progressive.rindex(b"\xff\xda")
     with pytest.raises(ImageRejected, match="too many scans"):
-        decode_image(picture[:-2] + picture[last:-2] * MOST_SCANS + picture[-2:], 10**6, 10**6)
+        decode_image(progressive[:-2] + progressive[last:-2] * MOST_SCANS + progressive[-2:], 10**6, 10**6)
 
 
 def test_postscript_is_never_opened():

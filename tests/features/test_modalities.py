@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from qbert_ray.config.features_section import TAKEN
 from qbert_ray.config.loading import ConfigError, load_config
 from qbert_ray.config.schema import Config
 from qbert_ray.execution.local import LocalExecutor
@@ -18,6 +19,7 @@ from qbert_ray.features.item_features import ItemFeatures
 from qbert_ray.features.modality import Encoded
 from qbert_ray.features.vectors import disturb
 from qbert_ray.pipeline import run_stage
+from qbert_ray.ranking.score_features import ALWAYS, score_features
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import item_content, modalities_there
 from qbert_ray.storage.directory import Manifest, RunDir
@@ -90,6 +92,10 @@ def test_what_is_wrong_with_a_modality_is_said_with_what_is_right(overrides, sai
 def test_a_name_of_a_score_or_a_table_is_none_of_a_modality(name):
     with pytest.raises(ValueError, match=f"a modality cannot be called '{name}'"):
         configure(f"data.domains.items.vectors={{{name}: mine.parquet}}")
+
+
+def test_the_names_that_are_taken_are_those_of_the_other_score_features():
+    assert set(TAKEN) == set(score_features()) - set(ALWAYS)
 
 
 def test_vectors_of_ones_own_are_a_modality_by_any_name():

@@ -109,6 +109,7 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(key):
         ("abfss://container@account.dfs.core.windows.net/path", False),
         ("s3://bucket/p?region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:9000&allow_bucket_creation=true", False),
         ("http://127.0.0.1:5000/x@y", False),
+        ("https://shop.example/{item_id}.jpg?design=2&tokenizer=x", False),
         ("runs/a:b@c", False),
     ],
 )
