@@ -84,6 +84,14 @@ def test_pods_run_as_an_account_that_the_file_makes(name):
     assert {group["template"]["spec"].get("serviceAccountName") for group in groups} == {account["metadata"]["name"]}
 
 
+@pytest.mark.parametrize("name", KUBERAY)
+def test_only_the_head_can_speak_to_kubernetes(name):
+    """KubeRay lets the account of the pods do what the autoscaler does, which runs on the head."""
+    spec = cluster_spec(documents(name)[1])
+    workers = [group["template"]["spec"].get("automountServiceAccountToken", True) for group in spec["workerGroupSpecs"]]
+    assert spec["headGroupSpec"]["template"]["spec"].get("automountServiceAccountToken", True) and workers == [False, False]
+
+
 def test_the_head_on_aws_may_start_workers_and_the_workers_may_not():
     """Ray gives the head a profile of its own only where the file names none."""
     types = read("aws")["available_node_types"]
