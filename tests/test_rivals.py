@@ -172,14 +172,42 @@ def test_segments_are_half_of_a_history_at_most():
     assert (edges == 1).sum(1).eq(1).all(), "no segment has a gap"
 
 
-def test_pre_training_of_s3_rec_learns_the_attributes_of_masked_items():
+def s3_rec_with_attributes(**settings):
+    """An attribute for each item, and weights large enough that bilinear forms of them have gradients from the first step on."""
     torch.manual_seed(0)
-    model, split = ENCODERS["s3rec"](), circle()
-    s3rec.pretrain(model, split, s3rec.DEFAULTS | SMALL | {"pretrain_epochs": 60, "pretrain_batch_size": 8}, 0)
-    model.eval()
-    items = torch.tensor([[2, 3, 4, 5, 6]])
-    state = model.both_ways(items, torch.tensor([[False, False, True, False, False]]))[0, 2]
-    assert (model.forms["map"](state) @ model.attribute.weight.T).argmax() == 4
+    model = s3rec.S3Rec(np.eye(ITEMS, dtype=bool), s3rec.DEFAULTS | SMALL | {"num_layers": 1} | settings)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.25)
+    return model
+
+
+def attributes_found(model, name, hidden):
+    """How many of the items in the middle of five have the best score for their own attribute, which is one that no other item has."""
+    items = (torch.arange(ITEMS)[:, None] + torch.arange(-2, 3)) % ITEMS
+    with torch.inference_mode():
+        states = model.eval().both_ways(items, torch.tensor([False, False, hidden, False, False]).expand(ITEMS, -1))[:, 2]
+        best = (model.forms[name](states) @ model.attribute.weight.T).argmax(1)
+    return int((best == torch.arange(ITEMS)).sum())
+
+
+def test_pre_training_of_s3_rec_learns_attributes_of_shown_items():
+    model = s3_rec_with_attributes()
+    settings = s3rec.DEFAULTS | SMALL | {"pretrain_epochs": 40, "pretrain_batch_size": 16, "learning_rate": 0.003}
+    s3rec.pretrain(model, circle(), settings, 0)
+    assert attributes_found(model, "aap", hidden=False) >= ITEMS - 3
+
+
+def test_s3_rec_learns_attributes_of_masked_items_from_both_sides():
+    model = s3_rec_with_attributes()
+    items = (torch.arange(ITEMS)[:, None] + torch.arange(-2, 3)) % ITEMS
+    hidden = torch.tensor([False, False, True, False, False]).expand(ITEMS, -1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model.losses(items, hidden, hidden, items, items)["map"].backward()
+        optimizer.step()
+    assert attributes_found(model, "map", hidden=True) == ITEMS
 
 
 def test_attributes_are_frequent_words_or_codes():
@@ -307,7 +335,9 @@ def test_the_setting_that_validates_best_alone_ranks_test_items(monkeypatch, tmp
     monkeypatch.setattr("tests.benchmarks.rivals.training.Split", Given)
     settings = ["--set", '{"which": 1}', "--set", '{"which": 3}', "--set", '{"which": 2}']
     given = parser("").parse_args(["", "shop", str(tmp_path / "ranks.parquet"), *settings, "--seeds", "0", "1", "--and-validation"])
-    compare(given, "name", {}, train)
+    with pytest.raises(ValueError, match="name has no setting which; its settings are epoch_samples, schedule, warmup_steps"):
+        compare(given, "name", {}, train)
+    compare(given, "name", {"which": 0}, train)
     assert set(asked) == {(3, seed, *kind) for seed in (0, 1) for kind in (("training", None), ("validation too", 4))}
     rows = polars.read_parquet(given.out)["row"].unique().sort().to_list()
     assert rows == ["name (here)", "name, validation items too (here)"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qbert_ray.config.compute_section import Actors, Compute, Workers
 from qbert_ray.config.data_sections import Data, Domain, Inputs
@@ -71,7 +71,13 @@ class Training(Section):
     gradient_clip: PositiveFloat = Field(1.0, description="largest gradient norm")
 
 
-class Fusion(Training):
+class ItemTraining(Training):
+    """A training on the catalog, which has no validation items."""
+
+    patience: None = Field(None, description="nothing is measured on validation items: all epochs are run")
+
+
+class Fusion(ItemTraining):
     """Stage 1, §3.3."""
 
     epochs: PositiveInt = 15
@@ -103,7 +109,7 @@ class Fusion(Training):
         return self
 
 
-class Quantizer(Training):
+class Quantizer(ItemTraining):
     """Stage 2, §3.4 and §4.1. Only the quantizer rqvae is trained by gradients, and reads what the trainings share."""
 
     kind: Literal["kmeans", "rqvae", "opq"] = Field(
@@ -128,6 +134,15 @@ class Quantizer(Training):
         True, description="a linear path parallel to the MLPs, initialised with the principal axes", json_schema_extra=paper("none")
     )
     warmup_epochs: NonNegativeInt = Field(10, description="epochs of the plain autoencoder before k-means++ starts the codebooks")
+
+    @field_validator("averaging")
+    @classmethod
+    def _follows_the_codewords(cls, value: float) -> float:
+        if value:
+            raise ValueError(
+                "quantizer.averaging must be 0: codewords are placed between steps, which an average of weights does not follow"
+            )
+        return value
 
 
 class Sequencer(Section):
@@ -249,7 +264,8 @@ class Finetune(SequenceTraining):
     last_item_share: Share = 0.4
     prefix_share: Share = 1.0
     validation_users: PositiveInt = Field(
-        5000, description="users, chosen by hash, whose validation items are ranked among unseen items after each epoch"
+        5000,
+        description="users, chosen by hash, whose validation items are ranked among unseen items after each epoch; a generative model takes at most 2,000",
     )
     transfer: Literal["layers", "all"] = Field(
         "layers",

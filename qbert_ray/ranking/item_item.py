@@ -88,7 +88,7 @@ class RidgeRegression:
             items: [n] distinct.
             place: [N] of -1, and so again afterwards.
         """
-        found = np.zeros((len(items), len(items)), self.gram.dtype)
+        found = np.zeros((len(items), len(items)))  # 64 bits: next to weighted interactions in 32, the penalty is rounded away
         begin = self.gram.indptr[items].astype(np.int64)
         lengths = self.gram.indptr[items + 1] - begin
         entries = np.repeat(begin - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))

@@ -73,7 +73,8 @@ def load_ranker(
     blend = _load_blend(run, domain, names) if blended else None
     without_network = baselines and run.exists(f"{ITEM_ITEM_TEXT}/{domain}/model.json")
     baseline = _load_blend(run, domain, names, ITEM_ITEM_TEXT) if without_network else None
-    used = [name for each in (blend, baseline) if each is not None for name in each.used(names)] if blend else names
+    reranker = _load_reranker(run, domain) if settings.rerank and blended else None  # it reads all score features
+    used = names if blend is None or reranker else [name for each in (blend, baseline) if each is not None for name in each.used(names)]
     contents = {name: vectors.to(device) for name, vectors in _contents(run, domain, fused, used).items()}
     table = run.read(REFIT_WEIGHTS if refit else WEIGHTS, domain)
     item_item = _load_item_item(run, domain, table, settings, model.max_items, contents, cold, len(items.codes), names)
@@ -81,7 +82,7 @@ def load_ranker(
     if not settings.sequence_scores:
         ranker.vectors, ranker.bias = torch.zeros_like(ranker.vectors), torch.zeros_like(ranker.bias)
     if blend is not None:
-        ranker.use(blend, _load_reranker(run, domain) if settings.rerank else None, baseline)
+        ranker.use(blend, reranker, baseline)
     return ranker
 
 

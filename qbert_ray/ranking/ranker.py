@@ -271,12 +271,18 @@ class Ranker:
     # the path of a history
 
     def _read(self, histories: list[np.ndarray], last_item: bool = False) -> HistoryBatch:
-        """Queries of the sequence model and score features of the item-item model, both computed once per batch."""
+        """Queries of the sequence model and score features of the item-item model, both computed once per batch.
+
+        Args:
+            histories: item_index in time order, the latest last.
+            last_item: for a reranker: with the features of the last item alone, and all score features.
+        """
         queries = next_item_queries(self.model, histories, self.items)
         if self.item_item is None:
             return HistoryBatch(histories, queries)
         blends = [blend for blend in (self.blend, self.item_item_text) if blend is not None]
-        used = [name for blend in blends for name in blend.used(self.item_item.names)] if self.blend else None
+        every = self.blend is None or last_item  # what a reranker reads must not depend on which blends are loaded next to it
+        used = None if every else [name for blend in blends for name in blend.used(self.item_item.names)]
         if last_item:
             features, last = self.item_item.features_and_last(histories, used)
         else:

@@ -153,6 +153,10 @@ def _choose(run: RunDir, domain: str, settings: Ranking, decays: tuple[float, ..
         return metrics.interval(np.concatenate(found))["value"]
 
     penalties = sorted(tables)
+    if not len(users):  # nothing to choose by
+        given = Ranking()
+        decay, penalty = (float(given.decay) if len(decays) > 1 else decays[0]), float(given.regularisation)
+        return Chosen(decay, penalty if len(penalties) > 1 else penalties[0], {}, {})
     middle = penalties[len(penalties) // 2]
     by_decay = {decay: value(decay, middle) for decay in decays}
     decay = max(decays, key=by_decay.__getitem__)

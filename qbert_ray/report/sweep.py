@@ -144,7 +144,8 @@ def learning(curves: pl.DataFrame, trials: pl.DataFrame, metric: str, up: bool) 
     for column in [name for name in ("train_loss", "ndcg@10", "hr@10") if name in curves.columns and curves[name].count()]:
         series = []
         for number, trial in enumerate(best):
-            rows = curves.filter((pl.col("trial_id") == trial) & pl.col(column).is_not_null()).sort("epoch")
+            rows = curves.filter((pl.col("trial_id") == trial) & pl.col(column).is_not_null())
+            rows = rows.group_by("epoch").agg(pl.col(column).mean()).sort("epoch")  # over domains, as trials are compared
             tips = [f"trial {plain(str(trial))}<br>epoch {epoch + 1}: {value:.4f}" for epoch, value in rows.select("epoch", column).rows()]
             shade = "model" if number == 0 else "popularity"
             name = f"best trial, {trial}" if number == 0 else "other trials"

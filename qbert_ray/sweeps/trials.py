@@ -311,24 +311,23 @@ class TrialProgress(Quiet):
     """Records the curve of a trial's last stage, and passes each epoch's metrics to `report`."""
 
     def __init__(self, run: RunDir, lines: list[dict[str, Any]], report: Callable[[dict[str, float]], None]) -> None:
-        self.run, self.lines, self.report = run, lines, report
+        self.run, self.lines, self.report, self.domain = run, lines, report, ""
+
+    def note(self, text: str) -> None:
+        self.domain = text
 
     def epoch(self, metrics: EpochMetrics) -> None:
-        self.lines = [line for line in self.lines if line["epoch"] < metrics["epoch"]] + [dict(metrics)]
+        self.lines = [line for line in self.lines if line["epoch"] < metrics["epoch"] or line.get("domain", "") != self.domain]
+        self.lines.append({"domain": self.domain} | metrics)
         self.run.write_bytes(CURVE, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self.report({name: value for name, value in metrics.items() if isinstance(value, float)} | {"epoch": metrics["epoch"] + 1})
 
 
 def run_trial(plan: Plan, trial: Trial, report: Callable[[dict[str, float]], None]) -> dict[str, float]:
-    """Run the stages of a trial that it does not share; returns its metrics, which are also written to its folder.
-
-    Args:
-        report: called with the metrics of each epoch of the last stage.
-    """
-    config, run = plan.trial_config(trial), plan.trial_run(trial)
+    """Run the stages of a trial that it does not share; returns its metrics, which its folder keeps. `report` gets those of each epoch."""
+    config, run, started = plan.trial_config(trial), plan.trial_run(trial), time.monotonic()
     run.write_json(BEGUN, {"values": trial.values, "seed": trial.seed})
     save_config(run, config)  # no stage does it where the trial leaves out all of its own
-    started = time.monotonic()
     progress = TrialProgress(run, plan.curve(trial), report)
     for stage in plan.stages:
         if stage.name not in run.shared:

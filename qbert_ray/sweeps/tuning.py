@@ -28,6 +28,7 @@ from qbert_ray.execution.failures import root_cause
 from qbert_ray.execution.progress import Progress, Quiet
 from qbert_ray.execution.ray_executor import RayExecutor
 from qbert_ray.pipeline import run_stage
+from qbert_ray.storage.columns import to_sequences
 from qbert_ray.storage.directory import ArtifactError, Manifest
 from qbert_ray.storage.stages import BY_NAME
 from qbert_ray.sweeps.tables import TRAINED, Table, ranks_of
@@ -240,9 +241,10 @@ class _Budget(tune.Stopper):
 
     def __init__(self, plan: Plan) -> None:
         self.seconds, self.tokens, self.started = plan.sweep.max_seconds, plan.sweep.max_tokens, time.monotonic()
-        manifest = Manifest.load(plan.run, "ingest")
-        counts = [manifest.counts[domain] for domain in plan.config.data.targets] if manifest else []
-        self.epoch = sum(domain["interactions"] - 2 * domain["users"] for domain in counts)  # items that an epoch reads
+        at_once = plan.sweep.stage == "pretrain"  # targets are fine-tuned one after another
+        domains = plan.config.pretrained if at_once else plan.config.data.targets
+        items = [len(to_sequences(plan.run.read("ingest/sequences", domain)).items) for domain in domains if self.tokens]
+        self.epoch = sum(items) / (1 if at_once else len(domains))  # items that an epoch reads
         self.spent = self.epoch * sum(len(plan.curve(trial)) for trial in plan.begun())
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -304,7 +306,7 @@ def write_tables(plan: Plan) -> Best | None:
     """
     rows = trial_rows(plan)
     lines = [
-        {"trial_id": trial.name, "epoch": line["epoch"]} | {name: value for name, value in line.items() if isinstance(value, float)}
+        {"trial_id": trial.name} | {name: value for name, value in line.items() if isinstance(value, float) or name in ("domain", "epoch")}
         for trial in plan.begun()
         for line in plan.curve(trial)
     ]

@@ -65,6 +65,8 @@ def test_masks_are_replaced_whole():
         ("run.seed=-1", "run.seed: Input should be greater than or equal to 0"),
         ("evaluate.cutoffs=[]", "evaluate.cutoffs: List should have at least 1 item"),
         ("finetune.learning_rate=.inf", "finetune.learning_rate: Input should be a finite number"),
+        ("fusion.patience=3", "fusion.patience: Input should be None"),
+        ("quantizer.averaging=0.9", "quantizer.averaging must be 0"),
         ("features.missing.tetx=0.9", "features.missing.tetx: the run has no such modality; it has text"),
         ("features={modalities: [image], noise: {text: 0.5}}", "features.noise.text: the run has no such modality; it has image"),
     ],

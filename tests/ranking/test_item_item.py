@@ -70,6 +70,15 @@ def test_an_item_without_interactions_has_no_weights():
     assert ridge.rows(np.array([], dtype=int)).shape == (0, 3)
 
 
+@pytest.mark.parametrize("weight", [1.0, 2e4, 1e6])
+def test_items_that_the_same_users_have_share_a_target(weight):
+    """(G + P) w = c with G and c full of 50 weight^2: equal weights of 50 weight^2 / (100 weight^2 + P)."""
+    indptr, items = ragged(*[[0, 1, 2]] * 50)
+    ridge = RidgeRegression(indptr, items, 3, 100.0, 9, np.full(len(items), weight))
+    expected = 50 * weight**2 / (100 * weight**2 + 100)
+    assert ridge.rows(np.array([2])).toarray()[0] == pytest.approx(np.array([expected, expected, 0]), rel=1e-4)
+
+
 def test_neighbours_are_those_of_the_largest_cosine():
     """Item 0 occurs twice with 1, twice with 2 and once with 3, of which there are 2, 8 and 1: 2 / sqrt(2), 2 / sqrt(8), 1."""
     indptr, items = ragged([0, 1], [0, 1], [0, 2], [0, 2], [0, 3], *[[2]] * 6)

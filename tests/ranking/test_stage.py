@@ -10,7 +10,8 @@ from qbert_ray.execution.local import LocalExecutor
 from qbert_ray.execution.progress import Quiet
 from qbert_ray.ranking import stage
 from qbert_ray.ranking.blend import SHRINKAGES, fit_blend, join_candidates, no_candidates, sequence_alone
-from qbert_ray.ranking.loader import load_ranker
+from qbert_ray.ranking.loader import ITEM_ITEM_TEXT, RERANKER, load_ranker
+from qbert_ray.ranking.reranker import Reranker
 from qbert_ray.storage import columns
 from qbert_ray.storage.catalog import run_config
 from tests.ranking.test_blend import by, only, sample
@@ -56,6 +57,24 @@ def test_a_blend_that_does_not_help_is_left_out(tmp_path):
     scores = ranker.scores([np.array([1, 2, 3]), np.array([], dtype=np.int64)])
     torch.testing.assert_close(scores["model"], scores["sequencer"])
     assert ranker.blend.used() == ["sequencer"]
+
+
+def test_a_reranker_reads_the_same_whatever_is_loaded_next_to_it(tmp_path):
+    """`evaluate` loads the blend of a baseline too, which reads content; `score` and `Recommender` do not."""
+    rng = np.random.default_rng(0)
+    run, counts = fitted(tmp_path, [[int(item) for item in rng.integers(0, TRAINED, 6)] for _ in range(USERS)])
+    assert not counts["blending"]["kept"]
+    torch.manual_seed(0)
+    reranker = Reranker(num_features=load_ranker(run, "shop", Ranking(rerank=0)).num_features)
+    torch.nn.init.normal_(reranker.layers[-1].weight)
+    run.save_model(f"{RERANKER}/shop", reranker.state_dict(), {"num_features": reranker.num_features})
+    of_content = sequence_alone()
+    of_content.weights[0, 3] = 1.0
+    run.save_model(f"{ITEM_ITEM_TEXT}/shop", of_content._asdict(), {})
+    histories = [np.array([1, 2, 3]), np.array([4])]
+    alone, next_to_it = (load_ranker(run, "shop", Ranking(rerank=9), baselines=each).scores(histories) for each in (False, True))
+    assert "item_item_text" in next_to_it and not torch.equal(alone["model"], alone["sequencer"])
+    assert torch.equal(alone["model"], next_to_it["model"])
 
 
 class Recorder:

@@ -103,6 +103,17 @@ def test_a_decay_alone_is_chosen_with_the_penalty_that_is_set(tmp_path):
     assert counts["ridge"]["regularisation"] == 30.0 and list(counts["ridge"]["by_regularisation"]) == ["30"]
 
 
+def test_without_validation_items_the_defaults_are_taken(tmp_path):
+    run = run_of_pairs(tmp_path)
+    table = run.read("ingest/sequences", "shop")
+    place = table.schema.get_field_index("valid")
+    run.write_part(
+        "ingest/sequences", "shop-00000.parquet", table.set_column(place, table.schema.field("valid"), pa.nulls(len(table), pa.int32()))
+    )
+    _, counts = weights_of(run, decay="auto", regularisation="auto")
+    assert (counts["ridge"]["decay"], counts["ridge"]["regularisation"]) == (Ranking().decay, Ranking().regularisation)
+
+
 def test_auto_is_a_value_of_the_config():
     assert load_config([], ["ranking.decay=auto", "ranking.regularisation=auto"]).ranking.decay == "auto"
     with pytest.raises(ConfigError, match="ranking.decay: Input should be 'auto' "):

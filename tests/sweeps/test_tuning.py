@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
+from qbert_ray.storage.columns import SEQUENCES
 from qbert_ray.storage.directory import ArtifactError
 from qbert_ray.sweeps import tuning
-from qbert_ray.sweeps.trials import BEGUN, DONE, Trial
+from qbert_ray.sweeps.trials import BEGUN, DONE, Trial, TrialProgress
 from tests.sweeps.test_trials import plan_of
 
 EPOCHS = 4
@@ -75,6 +77,35 @@ def test_optuna_counts_the_trials_of_its_own_seed(tmp_path):
         first.conclude(trial, DONE, 1.0, {"ndcg@10": 0.1})
     assert (tuning.unfinished(first), tuning.unfinished(second)) == (0, 2)
     assert len(tuning.trial_rows(first)) == 2 and not tuning.trial_rows(second)
+
+
+def test_the_budget_counts_training_items_of_the_domains_that_are_read(tmp_path):
+    """Of users with one interaction too, which are not held out."""
+    for stage, read in (("finetune", (5 + 3) / 2), ("pretrain", 7)):
+        values = {"data.domains": {name: {"role": role} for name, role in (("a", "target"), ("b", "target"), ("c", "source"))}}
+        plan = plan_of(tmp_path / stage, {"space": {f"{stage}.batch_size": [64, 128]}, "max_tokens": 100, "stage": stage}, **values)
+        for name, train in (("a", [[1, 2], [3], [1, 0]]), ("b", [[0, 1, 2]]), ("c", [[1] * 7])):
+            rows = {"domain": [name] * len(train), "user_id": [str(user) for user in range(len(train))], "train": train}
+            table = pa.table(rows | {split: [None] * len(train) for split in ("valid", "test")}, schema=SEQUENCES)
+            plan.run.write_part("ingest/sequences", f"{name}-00000.parquet", table)
+        budget = tuning._Budget(plan)
+        assert budget.epoch == read and not budget.stop_all(), stage
+        for _ in range(25):
+            budget("trial", {"ndcg@10": 0.1})
+        assert budget.stop_all(), stage
+
+
+def test_the_curve_of_several_targets_holds_the_epochs_of_each(tmp_path):
+    plan = plan_of(tmp_path, {"space": SIZES})
+    trial, said = plan.trials[0], []
+    for begun in range(2):  # a trial that resumes writes an epoch again
+        progress = TrialProgress(plan.trial_run(trial), plan.curve(trial), said.append)
+        for domain, epochs in (("a", (0, 1)), ("b", (0,))):
+            progress.note(domain)
+            for epoch in epochs:
+                progress.epoch({"epoch": epoch, "ndcg@10": epoch + len(domain) + begun / 8})
+    found = [(line["domain"], line["epoch"], line["ndcg@10"]) for line in plan.curve(trial)]
+    assert found == [("a", 0, 1.125), ("a", 1, 2.125), ("b", 0, 1.125)] and len(said) == 6
 
 
 def test_the_best_setting_holds_a_value_that_was_written_in_two_ways(tmp_path):

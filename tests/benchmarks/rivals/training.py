@@ -32,6 +32,7 @@ from tests.benchmarks.peers_table import Split, ndcg, ranks, write
 Settings = dict[str, Any]
 Scores = Callable[[list[list[int]]], Tensor]  # [B, N] of histories
 LAST_RATE = 0.05  # of the cosine schedule, as a share of the learning rate
+OF_FIT = ("epoch_samples", "schedule", "warmup_steps")  # settings that `fit` reads of any model
 
 
 class Trained(NamedTuple):
@@ -212,7 +213,13 @@ def parser(about: str) -> argparse.ArgumentParser:
 
 
 def compare(given: argparse.Namespace, model: str, defaults: Settings, train: Fit) -> None:
-    """Train with each of the settings, choose by validation, and write the test ranks of the chosen one, for every seed."""
+    """Train with each of the settings, choose by validation, and write the test ranks of the chosen one, for every seed.
+
+    Raises:
+        ValueError: a setting that the model does not have; it would be written down as tried.
+    """
+    if unknown := {name for more in given.settings or [] for name in more} - set(defaults) - set(OF_FIT):
+        raise ValueError(f"{model} has no setting {', '.join(sorted(unknown))}; its settings are {', '.join(sorted({*defaults, *OF_FIT}))}")
     split = Split(given.run, given.domain)
     tried = [defaults | more for more in given.settings or [{}]]
     first = [_announced(train, split, settings, given, given.seeds[0]) for settings in tried]
