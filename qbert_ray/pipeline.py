@@ -44,11 +44,12 @@ def refuse_old_names(run: RunDir) -> None:
             raise ArtifactError(f"{run.uri}/{old} is of an earlier version, which now writes {new}/; choose another run.dir and run again")
 
 
-def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Manifest | None:
+def status(stage: Stage, config: Config, run: RunDir, files: bool = True, items: bool = True) -> Manifest | None:
     """The manifest of a finished stage; None if it is still to do.
 
     Args:
         files: whether to compare the input files as well; files whose new items were appended count as unchanged.
+        items: whether the items files are among these.
 
     Raises:
         ArtifactError: it was done with another config, or from other inputs.
@@ -72,6 +73,7 @@ def status(stage: Stage, config: Config, run: RunDir, files: bool = True) -> Man
     stale = [name for name, fingerprint in inputs.items() if done.inputs.get(name) != fingerprint]
     read = run.read_json(APPENDED) if stale and run.exists(APPENDED) else {}
     stale = [name for name in stale if read.get(name) != inputs.get(name, "") and (files or not name.startswith("data."))]
+    stale = [name for name in stale if items or not (name.startswith("data.domains.") and name.endswith(".items"))]
     if stale:
         new_items = all(name.startswith("data.domains.") and name.endswith(".items") for name in stale)
         hint = "; or give only the new items IDs: qbert-ray semantic-ids --append" if new_items else ""
@@ -148,9 +150,10 @@ def preflight(stages: Sequence[Stage], config: Config, run: RunDir, executor: Ex
 
 
 def redo_from(name: str, run: RunDir) -> None:
-    """Delete the outputs of a stage and of all stages after it, and of those that are done at request, which read the last ones."""
+    """Delete the outputs of a stage and of all stages after it, and of those that are done at request where they read one of these."""
     _refuse_others_files(run)
-    for stage in reversed((*STAGES[STAGES.index(BY_NAME[name]) :], *REQUESTED)):  # in this order an interruption leaves a consistent run
+    requested = () if name in ("evaluate", "score") else REQUESTED
+    for stage in reversed((*STAGES[STAGES.index(BY_NAME[name]) :], *requested)):  # in this order an interruption leaves a consistent run
         run.delete(f"{stage.name}/manifest.json")
         run.delete(stage.name)
 

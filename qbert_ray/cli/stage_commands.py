@@ -182,7 +182,7 @@ def run_stages(config: Config, journal: Journal, only: Stage | None, redo: str |
     directory, forgotten = RunDir(config.run.dir), by_command[redo] if redo else None
     for stage in _before(only, forgotten):  # refuse a changed config before anything is done or deleted
         if not stage.skipped(config):
-            status(stage, config, directory, files=not _reads_others(only, config))
+            _check_done(stage, config, directory, only, journal)
     stages = [only] if only else [*STAGES, *(stage for stage in REQUESTED if not stage.skipped(config))]
     if not directory.exists("ingest/manifest.json") and not config.compute.address:
         check_root(config.data.root)  # before Ray starts, which takes longer than this check
@@ -211,6 +211,28 @@ def _before(only: Stage | None, forgotten: Stage | None) -> tuple[Stage, ...]:
     last = BY_NAME["refit"] if only in REQUESTED else only
     ends = [STAGES.index(last) + 1] if last else []
     return STAGES[: min([len(STAGES), *ends, *([STAGES.index(forgotten)] if forgotten in STAGES else [])])]
+
+
+def _check_done(stage: Stage, config: Config, directory: RunDir, only: Stage | None, journal: Journal) -> None:
+    """Raise if a stage was done with another config or other input files; where users are scored alone, items files may have changed.
+
+    Raises:
+        ArtifactError: the message says what differs, and how to redo the stage.
+    """
+    from qbert_ray.pipeline import status
+
+    files = not _reads_others(only, config)
+    try:
+        status(stage, config, directory, files)
+    except ArtifactError:
+        if only is None or only.name != "score":
+            raise
+        status(stage, config, directory, files, items=False)
+        if stage.name == "ingest":  # and not again for each later stage that reads them
+            journal.warn(
+                "the items files have changed since they were ingested: the same items are ranked as before; "
+                "new, changed and removed ones are taken over by qbert-ray semantic-ids --append"
+            )
 
 
 def _reads_others(only: Stage | None, config: Config) -> bool:

@@ -65,6 +65,13 @@ def check(text: str, key: str, source: Source) -> pl.Expr:
     return found
 
 
+def _says_true_or_false(text: str, name: str) -> bool:
+    """Whether an expression compares a column with true or false; polars takes that for false where the column is a text."""
+    bare = re.sub(r"'(?:[^']|'')*'", "''", text)
+    column, sign, truth = rf'(?:"{re.escape(name)}"|\b{re.escape(name)}\b)', r"\s*(?:==?|!=|<>|\bis(?:\s+not)?\b)\s*", r"\b(?:true|false)\b"
+    return re.search(f"{column}{sign}{truth}|{truth}{sign}{column}", bare, re.IGNORECASE) is not None
+
+
 def matching(text: str, key: str, source: Source) -> pl.DataFrame:
     """item_id of each item of the files, and whether an expression holds for it; it does not where a value is missing.
 
@@ -83,6 +90,12 @@ def matching(text: str, key: str, source: Source) -> pl.DataFrame:
     names = list(dict.fromkeys(found.meta.root_names()))
     rows = read_columns(source, names)
     types = ", ".join(f"{name} {rows.schema[name]}" for name in names)
+    for name in names:
+        if rows.schema[name] == pl.String and _says_true_or_false(text, name):
+            values = " or ".join(map(repr, rows[name].drop_nulls().unique(maintain_order=True).head(3)))
+            raise SourceError(
+                f"{key}: {text!r} compares {name} with true or false, and {name} is a text such as {values}; write {name} = '...'"
+            )
     try:
         rows = rows.with_columns(found.alias(MATCHES))
     except pl.exceptions.PolarsError as error:

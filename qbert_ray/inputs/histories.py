@@ -5,6 +5,7 @@ Rows are read, partitioned by user and put in order as the ingest does it, so th
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -83,6 +84,15 @@ def _joined(value: Any) -> str | None:
     return _BETWEEN.join(plain_text(each) or "" for each in value) if isinstance(value, list) else plain_text(value)
 
 
+def _listed(text: str) -> str:
+    """A list that is written as JSON, as other tools write lists into texts, with its IDs joined; any other text as it is."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return _joined(found) or ""
+
+
 def _exploded(raw: pl.DataFrame, user: str, first: int) -> pl.DataFrame:
     raw = raw.with_columns(*(pl.lit(None, pl.String).alias(name) for name in (REASON, ROW, user, HISTORY) if name not in raw.columns))
     kind = raw.schema[HISTORY]
@@ -93,7 +103,8 @@ def _exploded(raw: pl.DataFrame, user: str, first: int) -> pl.DataFrame:
         items = pl.col(HISTORY).list.eval(as_id(pl.element(), kind.inner))
     else:
         text = pl.when(pl.col(HISTORY).cast(pl.String) != "").then(pl.col(HISTORY).cast(pl.String))
-        items = text.str.split(_BETWEEN).list.eval(as_id(pl.element(), pl.String()))
+        listed = pl.when(text.str.starts_with("[")).then(text.map_elements(_listed, return_dtype=pl.String)).otherwise(text)
+        items = listed.str.split(_BETWEEN).list.eval(as_id(pl.element(), pl.String()))
     rows = raw.select(as_id(pl.col(user), raw.schema[user]).alias(USER_ID), items.alias(ITEM_ID), REASON, ROW)
     rows = rows.with_columns(pl.when(pl.col(ITEM_ID).list.len() > 0).then(ITEM_ID))  # a null is one row, an empty list would be none
     rows = rows.with_columns(pl.int_ranges(pl.col(ITEM_ID).list.len()).alias(TIMESTAMP)).explode(ITEM_ID, TIMESTAMP)

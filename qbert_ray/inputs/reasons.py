@@ -16,6 +16,8 @@ from qbert_ray.storage.columns import ITEM_ID, TIMESTAMP
 
 HINTS = {
     "missing item_id": "give every row an item_id; nan, NULL, None and the like are none",
+    "nested user_id": "the column holds objects; write the ID as a column of its own, as jq -c '.user_id = .user.id' does",
+    "nested item_id": "the column holds objects; write the ID as a column of its own, as jq -c '.item_id = .item.id' does",
     "missing user_id": "give every row a user_id; nan, NULL, None and the like are none",
     "inexact item_id": "a column of floats rounds such large numbers, so several items may have become one: write IDs as text or integers",
     "inexact user_id": "a column of floats rounds such large numbers, so several users may have become one: write IDs as text or integers",

@@ -92,6 +92,8 @@ def normalise_interactions(raw: pl.DataFrame, source: Source, min_rating: float 
     )
     reasons = [pl.when(pl.col(name).is_null()).then(pl.lit(f"missing {name}")) for name in (USER_ID, ITEM_ID)]
     reasons += [pl.when(f"<inexact {name}>").then(pl.lit(f"inexact {name}")) for name in (USER_ID, ITEM_ID)]
+    several = r'^\{".*,"'  # fields of an object, of which one may change from row to row; an object of one is an ID
+    reasons += [pl.when(pl.col(name).str.contains(several)).then(pl.lit(f"nested {name}")) for name in (USER_ID, ITEM_ID)]
     periods = []
     if source.parts:
         periods = [file_of(pl.col(POSITION)).replace_strict(dict(enumerate(source.parts)), return_dtype=pl.Int8).alias(PERIOD)]

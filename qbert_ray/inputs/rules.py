@@ -73,6 +73,11 @@ def read_rule(config: Config, domain: str, key: str, catalog: pl.DataFrame) -> t
         said = unknown_items(rows[ITEM_ID].head(KNOWN_IDS), catalog[ITEM_ID].head(KNOWN_IDS).to_list())
         said = said.replace("of the interactions", f"of {text}").replace("one of the items", "one of the catalog")
         report["warning"] = f"{key}: none of the {len(rows):,} rows of {text} names an item of {domain}; {said}"
+    elif unusable and USER_ID in rows.columns:
+        report["warning"] = (
+            f"{key}: {unusable:,} rows of {text} lack an item_id or a user_id and are left out; items that are meant for all users belong "
+            "into a table without the column user_id"
+        )
     return known, report | ({"users": known[USER_ID].n_unique()} if USER_ID in known.columns else {"items": len(known)})
 
 

@@ -109,6 +109,11 @@ def ingest_domain(
     at_one_time, implausible = counts.pop("users_at_one_time", 0), counts.pop("implausible_times", 0)
     found = counts["users_evaluated"] if evaluated else counts["users"]  # of a source domain no user has to be
     counts["warnings"] = suspicions(counts["users"], found, at_one_time, seen, implausible, counts["interactions"])
+    if interactions.times.ambiguous:
+        counts["warnings"].append(
+            "no date shows which of its first two numbers is the day; 3/4/2024 is read as the 4th of March and 3-4-2024 as the 3rd of April: "
+            "write dates as 2024-03-04 if that is wrong"
+        )
     counts["warnings"] += [
         f"{file.path} is not in UTF-8 and was read as Windows-1252 (Latin-1), in which its texts make no sense: write it in UTF-8"
         for file in (*items.files, *interactions.files)

@@ -136,7 +136,7 @@ def _time(table: Files) -> str | None:
 
 def _users(table: Files) -> list[str]:
     """Columns with a usual name for users, the most usual first."""
-    return _amazon(table, USER_ID) + table.named(USER_ID)
+    return [name for name in _amazon(table, USER_ID) + table.named(USER_ID) if table.columns[name].kind != "mapping"]
 
 
 def _single(table: Files) -> list[str]:

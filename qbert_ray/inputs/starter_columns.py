@@ -58,7 +58,9 @@ def richness(table: Files, key: str) -> int:
 def item_columns(table: Files, item: str, taken: set[str | None]) -> list[str]:
     """Columns of a table of interactions that belong to the item: nearly all rows of one item agree."""
     others = [name for name in table.columns if name not in taken | {item} and table.columns[name].kind in ("text", "number")]
-    rows = table.sample.select(pl.col(item).alias("<item>"), *others)
+    rows = table.sample.select(pl.col(item).alias("<item>"), *others).with_columns(
+        pl.col(name).str.strip_chars().replace("", None) for name in others if table.sample.schema[name] == pl.String
+    )
     groups = rows.group_by("<item>").agg(pl.len().alias("<rows>"), pl.col(others).drop_nulls().n_unique()).filter(pl.col("<rows>") > 1)
     if groups.is_empty():
         return []
@@ -80,7 +82,7 @@ def read_catalog(domain: Guess, folders: Sequence[Path]) -> None:
         if name == domain.match.key or (own is not None and name in domain.names.values()):
             continue
         if own is not None and name not in own:
-            domain.aside[name] = "rows of one item differ in it"
+            domain.aside[name] = "rows of one item differ in it" if column.values > 1 else "all rows have one value"
         else:
             _place(domain, column, images)
     domain.texts = dict(sorted(domain.texts.items(), key=lambda pair: plain_name(pair[0]) not in TITLES))

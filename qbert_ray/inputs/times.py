@@ -54,6 +54,7 @@ class TimeStyle:
     fractional: bool = False  # numbers have fractions of a second: all are multiplied by a million
     day_first: bool | None = None  # of 11/12/2019; None: unknown, so the month comes first with slashes and the day with dashes
     year_first: bool = False  # of 24-03-01
+    ambiguous: bool = False  # there are dates such as 11/12/2019, and none of them shows which number is the day
 
 
 def detect_style(batches: Iterable[pl.Series]) -> TimeStyle:
@@ -65,7 +66,8 @@ def detect_style(batches: Iterable[pl.Series]) -> TimeStyle:
         if values.dtype != pl.String:
             return style
         if number == 0:
-            style = TimeStyle(fractional=_has_fractions(values.cast(pl.Float64, strict=False)), year_first=_year_first(values))
+            numbers = _decimal_point(values).cast(pl.Float64, strict=False)
+            style = TimeStyle(fractional=_has_fractions(numbers), year_first=_year_first(values))
         parts = values.to_frame("text").select(
             first=pl.col("text").str.extract(_BY_NUMBERS, 1).cast(pl.Int32), second=pl.col("text").str.extract(_BY_NUMBERS, 3).cast(pl.Int32)
         ).drop_nulls()  # fmt: skip
@@ -73,18 +75,17 @@ def detect_style(batches: Iterable[pl.Series]) -> TimeStyle:
             return style
         telling = parts.filter((pl.col("first") > 12) != (pl.col("second") > 12))
         if len(telling):
-            return replace(style, day_first=telling["first"][0] > 12)
+            return replace(style, day_first=telling["first"][0] > 12, ambiguous=False)
+        style = replace(style, ambiguous=True)
     return style
 
 
 def one_style(styles: Iterable[TimeStyle]) -> TimeStyle:
     """The style of a column by those of its files: what any of them shows, and the order of days and months by the first that shows one."""
     found = list(styles)
-    return TimeStyle(
-        any(style.fractional for style in found),
-        next((style.day_first for style in found if style.day_first is not None), None),
-        any(style.year_first for style in found),
-    )
+    day_first = next((style.day_first for style in found if style.day_first is not None), None)
+    fractional, year_first, ambiguous = (any(getattr(style, name) for style in found) for name in ("fractional", "year_first", "ambiguous"))
+    return TimeStyle(fractional, day_first, year_first, ambiguous and day_first is None and not year_first)
 
 
 def as_timestamp(value: pl.Expr, kind: Any, style: TimeStyle = TimeStyle()) -> pl.Expr:
@@ -152,8 +153,11 @@ def _read(values: pl.Series, style: TimeStyle) -> pl.Series:
 
 def _numbers(text: pl.Series, style: TimeStyle) -> pl.Series:
     """Whole numbers written as decimals or with exponents, as spreadsheets do."""
-    plain = text.str.replace(r"^(-?\d{5,}),(\d+)$", "$1.$2")
-    return plain.to_frame().select(_number(pl.col("text").cast(pl.Float64, strict=False), style)).to_series()
+    return _decimal_point(text).to_frame().select(_number(pl.col("text").cast(pl.Float64, strict=False), style)).to_series()
+
+
+def _decimal_point(text: pl.Series) -> pl.Series:
+    return text.str.strip_chars().str.replace(r"^(-?\d{5,}),(\d+)$", "$1.$2")
 
 
 def _iso(text: pl.Series) -> pl.Series:

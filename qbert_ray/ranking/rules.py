@@ -35,6 +35,10 @@ class UserItems:
         counts = found[ITEM_INDEX].list.len().to_numpy()
         return cls(found[USER_ID], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), found[ITEM_INDEX].explode().to_numpy())
 
+    def named(self, users: Sequence[str]) -> int:
+        """How many of some users are there."""
+        return int(pl.Series(users, dtype=pl.String).is_in(self.users.implode()).sum())
+
     def __call__(self, users: Sequence[str]) -> list[np.ndarray]:
         """The items of each of some users; none for a user who is not there."""
         if not len(self.users):
@@ -66,6 +70,10 @@ class Rules:
     def by_user(self) -> bool:
         """Whether users have rules of their own."""
         return self.excluded is not None or self.allowed is not None
+
+    def named(self, users: Sequence[str]) -> int:
+        """How many of some users have rows of their own; each table of users that names some adds them."""
+        return sum(each.named(users) for each in (self.excluded, self.allowed) if each is not None)
 
     def of(self, users: Sequence[str]) -> Filter:
         """The filter of histories of these users."""

@@ -6,6 +6,8 @@ Which items may be recommended, `score.exclude` and `score.allow` say.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -70,7 +72,26 @@ def _score(config: Config, run: RunDir, executor: Executor, progress: Progress, 
         arguments["refit"] = ranks_by_refit(run, config)
         done = executor.map_parts(run, ScorePart, arguments, run.parts(table, domain), output, config.compute.score, progress)
         counts[domain] = dict(done) | found
+        warnings += _fruitless(run, domain, done, found)
     return counts | ({"warnings": warnings} if warnings else {})
+
+
+def _fruitless(run: RunDir, domain: str, done: Counts, found: dict[str, Any]) -> list[str]:
+    """Warnings about tables that name none of the users who were scored, about users who all get nothing, and rows that are all rejected."""
+    said, users = [], done.get("users", 0)
+    if users and done.get("users_with_rules") == 0:
+        tables = " and ".join(f"{key}={each['table']}" for key, each in found.items() if "users" in each and "table" in each)
+        own = run.read(SEQUENCES, domain, [columns.USER_ID])[columns.USER_ID][0].as_py()
+        said.append(f"{domain}: none of the {users:,} users who were scored has a row in {tables}; a user of the run is called {own!r}")
+    if users and done.get("users_without_items") == users:
+        said.append(f"{domain}: score.exclude and score.allow leave nothing to recommend to any of the {users:,} users")
+    for key, each in found.items():
+        lost = sum(each.get("rejected", {}).values())
+        if lost and not each["new"] + each["known"]:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in each["rejected"].items())
+            own = item_ids(run, domain)[0].as_py()
+            said.append(f"{domain}: no row of {key}={each['file']} could be used: {reasons}; an item of the run is called {own!r}")
+    return said
 
 
 def _later_in_training(run: RunDir, domain: str) -> bool:
@@ -118,8 +139,10 @@ class ScorePart:
             items.append(indices.numpy())
         table = self._table(users, np.concatenate(scores), np.concatenate(items)) if users else columns.RECOMMENDATIONS.empty_table()
         self.run.write_part(self.output, name, table)
-        without = sum(int((each[:, :1] < 0).sum()) for each in items)
-        return {"users": len(users), "rows": table.num_rows} | ({"users_without_items": without} if without else {})
+        counts = {"users": len(users), "rows": table.num_rows}
+        if without := sum(int((each[:, :1] < 0).sum()) for each in items):
+            counts["users_without_items"] = without
+        return counts | ({"users_with_rules": self.rules.named(users)} if self.rules.by_user else {})
 
     def _had(self, name: str, users: list[str]) -> Filter:
         """What leaves out the cold items that users had, which are in no sequence of the run."""

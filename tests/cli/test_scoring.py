@@ -1,11 +1,13 @@
 """`qbert-ray score` with newer interactions and with histories of other users, on a copy of a finished run."""
 
+import re
 import shutil
 
 import polars as pl
 import pytest
 import yaml
 
+from qbert_ray import pipeline
 from qbert_ray.cli.main import main
 from qbert_ray.ranking.recommender import Recommender
 from qbert_ray.storage.catalog import run_config
@@ -56,6 +58,8 @@ def test_histories_of_other_users_are_scored_next_to_the_run(copied, capsys, mon
     call(["score", "--histories", "new1.parquet", *arguments])
     assert run.read_bytes("score_histories/manifest.json") == written  # it is done
     assert run.read("score").equals(before)
+    call(["score", "--redo", *arguments])
+    assert run.read_bytes("score_histories/manifest.json") == written, "they do not read the run's own lists"
     assert run_config(run).score == settings.score, "the next score of the run is of its own users"
 
 
@@ -83,3 +87,43 @@ def test_newer_interactions_are_scored_without_training(copied, shop, capsys):
     assert items[history[-1]] == fresh and fresh not in table[user]
     expected = Recommender.load(run.uri).recommend([[items[item] for item in history]], 10)[0]
     assert table[user] == [item for item, _ in expected]
+
+
+def test_tables_that_name_nothing_of_the_run_are_pointed_out(copied, capsys):
+    arguments, run, folder = copied
+    users, items = (
+        run.read(table, "demo")[name].to_pylist() for table, name in (("ingest/sequences", "user_id"), ("ingest/items", "item_id"))
+    )
+    tables = {"strange": [(f"no {user}", item) for user in users for item in items[:3]], "mixed": [(users[0], items[0]), (None, items[1])]}
+    for name, rows in tables.items():
+        pl.DataFrame(rows, ["user_id", "item_id"], orient="row").write_csv(folder / f"{name}.csv")
+    said = {
+        f"score.exclude={folder / 'strange.csv'}": "users who were scored has a row in score.exclude=",
+        f"score.allow={folder / 'strange.csv'}": "leave nothing to recommend to any of the",
+        f"score.exclude={folder / 'mixed.csv'}": "1 rows of .* lack an item_id or a user_id",
+    }
+    for setting, expected in said.items():
+        call(["score", "--redo", *arguments, setting])
+        warnings = Manifest.load(run, "score").counts["warnings"]
+        assert re.search(expected, " ".join(warnings)), setting
+    assert Manifest.load(run, "score").counts["demo"]["users_with_rules"] == 1
+    pl.DataFrame({"user_id": ["new"], "history": [["no", "such"]]}).write_parquet(folder / "new.parquet")
+    call(["score", "--histories", str(folder / "new.parquet"), *arguments])
+    (warning,) = Manifest.load(run, "score_histories").counts["warnings"]
+    assert "2 item not in items table" in warning and items[0] in warning
+
+
+def test_users_are_scored_again_after_the_items_files_have_changed(copied, capsys, monkeypatch):
+    """A price or a stock that a condition reads; what is trained does not."""
+    arguments, _, _ = copied
+    fingerprints = pipeline._input_fingerprints
+
+    def changed(*given):
+        return {name: "changed" if name.endswith(".items") else value for name, value in fingerprints(*given).items()}
+
+    monkeypatch.setattr(pipeline, "_input_fingerprints", changed)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--redo", *arguments])
+    assert "was made from other" in capsys.readouterr().err
+    call(["score", "--redo", *arguments])
+    assert capsys.readouterr().out.count("the items files have changed since they were ingested") == 1

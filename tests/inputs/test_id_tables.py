@@ -46,6 +46,16 @@ def test_no_condition_holds_for_a_missing_number(tmp_path, name):
     assert found.rows() == [("1", False), ("2", False), ("3", True)]
 
 
+@pytest.mark.parametrize("text", ["yes == false", '"yes" = TRUE', "true = yes and price > 1", "price > 1 or yes is not true"])
+def test_a_text_is_not_compared_with_true_or_false(tmp_path, text):
+    """One odd cell makes a column a text, of which polars says that it is never true."""
+    (tmp_path / "items.csv").write_text("item_id,yes,sold,price\n1,true,true,5\n2,?,false,6\n")
+    source = open_source(str(tmp_path), "shop", "items", Domain(items="items.csv", text_fields=[]))
+    with pytest.raises(SourceError, match=r"compares yes with true or false, and yes is a text such as 'true' or '\?'; write yes = '...'"):
+        matching(text, "score.exclude", source)
+    assert matching("sold == true and yes != 'sold = true'", "score.exclude", source).rows() == [("1", True), ("2", False)]
+
+
 def test_spellings_of_nothing_are_missing_in_columns_of_text_files(tmp_path):
     (tmp_path / "items.csv").write_text("item_id,price,brand\n1,NULL,N/A\n2,5,x\n3,n/a,y\n")
     assert columns_of(tmp_path, "items.csv", "price", "brand").rows() == [("1", None, None), ("2", 5, "x"), ("3", None, "y")]

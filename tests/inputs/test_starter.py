@@ -281,6 +281,16 @@ def test_a_column_that_names_parts_of_a_split_is_pointed_out(tmp_path):
     assert "part (a split of your own? data.split: given, interaction_columns: {split: part} uses it)" in text
 
 
+def test_an_empty_cell_of_an_item_is_no_second_text(tmp_path):
+    """In exports of orders, where the texts of the items stand in every row."""
+    texts = {f"i{item}": f"{WORDS[item % 10]} {WORDS[item // 10]} number {item}" for item in range(ITEMS)}
+    rows = [(*row, texts[row[1]] if number % 30 else " ", "EUR") for number, row in enumerate(sales().rows())]
+    pl.DataFrame(rows, ["user_id", "item_id", "timestamp", "words", "currency"], orient="row").write_csv(tmp_path / "orders.csv")
+    config, text = made(tmp_path)
+    assert next(iter(config.data.domains.values())).text_fields == ["words"]
+    assert "currency (all rows have one value)" in text
+
+
 @pytest.mark.parametrize("form", ["{},5", "{},95 €", "€ {}.95", "1.{:03},00 EUR", "USD 1,{:03}.50", "{} %"])
 def test_amounts_of_money_are_numbers_and_no_texts(tmp_path, form):
     catalog().with_columns(cost=pl.Series([form.format(number) for number in range(ITEMS)])).write_csv(tmp_path / "items.csv")

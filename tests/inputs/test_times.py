@@ -63,7 +63,9 @@ def test_what_is_no_time_is_none(text):
 def test_which_number_is_the_day_is_said_by_the_column():
     assert detect_style([pl.Series(["1/2/2020", "13/2/2020"])]).day_first is True
     assert detect_style([pl.Series(["1/2/2020"]), pl.Series(["1/13/2020"])]).day_first is False
-    assert detect_style([pl.Series(["2020-01-13"])]).day_first is None
+    assert detect_style([pl.Series(["2020-01-13"])]) == TimeStyle()
+    assert detect_style([pl.Series(["1/2/2020", "12/2/2020"]), pl.Series(["3/4/2020"])]) == TimeStyle(ambiguous=True)
+    assert not detect_style([pl.Series(["1/2/2020"]), pl.Series(["1/13/2020"])]).ambiguous
     assert read(["01/02/2020", "13/02/2020 12:00"], TimeStyle(day_first=True)) == [at(2020, 2, 1), at(2020, 2, 13, 12)]
     assert read(["01/02/2020"]) == [at(2020, 1, 2)] and read(["01-02-2020"]) == [at(2020, 2, 1)]
 
@@ -71,6 +73,14 @@ def test_which_number_is_the_day_is_said_by_the_column():
 def test_a_table_of_several_files_has_one_style():
     assert one_style([TimeStyle(), TimeStyle(day_first=True), TimeStyle(day_first=False)]) == TimeStyle(day_first=True)
     assert one_style([TimeStyle(), TimeStyle(fractional=True)]) == TimeStyle(fractional=True) and one_style([]) == TimeStyle()
+    assert one_style([TimeStyle(ambiguous=True), TimeStyle()]) == TimeStyle(ambiguous=True)
+    assert one_style([TimeStyle(ambiguous=True), TimeStyle(day_first=False)]) == TimeStyle(day_first=False)
+
+
+def test_days_of_a_spreadsheet_keep_their_hours_with_a_decimal_comma_too():
+    commas, points = (pl.Series([f"45240{mark}35", f" 45240{mark}75 ", "45241"]) for mark in ",.")
+    assert detect_style([commas]) == detect_style([points]) == TimeStyle(fractional=True)
+    assert read(commas, TimeStyle(fractional=True)) == [45240350000, 45240750000, 45241000000]
 
 
 def test_whole_numbers_next_to_fractions_are_multiplied_too():
