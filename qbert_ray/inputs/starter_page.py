@@ -95,7 +95,8 @@ def _domain(found: Guess, root: Path, given: bool) -> Iterator[str]:
     if found.template:
         yield f"image_template: {_yaml(found.template[0])} # {_line(found.template[1])}"
     for name, why in found.aside.items():
-        yield f"# left aside: {_line(name)} ({_line(why)})"
+        reason = (found.items is found.interactions and _returns(found.items, name)) or why
+        yield f"# left aside: {_line(name)} ({_line(reason)})"
     if found.items is not found.interactions:
         unread = [name for name in found.interactions.columns if name not in found.names.values()]
         yield from (f"# left aside of the interactions: {_line(name)} ({_line(_unread(found.interactions, name))})" for name in unread)
@@ -107,7 +108,18 @@ def _unread(table: Files, name: str) -> str:
     if values.dtype == pl.String and len(values) and values.str.to_lowercase().is_in(list(SPLIT_NAMES)).all():
         key = "" if name == SPLIT else f", interaction_columns: {{{SPLIT}: {_yaml(name)}}}"
         return f"a split of your own? data.split: given{key} uses it"
-    return "neither user, item, time nor rating"
+    return _returns(table, name) or "neither user, item, time nor rating"
+
+
+def _returns(table: Files, name: str) -> str | None:
+    """How to leave rows out whose number is negative, where only some are, as quantities of returned items are."""
+    values = table.sample[name].drop_nulls() if name in table.sample.columns else pl.Series([], dtype=pl.Float64)
+    if not (values.dtype.is_numeric() or values.dtype == pl.String):
+        return None
+    numbers = values.cast(pl.Float64, strict=False).drop_nulls()
+    if len(numbers) < len(values) or not (numbers < 0).any() or (numbers < 0).mean() > 0.5:  # type: ignore[operator]
+        return None
+    return f"some are negative: returns? interaction_columns: {{rating: {_yaml(name)}}} and data.min_rating: 0.001 leave those rows out"
 
 
 def _columns(table: Files) -> str:

@@ -281,6 +281,21 @@ def test_a_column_that_names_parts_of_a_split_is_pointed_out(tmp_path):
     assert "part (a split of your own? data.split: given, interaction_columns: {split: part} uses it)" in text
 
 
+@pytest.mark.parametrize("orders", [False, True])
+def test_negative_quantities_are_pointed_out(tmp_path, orders):
+    """In a table of orders, and next to a catalog."""
+    quantity = pl.Series("pieces", [-1 if number % 9 == 0 else 1 + number % 4 for number in range(len(sales()))])
+    table = sales().with_columns(quantity, pl.Series("discount", [-number for number in range(len(quantity))]))
+    if orders:
+        table = table.join(catalog().select("item_id", "title", "about"), on="item_id")
+    else:
+        catalog().write_csv(tmp_path / "items.csv")
+    table.write_csv(tmp_path / "sales.csv")
+    _, text = made(tmp_path)
+    lines = [line for line in text.splitlines() if "returns?" in line]
+    assert len(lines) == 1 and "interaction_columns: {rating: pieces} and data.min_rating: 0.001" in lines[0]
+
+
 def test_an_empty_cell_of_an_item_is_no_second_text(tmp_path):
     """In exports of orders, where the texts of the items stand in every row."""
     texts = {f"i{item}": f"{WORDS[item % 10]} {WORDS[item // 10]} number {item}" for item in range(ITEMS)}
