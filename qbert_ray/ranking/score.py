@@ -72,17 +72,25 @@ def _score(config: Config, run: RunDir, executor: Executor, progress: Progress, 
         arguments["refit"] = ranks_by_refit(run, config)
         done = executor.map_parts(run, ScorePart, arguments, run.parts(table, domain), output, config.compute.score, progress)
         counts[domain] = dict(done) | found
-        warnings += _fruitless(run, domain, done, found)
+        warnings += _fruitless(run, domain, table, done, found)
     return counts | ({"warnings": warnings} if warnings else {})
 
 
-def _fruitless(run: RunDir, domain: str, done: Counts, found: dict[str, Any]) -> list[str]:
-    """Warnings about tables that name none of the users who were scored, about users who all get nothing, and rows that are all rejected."""
+def _fruitless(run: RunDir, domain: str, histories: str, done: Counts, found: dict[str, Any]) -> list[str]:
+    """Warnings about tables that name none of the users who were scored, about users who all get nothing, and rows that are all rejected.
+
+    Args:
+        run: that was scored.
+        domain: of the run.
+        histories: table of the users.
+        done: counts of `ScorePart`.
+        found: field of the section `score` -> what was read of its file or expression.
+    """
     said, users = [], done.get("users", 0)
     if users and done.get("users_with_rules") == 0:
         tables = " and ".join(f"{key}={each['table']}" for key, each in found.items() if "users" in each and "table" in each)
-        own = run.read(SEQUENCES, domain, [columns.USER_ID])[columns.USER_ID][0].as_py()
-        said.append(f"{domain}: none of the {users:,} users who were scored has a row in {tables}; a user of the run is called {own!r}")
+        own = run.read(histories, domain, [columns.USER_ID])[columns.USER_ID][0].as_py()
+        said.append(f"{domain}: none of the {users:,} users who were scored has a row in {tables}; one of the users is called {own!r}")
     if users and done.get("users_without_items") == users:
         said.append(f"{domain}: score.exclude and score.allow leave nothing to recommend to any of the {users:,} users")
     for key, each in found.items():
