@@ -339,7 +339,8 @@ def test_scored_users_get_what_the_rules_leave_and_others_are_counted(run, files
     counts = scoring.ScorePart(run, "shop", Ranking(), 7, False, rules)("shop-00000.parquet")
     table = run.read("score").to_pylist()
     assert {row["item_id"] for row in table} == {"shop-item-10", "shop-item-11", "shop-item-13"}
-    assert counts == {"users": USERS, "rows": 3 * (USERS - 1), "users_without_items": 1}
+    users = {"users": USERS, "users_without_items": 1, "users_with_rules": USERS - 1}
+    assert counts == users | {"rows": 3 * (USERS - 1)}
     assert {row["user_id"] for row in table} == {f"user-{user}" for user in range(1, USERS)}
 
 
