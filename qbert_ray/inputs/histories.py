@@ -84,13 +84,13 @@ def _joined(value: Any) -> str | None:
     return _BETWEEN.join(plain_text(each) or "" for each in value) if isinstance(value, list) else plain_text(value)
 
 
-def _listed(text: str) -> str:
+def _listed(text: str) -> str | None:
     """A list that is written as JSON, as other tools write lists into texts, with its IDs joined; any other text as it is."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    return _joined(found) or ""
+    return _joined(found) or None  # an empty list, as one that is not written as a text
 
 
 def _exploded(raw: pl.DataFrame, user: str, first: int) -> pl.DataFrame:
